@@ -67,6 +67,12 @@ class Format(abc.ABC):
         return float(self.values[-1] - self.values[-2]) / 2
 
     @property
+    def step(self) -> float | None:
+        """The first of 1, 1/2, ... 1/16 that divides every value, or None."""
+        steps = (2.0**-k for k in range(5))
+        return next((s for s in steps if not (self.values % s).any()), None)
+
+    @property
     def symmetric(self) -> bool:
         """Whether `-v` is on the grid for every value `v` of it."""
         return bool(np.array_equal(self.values, -self.values[::-1]))

@@ -15,6 +15,7 @@ from cage_jax.quantizers import Quantizer
 from cage_jax.rules import Rules
 from cage_jax.scales import Grid, compute_dtype
 
+_WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
 _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
 
 
@@ -269,23 +270,36 @@ def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Gr
     return _fit(_transformed(x, quantizer), quantizer, grid)
 
 
-def error_and_grid(
+def fit_for_error(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
-) -> tuple[jax.Array, Grid]:
-    """`x - fake_quant(x)` and the grid it was taken on, of which `grid` is kept."""
+) -> tuple[Grid, jax.Array | None]:
+    """All of `x - fake_quant(x)` that is not elementwise in `x`.
+
+    Returns:
+      The grid, of which `grid` is kept as in `fit_grid`, and with a rotation the
+      rounded values turned back, without their scale and as narrow as is exact.
+    """
     x = lax.stop_gradient(x)
     values, _, grid = _fit_and_round(x, quantizer, grid)
-    return x - _restore(values, quantizer, grid, x), grid
+    if quantizer.hadamard is None:
+        return grid, None
+    turned_back = _turned_back(values, quantizer, grid, x.shape)
+    if step := _whole_step(quantizer, x.shape):
+        turned_back = (turned_back / step).astype(_WHOLE)
+    return grid, turned_back
 
 
-def error_on_grid(x: jax.Array, quantizer: Quantizer, grid: Grid) -> jax.Array:
-    """`x - fake_quant(x)` on a grid that was fitted already.
-
-    Without a rotation this is elementwise in `x`.
-    """
+def error_from(
+    x: jax.Array, quantizer: Quantizer, grid: Grid, turned_back: jax.Array | None
+) -> jax.Array:
+    """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
     x, grid = lax.stop_gradient((x, grid))
-    values, _ = _round(_transformed(x, quantizer), quantizer, grid)
-    return x - _restore(values, quantizer, grid, x)
+    if turned_back is None:
+        values, _ = _round(x, quantizer, grid)
+        turned_back = _turned_back(values, quantizer, grid, x.shape)
+    elif step := _whole_step(quantizer, x.shape):
+        turned_back = turned_back.astype(x.dtype) * step
+    return x - _scaled(turned_back, quantizer, grid, x)
 
 
 def _fake_quant_array(x, quantizer, grid):
@@ -416,20 +430,49 @@ def _round(transformed, quantizer, grid):
 
 def _restore(values, quantizer, grid, like):
     """Turns rounded values into an array such as `like`."""
+    return _scaled(
+        _turned_back(values, quantizer, grid, like.shape), quantizer, grid, like
+    )
+
+
+def _turned_back(values, quantizer, grid, shape):
+    """Rounded values in the basis of `x`, but for what `_scaled` multiplies with."""
     if grid.zero_point is not None:
-        values = values - _spread(grid.zero_point, quantizer, like.shape)
+        values = values - _spread(grid.zero_point, quantizer, shape)
+    if quantizer.hadamard is None:
+        return values
+    (axis,) = quantizer.groups(shape)
+    if _scaled_last(quantizer, shape):
+        return transform(values, quantizer.hadamard, axis)
+    product = values * _spread(grid.scale, quantizer, shape)
+    return transform(product, quantizer.hadamard, axis, additions=False)
+
+
+def _scaled(turned_back, quantizer, grid, like):
+    factor = _factor(quantizer)
+    if _scaled_last(quantizer, like.shape):
+        factor = _spread(grid.scale * factor, quantizer, like.shape)
+    return (turned_back * factor).astype(like.dtype)
+
+
+def _scaled_last(quantizer, shape):
+    """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
     block = quantizer.hadamard
-    if block is None:
-        scaled = values * _spread(grid.scale, quantizer, like.shape)
-        return scaled.astype(like.dtype)
-    ((axis, size),) = quantizer.groups(like.shape).items()
-    if size % block == 0:
-        # One scale a block: rotate the small whole numbers, exactly, and scale them.
-        scale = _spread(grid.scale * block**-0.5, quantizer, like.shape)
-        return (transform(values, block, axis) * scale).astype(like.dtype)
-    product = values * _spread(grid.scale, quantizer, like.shape)
-    rotated = transform(product, block, axis, additions=False) * block**-0.5
-    return rotated.astype(like.dtype)
+    return block is None or all(
+        size % block == 0 for size in quantizer.groups(shape).values()
+    )
+
+
+def _whole_step(quantizer, shape):
+    """That of which turned-back values are multiples that `_WHOLE` holds, or None."""
+    format, block = quantizer.format, quantizer.hadamard
+    if format.step is None or not _scaled_last(quantizer, shape):
+        return None
+    widest = max(-format.low, format.high)
+    if quantizer.asymmetric:
+        widest = format.high - format.low
+    fits = block * widest / format.step <= jnp.iinfo(_WHOLE).max
+    return format.step if fits else None
 
 
 def _split(shape, quantizer):

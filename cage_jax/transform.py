@@ -16,6 +16,7 @@ Where the correction goes::
 wrong sign and size, and nothing at that place can tell.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,8 +27,8 @@ import optax
 from jax import lax
 
 from cage_jax.quantization import (
-    error_and_grid,
-    error_on_grid,
+    error_from,
+    fit_for_error,
     fit_grid,
     quantization_error,
     quantize,
@@ -331,67 +332,59 @@ def _correction(
         count = state.cage_count
         level = _value_at(strength, count)
 
-        matched = {}
+        silent = isinstance(level, (int, float)) and level == 0
+        # The count, unknown to compilers, keeps the condition of a constant strength.
+        active = (level != 0) & (count >= 0)
+        coefficient = factor(count) * level
+        seen, kept = {}, {}
 
-        def collect(path, quantizer, x, update):
-            if update is not None:
-                matched[path] = (quantizer, point(x, update), update)
+        def correct(path, quantizer, x, update):
+            nonlocal active
+            if update is None:
+                return None
+            x = point(x, update)
+            seen[path] = (quantizer, x, update)
+            if silent:
+                return update
+            frozen = state.grids[path] if freeze_scale else None
+            active, kept[path], turned_back = _fit_if(active, x, quantizer, frozen)
+            error = error_from(x, quantizer, kept[path], turned_back)
+            pulled = update.astype(error.dtype)
+            pulled += jnp.asarray(coefficient, error.dtype) * error
+            return jnp.where(active, pulled.astype(update.dtype), update)
 
-        rules.map(collect, params, updates)
-
-        def pull(path, error):
-            update = matched[path][-1]
-            coefficient = jnp.asarray(factor(count) * level, error.dtype)
-            pulled = update.astype(error.dtype) + coefficient * error
-            return pulled.astype(update.dtype)
-
-        def fit():
-            grids, corrected = {}, {}
-            for path, (quantizer, x, _) in matched.items():
-                frozen = state.grids[path] if freeze_scale else None
-                if quantizer.hadamard is None:
-                    grids[path] = fit_grid(x, quantizer, frozen)
-                else:
-                    error, grids[path] = error_and_grid(x, quantizer, frozen)
-                    corrected[path] = pull(path, error)
-            return grids, corrected
-
-        def skip():
-            grids, corrected = fit()  # for the shapes alone
-            grids = (
-                {path: state.grids[path] for path in grids}
-                if freeze_scale
-                else (_unknown(grids))
-            )
-            return grids, {path: matched[path][-1] for path in corrected}
-
-        # While silent, nothing that passes over an array is done: reductions and
-        # rotations stand under a condition. The rest is elementwise and fuses with the
-        # optimizer and `apply_updates`; a condition around it would have to store the
-        # updates in between.
-        if not isinstance(level, (int, float)):
-            active = level != 0
-            grids, corrected = lax.cond(active, fit, skip)
-        elif level:
-            active = True
-            grids, corrected = fit()
-        else:
-            grids = state.grids
-            corrected = {path: update for path, (_, _, update) in matched.items()}
-        for path in matched.keys() - corrected.keys():
-            quantizer, x, update = matched[path]
-            pulled = pull(path, error_on_grid(x, quantizer, grids[path]))
-            corrected[path] = jnp.where(active, pulled, update)
-        updates = rules.map(
-            lambda path, _, __, update: corrected.get(path, update), params, updates
-        )
-        kept = state.grids | grids if freeze_scale else None
+        updates = rules.map(correct, params, updates)
+        grids = state.grids | kept if freeze_scale else None
         measured = state.statistics
         if statistics:
-            measured = _measure(matched, kept, level, factor(count) * level, measured)
-        return updates, CageState(optax.safe_increment(count), kept, measured)
+            measured = _measure(seen, grids, level, coefficient, measured)
+        return updates, CageState(optax.safe_increment(count), grids, measured)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def _fit_if(active, x, quantizer, frozen):
+    """What `fit_for_error` gives if `active`, else zeros and the frozen grid.
+
+    While silent nothing that passes over an array is done: reductions and rotations
+    stand under this condition, and the rest is elementwise and fuses with the optimizer
+    and `apply_updates`. A condition around that too would have to store the updates.
+
+    It also gives `active` back, for the next parameter to wait for: otherwise the
+    intermediate arrays of all parameters are in memory at once, and fresh memory costs
+    a CPU more than the work itself.
+    """
+
+    def fit():
+        return True, *fit_for_error(x, quantizer, frozen)
+
+    def skip():
+        # Like fitted ones, so that they are sharded as those that take their place.
+        grid, turned_back = jax.tree.map(jnp.zeros_like, fit()[1:])
+        return False, grid if frozen is None else frozen, turned_back
+
+    return lax.cond(active, fit, skip)
 
 
 def _value_at(number_or_schedule, count):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -43,6 +45,7 @@ def test_values(format):
     assert (format.low, format.high) == (expected[0], expected[-1])
     assert format.half_range == (expected[-1] - expected[0]) / 2
     assert format.edge == 0.5
+    assert format.step == (0.5 if format in MIDRISE else 1)
     assert format.symmetric == (format not in FULL)
     assert format.has_zero == (format not in MIDRISE)
 
@@ -51,6 +54,20 @@ def test_values_of_four_bits():
     assert Integer(4).values.tolist() == list(range(-7, 8))
     assert Integer(4, narrow=False).values.tolist() == list(range(-8, 8))
     assert MidRise(2).values.tolist() == [-1.5, -0.5, 0.5, 1.5]
+
+
+def test_step_divides_every_value():
+    quarters = _Listed(2, listed=(-0.5, 0.0, 1.25, 6.0))
+    assert quarters.step == 0.25
+    assert _Listed(2, listed=(-1.0, -0.6962, 0.0, 1.0)).step is None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listed(Integer):
+    """Stands for formats whose values are not neighbours."""
+
+    listed: tuple = dataclasses.field(default=(), kw_only=True)
+    values = property(lambda self: np.array(self.listed))
 
 
 @each_format

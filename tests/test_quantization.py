@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import types
 
@@ -21,7 +22,7 @@ from cage_jax import (
     quest,
 )
 from cage_jax.formats import Integer, MidRise
-from cage_jax.quantization import fit_grid
+from cage_jax.quantization import error_from, fit_for_error, fit_grid
 from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax
 
 EPS = float(np.finfo(np.float32).eps)
@@ -568,6 +569,51 @@ def test_the_grid_that_is_found_may_be_given(quantizer, rng):
     quantized = quantize(0.9 * x, quantizer, grid=grid)
     chex.assert_trees_all_equal(dequantize(quantized), other)
     chex.assert_trees_all_equal(quantized.scale, grid.scale)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("rows", [128, 256])
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    [
+        (int4(), None),
+        (int4(symmetric=False, group_size=32), None),
+        (int4(hadamard=64), "int16"),
+        (int4(hadamard=64, group_size=16), "float32"),
+        (int8(hadamard=128), "int16"),
+        (int8(hadamard=128, symmetric=False), "int16"),
+        (quest(1), "int16"),
+        (quest(8), "int16"),
+    ],
+    ids=str,
+)
+def test_the_error_in_two_halves_is_the_error(quantizer, dtype, rows, jit, rng):
+    x = normal(rng, (rows, 3)).at[0, 1].set(jnp.nan)
+    fit = jax.jit(fit_for_error, static_argnums=1) if jit else fit_for_error
+    rest = jax.jit(error_from, static_argnums=1) if jit else error_from
+    grid, turned_back = fit(x, quantizer)
+    assert (turned_back if dtype is None else str(turned_back.dtype)) == dtype
+    # A compiler may contract the last product and difference, so not to the bit.
+    np.testing.assert_allclose(
+        rest(x, quantizer, grid, turned_back),
+        quantization_error(x, quantizer),
+        rtol=0,
+        atol=2 * EPS * float(jnp.nanmax(jnp.abs(x))),
+    )
+
+
+@pytest.mark.parametrize("block", [128, 256])
+def test_the_largest_sums_of_codes_are_turned_back_exactly(block):
+    x = jnp.zeros((block, 1)).at[0].set(1.0)  # rotated, all alike
+    beyond = Fixed(1e-4)
+    quantizer = dataclasses.replace(quest(8), scale=beyond, hadamard=block)
+    grid, turned_back = fit_for_error(x, quantizer)
+    assert turned_back.dtype == (jnp.int16 if block == 128 else jnp.float32)
+    np.testing.assert_allclose(
+        error_from(x, quantizer, grid, turned_back),
+        np.float64(x) * (1 - 127.5 * 1e-4 * np.sqrt(block)),
+        rtol=1e-6,
+    )
 
 
 def test_where_the_scale_is_zero_the_grid_is_found(rng):

@@ -554,6 +554,34 @@ def test_passes_over_an_array_stand_in_a_branch(
     assert f" {instruction}(" not in reached_without_a_branch(text)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "strength", [1.0, cage.silence_then_ramp(100)], ids=["constant", "ramp"]
+)
+@pytest.mark.parametrize(
+    "quantizer", [cage.int4(group_size=128), cage.quest(4)], ids=str
+)
+def test_one_parameter_at_a_time_is_in_memory(quantizer, strength):
+    shape = (1024, 512)
+    bytes_each = 4 * shape[0] * shape[1]
+    rules = cage.Rules([(".*", quantizer)])
+    tx = cage.cage_adamw(1e-3, rules, strength)
+
+    def step(gradients, params, state):  # in the order of what it donates
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def temporaries(count):
+        params = [jax.ShapeDtypeStruct(shape, jnp.float32)] * count
+        state = jax.eval_shape(tx.init, params)
+        step_of_count = jax.jit(step, donate_argnums=(1, 2))
+        compiled = step_of_count.lower(params, params, state).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / bytes_each
+
+    assert temporaries(12) <= 4
+    assert temporaries(12) <= 1.5 * temporaries(1) + 0.1
+
+
 def reached_without_a_branch(text):
     """The text of the computations that an HLO module runs unconditionally."""
     bodies, entry = {}, None
