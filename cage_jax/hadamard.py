@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_LEAST_FOR_ADDITIONS = 2**15
+_LEAST_FOR_ADDITIONS = 2**14
+_NEAR = 32
 
 
 def transform(
@@ -32,17 +33,32 @@ def transform(
     """
     before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     blocks = x.reshape(*before, size // block, block, *after)
+    by_product = functools.partial(_by_product, axis=axis + 1)
+    by_additions = functools.partial(
+        _by_additions if after else _by_product_and_additions, axis=axis + 1
+    )
     # A matrix unit multiplies by the matrix fastest; a CPU adds and subtracts faster,
     # but compiles longer, which small arrays do not repay.
-    if after and additions and x.size >= _LEAST_FOR_ADDITIONS:
-        transformed = lax.platform_dependent(
-            blocks,
-            cpu=functools.partial(_by_additions, axis=axis + 1),
-            default=functools.partial(_by_product, axis=axis + 1),
-        )
+    if x.size < _LEAST_FOR_ADDITIONS or (after and not additions):
+        transformed = by_product(blocks)
     else:
-        transformed = _by_product(blocks, axis + 1)
+        transformed = lax.platform_dependent(
+            blocks, cpu=by_additions, default=by_product
+        )
     return transformed.reshape(x.shape)
+
+
+def _by_product_and_additions(x, axis):
+    """The fast transform of the last axis, whose near neighbours cannot be added fast.
+
+    The sums are of products with a matrix, which a compiler cannot contract with them.
+    """
+    block = x.shape[axis]
+    near = min(block, _NEAR)
+    x = _by_product(x.reshape(*x.shape[:-1], block // near, near), axis + 1)
+    if block > near:
+        x = _by_additions(x, axis)
+    return x.reshape(*x.shape[:-2], block)
 
 
 def _by_product(x, axis):

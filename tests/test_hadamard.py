@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.hadamard import _by_additions, _by_product, transform
+from cage_jax.hadamard import (
+    _LEAST_FOR_ADDITIONS,
+    _by_additions,
+    _by_product,
+    _by_product_and_additions,
+    transform,
+)
 
 BLOCKS = [2, 4, 8, 16, 32, 64, 128, 256]
 
@@ -51,13 +57,39 @@ def test_axes(shape, rng):
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("block", [16, 128])
+def test_large_arrays(block, axis, rng):
+    shape = [8, 8, 8]
+    shape[axis] = 2 * block
+    shape[axis - 1] = 128
+    assert np.prod(shape) >= _LEAST_FOR_ADDITIONS
+    x = rng.standard_normal(shape).astype(np.float32)
+    chex.assert_trees_all_close(
+        np.float64(jax.jit(rotate, static_argnums=(1, 2))(jnp.asarray(x), block, axis)),
+        rotated(x, block, axis),
+        atol=8 * ROUNDING,
+        rtol=0,
+    )
+    codes = jnp.asarray(rng.integers(-128, 128, shape), jnp.float32)
+    exact = np.round(rotated(codes, block, axis) * np.sqrt(block))
+    for additions in (False, True):
+        result = transform(codes, block, axis, additions=additions)
+        np.testing.assert_array_equal(result, exact)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-def test_both_ways_agree(block, rng):
+def test_all_ways_agree(block, rng):
     # A processor with a matrix unit takes the product, which no CPU would run.
     x = jnp.asarray(rng.standard_normal((2, block, 3)), jnp.float32)
-    # Sums of `block` numbers, in two orders.
+    # Sums of `block` numbers, in another order.
+    product = _by_product(x, 1)
     chex.assert_trees_all_close(
-        _by_product(x, 1), _by_additions(x, 1), atol=block * ROUNDING, rtol=0
+        product, _by_additions(x, 1), atol=block * ROUNDING, rtol=0
+    )
+    last = _by_product_and_additions(jnp.moveaxis(x, 1, -1), 2)
+    chex.assert_trees_all_close(
+        product, jnp.moveaxis(last, -1, 1), atol=block * ROUNDING, rtol=0
     )
 
 

@@ -243,6 +243,22 @@ def test_the_same_bits_with_and_without_jit(quantizer, dtype, rng):
     chex.assert_trees_all_equal(compiled(x, quantizer), result)
 
 
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_same_bits_of_a_large_array(axis, group_size, rng):
+    # Large enough for sums in place of a product; a group may be less than a block.
+    x = normal(rng, (256, 128))
+    quantizer = int4(axis=axis, hadamard=128, group_size=group_size)
+    result = fake_quant(x, quantizer)
+    chex.assert_trees_all_equal(compiled(x, quantizer), result)
+    quantized = quantize(x, quantizer)
+    chex.assert_trees_all_equal(dequantize(quantized), result)
+    chex.assert_trees_all_equal(compiled_quantize(x, quantizer), quantized)
+    chex.assert_trees_all_equal(compiled_dequantize(quantized), result)
+    one = jax.jit(lambda x: dequantize(quantize(x, quantizer)))(x)
+    chex.assert_trees_all_equal(one, result)
+
+
 def test_the_same_bits_without_jit_where_the_scale_is_a_mean(rng):
     # A mean may be summed in another order under jit, so that is not compared.
     x = normal(rng, KERNEL)
