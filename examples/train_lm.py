@@ -448,7 +448,9 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
         step += 1
         due = _evaluation(settings.steps, step)
         if due is not None:
+            paused = time.monotonic()
             state = _evaluated(experiment, segment, due, state)
+            shown += time.monotonic() - paused  # the rate is that of the steps
         now = time.monotonic()
         if now - shown > 1 or step == segment.stop:
             loss = float(state.losses[step - 1])
@@ -548,14 +550,15 @@ def check_codes(experiment: Experiment, result: Result, path: Path) -> dict[str,
 
 
 def summary(experiment: Experiment, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row an arm: loss, gap, share recovered, dose, size."""
+    """A row an arm: loss, gap, share recovered if STE lost anything, dose, size."""
     losses = {arm: result.loss for arm, result in results.items()}
     full, ste = losses.get("full"), losses.get("ste")
     rows = []
     for arm, loss in losses.items():
         gap = None if full is None else loss - full
         recovered = None
-        if full is not None and ste is not None and arm not in ("full", "ste"):
+        lost = full is not None and ste is not None and ste > full
+        if lost and arm not in ("full", "ste"):
             recovered = (ste - loss) / (ste - full)
         report = experiment.report
         size = report.bytes_before if arm == "full" else report.bytes_after
@@ -605,7 +608,14 @@ def verdict(results: dict[str, Result]) -> str:
             difference = cage_loss - results[arm].loss
             word = "beats" if difference < 0 else "loses to"
             parts.append(f"{word} {ARMS[arm]} by {abs(difference):.4f} nat")
-    return f"With this one seed CAGE {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    text = f"With this one seed CAGE {'; '.join(parts)}."
+    if {"full", "ste"} <= results.keys() and results["ste"].loss <= results[
+        "full"
+    ].loss:
+        text += " STE lost nothing to full precision here: there was no gap to close."
+    return text
 
 
 def main() -> int:

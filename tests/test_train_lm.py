@@ -159,6 +159,25 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "results.json").read_text())["codes"]["weights_equal"]
 
 
+@pytest.mark.parametrize(
+    ("ste", "recovered", "says"),
+    [(1.5, 0.25, "beats"), (1.1, None, "loses to"), (1.0, None, "loses to")],
+)
+def test_a_share_is_given_where_there_is_a_gap(ste, recovered, says, tmp_path):
+    losses = {"full": 1.1, "ste": ste, "cage": 1.4}
+    results = {
+        arm: train_lm.Result(loss, None, None, None) for arm, loss in losses.items()
+    }
+    experiment = train_lm.Experiment(settings(tmp_path).resolved())
+    rows = {row["arm"]: row for row in train_lm.summary(experiment, results)}
+    share = rows["cage"]["share_recovered"]
+    assert share == (None if recovered is None else pytest.approx(recovered))
+    assert rows["ste"]["share_recovered"] is None
+    verdict = train_lm.verdict(results)
+    assert f"{says} straight through (STE)" in verdict
+    assert ("no gap to close" in verdict) == (recovered is None)
+
+
 def test_gradients_of_microbatches_add_up():
     whole = train_lm.Experiment(settings("unused", batch=4, microbatch=4).resolved())
     parts = train_lm.Experiment(settings("unused", batch=4, microbatch=1).resolved())
