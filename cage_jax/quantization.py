@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, overload
 
@@ -123,8 +124,9 @@ def fake_quant(x, quantizer, *, grid=None):
 def quantize(x, quantizer, *, grid=None):
     """The codes and scales of `x`.
 
-    `dequantize(quantize(x, quantizer))` equals `fake_quant(x, quantizer)` to the bit.
-    No gradient is defined: codes are integers.
+    `dequantize(quantize(x, quantizer))` equals `fake_quant(x, quantizer)` to the bit,
+    with the same `grid` for both. Codes have no gradient, and to differentiate through
+    their scales is an error: `fake_quant` has the straight-through gradient.
 
     Args:
       x: an array of real floats, or a tree of parameters.
@@ -221,14 +223,28 @@ def quantization_error(x, quantizer, *, grid=None):
 
 def _apply(function, x, quantizer, grid):
     if isinstance(quantizer, Rules):
+        if quantizer.misses(x):
+            warnings.warn(
+                f"no parameter is quantized by {quantizer}. Print rules.report(params) "
+                f"to see the paths; a part of a tree has shorter ones.",
+                stacklevel=3,
+            )
         return quantizer.map(
             lambda path, q, leaf: function(leaf, q, _grid_at(grid, path)), x
         )
     if not isinstance(quantizer, Quantizer):
-        called = " Call the preset: int4()." if callable(quantizer) else ""
+        name = getattr(quantizer, "__name__", "int4")
+        called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
         raise TypeError(
             f"`quantizer` must be a Quantizer, or Rules for a tree; got {quantizer!r}."
             f"{called} Use a preset such as int4(), or Rules([(pattern, int4())])."
+        )
+    if isinstance(x, Mapping) or any(
+        hasattr(leaf, "shape") and leaf is not x for leaf in jax.tree.leaves(x)
+    ):
+        raise TypeError(
+            f"`x` must be an array where `quantizer` is a Quantizer; got a tree "
+            f"({type(x).__name__}). Use Rules([('.*', quantizer)]) for a tree."
         )
     return function(x, quantizer, grid)
 
@@ -343,7 +359,23 @@ def _quantize_array(x, quantizer, grid):
     values, _, grid = _fit_and_round(x, quantizer, grid)
     encode = quantizer.format.encode
     zero_point = None if grid.zero_point is None else encode(grid.zero_point)
-    return QuantizedArray(encode(values), grid.scale, zero_point, quantizer, x.dtype)
+    scale = _without_gradient(grid.scale)
+    return QuantizedArray(encode(values), scale, zero_point, quantizer, x.dtype)
+
+
+@jax.custom_vjp
+def _without_gradient(scale):
+    return scale
+
+
+def _refuse_gradient(_, __):
+    raise TypeError(
+        "`quantize` has no gradient, but its result was differentiated. Use "
+        "`fake_quant` in a loss."
+    )
+
+
+_without_gradient.defvjp(lambda scale: (scale, None), _refuse_gradient)
 
 
 def _check_maker(quantized, quantizer, path):

@@ -40,9 +40,9 @@ class Quantizer:
       TypeError, ValueError: for arguments that do not fit together.
 
     Example:
-      >>> from cage_jax.formats import Integer
-      >>> from cage_jax.scales import AbsMax
-      >>> print(Quantizer(Integer(4), AbsMax(), axis=0, group_size=32))
+      >>> import cage_jax as cage
+      >>> format, scale = cage.formats.Integer(4), cage.scales.AbsMax()
+      >>> print(cage.Quantizer(format, scale, axis=0, group_size=32))
       int4 absmax, group 32 of axis 0, identity
     """
 
@@ -297,7 +297,8 @@ def _integer_preset(bits: int):
       TypeError, ValueError: for arguments that do not fit together.
 
     Example:
-      >>> print(int{bits}(group_size=32))
+      >>> import cage_jax as cage
+      >>> print(cage.int{bits}(group_size=32))
       int{bits} absmax, group 32 of axis -2, identity
     """
     return preset
@@ -338,7 +339,8 @@ def quest(
       TypeError, ValueError: for bits out of range and a block not a power of two.
 
     Example:
-      >>> print(quest(4))
+      >>> import cage_jax as cage
+      >>> print(cage.quest(4))
       midrise4 gaussian, axis -2, hadamard 128, clip
 
     Source: QuEST, arXiv 2502.05003, section 3; CAGE, arXiv 2510.18784.

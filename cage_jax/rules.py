@@ -108,6 +108,21 @@ class Rules:
                 results.append(function(path, quantizer, leaf, *other))
         return structure.unflatten(results)
 
+    def misses(self, tree: Any) -> bool:
+        """Whether there is a quantizer here, but none for any leaf of `tree`.
+
+        Args:
+          tree: of arrays.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> cage.Rules([(r"up/kernel", cage.int8())]).misses({"kernel": 1.0})
+          True
+        """
+        if not any(quantizer for _, quantizer in self._rules):
+            return False
+        return not any(map(self.match, flatten_with_paths(tree)[0]))
+
     def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
         """The quantizer and the leaf of each parameter that is quantized, by path.
 
@@ -291,7 +306,8 @@ def _checked(rules) -> tuple[tuple[str, Quantizer | None], ...]:
                 f"{error}. Write '.*' for any text."
             ) from None
         if quantizer is not None and not isinstance(quantizer, Quantizer):
-            called = " Call the preset: int4()." if callable(quantizer) else ""
+            name = getattr(quantizer, "__name__", "int4")
+            called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
             raise TypeError(
                 f"`rules` must map {pattern!r} to a Quantizer or None; got "
                 f"{quantizer!r}.{called} Use {example}."

@@ -36,7 +36,8 @@ def silence_then_ramp(
       TypeError, ValueError: for arguments out of range.
 
     Example:
-      >>> strength = silence_then_ramp(10, peak=10.0, silence=0.8)
+      >>> import cage_jax as cage
+      >>> strength = cage.silence_then_ramp(10, peak=10.0, silence=0.8)
       >>> [float(strength(count)) for count in (7, 8, 9)]
       [0.0, 5.0, 10.0]
 
@@ -73,7 +74,8 @@ def silence_then_constant(
       TypeError, ValueError: for arguments out of range.
 
     Example:
-      >>> strength = silence_then_constant(10, peak=1.0, silence=0.8)
+      >>> import cage_jax as cage
+      >>> strength = cage.silence_then_constant(10, peak=1.0, silence=0.8)
       >>> [float(strength(count)) for count in (7, 8, 9)]
       [0.0, 1.0, 1.0]
 
@@ -113,7 +115,8 @@ def dose(
       TypeError, ValueError: for a number of steps that is not positive.
 
     Example:
-      >>> round(dose(1.2e-3, silence_then_ramp(1000), 1000), 2)
+      >>> import cage_jax as cage
+      >>> round(cage.dose(1.2e-3, cage.silence_then_ramp(1000), 1000), 2)
       1.21
     """
     _check_total_steps(total_steps)

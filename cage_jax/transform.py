@@ -104,7 +104,8 @@ def cage(
       strength: lambda, a number or a schedule from the step's count.
       freeze_scale: keep the grid of each parameter as it is when the pull begins, so
         that a quantizer that is not idempotent does not walk. Give the forward pass
-        the same: `fake_quant(params, rules, grid=tree_get(state, "grids"))`.
+        and what is shipped the same: `fake_quant(params, rules, grid=grids)` and
+        `quantize(params, rules, grid=grids)` with `grids = tree_get(state, "grids")`.
       statistics: keep `CageStatistics` in the state; every step is quantized then.
 
     Returns:
@@ -266,7 +267,19 @@ def _after(name, inner, learning_rate, correction):
             )
         return state
 
-    return optax.GradientTransformationExtraArgs(init, both.update)
+    def update(updates, state, params=None, **extra_args):
+        _check_params(params)  # before `inner` misses them in its own words
+        return both.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_params(params):
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`, since the correction is computed "
+            "from them; got None. Use tx.update(updates, state, params)."
+        )
 
 
 def _cage_states(state):
@@ -324,11 +337,7 @@ def _correction(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "`params` must be given to `update`, since the correction is computed "
-                "from them; got None. Use tx.update(updates, state, params)."
-            )
+        _check_params(params)
         count = state.cage_count
         level = _value_at(strength, count)
 

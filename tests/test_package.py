@@ -1,4 +1,5 @@
 import ast
+import doctest
 import inspect
 import pathlib
 import subprocess
@@ -146,3 +147,29 @@ def test_options_are_keyword_only():
     for name in ("fake_quant", "quantize", "quantization_error"):
         grid = inspect.signature(getattr(cage_jax, name)).parameters["grid"]
         assert grid.kind == inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_quick_start_of_the_readme(tmp_path):
+    readme = (FOLDER.parent / "README.md").read_text()
+    program = readme.split("```python\n")[1].split("```")[0]
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "int4 320 bytes" in run.stdout
+    assert "left alone by rule 2" in run.stdout
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_examples_run_where_they_are_pasted(name):
+    found = doctest.DocTestFinder(recurse=False).find(
+        getattr(cage_jax, name), name, module=cage_jax, globs={}
+    )
+    (example,) = found
+    assert example.examples
+    result = doctest.DocTestRunner().run(example)
+    assert result.attempted == len(example.examples)
+    assert not result.failed

@@ -717,7 +717,14 @@ def test_codes_know_their_quantizer(rng):
 
 ONES = jnp.ones((8, 3))
 BAD = [
-    (ONES, int4, TypeError, "`quantizer` must be a Quantizer", "function", "int4()."),
+    (
+        ONES,
+        int4,
+        TypeError,
+        "`quantizer` must be a Quantizer",
+        "function",
+        "int4(...).",
+    ),
     (ONES, "int4", TypeError, "`quantizer` must be a Quantizer", "'int4'", "int4()"),
     (ONES, None, TypeError, "`quantizer` must be a Quantizer", "None", "Rules(["),
     (ONES, {"a": int4()}, TypeError, "`quantizer` must be", "{'a'", "Rules(["),
@@ -798,3 +805,31 @@ def test_bad_grids(function, quantizer, grid, error, value, remedy):
 def test_bad_grids_of_a_tree(grid, error, message):
     with pytest.raises(error, match="^`a`: " + message):
         fake_quant({"a": ONES}, Rules([("a", int4())]), grid=grid)
+
+
+@pytest.mark.parametrize("function", [fake_quant, quantize, quantization_error])
+@pytest.mark.parametrize(
+    "tree", [{"kernel": jnp.ones((8, 3))}, [jnp.ones((8, 3))], {}], ids=str
+)
+def test_a_tree_needs_rules(function, tree):
+    with pytest.raises(
+        TypeError, match=r"got a tree.*Rules\(\[\('\.\*', quantizer\)\]\)"
+    ):
+        function(tree, int4())
+
+
+@pytest.mark.parametrize("function", [fake_quant, quantize])
+def test_rules_that_quantize_nothing_are_warned_of(function):
+    part = {"kernel": jnp.ones((8, 3))}
+    with pytest.warns(UserWarning, match="no parameter is quantized"):
+        function(part, Rules([("dense/kernel", int4())]))
+    function(part, Rules([(".*", None)]))  # as was asked for
+
+
+def test_codes_are_not_differentiated(rng):
+    x = normal(rng, (8, 3))
+    with pytest.raises(TypeError, match=r"`quantize` has no gradient.*fake_quant"):
+        jax.grad(lambda x: dequantize(quantize(x, int4())).sum())(x)
+    # What does not reach the loss may be there.
+    both = jax.grad(lambda x: (x.sum(), quantize(x, int4())), has_aux=True)(x)
+    chex.assert_trees_all_equal(both[0], jnp.ones_like(x))
