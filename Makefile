@@ -17,7 +17,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: help demo test lint format bench clean
 help:
 	@echo "make demo    train small models with CAGE and see what it buys (12 minutes)"
-	@echo "make test    run the tests (EXTRAS=test,torch for those that need PyTorch)"
+	@echo "make test    run the tests (EXTRAS=test,oracles for those that need PyTorch and others)"
 	@echo "make lint    check format, style and types"
 	@echo "make bench   measure the figures of benchmarks/README.md (over an hour)"
 	@echo "make clean   remove the virtual environment and what the demo wrote"

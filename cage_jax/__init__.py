@@ -8,14 +8,37 @@ what is shipped (`quantize`).
 from importlib.metadata import PackageNotFoundError, version
 
 from cage_jax.optimizers import cage_adamw, cage_sgd
+from cage_jax.presets import (
+    binary,
+    ct_w4a16,
+    ct_w8a8,
+    fp8,
+    int2,
+    int3,
+    int4,
+    int8,
+    lsq,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    nf4,
+    nvfp4,
+    q4_0,
+    q4_1,
+    q8_0,
+    quest,
+    ternary,
+)
 from cage_jax.quantization import (
     QuantizedArray,
     dequantize,
     fake_quant,
     quantization_error,
     quantize,
+    with_grids,
 )
-from cage_jax.quantizers import Quantizer, int2, int3, int4, int8, quest
+from cage_jax.quantizers import Quantizer
+from cage_jax.rotation import choose_rotation
 from cage_jax.rules import Rules
 from cage_jax.schedules import dose, silence_then_constant, silence_then_ramp
 from cage_jax.transform import cage, decoupled, post_step
@@ -24,23 +47,39 @@ __all__ = [
     "QuantizedArray",
     "Quantizer",
     "Rules",
+    "binary",
     "cage",
     "cage_adamw",
     "cage_sgd",
+    "choose_rotation",
+    "ct_w4a16",
+    "ct_w8a8",
     "decoupled",
     "dequantize",
     "dose",
     "fake_quant",
+    "fp8",
     "int2",
     "int3",
     "int4",
     "int8",
+    "lsq",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
     "post_step",
+    "q4_0",
+    "q4_1",
+    "q8_0",
     "quantization_error",
     "quantize",
     "quest",
     "silence_then_constant",
     "silence_then_ramp",
+    "ternary",
+    "with_grids",
 ]
 
 try:

@@ -7,19 +7,29 @@ elementwise on values that were already divided by the scale.
 import abc
 import dataclasses
 import functools
+import itertools
 import math
+from typing import Literal, get_args
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+from cage_jax.exact import power_below
 
-@dataclasses.dataclass(frozen=True)
+Ties = Literal["even", "away", "up"]
+FloatName = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
+
+
 class Format(abc.ABC):
     """A finite grid of values and the codes that stand for them.
 
     `round` maps a float to the nearest value of the grid (and saturates), `encode`
     maps such a value to its code and `decode` maps the code back, exactly. So
     `decode(encode(round(x)))` equals `round(x)` to the bit.
+
+    Attributes:
+      bits: width of a code.
     """
 
     bits: int
@@ -39,12 +49,28 @@ class Format(abc.ABC):
         """The nearest value of the grid, in the dtype of `x`; NaN stays NaN."""
 
     @abc.abstractmethod
+    def neighbours(self, x):
+        """The values of the grid next to `x`, not above and not below it.
+
+        Beyond its ends, the first is the end of the grid. A value of the grid is one of
+        its own neighbours; NaN stays NaN.
+        """
+
+    @abc.abstractmethod
     def encode(self, value):
         """The codes of grid values; the code of NaN is unspecified but valid."""
 
     @abc.abstractmethod
     def decode(self, codes, dtype):
         """The grid values of `codes`, as `dtype`."""
+
+    @abc.abstractmethod
+    def to_index(self, codes):
+        """The `bits` bits of each code as they lie in a file, uint8."""
+
+    @abc.abstractmethod
+    def from_index(self, index):
+        """The codes of such bits."""
 
     @property
     def low(self) -> float:
@@ -90,39 +116,81 @@ class Format(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Integer(Format):
-    """Signed integers of 2 to 8 bits.
+    """Integers of 2 to 8 bits.
 
     Args:
       bits: width of a code.
       narrow: leave the most negative code out, so that the grid is symmetric:
         -7..7 for 4 bits. Otherwise the full range is used: -8..7.
+      signed: False for 0..15 for 4 bits; `narrow` has no meaning then and is False.
+      ties: where a value halfway between two integers goes: to the even one, away
+        from zero, or up. "up" adds a half in floating point, as GGUF's code does, so
+        that the value just below a half goes up too.
     """
 
+    bits: int
     narrow: bool = True
+    _: dataclasses.KW_ONLY
+    signed: bool = True
+    ties: Ties = "even"
 
     def __post_init__(self):
         _check_bits(self.bits, 2, 8, "Integer")
+        if self.ties not in get_args(Ties):
+            raise ValueError(
+                f"`ties` must be one of {get_args(Ties)}; got {self.ties!r}. Use "
+                f"'even' unless a file format rounds otherwise."
+            )
+        if self.narrow and not self.signed:
+            raise ValueError(
+                f"`narrow` must be False for unsigned integers; got narrow=True, "
+                f"signed=False. Use Integer({self.bits}, narrow=False, signed=False)."
+            )
 
     @property
     def values(self) -> np.ndarray:
+        if not self.signed:
+            return np.arange(2**self.bits, dtype=np.float64)
         top = 2 ** (self.bits - 1)
         return np.arange(-top + self.narrow, top, dtype=np.float64)
 
     @property
     def code_dtype(self) -> np.dtype:
-        return _signed_dtype(self.bits)
+        return _integer_dtype(self.bits, self.signed)
 
     def round(self, x):
-        return jnp.clip(jnp.round(x), self.low, self.high)
+        if self.ties == "even":
+            rounded = jnp.round(x)
+        elif self.ties == "away":
+            size = jnp.abs(x)
+            whole = jnp.floor(size)
+            rounded = jnp.sign(x) * (whole + jnp.floor(2 * (size - whole)))
+        else:
+            x = jnp.clip(x, self.low - 1, self.high + 1)
+            # Codes in a file begin at 0. The clip above keeps compilers from
+            # contracting the sum with a product that `x` comes from.
+            rounded = jnp.floor(x + (0.5 - self.low)) + self.low
+        return jnp.clip(rounded, self.low, self.high)
+
+    def neighbours(self, x):
+        below = jnp.clip(jnp.floor(x), self.low, self.high)
+        return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _to_integer(value).astype(self.code_dtype)
+        return _to_integer(value, self.signed).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8).astype(dtype)
+        return codes.astype(jnp.int8 if self.signed else jnp.uint8).astype(dtype)
+
+    def to_index(self, codes):
+        return _low_bits(codes, self.bits)
+
+    def from_index(self, index):
+        return _from_low_bits(index, self.bits, self.signed).astype(self.code_dtype)
 
     def __str__(self):
-        return f"int{self.bits}" + ("" if self.narrow else " full range")
+        ends = "" if self.narrow else " full range"
+        return f"int{self.bits}{ends}" if self.signed else f"uint{self.bits}"
 
 
 # QuEST's clipping points for its own grid (arXiv 2502.05003, published constants).
@@ -146,6 +214,8 @@ class MidRise(Format):
     `2 b / (2**bits - 1)`. The code of level `k + 1/2` is `k`.
     """
 
+    bits: int
+
     def __post_init__(self):
         _check_bits(self.bits, 1, 8, "MidRise")
 
@@ -156,7 +226,7 @@ class MidRise(Format):
 
     @property
     def code_dtype(self) -> np.dtype:
-        return _signed_dtype(self.bits)
+        return _integer_dtype(self.bits, True)
 
     def round(self, x):
         # round(x + 1/2) - 1/2, as in QuEST's own code, half to even. Without the sum,
@@ -166,11 +236,23 @@ class MidRise(Format):
         level = below + jnp.where((x == below) & even, -0.5, 0.5).astype(x.dtype)
         return jnp.clip(level, self.low, self.high)
 
+    def neighbours(self, x):
+        whole = jnp.floor(x)
+        below = jnp.where(x >= whole + 0.5, whole + 0.5, whole - 0.5)
+        below = jnp.clip(below, self.low, self.high)
+        return below, jnp.minimum(below + 1, self.high)
+
     def encode(self, value):
-        return _to_integer(value - 0.5).astype(self.code_dtype)
+        return _to_integer(value - 0.5, True).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
         return codes.astype(jnp.int8).astype(dtype) + 0.5
+
+    def to_index(self, codes):
+        return _low_bits(codes, self.bits)
+
+    def from_index(self, index):
+        return _from_low_bits(index, self.bits, True).astype(self.code_dtype)
 
     @property
     def gaussian_clip(self) -> float:
@@ -178,6 +260,191 @@ class MidRise(Format):
 
     def __str__(self):
         return f"midrise{self.bits}"
+
+
+_FLOATS = {
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Float(Format):
+    """Floating point of 4, 6 or 8 bits, as the Open Compute Project defines them.
+
+    Values beyond the largest saturate; infinities and NaN are no codes. Codes of 6 bits
+    are held in float8_e4m3fn, since jax has no narrower type for them.
+
+    Args:
+      name: "e2m1" (FP4), "e2m3" or "e3m2" (FP6), "e4m3" or "e5m2" (FP8): bits of
+        exponent and mantissa.
+    """
+
+    name: FloatName
+
+    def __post_init__(self):
+        if self.name not in _FLOATS:
+            raise ValueError(
+                f"`name` must be one of {list(_FLOATS)}; got {self.name!r}. Use "
+                f"'e4m3' for FP8."
+            )
+
+    @property
+    def _type(self) -> np.dtype:
+        return np.dtype(_FLOATS[self.name])
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return ml_dtypes.finfo(self._type).bits
+
+    @property
+    def values(self) -> np.ndarray:
+        every = np.arange(2**self.bits, dtype=np.uint8).view(self._type)
+        every = every.astype(np.float64)
+        return np.unique(every[np.isfinite(every)])
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        return np.dtype(jnp.float8_e4m3fn) if self.bits == 6 else self._type
+
+    def round(self, x):
+        x = jnp.clip(x, self.low, self.high)
+        step = self._step(x)
+        return jnp.round(x / step) * step
+
+    def neighbours(self, x):
+        x = jnp.clip(x, self.low, self.high)
+        step = self._step(x)
+        below = jnp.floor(x / step) * step
+        return below, jnp.minimum(below + step, self.high)
+
+    def _step(self, x):
+        """The distance of values around `x`, a power of two."""
+        own = ml_dtypes.finfo(self._type)
+        return jnp.maximum(power_below(x), 2.0 ** int(own.minexp)) * 2.0**-own.nmant
+
+    def encode(self, value):
+        return jnp.where(jnp.isnan(value), 0, value).astype(self.code_dtype)
+
+    def decode(self, codes, dtype):
+        return codes.astype(dtype)
+
+    def to_index(self, codes):
+        values = np.asarray(codes).astype(np.float32)
+        return values.astype(self._type).view(np.uint8)
+
+    def from_index(self, index):
+        values = np.asarray(index, np.uint8).view(self._type).astype(np.float32)
+        return jnp.asarray(values.astype(self.code_dtype))
+
+    def __str__(self):
+        return f"fp{self.bits} {self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook(Format):
+    """Any 2 to 256 values; the code of a value is its place among them.
+
+    A value halfway between two goes to the lower one.
+
+    Args:
+      levels: the values, ascending.
+      name: what the codebook is called.
+    """
+
+    levels: tuple[float, ...]
+    name: str = "codebook"
+
+    def __post_init__(self):
+        levels = self.levels
+        if not isinstance(levels, tuple) or not 2 <= len(levels) <= 256:
+            raise ValueError(
+                f"`levels` must be a tuple of 2 to 256 numbers; got {levels!r}. Use "
+                f"tuple(values)."
+            )
+        if not all(a < b < math.inf for a, b in itertools.pairwise(levels)):
+            raise ValueError(
+                f"`levels` must be finite and ascending; got {levels}. Use "
+                f"tuple(sorted(set(values)))."
+            )
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def values(self) -> np.ndarray:
+        return np.array(self.levels, np.float64)
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        return _integer_dtype(self.bits, False)
+
+    def round(self, x):
+        value = jnp.where(jnp.isnan(x), x, self.low)
+        for middle, level in zip(self._middles(x.dtype), self.levels[1:]):
+            value = jnp.where(x > middle, level, value)
+        return value.astype(x.dtype)
+
+    def neighbours(self, x):
+        below = above = jnp.where(jnp.isnan(x), x, self.low)
+        for lower, level in zip(self.levels, self.levels[1:]):
+            above = jnp.where(x > lower, level, above)
+            below = jnp.where(x >= level, level, below)
+        above = jnp.where(x == below, below, above)
+        return below.astype(x.dtype), above.astype(x.dtype)
+
+    def _middles(self, dtype):
+        """The largest numbers of `dtype` that still go down."""
+        exact = (self.values[1:] + self.values[:-1]) / 2
+        middles = exact.astype(dtype)
+        below = np.nextafter(middles, np.array(-np.inf, dtype))
+        return np.where(middles > exact, below, middles)
+
+    def encode(self, value):
+        index = jnp.zeros(value.shape, jnp.uint8)
+        for middle in self._middles(value.dtype):
+            index += (value > middle).astype(jnp.uint8)
+        return index.astype(self.code_dtype)
+
+    def decode(self, codes, dtype):
+        return jnp.asarray(self.values, dtype)[codes.astype(jnp.int32)]
+
+    def to_index(self, codes):
+        return np.asarray(codes.astype(jnp.uint8))
+
+    def from_index(self, index):
+        return jnp.asarray(index, jnp.uint8).astype(self.code_dtype)
+
+    def __str__(self):
+        return self.name
+
+
+# QLoRA (arXiv 2305.14314), appendix E: quantiles of N(0, 1), with a zero.
+NF4 = Codebook(
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "nf4",
+)
 
 
 def _check_bits(bits, least, most, name):
@@ -193,16 +460,26 @@ def _check_bits(bits, least, most, name):
         )
 
 
-def _signed_dtype(bits):
-    return jnp.dtype(
-        {1: jnp.int2, 2: jnp.int2, 3: jnp.int4, 4: jnp.int4}.get(bits, jnp.int8)
-    )
+def _integer_dtype(bits, signed):
+    width = next(width for width in (2, 4, 8) if bits <= width)
+    return jnp.dtype(f"int{width}" if signed else f"uint{width}")
 
 
-def _to_integer(value):
+def _to_integer(value, signed):
     # A NaN has no integer: give it a code that is the same on every backend. Its
     # scale is NaN, so it never becomes a number again.
-    return jnp.where(jnp.isnan(value), 0, value).astype(jnp.int8)
+    integer = jnp.int8 if signed else jnp.uint8
+    return jnp.where(jnp.isnan(value), 0, value).astype(integer)
+
+
+def _low_bits(codes, bits):
+    wide = codes.astype(jnp.int32) & (2**bits - 1)
+    return np.asarray(wide.astype(jnp.uint8))
+
+
+def _from_low_bits(index, bits, signed):
+    wide = jnp.asarray(index, jnp.int32)
+    return jnp.where(signed & (wide >= 2 ** (bits - 1)), wide - 2**bits, wide)
 
 
 @functools.cache

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import math
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from cage_jax.exact import divide, rounded
 from cage_jax.hadamard import transform
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.quantizers import Quantizer
@@ -22,18 +26,23 @@ _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "scale", "zero_point"),
+    data_fields=("codes", "scale", "zero_point", "offset", "tensor_divisor"),
     meta_fields=("quantizer", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """The codes and scales of an array: what is shipped. A pytree.
 
+    value = scale / tensor_divisor * (code value - zero_point) + offset, rotated back
+    where the quantizer rotates.
+
     Attributes:
-      codes: of the array's shape, in the narrowest integer dtype jax has.
-      scale: float32 (float64 for a float64 array); of the array's shape with each
-        shared axis counting its groups.
+      codes: of the array's shape, in the narrowest dtype jax has.
+      scale: in the dtype of the quantizer's scale type, else float32 (float64 for a
+        float64 array); of the array's shape with each shared axis counting its groups.
       zero_point: the code of real zero, shaped as `scale`; None when symmetric.
+      offset: the value of code 0, shaped and typed as `scale`, or None.
+      tensor_divisor: float32, one entry per tensor, or None.
       quantizer: what made it (static).
       dtype: of the array before and after (static).
 
@@ -49,6 +58,8 @@ class QuantizedArray:
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None
+    offset: jax.Array | None
+    tensor_divisor: jax.Array | None
     quantizer: Quantizer
     dtype: jnp.dtype
 
@@ -65,26 +76,138 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes, packed, with scales and zero points."""
-        return -(-self.quantizer.storage_bits(self.shape, self.scale.dtype) // 8)
+        return -(-self.quantizer.storage_bits(self.shape, self._wide) // 8)
+
+    def to_bytes(self) -> bytes:
+        """All that is stored, `nbytes` bytes; for arrays on this machine.
+
+        The codes in the order of the array, then the zero points, each of `bits` bits,
+        the lowest bit first and without gaps; then scales, offsets and the tensors'
+        divisors in their own dtypes, little-endian.
+        """
+        index = self.quantizer.format.to_index
+        numbers = [index(self.codes).ravel()]
+        if self.zero_point is not None:
+            numbers.append(index(self.zero_point).ravel())
+        bits = np.unpackbits(
+            np.concatenate(numbers)[:, None], axis=1, count=self.bits, bitorder="little"
+        )
+        parts = [np.packbits(bits, bitorder="little").tobytes()]
+        for array in (self.scale, self.offset, self.tensor_divisor):
+            if array is not None:
+                parts.append(np.asarray(array).tobytes())
+        return b"".join(parts)
+
+    @classmethod
+    def from_bytes(
+        cls,
+        data: bytes,
+        quantizer: Quantizer,
+        shape: tuple[int, ...],
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "QuantizedArray":
+        """What `to_bytes` packed.
+
+        Args:
+          data: of `to_bytes`.
+          quantizer: what made the array.
+          shape: of the array.
+          dtype: of the array before and after.
+
+        Raises:
+          ValueError: for bytes that are too few or too many.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> import jax.numpy as jnp
+          >>> quantized = cage.quantize(jnp.ones((32, 2)), cage.int4())
+          >>> data = quantized.to_bytes()
+          >>> len(data)
+          40
+          >>> again = cage.QuantizedArray.from_bytes(data, cage.int4(), (32, 2))
+          >>> bool((cage.dequantize(again) == cage.dequantize(quantized)).all())
+          True
+        """
+        dtype, wide = jnp.dtype(dtype), compute_dtype(dtype)
+        expected = -(-quantizer.storage_bits(shape, wide) // 8)
+        if len(data) != expected:
+            raise ValueError(
+                f"`data` must have {expected} bytes for shape {shape} and quantizer "
+                f"{quantizer}; got {len(data)}. Give the shape and the quantizer of "
+                f"the array that was packed."
+            )
+        count, groups = math.prod(shape), quantizer.scale_shape(shape)
+        total = count + (math.prod(groups) if quantizer.asymmetric else 0)
+        place = -(-total * quantizer.bits // 8)
+        packed = np.frombuffer(data, np.uint8, place)
+        bits = np.unpackbits(packed, count=total * quantizer.bits, bitorder="little")
+        index = np.packbits(
+            bits.reshape(total, quantizer.bits), axis=1, bitorder="little"
+        )[:, 0]
+
+        def read(size, kind):
+            nonlocal place
+            array = np.frombuffer(data, kind, math.prod(size), place).reshape(size)
+            place += array.nbytes
+            return jnp.asarray(array)
+
+        from_index = quantizer.format.from_index
+        scale_dtype = quantizer.scale_type.dtype or wide
+        divided = quantizer.scale_type.has_tensor_divisor
+        return cls(
+            codes=from_index(index[:count].reshape(shape)),
+            zero_point=from_index(index[count:].reshape(groups))
+            if quantizer.asymmetric
+            else None,
+            scale=read(groups, scale_dtype),
+            offset=read(groups, scale_dtype) if quantizer.scale.has_offset else None,
+            tensor_divisor=read(quantizer.tensor_shape(shape), wide)
+            if divided
+            else None,
+            quantizer=quantizer,
+            dtype=dtype,
+        )
+
+    @property
+    def byte_dtype(self) -> np.dtype:
+        """A dtype of one byte that holds the codes."""
+        dtype = self.codes.dtype
+        if jnp.issubdtype(dtype, jnp.floating):
+            return np.dtype(jnp.float8_e4m3fn) if self.bits < 8 else dtype
+        signed = jnp.issubdtype(dtype, jnp.signedinteger)
+        return np.dtype(np.int8 if signed else np.uint8)
+
+    @property
+    def _wide(self):
+        return compute_dtype(self.dtype)
 
 
 @overload
 def fake_quant(
-    x: jax.Array, quantizer: Quantizer, *, grid: Grid | None = None
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    grid: Grid | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array: ...
 @overload
 def fake_quant(
-    x: Any, quantizer: Rules, *, grid: Mapping[str, Grid] | None = None
+    x: Any,
+    quantizer: Rules,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+    key: jax.Array | None = None,
 ) -> Any: ...
-def fake_quant(x, quantizer, *, grid=None):
+def fake_quant(x, quantizer, *, grid=None, key=None):
     """Quantizes and dequantizes `x`, with a straight-through gradient.
 
     Computed in float32 (float64 for float64); the dtype is kept. The gradient goes to
     `x` as the quantizer's `gradient` says (identity, clip, trust; in the rotated basis
-    where there is a rotation), never to the scale: the gradient of
-    `loss(fake_quant(params, rules))` is exactly the gradient of the loss at the
-    quantized parameters, under that mask. It can be differentiated in reverse any
-    number of times; forward mode (`jax.jvp`) is not defined.
+    where there is a rotation): the gradient of `loss(fake_quant(params, rules))` is
+    exactly the gradient of the loss at the quantized parameters, under that mask. It
+    goes to the scale where that is learned (LSQ), and to no other scale. It can be
+    differentiated in reverse any number of times; forward mode (`jax.jvp`) is not
+    defined.
 
     An all-zero group gives zeros (tiny numbers where the grid has no zero). A NaN or
     an infinity makes its whole group NaN.
@@ -96,7 +219,10 @@ def fake_quant(x, quantizer, *, grid=None):
       grid: where the grid lies, instead of what the scale rule finds in `x`: a `Grid`
         for an array, a dict from path to `Grid` for a tree (such as the `grids` in
         the state of `cage(..., freeze_scale=True)`). Where its scale is 0 the grid is
-        found in `x`.
+        found in `x`. A learned grid must be given, here or in `x` by `with_grids`;
+        where its scale is not positive the group becomes NaN.
+      key: of `jax.random`, needed for stochastic rounding and for nothing else; in a
+        tree each parameter draws its own numbers from it.
 
     Returns:
       An array, or a tree, like `x`.
@@ -118,10 +244,10 @@ def fake_quant(x, quantizer, *, grid=None):
 
     Source: Bengio et al., arXiv 1308.3432 (straight through); QuEST, arXiv 2502.05003.
     """
-    return _apply(_fake_quant_array, x, quantizer, grid)
+    return _apply(_fake_quant_array, x, quantizer, grid, key)
 
 
-def quantize(x, quantizer, *, grid=None):
+def quantize(x, quantizer, *, grid=None, key=None):
     """The codes and scales of `x`.
 
     `dequantize(quantize(x, quantizer))` equals `fake_quant(x, quantizer)` to the bit,
@@ -132,6 +258,7 @@ def quantize(x, quantizer, *, grid=None):
       x: an array of real floats, or a tree of parameters.
       quantizer: a `Quantizer` for an array, `Rules` for a tree.
       grid: as in `fake_quant`.
+      key: as in `fake_quant`.
 
     Returns:
       A `QuantizedArray`, or a tree like `x` with one in place of each parameter that a
@@ -147,7 +274,7 @@ def quantize(x, quantizer, *, grid=None):
       >>> quantized.codes.ravel().tolist(), quantized.scale.ravel().tolist()
       ([1, -7, 3], [0.5])
     """
-    return _apply(_quantize_array, x, quantizer, grid)
+    return _apply(_quantize_array, x, quantizer, grid, key)
 
 
 def dequantize(x, quantizer=None):
@@ -192,6 +319,8 @@ def dequantize(x, quantizer=None):
 def quantization_error(x, quantizer, *, grid=None):
     """`x - fake_quant(x)`: what CAGE pulls on. A constant for differentiation.
 
+    Always to the nearest value, also where the quantizer rounds stochastically.
+
     Args:
       x: an array of real floats, or a tree of parameters.
       quantizer: a `Quantizer` for an array, `Rules` for a tree.
@@ -214,14 +343,73 @@ def quantization_error(x, quantizer, *, grid=None):
     if isinstance(quantizer, Rules):
         zeros = jax.tree.map(jnp.zeros_like, x)
         return quantizer.map(
-            lambda path, q, leaf, _: _error_array(leaf, q, _grid_at(grid, path)),
+            lambda path, q, leaf, _: _error_array(leaf, q, grid_at(path, x, grid)),
             x,
             zeros,
         )
     return _apply(_error_array, x, quantizer, grid)
 
 
-def _apply(function, x, quantizer, grid):
+def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
+    """Puts learned grids beside the parameters, so that any optimizer trains both.
+
+    `fake_quant`, `quantize`, `quantization_error` and the CAGE transformations find
+    them there.
+
+    Args:
+      params: a tree of parameters.
+      rules: of which some quantizers are learned, such as `lsq()`.
+
+    Returns:
+      `{"params": params, "grids": {path: Grid}}`, the grids as they are found in the
+      parameters.
+
+    Raises:
+      ValueError: where no rule with a learned quantizer matches.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.lsq(4))])
+      >>> variables = cage.with_grids({"kernel": jnp.ones((8, 4))}, rules)
+      >>> quantized = cage.fake_quant(variables, rules)["params"]
+      >>> round(float(variables["grids"]["kernel"].scale[0, 0]), 4)
+      0.7559
+
+    Source: LSQ, arXiv 1902.08153, section 2.
+    """
+    grids = {
+        path: fit_grid(x, quantizer)
+        for path, (quantizer, x) in rules.quantized(params).items()
+        if quantizer.scale.learned
+    }
+    if not grids:
+        raise ValueError(
+            f"`rules` must match a parameter with a learned quantizer; got {rules}. "
+            f"Use lsq(), or leave the grids out."
+        )
+    return {"params": params, "grids": grids}
+
+
+def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
+    """The grid that is given for a path, else that which `with_grids` put beside it."""
+    if grid is None:
+        beside = isinstance(x, Mapping) and set(x) == {"params", "grids"}
+        return x["grids"].get(path) if beside else None
+    if not isinstance(grid, Mapping):
+        raise TypeError(
+            f"`grid` must map each path to its Grid; got {type(grid).__name__}. Use "
+            f"the `grids` of the state, or a dict."
+        )
+    if path not in grid:
+        raise ValueError(
+            f"`grid` must have an entry for each quantized parameter; got the paths "
+            f"{list(grid)}. Add this one, with scale 0 for a grid found in the array."
+        )
+    return grid[path]
+
+
+def _apply(function, x, quantizer, grid, key=None):
     if isinstance(quantizer, Rules):
         if quantizer.misses(x):
             warnings.warn(
@@ -229,9 +417,20 @@ def _apply(function, x, quantizer, grid):
                 f"to see the paths; a part of a tree has shorter ones.",
                 stacklevel=3,
             )
-        return quantizer.map(
-            lambda path, q, leaf: function(leaf, q, _grid_at(grid, path)), x
-        )
+        drawn = False
+
+        def apply(path, quantizer, leaf):
+            nonlocal drawn
+            own = None
+            if key is not None and quantizer.rounding == "stochastic":
+                drawn = True
+                own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return function(leaf, quantizer, grid_at(path, x, grid), own)
+
+        result = quantizer.map(apply, x)
+        if key is not None and not drawn:
+            raise _unused_key(quantizer)
+        return result
     if not isinstance(quantizer, Quantizer):
         name = getattr(quantizer, "__name__", "int4")
         called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
@@ -246,23 +445,37 @@ def _apply(function, x, quantizer, grid):
             f"`x` must be an array where `quantizer` is a Quantizer; got a tree "
             f"({type(x).__name__}). Use Rules([('.*', quantizer)]) for a tree."
         )
-    return function(x, quantizer, grid)
+    if key is not None and quantizer.rounding != "stochastic":
+        raise _unused_key(quantizer)
+    return function(x, quantizer, grid, key)
 
 
-def _grid_at(grid, path):
-    if grid is None:
-        return None
-    if not isinstance(grid, Mapping):
-        raise TypeError(
-            f"`grid` must map each path to its Grid; got {type(grid).__name__}. Use "
-            f"the `grids` of the state, or a dict."
-        )
-    if path not in grid:
-        raise ValueError(
-            f"`grid` must have an entry for each quantized parameter; got the paths "
-            f"{list(grid)}. Add this one, with scale 0 for a grid found in the array."
-        )
-    return grid[path]
+def _unused_key(quantizer):
+    return ValueError(
+        f"`key` has no meaning without stochastic rounding; got one with {quantizer}. "
+        f"Leave it out, or use dataclasses.replace(quantizer, rounding='stochastic')."
+    )
+
+
+def gaussian_error(quantizer: Quantizer) -> float:
+    """The mean squared error of a quantizer on normal numbers of deviation 1.
+
+    Args:
+      quantizer: anything; a learned grid is taken as it starts, and rounding is to the
+        nearest.
+
+    Returns:
+      The mean over an array of shape (4096, 64) of a fixed seed.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> round(cage.quantization.gaussian_error(cage.quest(4)), 4)
+      0.0115
+    """
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 64)), jnp.float32)
+    grid = fit_grid(x, quantizer) if quantizer.scale.learned else None
+    error = quantization_error(x, quantizer, grid=grid)
+    return float(np.mean(np.square(np.asarray(error, np.float64))))
 
 
 def _is_quantized(leaf):
@@ -296,9 +509,10 @@ def fit_for_error(
       rounded values turned back, without their scale and as narrow as is exact.
     """
     x = lax.stop_gradient(x)
-    values, _, grid = _fit_and_round(x, quantizer, grid)
+    _check_learned(quantizer, grid)
     if quantizer.hadamard is None:
-        return grid, None
+        return fit_grid(x, quantizer, grid), None
+    values, _, grid = _fit_and_round(x, quantizer, grid)
     turned_back = _turned_back(values, quantizer, grid, x.shape)
     if step := _whole_step(quantizer, x.shape):
         turned_back = (turned_back / step).astype(_WHOLE)
@@ -318,54 +532,107 @@ def error_from(
     return x - _scaled(turned_back, quantizer, grid, x)
 
 
-def _fake_quant_array(x, quantizer, grid):
-    x = _checked(x, quantizer, grid)
-    return _straight_through(quantizer, x, grid)
+def _fake_quant_array(x, quantizer, grid, key):
+    x = _checked(x, quantizer, grid, key)
+    return _straight_through(quantizer, x, grid, _noise(x, quantizer, key))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(quantizer, x, grid):
-    values, _, grid = _fit_and_round(x, quantizer, grid)
+def _straight_through(quantizer, x, grid, noise):
+    values, _, grid = _fit_and_round(x, quantizer, grid, noise)
     return _restore(values, quantizer, grid, x)
 
 
-def _straight_through_forward(quantizer, x, grid):
-    mask = None
-    if quantizer.gradient != "identity":
-        _, position, _ = _fit_and_round(x, quantizer, grid)
-        mask = _passes(position, quantizer)
+def _straight_through_forward(quantizer, x, grid, noise):
+    saved = grid, noise, None, None
+    if quantizer.scale.learned:
+        saved = grid, noise, x, None
+    elif quantizer.gradient != "identity":
+        _, position, _ = _fit_and_round(x, quantizer, grid, noise)
+        saved = grid, noise, None, _passes(position, quantizer)
     # Calling the function itself, not its body, keeps the second derivative: reverse
     # over reverse differentiates this rule's own code.
-    return _straight_through(quantizer, x, grid), (mask, grid)
+    return _straight_through(quantizer, x, grid, noise), saved
 
 
-def _straight_through_backward(quantizer, residuals, cotangent):
-    mask, grid = residuals
-    no_gradient = jax.tree.map(jnp.zeros_like, grid)
+def _straight_through_backward(quantizer, saved, cotangent):
+    grid, noise, x, mask = saved
+    grid_gradient = jax.tree.map(jnp.zeros_like, grid)
+    no_gradient = jax.tree.map(jnp.zeros_like, noise)
+    gradient = cotangent
+    if mask is not None or x is not None:
+        # The rotation is orthonormal: its transpose rotates back.
+        gradient = _transformed(cotangent, quantizer)
+    if x is not None:
+        values, position, _ = _fit_and_round(x, quantizer, grid, noise)
+        mask = _passes(position, quantizer)
+        grid_gradient = _learned_gradient(
+            gradient * _factor(quantizer), values, position, mask, quantizer, grid
+        )
+        if quantizer.gradient == "identity":
+            return cotangent, grid_gradient, no_gradient
     if mask is None:
-        return cotangent, no_gradient
-    # The rotation is its own transpose and, but for the factor, its own inverse.
-    gradient = _transformed(cotangent, quantizer)
+        return cotangent, grid_gradient, no_gradient
     gradient = jnp.where(mask, gradient, jnp.zeros_like(gradient))
-    gradient = _transformed(gradient, quantizer) * _factor(quantizer) ** 2
-    return gradient.astype(cotangent.dtype), no_gradient
+    gradient = _rotated_back(gradient, quantizer) * _factor(quantizer) ** 2
+    return gradient.astype(cotangent.dtype), grid_gradient, no_gradient
+
+
+def _learned_gradient(gradient, values, position, mask, quantizer, grid):
+    """LSQ's: of `scale * round(x / scale)` with a straight-through round."""
+    shape = gradient.shape
+    split, axes = _split(shape, quantizer)
+    count = math.prod(split[axis] for axis in axes)
+    share = (count * quantizer.format.high) ** -0.5
+
+    def of_group(parts):
+        total = jnp.sum(parts.reshape(split), axis=axes)
+        return total.reshape(quantizer.scale_shape(shape)) * share
+
+    inside = mask.astype(gradient.dtype)
+    found = jax.tree.map(jnp.zeros_like, grid)
+    scale = of_group(gradient * (values - inside * position))
+    found = found._replace(scale=scale.astype(grid.scale.dtype))
+    if grid.offset is not None:
+        offset = of_group(gradient * (1 - inside))
+        found = found._replace(offset=offset.astype(grid.offset.dtype))
+    return found
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
-def _quantize_array(x, quantizer, grid):
-    x = _checked(x, quantizer, grid)
-    values, _, grid = _fit_and_round(x, quantizer, grid)
+def _noise(x, quantizer, key):
+    """Uniform numbers for stochastic rounding, or None."""
+    if key is None:
+        return None
+    return jax.random.uniform(key, x.shape, compute_dtype(x.dtype))
+
+
+def _quantize_array(x, quantizer, grid, key):
+    x = _checked(x, quantizer, grid, key)
+    noise = _noise(x, quantizer, key)
+    values, _, grid = _fit_and_round(x, quantizer, grid, noise)
     encode = quantizer.format.encode
-    zero_point = None if grid.zero_point is None else encode(grid.zero_point)
-    scale = _without_gradient(grid.scale)
-    return QuantizedArray(encode(values), scale, zero_point, quantizer, x.dtype)
+
+    def stored(number):
+        dtype = quantizer.scale_type.dtype or number.dtype
+        return _without_gradient(number).astype(dtype)
+
+    return QuantizedArray(
+        codes=encode(values),
+        scale=stored(grid.scale),
+        zero_point=None if grid.zero_point is None else encode(grid.zero_point),
+        offset=None if grid.offset is None else stored(grid.offset),
+        tensor_divisor=grid.tensor_divisor,
+        quantizer=quantizer,
+        dtype=x.dtype,
+    )
 
 
 @jax.custom_vjp
-def _without_gradient(scale):
-    return scale
+def _without_gradient(number):
+    return number
 
 
 def _refuse_gradient(_, __):
@@ -375,7 +642,7 @@ def _refuse_gradient(_, __):
     )
 
 
-_without_gradient.defvjp(lambda scale: (scale, None), _refuse_gradient)
+_without_gradient.defvjp(lambda number: (number, None), _refuse_gradient)
 
 
 def _check_maker(quantized, quantizer, path):
@@ -389,35 +656,40 @@ def _check_maker(quantized, quantizer, path):
 
 def _dequantize_array(quantized):
     quantizer, dtype = quantized.quantizer, compute_dtype(quantized.dtype)
-    values = quantizer.format.decode(quantized.codes, dtype)
-    zero_point = quantized.zero_point
-    if zero_point is not None:
-        zero_point = quantizer.format.decode(zero_point, dtype)
+    decode = functools.partial(quantizer.format.decode, dtype=dtype)
+    zero_point, offset = quantized.zero_point, quantized.offset
+    grid = Grid(
+        scale=quantized.scale.astype(dtype),
+        zero_point=None if zero_point is None else decode(zero_point),
+        offset=None if offset is None else offset.astype(dtype),
+        tensor_divisor=quantized.tensor_divisor,
+    )
     like = jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
-    return _restore(values, quantizer, Grid(quantized.scale, zero_point), like)
+    return _restore(decode(quantized.codes), quantizer, grid, like)
 
 
-def _error_array(x, quantizer, grid):
-    x = lax.stop_gradient(_checked(x, quantizer, grid))
-    return x - _straight_through(quantizer, x, grid)
+def _error_array(x, quantizer, grid, key=None):
+    x = lax.stop_gradient(_checked(x, quantizer, grid, key, rounds=False))
+    grid = lax.stop_gradient(grid)
+    return x - _straight_through(quantizer, x, grid, None)
 
 
 # --- the way of the data: rotate, fit the grid of each group, round, and back --------
 #
 # Codes and values must come out the same, to the bit, in every program: compilers
 # contract a product and a sum to one operation, turn the division by a broadcast into a
-# product, and gather constants, in one program and not in another. So nothing here
-# divides by a scale, and no sum follows a product that is not exact.
+# product, and gather constants, in one program and not in another. So divisions by a
+# scale and sums after a product are those of `exact`, but where a product is exact.
 #
 # Only `fit_grid` splits `x` into groups. The rest keeps its shape and spreads the grid
 # instead, so that it fuses with what comes before and after.
 
 
-def _fit_and_round(x, quantizer, grid):
+def _fit_and_round(x, quantizer, grid, noise=None):
     """The rounded values of `x`, their unrounded positions, and their grid."""
     transformed = _transformed(x, quantizer)
     grid = _fit(transformed, quantizer, grid)
-    return *_round(transformed, quantizer, grid), grid
+    return *_round(transformed, quantizer, grid, noise), grid
 
 
 def _transformed(x, quantizer):
@@ -426,7 +698,27 @@ def _transformed(x, quantizer):
     if quantizer.hadamard is None:
         return x
     (axis,) = quantizer.groups(x.shape)
-    return transform(x, quantizer.hadamard, axis)
+    return transform(_signed(x, quantizer, axis), quantizer.hadamard, axis)
+
+
+def _rotated_back(x, quantizer, additions=True):
+    """The transpose of `_transformed`; its inverse, up to `_factor` squared."""
+    if quantizer.hadamard is None:
+        return x
+    (axis,) = quantizer.groups(x.shape)
+    x = transform(x, quantizer.hadamard, axis, additions=additions)
+    return _signed(x, quantizer, axis)
+
+
+def _signed(x, quantizer, axis):
+    """`x` times the random signs, if any, which are the same along all other axes."""
+    if quantizer.hadamard_seed is None:
+        return x
+    drawn = np.random.default_rng(quantizer.hadamard_seed).integers(0, 2, x.shape[axis])
+    along = [1] * x.ndim
+    along[axis] = -1
+    signs = jnp.asarray(2 * drawn.reshape(along) - 1, x.dtype)
+    return x * jnp.broadcast_to(signs, x.shape)
 
 
 def _factor(quantizer):
@@ -435,29 +727,68 @@ def _factor(quantizer):
 
 def _fit(transformed, quantizer, grid):
     shape = transformed.shape
+    if quantizer.scale.learned and grid is not None:
+        # A learned scale that is not positive has no values; it must not pass unseen.
+        scale = jnp.where(grid.scale > 0, grid.scale, jnp.nan)
+        return grid._replace(scale=scale.astype(transformed.dtype))
     split, axes = _split(shape, quantizer)
+    tensor_axes = _split_axes(quantizer.tensor_axes(shape), shape, quantizer)
     blocks = (transformed * _factor(quantizer)).reshape(split)
-    fitted = quantizer.scale.fit(blocks, axes, quantizer.format)
-    fitted = jax.tree.map(lambda g: g.reshape(quantizer.scale_shape(shape)), fitted)
-    if grid is None:
-        return fitted
+    fitted = quantizer.scale.fit(
+        blocks, axes, quantizer.format, quantizer.scale_type, tensor_axes
+    )
+    shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
+    fitted = fitted._replace(
+        **{
+            name: g.reshape(shapes[name == "tensor_divisor"])
+            for name, g in fitted._asdict().items()
+            if g is not None
+        }
+    )
+    return fitted if grid is None else _kept(grid, fitted, shapes)
+
+
+def _kept(grid, fitted, shapes):
+    """`grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
     unknown = (grid.scale == 0) | jnp.isnan(fitted.scale)
-    return jax.tree.map(
-        lambda found, kept: jnp.where(unknown, found, kept.astype(found.dtype)),
-        fitted,
-        grid,
+    # A tensor's divisor is found again only with all of its scales.
+    axes = [axis for axis, n in enumerate(shapes[1]) if n != shapes[0][axis]]
+    all_unknown = jnp.all(unknown, axis=axes, keepdims=True).reshape(shapes[1])
+    # What a given grid may lack: then it rounds by what it stores.
+    grid = grid._replace(
+        inverse=1 / grid.step if grid.inverse is None else grid.inverse,
+        origin=grid.offset if grid.origin is None else grid.origin,
+    )
+    return fitted._replace(
+        **{
+            name: jnp.where(
+                all_unknown if name == "tensor_divisor" else unknown,
+                found,
+                getattr(grid, name).astype(found.dtype),
+            )
+            for name, found in fitted._asdict().items()
+            if found is not None
+        }
     )
 
 
-def _round(transformed, quantizer, grid):
-    shape = transformed.shape
-    inverse = _factor(quantizer) / grid.scale
-    position = transformed * _spread(inverse, quantizer, shape)
-    if grid.zero_point is None:
-        return quantizer.format.round(position), position
-    zero_point = _spread(grid.zero_point, quantizer, shape)
-    rounded = quantizer.format.round(jnp.round(position) + zero_point)
-    return rounded, position + zero_point
+def _round(transformed, quantizer, grid, noise=None):
+    shape, format = transformed.shape, quantizer.format
+    spread = functools.partial(_spread, quantizer=quantizer, shape=shape)
+    origin = grid.offset if grid.origin is None else grid.origin
+    if origin is not None:
+        transformed = transformed - spread(origin / _factor(quantizer))
+    if grid.inverse is None:
+        position = divide(transformed, spread(grid.step / _factor(quantizer)))
+    else:
+        position = rounded(transformed * spread(grid.inverse * _factor(quantizer)))
+    if grid.zero_point is not None:
+        position = position + spread(grid.zero_point)
+    if noise is None:
+        return format.round(position), position
+    below, above = format.neighbours(position)
+    up = noise * (above - below) < position - below
+    return jnp.where(up, above, below), position
 
 
 def _restore(values, quantizer, grid, like):
@@ -473,26 +804,32 @@ def _turned_back(values, quantizer, grid, shape):
         values = values - _spread(grid.zero_point, quantizer, shape)
     if quantizer.hadamard is None:
         return values
-    (axis,) = quantizer.groups(shape)
     if _scaled_last(quantizer, shape):
-        return transform(values, quantizer.hadamard, axis)
-    product = values * _spread(grid.scale, quantizer, shape)
-    return transform(product, quantizer.hadamard, axis, additions=False)
+        return _rotated_back(values, quantizer)
+    product = rounded(values * _spread(grid.step, quantizer, shape))
+    if grid.offset is not None:
+        product = product + _spread(grid.offset, quantizer, shape)
+    return _rotated_back(product, quantizer, additions=False)
 
 
 def _scaled(turned_back, quantizer, grid, like):
     factor = _factor(quantizer)
-    if _scaled_last(quantizer, like.shape):
-        factor = _spread(grid.scale * factor, quantizer, like.shape)
-    return (turned_back * factor).astype(like.dtype)
+    if not _scaled_last(quantizer, like.shape):
+        return rounded(turned_back * factor).astype(like.dtype)
+    spread = functools.partial(_spread, quantizer=quantizer, shape=like.shape)
+    product = rounded(turned_back * spread(grid.step * factor))
+    if grid.offset is not None:
+        product = product + spread(grid.offset)
+    return product.astype(like.dtype)
 
 
 def _scaled_last(quantizer, shape):
     """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
     block = quantizer.hadamard
-    return block is None or all(
-        size % block == 0 for size in quantizer.groups(shape).values()
-    )
+    if block is None:
+        return True
+    whole = all(size % block == 0 for size in quantizer.groups(shape).values())
+    return whole and not quantizer.scale.has_offset
 
 
 def _whole_step(quantizer, shape):
@@ -522,6 +859,18 @@ def _split(shape, quantizer):
     return split, tuple(axes)
 
 
+def _split_axes(axes, shape, quantizer):
+    """Those of `_split(shape)` that belong to `axes` of `shape`."""
+    groups, place = quantizer.groups(shape), 0
+    found: list[int] = []
+    for axis, length in enumerate(shape):
+        parts = 1 if groups.get(axis, length) == length else 2
+        if axis in axes:
+            found += range(place, place + parts)
+        place += parts
+    return tuple(found)
+
+
 def _spread(per_group, quantizer, shape):
     """What each group has once, for each element of an array of `shape`."""
     split, axes = _split(shape, quantizer)
@@ -540,7 +889,7 @@ def _passes(position, quantizer):
     return (format.low - slack <= position) & (position <= format.high + slack)
 
 
-def _checked(x, quantizer, grid):
+def _checked(x, quantizer, grid, key, rounds=True):
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -548,9 +897,24 @@ def _checked(x, quantizer, grid):
             f"{_ALLOWED_FLOATS}, or leave it unquantized."
         )
     scale_shape = quantizer.scale_shape(x.shape)
+    _check_learned(quantizer, grid)
     if grid is not None:
         _check_grid(grid, quantizer, x.shape, scale_shape)
+    if rounds and key is None and quantizer.rounding == "stochastic":
+        raise ValueError(
+            f"`key` must be given for stochastic rounding; got None, quantizer "
+            f"{quantizer}. Use a new key of jax.random at each step."
+        )
     return x
+
+
+def _check_learned(quantizer, grid):
+    if quantizer.scale.learned and grid is None:
+        raise ValueError(
+            f"`grid` must be given for a learned scale; got None, quantizer "
+            f"{quantizer}. Use variables = with_grids(params, rules) in place of the "
+            f"parameters."
+        )
 
 
 def _check_grid(grid, quantizer, shape, scale_shape):
@@ -559,16 +923,33 @@ def _check_grid(grid, quantizer, shape, scale_shape):
             f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
             f"Grid(scale, zero_point) of `cage_jax.scales`."
         )
-    if (grid.zero_point is not None) != quantizer.asymmetric:
-        raise ValueError(
-            f"`grid` must have a zero point when the quantizer has one, and none "
-            f"otherwise; got zero_point={grid.zero_point}, quantizer {quantizer}. Take "
-            f"the grid from the state of the same rules."
-        )
-    for name, value in grid._asdict().items():
-        if value is not None and jnp.shape(value) != scale_shape:
+    wants = {
+        "zero_point": quantizer.asymmetric,
+        "offset": quantizer.scale.has_offset,
+        "tensor_divisor": quantizer.scale_type.has_tensor_divisor,
+    }
+    for name, wanted in wants.items():
+        if (getattr(grid, name) is not None) != wanted:
+            text = name.replace("_", " ")
             raise ValueError(
-                f"`grid` must have one {name} for each group, shape {scale_shape}; got "
+                f"`grid` must have a {text} when the quantizer has one, and none "
+                f"otherwise; got {name}={getattr(grid, name)}, quantizer {quantizer}. "
+                f"Take the grid from the state of the same rules."
+            )
+    for name, value in grid._asdict().items():
+        tensor = name == "tensor_divisor"
+        expected = quantizer.tensor_shape(shape) if tensor else scale_shape
+        if value is not None and jnp.shape(value) != expected:
+            each = "tensor" if tensor else "group"
+            raise ValueError(
+                f"`grid` must have one {name} for each {each}, shape {expected}; got "
                 f"shape {jnp.shape(value)}, x.shape={shape}. Take the grid from the "
                 f"state of the same rules."
+            )
+    if quantizer.scale.learned and not isinstance(grid.scale, jax.core.Tracer):
+        least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0
+        if not least > 0:
+            raise ValueError(
+                f"`grid` must have positive learned scales; got {least}. Lower the "
+                f"learning rate of the scales, or start them again by with_grids."
             )

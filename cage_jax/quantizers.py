@@ -6,10 +6,12 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from cage_jax.formats import Format, Integer, MidRise
-from cage_jax.scales import AbsMax, Gaussian, MinMax, ScaleRule
+from cage_jax.formats import Format
+from cage_jax.scale_types import FULL, ScaleType
+from cage_jax.scales import AbsMax, ScaleRule
 
 Gradient = Literal["identity", "clip", "trust"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,15 @@ class Quantizer:
         output channel.
       group_size: how many neighbours along `axis` share a scale; None for all. With
         several axes a tuple, with an entry (or None) for each.
+      scale_type: which numbers a scale can be, such as `PowerOfTwo()`.
       hadamard: block of the Hadamard rotation of `axis` before quantizing and back
         after it; a power of two, or None for no rotation.
+      hadamard_seed: None, or a seed of random signs that values get before they are
+        rotated, so that a row that happens to look like one of the matrix is spread
+        too.
+      rounding: "nearest", or "stochastic": to one of the two neighbours, so that the
+        mean is the value. Then `fake_quant` and `quantize` need a `key`; the error that
+        CAGE pulls on is always to the nearest.
       gradient: what passes straight through: "identity" everything, "clip" where the
         (rotated) value lies within the grid, "trust" where it lies at most half a
         step beyond it (the trust rule of QuEST).
@@ -51,7 +60,10 @@ class Quantizer:
     _: dataclasses.KW_ONLY
     axis: int | tuple[int, ...] | None = -2
     group_size: int | tuple[int | None, ...] | None = None
+    scale_type: ScaleType = FULL
     hadamard: int | None = None
+    hadamard_seed: int | None = None
+    rounding: Rounding = "nearest"
     gradient: Gradient = "identity"
 
     def __post_init__(self):
@@ -65,8 +77,18 @@ class Quantizer:
                 f"`scale` must be a rule such as AbsMax(); got {self.scale!r}. See "
                 f"`cage_jax.scales`; a known scale is Fixed(value)."
             )
-        self.scale.check(self.format)
+        if not isinstance(self.scale_type, ScaleType):
+            raise TypeError(
+                f"`scale_type` must be a ScaleType such as PowerOfTwo(); got "
+                f"{self.scale_type!r}. See `cage_jax.scale_types`."
+            )
+        self.scale.check(self.format, self.scale_type)
         self._check_axes()
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(
+                f"`rounding` must be one of {get_args(Rounding)}; got "
+                f"{self.rounding!r}. Use 'nearest'."
+            )
         if self.gradient not in get_args(Gradient):
             raise ValueError(
                 f"`gradient` must be one of {get_args(Gradient)}; got "
@@ -101,7 +123,18 @@ class Quantizer:
                 )
         block = self.hadamard
         if block is None:
+            if self.hadamard_seed is not None:
+                raise ValueError(
+                    f"`hadamard_seed` has no meaning without a rotation; got "
+                    f"hadamard_seed={self.hadamard_seed}, hadamard=None. Set "
+                    f"`hadamard`, or leave the seed out."
+                )
             return
+        seed = self.hadamard_seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(
+                f"`hadamard_seed` must be an int or None; got {seed!r}. Use 0."
+            )
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(
                 f"`hadamard` must be an int or None; got {block!r}. Use a power of two "
@@ -143,12 +176,25 @@ class Quantizer:
         return self.scale.asymmetric
 
     @property
+    def levels(self) -> int:
+        """How many values a code can stand for."""
+        return len(self.format.values)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the negative of an array gives the negative of its values."""
+        affine = self.scale.asymmetric or self.scale.has_offset
+        return (self.format.symmetric or self.scale.signed) and not affine
+
+    @property
     def idempotent(self) -> bool:
         """Whether quantized values stay as they are when quantized again.
 
         Up to rounding. Under a long pull a quantizer that is not idempotent walks:
         see the norm drift among the statistics of `cage`, and its `freeze_scale`.
         """
+        if self.rounding != "nearest" or not self.scale_type.idempotent(self.format):
+            return False
         return self.scale.idempotent(self.format)
 
     def groups(self, shape: tuple[int, ...]) -> dict[int, int]:
@@ -207,13 +253,36 @@ class Quantizer:
             for axis, length in enumerate(shape)
         )
 
+    def tensor_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes that one tensor spans, for scale types with a scale for each.
+
+        All but the leading ones of a stack: those before the shared axes and before
+        the last two.
+        """
+        first = min([*self.groups(shape), max(len(shape) - 2, 0)])
+        return tuple(range(first, len(shape)))
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of whole tensors."""
+        axes = self.tensor_axes(shape)
+        return tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+
     def storage_bits(self, shape: tuple[int, ...], scale_dtype=jnp.float32) -> int:
-        """Bits of the codes, scales and zero points of an array of `shape`."""
-        scale_bits = 8 * jnp.dtype(scale_dtype).itemsize
-        per_group = scale_bits + (self.bits if self.asymmetric else 0)
-        return self.bits * math.prod(shape) + per_group * math.prod(
-            self.scale_shape(shape)
-        )
+        """Bits of an array of `shape`: its codes and all that its grid stores.
+
+        Args:
+          shape: of the array.
+          scale_dtype: of scales that are stored as they are computed.
+        """
+        scale_bits = 8 * jnp.dtype(self.scale_type.dtype or scale_dtype).itemsize
+        per_group = scale_bits * (2 if self.scale.has_offset else 1)
+        per_group += self.bits if self.asymmetric else 0
+        bits = self.bits * math.prod(shape)
+        bits += per_group * math.prod(self.scale_shape(shape))
+        if self.scale_type.has_tensor_divisor:
+            wide = 8 * jnp.dtype(scale_dtype).itemsize
+            bits += wide * math.prod(self.tensor_shape(shape))
+        return bits
 
     def __str__(self):
         parts = [f"{self.format} {self.scale}"]
@@ -223,133 +292,15 @@ class Quantizer:
             parts.append(f"axis {self.axis}")
         else:
             parts.append(f"group {self.group_size} of axis {self.axis}")
+        if str(self.scale_type):
+            parts.append(str(self.scale_type))
         if self.hadamard is not None:
-            parts.append(f"hadamard {self.hadamard}")
+            signs = "" if self.hadamard_seed is None else " with random signs"
+            parts.append(f"hadamard {self.hadamard}{signs}")
+        if self.rounding != "nearest":
+            parts.append(self.rounding)
         return ", ".join([*parts, self.gradient])
 
 
 def _group_count(length, size):
     return length // size if size else 1
-
-
-def _integer(bits, axis, group_size, symmetric, narrow, scale, hadamard, gradient):
-    if not symmetric and narrow:
-        raise ValueError(
-            "`narrow` has no meaning for an asymmetric grid; got symmetric=False, "
-            "narrow=True. Leave `narrow` out."
-        )
-    format = Integer(bits, symmetric if narrow is None else narrow)
-    if scale is None:
-        scale = AbsMax() if symmetric else MinMax()
-    elif isinstance(scale, ScaleRule) and scale.asymmetric == symmetric:
-        raise ValueError(
-            f"`scale` and `symmetric` must agree; got scale={scale}, symmetric="
-            f"{symmetric}. Leave one of them out."
-        )
-    if gradient is None:
-        clips = isinstance(scale, ScaleRule) and scale.clips(format)
-        gradient = "clip" if clips else "identity"
-    return Quantizer(
-        format,
-        scale,
-        axis=axis,
-        group_size=group_size,
-        hadamard=hadamard,
-        gradient=gradient,
-    )
-
-
-def _integer_preset(bits: int):
-    def preset(
-        *,
-        axis: int | tuple[int, ...] | None = -2,
-        group_size: int | tuple[int | None, ...] | None = None,
-        symmetric: bool = True,
-        narrow: bool | None = None,
-        scale: ScaleRule | None = None,
-        hadamard: int | None = None,
-        gradient: Gradient | None = None,
-    ) -> Quantizer:
-        return _integer(
-            bits, axis, group_size, symmetric, narrow, scale, hadamard, gradient
-        )
-
-    low = -(2 ** (bits - 1))
-    preset.__name__ = preset.__qualname__ = f"int{bits}"
-    preset.__doc__ = f"""Integers of {bits} bits; scale by the largest magnitude.
-
-    Args:
-      axis: the axes that share a scale; None for one scale per tensor.
-      group_size: how many neighbours along `axis` share a scale; None for all.
-      symmetric: without a zero point. False widens the group's range to hold zero
-        and spreads all {2**bits} codes over it.
-      narrow: codes {low + 1}..{-low - 1} instead of {low}..{-low - 1}; by default for
-        symmetric grids, which are idempotent then.
-      scale: another rule than absmax (symmetric) or minmax (asymmetric).
-      hadamard: block of the rotation along `axis`, or None.
-      gradient: what passes straight through; by default "clip" where the scale cuts
-        values off and "identity" where it cannot.
-
-    Returns:
-      A `Quantizer`.
-
-    Raises:
-      TypeError, ValueError: for arguments that do not fit together.
-
-    Example:
-      >>> import cage_jax as cage
-      >>> print(cage.int{bits}(group_size=32))
-      int{bits} absmax, group 32 of axis -2, identity
-    """
-    return preset
-
-
-int2 = _integer_preset(2)
-int3 = _integer_preset(3)
-int4 = _integer_preset(4)
-int8 = _integer_preset(8)
-
-
-def quest(
-    bits: int,
-    *,
-    axis: int = -2,
-    group_size: int | None = None,
-    hadamard: int | None = 128,
-    gradient: Gradient = "clip",
-) -> Quantizer:
-    """The quantizer of QuEST and of the CAGE paper.
-
-    The contracted axis is rotated by a block-Hadamard matrix, scaled by
-    `c * rms` with the MSE-optimal `c` of a unit Gaussian, rounded to the mid-rise
-    grid (2**bits levels, no zero) and rotated back.
-
-    Args:
-      bits: 1 to 8.
-      axis: the contracted axis, which is rotated and shares a scale: -2 for a Dense
-        kernel (one scale per output channel), -1 for activations (one per token).
-      group_size: how many neighbours along `axis` share a scale; None for all.
-      hadamard: block of the rotation; None for no rotation.
-      gradient: "clip" (the CAGE paper's) or "trust" (QuEST's own).
-
-    Returns:
-      A `Quantizer`. It is not idempotent: see `freeze_scale` of `cage`.
-
-    Raises:
-      TypeError, ValueError: for bits out of range and a block not a power of two.
-
-    Example:
-      >>> import cage_jax as cage
-      >>> print(cage.quest(4))
-      midrise4 gaussian, axis -2, hadamard 128, clip
-
-    Source: QuEST, arXiv 2502.05003, section 3; CAGE, arXiv 2510.18784.
-    """
-    return Quantizer(
-        MidRise(bits),
-        Gaussian(),
-        axis=axis,
-        group_size=group_size,
-        hadamard=hadamard,
-        gradient=gradient,
-    )

@@ -12,7 +12,7 @@ import numpy as np
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.quantizers import Quantizer
 from cage_jax.report import Report, Row
-from cage_jax.scales import compute_dtype
+from cage_jax.scales import Grid, compute_dtype
 
 
 class Rules:
@@ -96,7 +96,7 @@ class Rules:
           ...           {"kernel": jnp.ones((4, 4)), "bias": None})
           {'bias': None, 'kernel': 8}
         """
-        paths, leaves, structure = flatten_with_paths(tree)
+        paths, leaves, structure = _flatten(tree)
         others = [structure.flatten_up_to(each) for each in rest]
         results = []
         for path, leaf, *other in zip(paths, leaves, *others):
@@ -121,7 +121,7 @@ class Rules:
         """
         if not any(quantizer for _, quantizer in self._rules):
             return False
-        return not any(map(self.match, flatten_with_paths(tree)[0]))
+        return not any(map(self.match, _flatten(tree)[0]))
 
     def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
         """The quantizer and the leaf of each parameter that is quantized, by path.
@@ -144,7 +144,7 @@ class Rules:
           ['0']
         """
         found = {}
-        paths, leaves, _ = flatten_with_paths(tree)
+        paths, leaves, _ = _flatten(tree)
         for path, leaf in zip(paths, leaves):
             quantizer = self._quantizer(path, leaf)
             if quantizer is None:
@@ -181,7 +181,9 @@ class Rules:
           >>> report.rows[0].bits_per_weight
           8.333333333333334
         """
-        paths, leaves, _ = flatten_with_paths(params)
+        every, leaves, _ = _flatten(params)
+        paths = [path for path, leaf in zip(every, leaves) if not _is_grid(leaf)]
+        leaves = [leaf for leaf in leaves if not _is_grid(leaf)]
         rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
         used = set(map(self._index, paths))
         unused = [
@@ -237,7 +239,7 @@ class Rules:
         return None
 
     def _quantizer(self, path, leaf) -> Quantizer | None:
-        quantizer = self.match(path)
+        quantizer = None if _is_grid(leaf) else self.match(path)
         if quantizer is None:
             return None
         if not hasattr(leaf, "dtype"):
@@ -314,3 +316,12 @@ def _checked(rules) -> tuple[tuple[str, Quantizer | None], ...]:
             )
         checked.append((pattern, quantizer))
     return tuple(checked)
+
+
+def _flatten(tree):
+    """Learned grids are leaves: what they consist of is no parameter of the model."""
+    return flatten_with_paths(tree, is_leaf=_is_grid)
+
+
+def _is_grid(leaf):
+    return isinstance(leaf, Grid)

@@ -10,28 +10,47 @@ a compiler that folds them in one program and not in another.
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from cage_jax.formats import Format
+from cage_jax.exact import divide, power_below, rounded
+from cage_jax.formats import Format, Integer
+from cage_jax.scale_types import FULL, Full, ScaleType, step
 
 
 class Grid(NamedTuple):
-    """Where the grid of each group lies: value = scale * (code value - zero_point).
+    """Where the grid of each group lies.
+
+    value = step * (code value - zero_point) + offset, step = scale / tensor_divisor
 
     Attributes:
-      scale: positive, at least float32; one entry per group. 0 stands for "not known
-        yet", see `fake_quant`.
-      zero_point: the code of real zero as a float of a whole value, or None when the
-        grid is symmetric.
+      scale: as it is stored, at least float32; one entry per group. 0 stands for "not
+        known yet", see `fake_quant`.
+      zero_point: the code of real zero as a float of a whole value, or None.
+      offset: the value of code 0, or None.
+      tensor_divisor: one entry per tensor, or None.
+      inverse: what values less `origin` are multiplied with to be rounded, where a
+        target rounds by other numbers than it stores (GGUF); None for 1 / step.
+      origin: what is taken away before that; None for `offset`.
     """
 
     scale: jax.Array
     zero_point: jax.Array | None = None
+    offset: jax.Array | None = None
+    tensor_divisor: jax.Array | None = None
+    inverse: jax.Array | None = None
+    origin: jax.Array | None = None
+
+    @property
+    def step(self) -> jax.Array:
+        """The distance between neighbouring whole numbers of the format."""
+        return step(self.scale, self.tensor_divisor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +58,23 @@ class ScaleRule(abc.ABC):
     """Reduces groups of values to their grid."""
 
     @abc.abstractmethod
-    def fit(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> Grid:
+    def fit(
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        format: Format,
+        scale_type: ScaleType = FULL,
+        tensor_axes: tuple[int, ...] = (),
+    ) -> Grid:
         """The grid of each group of `x`.
 
         Args:
           x: float32 or float64.
           axes: the axes that a group spans; they are kept with size 1.
           format: the format whose codes the groups will be rounded to.
+          scale_type: which numbers a scale can be.
+          tensor_axes: the axes that a tensor spans, for scale types with one more
+            scale for each tensor.
 
         Returns:
           A `Grid`. An all-zero group gets scale 1 (the smallest normal number where
@@ -53,12 +82,27 @@ class ScaleRule(abc.ABC):
           NaN or an infinity gets a NaN scale, hence no valid value.
         """
 
-    def check(self, format: Format) -> None:
-        """Raises ValueError where the rule does not suit `format`."""
+    def check(self, format: Format, scale_type: ScaleType) -> None:
+        """Raises ValueError where the rule does not suit the format or scale type."""
 
     @property
     def asymmetric(self) -> bool:
         """Whether the rule gives a zero point."""
+        return False
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the rule gives an offset."""
+        return False
+
+    @property
+    def signed(self) -> bool:
+        """Whether the scale takes the sign of the group."""
+        return False
+
+    @property
+    def learned(self) -> bool:
+        """Whether the grid is trained, from a start that the rule finds."""
         return False
 
     @abc.abstractmethod
@@ -79,18 +123,195 @@ class AbsMax(ScaleRule):
     def __post_init__(self):
         _check_positive(self.clip, "clip", "Use 1.0 to keep every value in range.")
 
-    def fit(self, x, axes, format):
-        bound = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-        return Grid(_valid_scale(bound / (format.half_range / self.clip), format))
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound, end = _largest(x, axes), format.half_range / self.clip
+        return _grid(scale_type.store(bound, end, format, tensor_axes))
 
     def clips(self, format):
         return self.clip < 1 or format.high < format.half_range
 
     def idempotent(self, format):
-        return self.clip == 1 and format.symmetric
+        return self.clip == 1 and format.low == -format.high
 
     def __str__(self):
         return "absmax" if self.clip == 1 else f"absmax clip {self.clip:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SignedMax(ScaleRule):
+    """scale = the value of largest size / the lowest value of the format.
+
+    So that value, of either sign, gets the code that has no counterpart, -8 of 4 bits;
+    the scale is negative where the value is positive. The rule of GGUF's Q4_0. Of two
+    values of the same size and opposite sign the first one counts.
+    """
+
+    def check(self, format, scale_type):
+        if format.low >= 0:
+            raise ValueError(
+                f"`scale` SignedMax needs a format with negative values; got format "
+                f"{format}. Use Integer(bits, narrow=False)."
+            )
+        if not scale_type.signed:
+            raise ValueError(
+                f"`scale` SignedMax needs a scale type with a sign; got scale_type "
+                f"{scale_type}. Use Narrow() or Full()."
+            )
+
+    @property
+    def signed(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        size = _largest(x, axes)
+        place = functools.reduce(
+            lambda outer, axis: (
+                outer * x.shape[axis] + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+            ),
+            axes,
+            jnp.zeros(x.shape, jnp.int32),
+        )
+        never = jnp.int32(_count(x, axes))
+
+        def first(sign):
+            found = jnp.where(x == sign * size, place, never)
+            return jnp.min(found, axis=axes, keepdims=True, initial=never)
+
+        bound = jnp.where(first(-1) < first(1), size, -size)
+        return _grid(scale_type.store(bound, -format.low, format, tensor_axes))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return "signed max"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMean(ScaleRule):
+    """The format's smallest positive value stands for the mean of |x|.
+
+    The scale of ternary (BitNet b1.58, arXiv 2402.17764) and binary weights (XNOR-Net,
+    arXiv 1603.05279).
+    """
+
+    def check(self, format, scale_type):
+        if format.high <= 0:
+            raise ValueError(
+                f"`scale` AbsMean needs a format with positive values; got {format}. "
+                f"Use Integer(2) or MidRise(1)."
+            )
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = _mean_size(x, axes)
+        level = float(format.values[format.values > 0][0])
+        return _grid(scale_type.store(bound, level, format, tensor_axes))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        # Of two levels all values have one size; of more the zeros lower the mean.
+        return len(format.values) == 2
+
+    def __str__(self):
+        return "absmean"
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(ScaleRule):
+    """AbsMax, of the smallest bound that `percent` of the values do not exceed."""
+
+    percent: float = 99.9
+
+    def __post_init__(self):
+        _check_positive(self.percent, "percent", "Use 99.9.")
+        if self.percent > 100:
+            raise ValueError(
+                f"`percent` must be at most 100; got {self.percent}. Use AbsMax() to "
+                f"keep every value in range."
+            )
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.percentile(
+            jnp.abs(x), self.percent, axis=axes, keepdims=True, method="higher"
+        )
+        bound = jnp.where(jnp.isfinite(_largest(x, axes)), bound, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return _grid(scale_type.store(bound, format.half_range, format, tensor_axes))
+
+    def clips(self, format):
+        return self.percent < 100 or format.high < format.half_range
+
+    def idempotent(self, format):
+        return self.percent == 100 and format.low == -format.high
+
+    def __str__(self):
+        return f"percentile {self.percent:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(ScaleRule):
+    """AbsMax with the clip, of `count` between `least` and 1, of least squared error.
+
+    Each group is quantized `count` times, so this is slow: it suits weights that are
+    rounded after training, and grids that are found once.
+    """
+
+    count: int = 40
+    least: float = 0.2
+
+    def __post_init__(self):
+        if isinstance(self.count, bool) or not isinstance(self.count, int):
+            raise TypeError(f"`count` must be an int; got {self.count!r}. Use 40.")
+        if self.count < 2:
+            raise ValueError(f"`count` must be at least 2; got {self.count}. Use 40.")
+        _check_positive(self.least, "least", "Use 0.2.")
+        if self.least >= 1:
+            raise ValueError(f"`least` must be below 1; got {self.least}. Use 0.2.")
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        largest = _largest(x, axes)
+        power = jnp.where(jnp.isfinite(largest), _positive(power_below(largest)), 1)
+        # In units in which no square overflows; a tensor's own divisor needs all.
+        unit = jnp.broadcast_to(power, x.shape)
+
+        def stored(clip):
+            end = format.half_range
+            return scale_type.store(largest * clip, end, format, tensor_axes)
+
+        def error(clip):
+            found = stored(clip)
+            steps = jnp.broadcast_to(step(found.scale, found.tensor_divisor), x.shape)
+            value = rounded(format.round(divide(x, steps)) * steps)
+            square = rounded(jnp.square(divide(x - value, unit)))
+            return jnp.sum(square, axis=axes, keepdims=True)
+
+        def better(best, clip):
+            least, kept = best
+            found = error(clip)
+            return (
+                jnp.where(found < least, found, least),
+                jnp.where(found < least, clip, kept),
+            ), None
+
+        clips = jnp.linspace(1, self.least, self.count, dtype=x.dtype)
+        start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
+        (_, clip), _ = lax.scan(better, start, clips)
+        return _grid(stored(clip))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        # Clip 1 has no error on quantized values, unless the grid has uneven ends.
+        return format.low == -format.high
+
+    def __str__(self):
+        return f"searched among {self.count}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +323,10 @@ class Gaussian(ScaleRule):
     (arXiv 2502.05003), the minimum of the closed-form error for the others.
     """
 
-    def fit(self, x, axes, format):
-        # The maximum changes nothing, but keeps compilers from contracting the square
-        # with the sum in one program and not in another.
-        square = jnp.maximum(jnp.square(x), 0)
-        rms = jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
-        factor = format.gaussian_clip / format.half_range
-        return Grid(_valid_scale(rms * factor, format))
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = _rms(x, axes)
+        end = format.half_range / format.gaussian_clip
+        return _grid(scale_type.store(bound, end, format, tensor_axes))
 
     def clips(self, format):
         return True
@@ -129,10 +347,10 @@ class Fixed(ScaleRule):
     def __post_init__(self):
         _check_positive(self.scale, "scale", "Use the distance between two levels.")
 
-    def fit(self, x, axes, format):
-        bound = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-        scale = jnp.where(jnp.isfinite(bound), self.scale, jnp.nan)
-        return Grid(scale.astype(x.dtype))
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.where(jnp.isfinite(_largest(x, axes)), self.scale, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return _grid(scale_type.store(bound, 1.0, format, tensor_axes))
 
     def clips(self, format):
         return True
@@ -146,14 +364,26 @@ class Fixed(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class MinMax(ScaleRule):
-    """Asymmetric: the format's range spans the group's, widened to hold zero.
+    """Asymmetric: the format's range spans the group's.
 
-    scale = (max - min) / (high - low); the zero point is rounded, so that zero is
-    exact.
+    scale = (max - min) / (high - low).
+
+    Args:
+      zero_point: True: the range is widened to hold zero, and the zero point is rounded
+        so that zero is exact. False: code 0 stands for the minimum, as a float (the
+        rule of GGUF's Q4_1).
     """
 
-    def check(self, format):
-        if not format.has_zero or format.edge != 0.5 or format.symmetric:
+    zero_point: bool = True
+
+    def check(self, format, scale_type):
+        if not self.zero_point:
+            if not isinstance(format, Integer) or format.signed:
+                raise ValueError(
+                    f"`scale` MinMax(zero_point=False) needs unsigned integers; got "
+                    f"format {format}. Use Integer(bits, narrow=False, signed=False)."
+                )
+        elif not isinstance(format, Integer) or format.symmetric:
             raise ValueError(
                 f"`scale` MinMax needs an integer format of full range; got format "
                 f"{format}. Use Integer(bits, narrow=False), or AbsMax()."
@@ -161,16 +391,35 @@ class MinMax(ScaleRule):
 
     @property
     def asymmetric(self):
-        return True
+        return self.zero_point
 
-    def fit(self, x, axes, format):
-        top = jnp.max(x, axis=axes, keepdims=True, initial=0)
-        bottom = jnp.min(x, axis=axes, keepdims=True, initial=0)
-        scale = _valid_scale((top - bottom) / (2 * format.half_range), format)
-        zero_point = jnp.clip(
-            jnp.round(format.low - bottom / scale), format.low, format.high
-        )
-        return Grid(scale, zero_point)
+    @property
+    def has_offset(self):
+        return not self.zero_point
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        # The range of a float offset need not hold zero.
+        initial = 0 if self.zero_point else None
+        top = jnp.max(x, axis=axes, keepdims=True, initial=initial)
+        bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
+        end = 2 * format.half_range
+        # Where the difference is no number, that of the quotients is.
+        wide = jnp.isfinite(top) & jnp.isfinite(bottom) & jnp.isinf(top - bottom)
+        ends = jnp.full_like(top, end)
+        halves = divide(top, ends) - divide(bottom, ends)
+        bound = jnp.where(wide, halves, divide(top - bottom, ends))
+        stored = scale_type.store(bound, 1.0, format, tensor_axes)
+        if self.zero_point:
+            zero_point = format.low - divide(bottom, step(*stored[:2]))
+            zero_point = jnp.clip(jnp.round(zero_point), format.low, format.high)
+            return _grid(stored)._replace(zero_point=zero_point)
+        offset = bottom
+        if scale_type.dtype is not None:
+            largest = float(jnp.finfo(scale_type.dtype).max)
+            offset = jnp.clip(bottom, -largest, largest).astype(scale_type.dtype)
+        offset = jnp.where(jnp.isfinite(bottom), offset.astype(x.dtype), jnp.nan)
+        origin = None if stored.inverse is None else bottom
+        return _grid(stored)._replace(offset=offset, origin=origin)
 
     def clips(self, format):
         return False
@@ -179,7 +428,61 @@ class MinMax(ScaleRule):
         return True
 
     def __str__(self):
-        return "minmax"
+        return "minmax" if self.zero_point else "minmax with an offset"
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(ScaleRule):
+    """A scale, and with `offset` an offset, that is trained beside the weights.
+
+    LSQ (arXiv 1902.08153): the gradient of the scale is that of `scale * round(x /
+    scale)` with a straight-through round, times 1 / sqrt(values in a group * highest
+    value of the format). It starts at 2 mean|x| / sqrt(highest value). LSQ+
+    (arXiv 2004.09576) adds an offset, which starts with the scale so that the grid
+    spans the group's values.
+    """
+
+    offset: bool = False
+
+    def check(self, format, scale_type):
+        if format.high <= 0:
+            raise ValueError(
+                f"`scale` Learned needs a format with positive values; got {format}. "
+                f"Use Integer(bits)."
+            )
+        if not isinstance(scale_type, Full):
+            raise ValueError(
+                f"`scale_type` of a learned scale must be Full(), since steps of an "
+                f"optimizer are small; got {scale_type}. Round what is learned when it "
+                f"is shipped."
+            )
+
+    @property
+    def has_offset(self):
+        return self.offset
+
+    @property
+    def learned(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        if not self.offset:
+            bound = 2 * _mean_size(x, axes)
+            end = math.sqrt(format.high)
+            return _grid(scale_type.store(bound, end, format, tensor_axes))
+        span = MinMax(zero_point=False)
+        found = span.fit(x, axes, format, scale_type, tensor_axes)
+        low = rounded(format.low * found.scale)
+        return found._replace(offset=found.offset - low)
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return "learned" + (" with an offset" if self.offset else "")
 
 
 def compute_dtype(dtype) -> np.dtype:
@@ -188,15 +491,36 @@ def compute_dtype(dtype) -> np.dtype:
     return np.promote_types(dtype, np.float32)
 
 
-def _valid_scale(scale, format):
-    """Turns infinity into NaN, and zero into a scale that keeps zeros (almost) zero.
+def _grid(stored):
+    scale, tensor_divisor, inverse = stored
+    return Grid(scale, tensor_divisor=tensor_divisor, inverse=inverse)
 
-    As zero counts what has no finite reciprocal.
-    """
-    tiny = jnp.finfo(scale.dtype).tiny
-    empty = jnp.asarray(1 if format.has_zero else tiny, scale.dtype)
-    scale = jnp.where(scale < tiny, empty, scale)
-    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+def _largest(x, axes):
+    return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+
+
+def _positive(power):
+    return jnp.where(power == 0, 1, power)
+
+
+def _count(x, axes):
+    return math.prod(x.shape[axis] for axis in axes)
+
+
+def _mean_size(x, axes):
+    # The clip keeps the sum of huge values finite.
+    most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
+    sizes = jnp.where(jnp.isfinite(x), jnp.clip(jnp.abs(x), 0, most), jnp.nan)
+    return jnp.mean(sizes, axis=axes, keepdims=True)
+
+
+def _rms(x, axes):
+    # The clip keeps the sum of huge squares finite, and compilers from contracting the
+    # square with the sum in one program and not in another.
+    most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
+    square = jnp.where(jnp.isfinite(x), jnp.clip(jnp.square(x), 0, most), jnp.nan)
+    return jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
 
 
 def _check_positive(value, name, remedy):

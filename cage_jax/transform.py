@@ -16,6 +16,7 @@ Where the correction goes::
 wrong sign and size, and nothing at that place can tell.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from cage_jax.quantization import (
     error_from,
     fit_for_error,
     fit_grid,
+    grid_at,
     quantization_error,
     quantize,
 )
@@ -52,7 +54,7 @@ class CageStatistics(NamedTuple):
       codes_flipped: share of the codes that differ from the step before.
       norm_drift: relative change of the parameters' norm since the pull began.
       reference_norm: the norm when the pull began.
-      previous_codes: the codes at this step, int8, by path.
+      previous_codes: the codes at this step, each a byte, int8, by path.
     """
 
     correction_strength: jax.Array
@@ -355,7 +357,9 @@ def _correction(
             seen[path] = (quantizer, x, update)
             if silent:
                 return update
-            frozen = state.grids[path] if freeze_scale else None
+            frozen = grid_at(path, params, None)  # learned
+            if frozen is None and freeze_scale:
+                frozen = state.grids[path]
             active, kept[path], turned_back = _fit_if(active, x, quantizer, frozen)
             error = error_from(x, quantizer, kept[path], turned_back)
             pulled = update.astype(error.dtype)
@@ -366,7 +370,7 @@ def _correction(
         grids = state.grids | kept if freeze_scale else None
         measured = state.statistics
         if statistics:
-            measured = _measure(seen, grids, level, coefficient, measured)
+            measured = _measure(seen, grids, level, coefficient, measured, params)
         return updates, CageState(optax.safe_increment(count), grids, measured)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -416,13 +420,19 @@ def _first_statistics(quantized):
         *(zero,) * 6,
         reference_norm=_norm(x for _, x in quantized.values()),
         previous_codes={
-            path: quantize(x, quantizer).codes.astype(jnp.int8)
+            path: _bytes(x, quantizer, fit_grid(x, quantizer))
             for path, (quantizer, x) in quantized.items()
         },
     )
 
 
-def _measure(seen, grids, level, coefficient, before):
+def _bytes(x, quantizer, grid):
+    """The codes of the nearest values, each in a byte, to be compared."""
+    codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)
+    return lax.bitcast_convert_type(codes.codes.astype(codes.byte_dtype), jnp.int8)
+
+
+def _measure(seen, grids, level, coefficient, before, params):
     """The statistics of a step.
 
     `seen` has by path the quantizer, the weights where the error is taken, and their
@@ -432,10 +442,12 @@ def _measure(seen, grids, level, coefficient, before):
     errors, ratios, codes = [], [], {}
     flipped, total = jnp.zeros([], jnp.float32), 0
     for path, (quantizer, x, _) in seen.items():
-        grid = grids[path] if grids is not None else None
+        grid = grid_at(path, params, None)
+        if grid is None and grids is not None:
+            grid = grids[path]
         errors.append(_norm([quantization_error(x, quantizer, grid=grid)]))
         ratios.append(_ratio(errors[-1], _norm([x])))
-        codes[path] = quantize(x, quantizer, grid=grid).codes.astype(jnp.int8)
+        codes[path] = _bytes(x, quantizer, grid)
         flipped += jnp.sum(
             codes[path] != before.previous_codes[path], dtype=jnp.float32
         )

@@ -13,6 +13,7 @@ import measurement
 import numpy as np
 import optax
 import optimizer_step
+import presets
 import pytest
 import tables
 
@@ -253,3 +254,13 @@ def test_the_programs_say_what_is_wrong(monkeypatch, capsys, module, arguments, 
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     assert module.main() == 2
     assert text in capsys.readouterr().out
+
+
+# --- presets --------------------------------------------------------------------------
+
+
+def test_the_readme_agrees_with_the_presets():
+    text = presets.README.read_text()
+    assert presets.filled(text) == text, "run python benchmarks/presets.py"
+    with pytest.raises(ValueError, match="must have a place for the table"):
+        presets.filled("no place")

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cage_jax.formats import Format, Integer, MidRise
+from cage_jax.formats import NF4, Codebook, Float, Format, Integer, MidRise
 
 NARROW = [Integer(bits) for bits in range(2, 9)]
 FULL = [Integer(bits, narrow=False) for bits in range(2, 9)]
@@ -176,7 +177,7 @@ def test_the_clip_of_three_levels_is_the_published_one():
 
 @each_format
 def test_is_hashable_and_equal_by_value(format):
-    again = type(format)(*vars(format).values())
+    again = dataclasses.replace(format)
     assert again == format
     assert hash(again) == hash(format)
     assert len({str(f) for f in FORMATS}) == len(set(FORMATS)) == len(FORMATS)
@@ -184,7 +185,7 @@ def test_is_hashable_and_equal_by_value(format):
 
 def test_formats_are_abstract():
     with pytest.raises(TypeError, match="abstract"):
-        Format(4)
+        Format()
 
 
 @pytest.mark.parametrize(
@@ -203,3 +204,120 @@ def test_bad_bits(build, bits, error, remedy):
     with pytest.raises(error, match=rf"^`bits` .*got {bits!r}.*") as caught:
         build(bits)
     assert remedy in str(caught.value)
+
+
+# --- floats and codebooks ------------------------------------------------------------
+
+FLOATS = {
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", list(FLOATS))
+def test_floats_round_as_ml_dtypes(name, jit, rng):
+    format, kind = Float(name), FLOATS[name]
+    limits = ml_dtypes.finfo(kind)
+    assert (format.bits, format.high) == (limits.bits, float(limits.max))
+    sizes = 10.0 ** np.arange(-8, 7)
+    x = (rng.standard_normal((10_000, 1)) * sizes).ravel().astype(np.float32)
+    ties = (format.values[1:] + format.values[:-1]) / 2
+    special = [*format.values, *ties, 0.0, -0.0, np.inf, -np.inf, 1e-45]
+    x = np.concatenate([x, np.float32(special)])
+    expected = np.clip(x, format.low, format.high).astype(kind).astype(np.float32)
+    rounded = (jax.jit(format.round) if jit else format.round)(jnp.asarray(x))
+    assert np.asarray(rounded).tobytes() == expected.tobytes()
+    codes = format.encode(rounded)
+    np.testing.assert_array_equal(format.decode(codes, jnp.float32), expected)
+    index = format.to_index(codes)
+    assert index.tobytes() == expected.astype(kind).view(np.uint8).tobytes()
+    assert np.isnan(format.round(jnp.float32(jnp.nan)))
+
+
+@pytest.mark.parametrize("name", list(FLOATS))
+def test_floats_round_in_float64(name, x64, rng):
+    x = rng.standard_normal(1000) * 5
+    rounded = Float(name).round(jnp.asarray(x))
+    assert rounded.dtype == jnp.float64
+    expected = np.clip(x, Float(name).low, Float(name).high).astype(FLOATS[name])
+    np.testing.assert_array_equal(rounded, expected.astype(np.float64))
+
+
+def test_nf4_is_the_nearest_value_and_the_lower_of_two(rng):
+    x = np.concatenate([rng.uniform(-1.2, 1.2, 5000), NF4.values]).astype(np.float32)
+    values = NF4.values.astype(np.float32)
+    expected = values[np.abs(values[:, None] - x).argmin(0)]
+    np.testing.assert_array_equal(NF4.round(jnp.asarray(x)), expected)
+    pair = Codebook((0.0, 1.0))
+    assert pair.round(jnp.array([0.5, 0.50001, jnp.nan]))[:2].tolist() == [0, 1]
+    assert np.isnan(pair.round(jnp.float32(jnp.nan)))
+    # The middle of these is no float32: what lies next to it on each side differs.
+    thirds = Codebook((0.0, 2 / 3))
+    below = np.float32(1 / 3)
+    assert float(below) > 1 / 3 and float(thirds.round(jnp.float32(below))) > 0
+    assert float(thirds.round(jnp.float32(np.nextafter(below, np.float32(0))))) == 0
+
+
+EVERY = [*FORMATS, *map(Float, FLOATS), NF4, Integer(4, narrow=False, signed=False)]
+
+
+@pytest.mark.parametrize("format", EVERY, ids=str)
+def test_neighbours_and_bits_of_codes(format, rng):
+    values = format.values.astype(np.float32)
+    x = np.concatenate([rng.uniform(1.2 * values[0], 1.2 * values[-1], 2000), values])
+    x = x.astype(np.float32)
+    below, above = map(np.asarray, format.neighbours(jnp.asarray(x)))
+    inside = np.clip(x, values[0], values[-1])
+    place = np.searchsorted(values, inside, side="right") - 1
+    np.testing.assert_array_equal(below, values[place])
+    assert np.all((above >= inside) & (below <= inside))
+    on_grid = np.isin(inside, values)
+    next_value = values[np.minimum(place + 1, len(values) - 1)]
+    assert np.all((above == next_value) | on_grid)
+    codes = format.encode(jnp.asarray(values))
+    index = format.to_index(codes)
+    assert index.dtype == np.uint8 and index.max() < 2**format.bits
+    assert len(np.unique(index)) == len(values)
+    again = format.from_index(index)
+    assert again.dtype == codes.dtype
+    np.testing.assert_array_equal(format.decode(again, jnp.float32), values)
+
+
+@pytest.mark.parametrize(
+    ("ties", "expected"),
+    [
+        ("even", [-2, -2, 0, 0, 2, 2, 0]),
+        ("away", [-3, -2, -1, 1, 2, 3, 0]),
+        ("up", [-2, -1, 0, 1, 2, 3, 1]),
+    ],
+)
+def test_halves(ties, expected):
+    # The last one is the number below a half, which a sum of floats takes up.
+    x = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, np.nextafter(np.float32(0.5), np.float32(0))]
+    signed = ties != "up"
+    format = Integer(4, ties=ties) if signed else Integer(4, False, ties=ties)
+    result = format.round(jnp.asarray(x, jnp.float32)).tolist()
+    assert result[:6] == expected[:6]
+    # GGUF adds 8.5, not 0.5, to a signed code.
+    unsigned = Integer(4, narrow=False, signed=False, ties=ties)
+    assert float(unsigned.round(jnp.float32(x[-1]))) == expected[-1]
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: Float("e8m0"), "`name` must be one of"),
+        (lambda: Codebook((1.0,)), "`levels` must be a tuple of 2 to 256"),
+        (lambda: Codebook([0.0, 1.0]), "`levels` must be a tuple"),
+        (lambda: Codebook((1.0, 0.0)), "`levels` must be finite and ascending"),
+        (lambda: Integer(4, ties="odd"), "`ties` must be one of"),
+        (lambda: Integer(4, signed=False), "`narrow` must be False for unsigned"),
+    ],
+)
+def test_bad_formats(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import CASES, KERNEL, QUANTIZERS
 
@@ -13,13 +14,20 @@ from cage_jax import (
     QuantizedArray,
     Quantizer,
     Rules,
+    cage_adamw,
+    cage_sgd,
     dequantize,
     fake_quant,
+    fp8,
+    int2,
     int4,
     int8,
+    lsq,
+    mxfp4,
     quantization_error,
     quantize,
     quest,
+    with_grids,
 )
 from cage_jax.formats import Integer, MidRise
 from cage_jax.quantization import error_from, fit_for_error, fit_grid
@@ -833,3 +841,237 @@ def test_codes_are_not_differentiated(rng):
     # What does not reach the loss may be there.
     both = jax.grad(lambda x: (x.sum(), quantize(x, int4())), has_aux=True)(x)
     chex.assert_trees_all_equal(both[0], jnp.ones_like(x))
+
+
+# --- stochastic rounding --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [int4(scale=Fixed(0.5)), quest(2, hadamard=4), fp8(), mxfp4(rounding="up")],
+    ids=str,
+)
+def test_stochastic_rounding_has_the_value_as_its_mean(quantizer, rng, key):
+    x = normal(rng, (32, 3)) * 0.5
+    stochastic = dataclasses.replace(quantizer, rounding="stochastic")
+    draws = 4000
+    keys = jax.random.split(key, draws)
+    drawn = jax.jit(jax.vmap(lambda k: fake_quant(x, stochastic, key=k)))(keys)
+    nearest = np.float64(fake_quant(x, quantizer))
+    mean, deviation = np.float64(drawn).mean(0), np.float64(drawn).std(0)
+    # What lies beyond the grid is clipped, and has no such mean.
+    step = np.abs(np.float64(drawn) - nearest).max()
+    inside = np.abs(np.float64(x) - nearest) < step
+    error = np.abs(mean - np.float64(x))[inside]
+    assert np.all(error <= 5 * deviation[inside] / np.sqrt(draws) + 1e-6) or (
+        quantizer.hadamard  # clipped in the rotated basis
+    )
+    assert deviation.max() > 0
+    one = fake_quant(x, stochastic, key=keys[0])
+    quantized = quantize(x, stochastic, key=keys[0])
+    chex.assert_trees_all_equal(dequantize(quantized), one)
+    chex.assert_trees_all_equal(fake_quant(x, stochastic, key=keys[0]), one)
+    assert np.any(np.asarray(one) != np.asarray(drawn[1]))
+    gradient = jax.grad(lambda x: fake_quant(x, stochastic, key=key).sum())(x)
+    if quantizer.gradient == "identity":
+        chex.assert_trees_all_equal(gradient, jnp.ones_like(x))
+    # The pull is to the nearest value.
+    chex.assert_trees_all_equal(
+        quantization_error(x, stochastic), quantization_error(x, quantizer)
+    )
+
+
+def test_each_parameter_draws_its_own_numbers(rng, key):
+    x = normal(rng, (32, 3))
+    stochastic = dataclasses.replace(int2(), rounding="stochastic")
+    rules = Rules([("[ab]", stochastic), ("c", int2())])
+    result = fake_quant({"a": x, "b": x, "c": x}, rules, key=key)
+    assert np.any(np.asarray(result["a"]) != np.asarray(result["b"]))
+    chex.assert_trees_all_equal(result["c"], fake_quant(x, int2()))
+
+
+def test_a_key_is_needed_for_stochastic_rounding_alone(key):
+    x = jnp.ones((8, 3))
+    stochastic = dataclasses.replace(int4(), rounding="stochastic")
+    for function in (fake_quant, quantize):
+        with pytest.raises(ValueError, match="`key` must be given for stochastic"):
+            function(x, stochastic)
+        with pytest.raises(ValueError, match="`key` has no meaning without"):
+            function(x, int4(), key=key)
+        with pytest.raises(ValueError, match="`kernel`: `key` must be given"):
+            function({"kernel": x}, Rules([("kernel", stochastic)]))
+        with pytest.raises(ValueError, match="`key` has no meaning without"):
+            function({"kernel": x}, Rules([("kernel", int4())]), key=key)
+
+
+# --- random signs ---------------------------------------------------------------------
+
+
+@each("int4 hadamard", "quest4", "quest3 groups", "int4 hadamard groups")
+def test_random_signs_are_part_of_the_rotation(quantizer, rng):
+    x, cotangent = normal(rng, KERNEL), normal(rng, KERNEL)
+    signed = dataclasses.replace(quantizer, hadamard_seed=3)
+    signs = np.random.default_rng(3).integers(0, 2, KERNEL[0]) * 2.0 - 1
+    signs = jnp.asarray(signs, jnp.float32)[:, None] * jnp.ones(KERNEL, jnp.float32)
+    expected = signs * compiled(signs * x, quantizer)
+    # A mean may be summed in another order.
+    close = 4 * EPS * float(jnp.abs(x).max())
+    chex.assert_trees_all_close(compiled(x, signed), expected, atol=close, rtol=0)
+    assert np.any(np.asarray(expected) != np.asarray(compiled(x, quantizer)))
+    gradient = signs * pulled_back(signs * x, signs * cotangent, quantizer)
+    tolerance = 40 * EPS * float(jnp.abs(cotangent).max())
+    chex.assert_trees_all_close(
+        pulled_back(x, cotangent, signed), gradient, atol=tolerance, rtol=0
+    )
+    chex.assert_trees_all_equal(dequantize(quantize(x, signed)), fake_quant(x, signed))
+
+
+# --- learned grids --------------------------------------------------------------------
+
+
+def lsq_oracle(x, scale, offset, cotangent, low, high, axes):
+    """Value and gradients of LSQ and LSQ+, in float64, from the papers."""
+    position = (x - offset) / scale
+    rounded = np.clip(np.round(position), low, high)
+    inside = (position >= low) & (position <= high)
+    count = np.prod([x.shape[axis] for axis in axes])
+    share = 1 / np.sqrt(count * high)
+
+    def total(parts):
+        return (cotangent * parts).sum(axis=axes, keepdims=True) * share
+
+    return (
+        rounded * scale + offset,
+        cotangent * inside,
+        total(np.where(inside, rounded - position, rounded)),
+        total(~inside),
+    )
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(("axis", "axes"), [(None, (0, 1)), (-2, (0,))])
+def test_the_gradient_of_a_learned_grid(offset, axis, axes, rng, x64):
+    x, cotangent = (jnp.asarray(rng.standard_normal((32, 4))) for _ in range(2))
+    quantizer = lsq(3, axis=axis, offset=offset)
+    grid = fit_grid(x, quantizer)
+    grid = grid._replace(scale=0.6 * grid.scale)
+    if offset:
+        grid = grid._replace(offset=grid.offset + 0.1)
+    value, pull = jax.vjp(lambda x, grid: fake_quant(x, quantizer, grid=grid), x, grid)
+    gradient, grid_gradient = pull(cotangent)
+    at = 0.0 if grid.offset is None else np.asarray(grid.offset)
+    low, high = quantizer.format.low, quantizer.format.high
+    expected = lsq_oracle(
+        np.asarray(x),
+        np.asarray(grid.scale),
+        at,
+        np.asarray(cotangent),
+        low,
+        high,
+        axes,
+    )
+    assert np.any(np.abs(expected[3]) > 0)  # some values lie beyond
+    found = [value, gradient, grid_gradient.scale]
+    if offset:
+        found.append(grid_gradient.offset)
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_learned_grid_starts_as_in_the_paper(rng):
+    x = rng.standard_normal((32, 4)).astype(np.float32)
+    grid = fit_grid(jnp.asarray(x), lsq(4))
+    expected = 2 * np.abs(x).mean() / np.sqrt(7)
+    np.testing.assert_allclose(grid.scale, [[expected]], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_learned_grids_are_trained_beside_the_weights(rng):
+    rules = Rules([(".*kernel", lsq(2, axis=-2)), ("embed", int4())])
+    params = {
+        "dense": {"kernel": normal(rng, (32, 4)), "bias": jnp.zeros(4)},
+        "embed": normal(rng, (8, 4)),
+    }
+    variables = with_grids(params, rules)
+    assert list(variables["grids"]) == ["dense/kernel"]
+    target = fake_quant(params["dense"]["kernel"], int2()) * 0.7
+
+    def loss(variables):
+        quantized = fake_quant(variables, rules)["params"]
+        return jnp.mean((quantized["dense"]["kernel"] - target) ** 2)
+
+    tx = cage_adamw(0.02, rules, 0.5, statistics=True)
+    state, start, first = tx.init(variables), variables, loss(variables)
+
+    @jax.jit
+    def step(variables, state):
+        gradient = jax.grad(loss)(variables)
+        updates, state = tx.update(gradient, state, variables)
+        return optax.apply_updates(variables, updates), state
+
+    for _ in range(100):
+        variables, state = step(variables, state)
+    assert loss(variables) < 0.5 * first
+    grid, before = (v["grids"]["dense/kernel"] for v in (variables, start))
+    assert np.all(np.asarray(grid.scale) != np.asarray(before.scale))
+    # The correction pulled to the learned grid, and the codes are of that grid.
+    error = quantization_error(variables, rules)["params"]["dense"]["kernel"]
+    x = variables["params"]["dense"]["kernel"]
+    expected = x - fake_quant(x, lsq(2, axis=-2), grid=grid)
+    chex.assert_trees_all_equal(error, expected)
+    codes = quantize(variables, rules)["params"]["dense"]["kernel"]
+    chex.assert_trees_all_equal(codes.scale, grid.scale)
+    report = rules.report(variables)
+    assert "grids" not in str(report)
+
+
+def test_the_pull_is_to_the_learned_grid(rng):
+    quantizer = lsq(3)
+    rules = Rules([("kernel", quantizer)])
+    variables = with_grids({"kernel": normal(rng, (16, 4))}, rules)
+    grid = variables["grids"]["kernel"]._replace(scale=jnp.full((1, 1), 0.3))
+    variables["grids"]["kernel"] = grid
+    x = variables["params"]["kernel"]
+    zeros = jax.tree.map(jnp.zeros_like, variables)
+    for freeze_scale in (False, True):
+        tx = cage_sgd(1.0, rules, 0.5, freeze_scale=freeze_scale)
+        updates, _ = jax.jit(tx.update)(zeros, tx.init(variables), variables)
+        expected = -0.5 * (
+            np.float64(x) - np.float64(fake_quant(x, quantizer, grid=grid))
+        )
+        np.testing.assert_allclose(updates["params"]["kernel"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan")])
+def test_a_learned_scale_that_is_not_positive(scale):
+    x = jnp.ones((8, 3))
+    grid = Grid(jnp.full((1, 1), scale))
+    with pytest.raises(ValueError, match=r"positive learned scales; got .*with_grids"):
+        fake_quant(x, lsq(4), grid=grid)
+    result = jax.jit(lambda grid: fake_quant(x, lsq(4), grid=grid))(grid)
+    assert np.all(np.isnan(result))
+
+
+def test_a_learned_grid_must_be_given():
+    x = jnp.ones((8, 3))
+    for function in (fake_quant, quantize, quantization_error):
+        with pytest.raises(ValueError, match="`grid` must be given for a learned"):
+            function(x, lsq(4))
+    rules = Rules([("kernel", lsq(4))])
+    with pytest.raises(ValueError, match="`kernel`: `grid` must be given"):
+        fake_quant({"kernel": x}, rules)
+    tx = cage_sgd(0.1, rules, 1.0)
+    params = {"kernel": x}
+    with pytest.raises(ValueError, match="`kernel`: `grid` must be given"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="`rules` must match a parameter with a learn"):
+        with_grids({"kernel": x}, Rules([("kernel", int4())]))
+
+
+@pytest.mark.parametrize("cut", [-1, 1])
+def test_bytes_of_another_length(cut):
+    quantized = quantize(jnp.ones((32, 2)), int4())
+    data = quantized.to_bytes()
+    data = data[:cut] if cut < 0 else data + b"0"
+    with pytest.raises(ValueError, match=r"`data` must have 40 bytes.*got (39|41)"):
+        QuantizedArray.from_bytes(data, int4(), (32, 2))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cage_jax.formats import Integer, MidRise
+from cage_jax.scale_types import FULL as FULL_SCALE
 from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax, compute_dtype
 
 FULL = Integer(4, narrow=False)
@@ -165,13 +166,13 @@ def test_what_a_rule_says_of_itself(rule, format, clips, idempotent):
     assert rule.clips(format) == clips
     assert rule.idempotent(format) == idempotent
     assert rule.asymmetric == isinstance(rule, MinMax)
-    rule.check(format)
+    rule.check(format, FULL_SCALE)
 
 
 @pytest.mark.parametrize("format", [Integer(4), MidRise(4)], ids=str)
 def test_minmax_needs_the_full_range(format):
     with pytest.raises(ValueError, match=rf"^`scale` .*got format {format}\. Use "):
-        MinMax().check(format)
+        MinMax().check(format, FULL_SCALE)
 
 
 @pytest.mark.parametrize(

