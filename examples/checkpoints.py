@@ -18,7 +18,7 @@ class RunFolder:
     Args:
       folder: made where it is missing.
       settings: what must be the same for a run to go on; kept as JSON.
-      resume: go on with the run that is in `folder`.
+      resume: go on with the run that is in `folder`; `resumed` says whether one was.
 
     Raises:
       ValueError: for a folder with a run in it when not resuming, and for another
@@ -33,7 +33,8 @@ class RunFolder:
                 f"`--out` must not hold a run already; got {str(folder)!r}. Add "
                 f"--resume to go on with it, or use another folder."
             )
-        if path.exists():
+        self.resumed = path.exists()
+        if self.resumed:
             _compare(folder, json.loads(path.read_text()), settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -9,28 +9,31 @@ import dataclasses
 import json
 import math
 import platform
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import tyro
-from jax import lax
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
+import program
+from program import Limit
 
-import cage_jax as cage
+with program.imports(__name__):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    import tyro
+    from jax import lax
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import StandardScaler
+
+    import cage_jax as cage
 
 Arm = Literal["full", "ptq", "ste", "averaged", "ste0", "cage"]
 ARMS: dict[Arm, str] = {
@@ -55,10 +58,10 @@ class Settings:
 
     bits: tuple[int, ...] = (4, 3, 2)
     """Bits of weights and activations, 1 to 8; one comparison for each."""
-    seeds: int = 5
-    """How many trainings of each arm."""
-    steps: int = 2000
-    """Optimizer steps of a training."""
+    seeds: int | None = None
+    """How many trainings of each arm; by default 5, with --tiny 2."""
+    steps: int | None = None
+    """Optimizer steps of a training; by default 2000, with --tiny 60."""
     strength: float = 10.0
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
@@ -68,60 +71,47 @@ class Settings:
     json: Path | None = None
     """File for all figures, seed by seed."""
     tiny: bool = False
-    """Two seeds of 60 steps, to see that everything works."""
+    """A short run, to see that everything works."""
 
     def resolved(self) -> "Settings":
-        """With the sizes of `tiny`, after checking everything."""
-        settings = self
-        if self.tiny:
-            settings = dataclasses.replace(self, seeds=2, steps=60)
-        _check(settings)
+        """With numbers in place of None, after checking everything."""
+        sizes = {"seeds": 2, "steps": 60} if self.tiny else {"seeds": 5, "steps": 2000}
+        chosen = {name: n for name, n in sizes.items() if getattr(self, name) is None}
+        settings = dataclasses.replace(self, **chosen)
+        program.check(settings, LIMITS)
         return settings
 
 
-def _check(settings: Settings) -> None:
-    bits = settings.bits
-    if not bits or len(set(bits)) < len(bits):
-        raise ValueError(
-            f"`--bits` must name one or more widths, each once; got {list(bits)}. Use "
-            f"--bits 4 3 2."
-        )
-    for width in bits:
-        if not 1 <= width <= 8:
-            raise ValueError(
-                f"`--bits` must be from 1 to 8; got {width}. Full precision is always "
-                f"among the arms."
-            )
-    if settings.seeds < 1:
-        raise ValueError(
-            f"`--seeds` must be at least 1; got {settings.seeds}. Use 5, or 20 for "
-            f"small errors."
-        )
-    if settings.steps < 10:
-        raise ValueError(
-            f"`--steps` must be at least 10, to have a silence and a ramp; got "
-            f"{settings.steps}. Use --tiny for a short run."
-        )
-    if not (settings.strength >= 0 and math.isfinite(settings.strength)):
-        raise ValueError(
-            f"`--strength` must be finite and not negative; got {settings.strength}. "
-            f"The paper uses 10."
-        )
-    if not 0 <= settings.silence < 1:
-        raise ValueError(
-            f"`--silence` must be in [0, 1), a share of the steps; got "
-            f"{settings.silence}. The paper uses 0.8."
-        )
-    if not 0 <= settings.floor <= 1:
-        raise ValueError(
-            f"`--floor` must be in [0, 1], a share of the peak; got {settings.floor}. "
-            f"The paper uses 0.1."
-        )
-    if settings.json is not None and settings.json.is_dir():
-        raise ValueError(
-            f"`--json` must be a file; got the folder {str(settings.json)!r}. Use "
-            f"{str(settings.json / 'digits.json')!r}."
-        )
+LIMITS = (
+    Limit(
+        "bits",
+        lambda bits: 0 < len(bits) == len(set(bits)),
+        "one or more widths, each once",
+        "Use --bits 4 3 2.",
+    ),
+    Limit(
+        "bits",
+        lambda bits: all(1 <= width <= 8 for width in bits),
+        "from 1 to 8",
+        "Full precision is always among the arms.",
+    ),
+    Limit(
+        "seeds",
+        lambda seeds: seeds >= 1,
+        "at least 1",
+        "Use 5, or 20 for small errors.",
+    ),
+    program.STEPS,
+    program.STRENGTH,
+    program.SILENCE,
+    program.FLOOR,
+    Limit(
+        "json",
+        lambda path: path is None or not path.is_dir(),
+        "a file",
+        "Name one in that folder, such as digits.json.",
+    ),
+)
 
 
 # --- data and model -------------------------------------------------------------------
@@ -509,7 +499,7 @@ def announce(settings: Settings, console: Console) -> None:
     trainings = settings.seeds * (1 + 3 * len(settings.bits))
     dose, warning = dose_of(settings)
     work = trainings * settings.steps / 50 / 2000
-    seconds = 4 + 4 * len(settings.bits) + 6 * work
+    seconds = 5 + 8 * len(settings.bits) + 6 * work
     console.print(
         f"An MLP {'-'.join(map(str, LAYERS))} on scikit-learn's digits at {widths}: "
         f"{trainings} trainings of {settings.steps} steps, {settings.seeds} seeds an "
@@ -543,14 +533,14 @@ def main() -> int:
     except ValueError as error:
         console.print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        console.print("stopped; nothing was written.")
-        return 130
     for bits, arms in results.items():
         console.print(arms_table(bits, arms))
     console.print(comparison_table(results))
-    for bits, arms in results.items():
-        console.print(verdict(bits, arms), soft_wrap=True, highlight=False)
+    if settings.tiny:
+        console.print(program.TINY, soft_wrap=True)
+    else:
+        for bits, arms in results.items():
+            console.print(verdict(bits, arms), soft_wrap=True, highlight=False)
     if settings.json is not None:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
         settings.json.write_text(json.dumps(record(settings, results), indent=2) + "\n")
@@ -559,4 +549,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main, stopped="nothing was written.")

@@ -9,38 +9,43 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
+import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
-import tyro
-from checkpoints import RunFolder
-from flax import nnx
-from jax import lax
-from llama import SIZES, Llama, Size
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from text import batch_at, load_text
+import program
+from program import Limit
 
-import cage_jax as cage
+with program.imports(__name__):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    import orbax.checkpoint as ocp
+    import tyro
+    from checkpoints import RunFolder
+    from flax import nnx
+    from jax import lax
+    from llama import SIZES, Llama, Size
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+    from text import batch_at, load_text
+
+    import cage_jax as cage
 
 Arm = Literal["full", "ptq", "ste", "averaged", "ste0", "cage"]
 ARMS: dict[Arm, str] = {
@@ -63,8 +68,8 @@ VALIDATION_BATCHES = 16
 class Settings:
     """Trains a Llama-style byte-level language model at few bits, and compares arms."""
 
-    size: Literal[tuple(SIZES)] = "demo"  # type: ignore[valid-type]
-    """Model and hyperparameters; 30m to 800m are the CAGE paper's."""
+    size: Literal[tuple(SIZES)] | None = None  # type: ignore[valid-type]
+    """Model and hyperparameters, by default demo; 30m to 800m are the CAGE paper's."""
     w_bits: int = 4
     """Bits of the weights in the layers, 1 to 8."""
     a_bits: int = 4
@@ -102,53 +107,59 @@ class Settings:
 
     def resolved(self) -> "Settings":
         """With the size's values in place of None, after checking them all."""
-        name = "tiny" if self.tiny else self.size
+        if self.tiny and self.size not in (None, "tiny"):
+            raise ValueError(
+                f"`--tiny` must come without --size, which it would ignore; got --size "
+                f"{self.size}. Leave one of them out."
+            )
+        name = "tiny" if self.tiny else self.size or "demo"
         size = SIZES[name]
         chosen = {
-            field: getattr(size, field)
-            for field in ("steps", "batch", "sequence", "microbatch", "learning_rate")
-            if getattr(self, field) is None
+            field: value
+            for field, value in dataclasses.asdict(size).items()
+            if getattr(self, field, value) is None
         }
-        chosen["dtype"] = self.dtype or size.dtype
         settings = dataclasses.replace(self, size=name, **chosen)
-        _check(settings)
+        program.check(settings, LIMITS)
         microbatch = min(settings.microbatch, settings.batch)
+        if settings.batch % microbatch:
+            raise ValueError(
+                f"`--microbatch` must divide --batch; got {microbatch} and "
+                f"{settings.batch}. Use a divisor."
+            )
         return dataclasses.replace(settings, microbatch=microbatch)
 
 
-def _check(settings: Settings) -> None:
-    for name in ("steps", "batch", "sequence", "microbatch"):
-        value = getattr(settings, name)
-        if value < 1:
-            raise ValueError(f"`--{name}` must be positive; got {value}. Leave it out.")
-    if settings.steps < 10:
-        raise ValueError(
-            f"`--steps` must be at least 10, for a warm-up and a silence; got "
-            f"{settings.steps}. Use --tiny for a short run."
-        )
-    if settings.batch % min(settings.microbatch, settings.batch):
-        raise ValueError(
-            f"`--microbatch` must divide --batch; got {settings.microbatch} and "
-            f"{settings.batch}. Use a divisor."
-        )
-    if not settings.learning_rate > 0:
-        raise ValueError(
-            f"`--learning-rate` must be positive; got {settings.learning_rate}. Leave "
-            f"it out for the size's own."
-        )
-    if not 0 <= settings.floor <= 1:
-        raise ValueError(
-            f"`--floor` must be in [0, 1], a share of the peak; got {settings.floor}. "
-            f"The paper uses 0.1."
-        )
-    if not settings.arms:
-        raise ValueError(
-            f"`--arms` must name some of {list(ARMS)}. Leave it out for all."
-        )
-    if settings.a_bits != 16 and not 1 <= settings.a_bits <= 8:
-        raise ValueError(
-            f"`--a-bits` must be from 1 to 8, or 16 for none; got {settings.a_bits}."
-        )
+LIMITS = (
+    program.STEPS,
+    *(
+        Limit(field, lambda count: count >= 1, "positive", "Leave it out.")
+        for field in ("batch", "sequence", "microbatch")
+    ),
+    Limit(
+        "learning_rate",
+        lambda rate: 0 < rate < math.inf,
+        "positive and finite",
+        "Leave it out for the size's own.",
+    ),
+    Limit(
+        "w_bits",
+        lambda bits: 1 <= bits <= 8,
+        "from 1 to 8",
+        "Unquantized weights are the arm full.",
+    ),
+    Limit(
+        "a_bits",
+        lambda bits: 1 <= bits <= 8 or bits == 16,
+        "from 1 to 8, or 16 for none",
+        "The paper uses as many as for weights.",
+    ),
+    program.STRENGTH,
+    program.SILENCE,
+    program.FLOOR,
+    Limit("arms", bool, f"some of {' '.join(ARMS)}", "Leave it out for all."),
+    program.OUT,
+)
 
 
 # --- what is trained: the model, its rules, its optimizers ----------------------------
@@ -381,7 +392,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 130 if signal_number == signal.SIGINT else 0
+        self.exit_code = program.STOPPED if signal_number == signal.SIGINT else 0
 
 
 @contextlib.contextmanager
@@ -393,6 +404,8 @@ def _stop_requests() -> Iterator[list[int]]:
         if requests:
             raise KeyboardInterrupt
         requests.append(number)
+        # Not print, which fails where the signal comes while it prints.
+        os.write(2, b"stopping; the steps so far are being saved\n")
 
     before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -431,10 +444,11 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
         step, state = segment.start, jax.tree.map(jnp.copy, ends[segment.parent.name])
     else:
         step, state = 0, experiment.first_state(segment)
-        state = _evaluated(experiment, segment, 0, state)
+        state = jax.block_until_ready(_evaluated(experiment, segment, 0, state))
     total = segment.stop - segment.start
+    status = "done" if step == segment.stop else "compiling"
     task = progress.add_task(
-        segment.name, total=total, completed=step - segment.start, status="compiling"
+        segment.name, total=total, completed=step - segment.start, status=status
     )
     run = experiment.step_of(segment)
     settings = experiment.settings
@@ -448,12 +462,14 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
         step += 1
         due = _evaluation(settings.steps, step)
         if due is not None:
+            # The rate is that of the steps, which may still be under way here.
+            jax.block_until_ready(state)
             paused = time.monotonic()
-            state = _evaluated(experiment, segment, due, state)
-            shown += time.monotonic() - paused  # the rate is that of the steps
-        now = time.monotonic()
-        if now - shown > 1 or step == segment.stop:
-            loss = float(state.losses[step - 1])
+            state = jax.block_until_ready(_evaluated(experiment, segment, due, state))
+            shown += time.monotonic() - paused
+        if time.monotonic() - shown > 1 or step == segment.stop:
+            loss = float(state.losses[step - 1])  # waits for the steps under way
+            now = time.monotonic()
             rate = (step - shown_step) / (now - shown)
             status = f"loss {loss:.4f}  {rate:.1f} steps/s"
             progress.update(task, completed=step - segment.start, status=status)
@@ -466,11 +482,11 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
                     f"the loss of {segment.name} is {loss} at step {step}. Lower "
                     f"--learning-rate, or use more bits."
                 )
-        if stop or step == segment.stop or now - saved > SAVE_SECONDS:
+        if stop or step == segment.stop or time.monotonic() - saved > SAVE_SECONDS:
             folder.save(segment.name, step, state)
             saved = time.monotonic()
-        if stop:
-            raise Stopped(stop[0])
+            if stop:
+                raise Stopped(stop[0])
     return state
 
 
@@ -625,6 +641,12 @@ def main() -> int:
         settings = tyro.cli(Settings, description=__doc__).resolved()
         experiment = Experiment(settings)
         folder = RunFolder(settings.out, _identity(experiment), resume=settings.resume)
+        if settings.resume and not folder.resumed:
+            console.print(
+                f"--resume finds no run in {escape(str(settings.out))}, so this one "
+                f"starts from the beginning.",
+                soft_wrap=True,
+            )
         announce(experiment, console)
         results = results_of(experiment, train(experiment, folder, console))
     except ValueError as error:
@@ -649,10 +671,13 @@ def main() -> int:
             f"The codes of {ARMS[arm]}, saved and loaded back, give {same} validation "
             f"loss: {codes['loss']:.6f}."
         )
-    console.print(verdict(results), soft_wrap=True)
+    outcome = program.TINY if settings.size == "tiny" else verdict(results)
+    if outcome:
+        console.print(outcome, soft_wrap=True)
     write_json(experiment, rows, codes, settings.out / "results.json")
     plot(experiment, results, settings.out / "curves.png")
-    console.print(f"Table, plot and codes are in {settings.out}.", soft_wrap=True)
+    written = "Table, plot and codes" if codes else "Table and plot"
+    console.print(f"{written} are in {escape(str(settings.out))}.", soft_wrap=True)
     return 0
 
 
@@ -709,8 +734,10 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
         if arm not in results:
             continue
         state = results[arm].history
-        left.plot(at, state.validation, color=color, label=ARMS[arm])
-        right.plot(at, state.distance, color=color, label=ARMS[arm])
+        # One line with CAGE before the pull, and next to it afterwards: dashes on top.
+        style = {"linestyle": "--", "zorder": 3} if arm == "ste" else {}
+        for axes, values in ((left, state.validation), (right, state.distance)):
+            axes.plot(at, values, color=color, label=ARMS[arm], **style)
     for arm, marker in (("ptq", "x"), ("averaged", "+")):
         if arm in results:
             left.plot(steps, results[arm].loss, f"k{marker}", label=ARMS[arm], zorder=5)
@@ -720,7 +747,9 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
     left.set_ylim(min(final) - margin / 3, max(final) + 2 * margin)
     left.set(xlabel="step", ylabel="validation loss (nat a byte)")
     right.set(
-        xlabel="step", ylabel="mean ||x - Q(x)|| / ||x||", title="distance to grid"
+        xlabel="step",
+        ylabel="mean ||x - Q(x)|| / ||x||",
+        title="distance of the weights to their grid",
     )
     settings = experiment.settings
     left.set_title(f"W{settings.w_bits}A{settings.a_bits}, seed {settings.seed}")
@@ -735,4 +764,7 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(
+        main,
+        stopped="what was saved before is kept, and --resume goes on from there.",
+    )

@@ -189,6 +189,10 @@ def test_the_verdict_says_who_won(ours, word):
 def test_tiny_is_small():
     settings = digits.Settings(tiny=True).resolved()
     assert (settings.seeds, settings.steps) == (2, 60)
+    settings = digits.Settings(tiny=True, steps=500).resolved()
+    assert (settings.seeds, settings.steps) == (2, 500)
+    settings = digits.Settings().resolved()
+    assert (settings.seeds, settings.steps) == (5, 2000)
 
 
 def test_one_seed_has_no_error_and_no_winner():
@@ -211,8 +215,8 @@ def test_the_dose_is_the_sum_of_rate_times_strength():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"bits": ()}, r"`--bits` must name one or more.*got \[\]"),
-        ({"bits": (4, 4)}, r"each once; got \[4, 4\]"),
+        ({"bits": ()}, r"`--bits` must be one or more.*got none"),
+        ({"bits": (4, 4)}, r"each once; got 4 4"),
         ({"bits": (9,)}, r"`--bits` must be from 1 to 8; got 9"),
         ({"seeds": 0}, r"`--seeds` must be at least 1; got 0"),
         ({"steps": 9}, r"`--steps` must be at least 10.*got 9"),
@@ -238,6 +242,17 @@ def test_the_program_prints_and_writes_all_figures(monkeypatch, tmp_path, capsys
     assert len(written["results"]["W3A3"]["cage"]["train_loss"]) == 2
     printed = capsys.readouterr().out
     assert "W3A3" in printed and "CAGE's dose" in printed
+    assert "W3A3: CAGE" in printed
+
+
+def test_a_tiny_run_has_no_winner(monkeypatch, capsys):
+    arms = dict.fromkeys(digits.ARMS, scores([1.0, 2.0]))
+    monkeypatch.setattr(digits, "run", lambda settings, tell: {4: arms})
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--tiny", "--bits", "4"])
+    assert digits.main() == 0
+    printed = capsys.readouterr().out
+    assert "proves nothing" in printed
+    assert "W4A4: CAGE" not in printed
 
 
 def test_the_program_says_what_is_wrong(monkeypatch, tmp_path, capsys):

@@ -2,6 +2,8 @@ import gc
 import json
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -35,7 +37,7 @@ def as_users_run_it():
 
 def settings(out, **changes):
     values = {"arms": ("ste", "cage"), "tiny": True, "steps": 20, "strength": 300.0}
-    return Settings(out=out, **(values | changes))
+    return Settings(out=Path(out), **(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,8 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "give the same validation loss" in printed
     assert "CAGE's dose is" in printed
+    assert "proves nothing" in printed and "With this one seed" not in printed
+    assert "Table, plot and codes are in" in printed
     record = json.loads((out / "results.json").read_text())
     rows = {row["arm"]: row for row in record["results"]}
     assert list(rows) == list(train_lm.ARMS)
@@ -147,8 +151,12 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     # Finished segments are read, not trained again; another arm's flags fit.
-    monkeypatch.setattr("sys.argv", [*flags, "--resume", "--arms", "ste"])
+    monkeypatch.setattr("sys.argv", [*flags, "--resume", "--arms", "full"])
     assert train_lm.main() == 0
+    printed = capsys.readouterr().out
+    assert "100% done" in printed and "compiling" not in printed
+    assert "finds no run" not in printed
+    assert "Table and plot are in" in printed  # full precision has no codes
     # Neither without --resume nor with another model.
     monkeypatch.setattr("sys.argv", flags)
     assert train_lm.main() == 2
@@ -156,7 +164,61 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*flags, "--resume", "--w-bits", "2"])
     assert train_lm.main() == 2
     assert "w_bits was 4, is 2" in capsys.readouterr().out
-    assert json.loads((out / "results.json").read_text())["codes"]["weights_equal"]
+    rows = json.loads((out / "results.json").read_text())["results"]
+    assert [row["arm"] for row in rows] == ["full"]
+
+
+def test_resuming_nothing_is_said(tmp_path, monkeypatch, capsys):
+    def train(*_):
+        raise train_lm.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(train_lm, "train", train)
+    flags = ["train_lm.py", "--tiny", "--resume", "--out", str(tmp_path / "new")]
+    monkeypatch.setattr("sys.argv", flags)
+    assert train_lm.main() == 130
+    assert "--resume finds no run in" in capsys.readouterr().out
+
+
+def test_the_rate_is_that_of_the_steps(monkeypatch):
+    """Steps of 1 s and evaluations of 10 s are done when somebody waits for them."""
+    now = under_way = 0.0
+
+    def work(seconds, at_once=0.0):
+        nonlocal now, under_way
+        now, under_way = now + at_once, under_way + seconds
+        return state
+
+    def wait(value):
+        nonlocal now, under_way
+        now, under_way = now + under_way, 0.0
+        return value
+
+    class Losses:
+        def __getitem__(self, step):
+            return wait(2.5)
+
+    state = train_lm.State(*[None] * 3, Losses(), None, None)
+    experiment = SimpleNamespace(
+        settings=SimpleNamespace(steps=30, seed=0, batch=1, sequence=2),
+        train=np.zeros(9, np.uint8),
+        first_state=lambda segment: state,
+        step_of=lambda segment: lambda *_: work(1, at_once=0.25),
+    )
+    monkeypatch.setattr(train_lm, "EVALUATIONS", 3)
+    monkeypatch.setattr(train_lm, "_evaluated", lambda *_: work(10))
+    monkeypatch.setattr(train_lm, "time", SimpleNamespace(monotonic=lambda: now))
+    fake = SimpleNamespace(eval_shape=lambda _: None, block_until_ready=wait)
+    monkeypatch.setattr(train_lm, "jax", fake)
+    folder = SimpleNamespace(latest_step=lambda _: None, save=lambda *_: None)
+    shown = []
+    progress = SimpleNamespace(
+        add_task=lambda *_, **__: 0,
+        update=lambda _, **fields: shown.append(fields["status"]),
+        console=SimpleNamespace(is_terminal=True),
+    )
+    segment = train_lm.Segment("full", 0, 30, False, None)
+    train_lm._train_segment(experiment, segment, {}, folder, progress, [])
+    assert shown and set(shown) == {"loss 2.5000  0.8 steps/s"}
 
 
 @pytest.mark.parametrize(
@@ -214,16 +276,24 @@ def test_the_paper_hyperparameters():
         ({"floor": 1.5}, "`--floor` must be in"),
         ({"learning_rate": 0.0}, "`--learning-rate` must be positive"),
         ({"a_bits": 9}, "`--a-bits` must be from 1 to 8"),
-        ({"w_bits": 0}, "`bits` must be from 1 to 8"),
-        ({"silence": 1.0}, "`silence` must be in"),
-        ({"strength": -1.0}, "`peak` must be finite and not negative"),
-        ({"arms": ()}, "`--arms` must name some"),
+        ({"w_bits": 0}, "`--w-bits` must be from 1 to 8"),
+        ({"silence": 1.0}, "`--silence` must be in"),
+        ({"strength": -1.0}, "`--strength` must be finite and not negative"),
+        ({"strength": float("nan")}, "`--strength` must be finite and not negative"),
+        ({"arms": ()}, "`--arms` must be some of"),
+        ({"size": "800m"}, "`--tiny` must come without --size"),
     ],
 )
 def test_bad_settings(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train_lm.run(settings(tmp_path / "new", **changes), CONSOLE)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "new").touch()
+    with pytest.raises(ValueError, match="`--out` must be a folder; got"):
+        train_lm.run(settings(tmp_path / "new"), CONSOLE)
 
 
 @pytest.mark.parametrize(

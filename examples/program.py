@@ -1,0 +1,112 @@
+"""How the programs here start, check their flags, and end."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+# What a shell calls the end by Ctrl-C.
+STOPPED = 130
+TINY = (
+    "A run this small shows only that everything works; it proves nothing about the "
+    "arms."
+)
+
+
+@contextlib.contextmanager
+def imports(name: str) -> Iterator[None]:
+    """Around imports, which take seconds: Ctrl-C and a missing package get one line.
+
+    Args:
+      name: the module's own; where that is imported, errors are the importer's.
+    """
+    if name != "__main__":
+        yield
+        return
+    # Until `run`; not by an exception, which extension modules may turn into another.
+    signal.signal(signal.SIGINT, lambda *_: _leave("nothing was written."))
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the package {error.name!r} must be installed, and is not. Run "
+            f'pip install -e ".[demo]" in the folder of pyproject.toml.'
+        )
+
+
+def run(main: Callable[[], int], *, stopped: str) -> NoReturn:
+    """Ends the process with the status of `main`; `stopped` is said after Ctrl-C."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = main()
+    except KeyboardInterrupt:
+        _leave(stopped)
+    if status == STOPPED:
+        _leave()
+    sys.exit(status)
+
+
+def _leave(stopped: str = "") -> NoReturn:
+    """Ends at once: what XLA still compiles or computes crashes an orderly end."""
+    if stopped:
+        print("stopped;", stopped)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED)
+
+
+class Limit(NamedTuple):
+    """What the value of a flag must be."""
+
+    field: str
+    holds: Callable[[Any], bool]
+    rule: str
+    remedy: str
+
+
+STEPS = Limit(
+    "steps",
+    lambda steps: steps >= 10,
+    "at least 10, for a silence and a ramp",
+    "Use --tiny for a short run.",
+)
+STRENGTH = Limit(
+    "strength",
+    lambda strength: 0 <= strength < math.inf,
+    "finite and not negative",
+    "The paper uses 10.",
+)
+SILENCE = Limit(
+    "silence",
+    lambda silence: 0 <= silence < 1,
+    "in [0, 1), a share of the steps",
+    "The paper uses 0.8.",
+)
+FLOOR = Limit(
+    "floor",
+    lambda floor: 0 <= floor <= 1,
+    "in [0, 1], a share of the peak",
+    "The paper uses 0.1.",
+)
+OUT = Limit(
+    "out", lambda out: out.is_dir() or not out.exists(), "a folder", "Name another."
+)
+
+
+def check(settings: Any, limits: Iterable[Limit]) -> None:
+    """Refuses the first value that is not as it must be, by the name of its flag.
+
+    Raises:
+      ValueError: with the flag, the rule, the value and the remedy.
+    """
+    for field, holds, rule, remedy in limits:
+        value = getattr(settings, field)
+        if holds(value):
+            continue
+        if isinstance(value, tuple):
+            value = " ".join(map(str, value)) or "none"
+        flag = field.replace("_", "-")
+        raise ValueError(f"`--{flag}` must be {rule}; got {value}. {remedy}")
