@@ -11,8 +11,9 @@ from jax import lax
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b`, rounded once."""
-    # That `b` depends on `a`, a compiler has to believe: NaN is unequal to itself.
-    return a / jnp.where(a == a, b, jnp.ones_like(b))
+    # That the divisor depends on `a`, a compiler has to believe: NaN is unequal to
+    # itself. A product, since a selection wants both sharded alike.
+    return a / (b * (a == a).astype(b.dtype))
 
 
 def rounded(product: jax.Array) -> jax.Array:
