@@ -123,6 +123,8 @@ class Integer(Format):
       narrow: leave the most negative code out, so that the grid is symmetric:
         -7..7 for 4 bits. Otherwise the full range is used: -8..7.
       signed: False for 0..15 for 4 bits; `narrow` has no meaning then and is False.
+        The codes are the values less 8 then, since not every program that stores
+        arrays knows unsigned integers of 4 bits.
       ties: where a value halfway between two integers goes: to the even one, away
         from zero, or up. "up" adds a half in floating point, as GGUF's code does, so
         that the value just below a half goes up too.
@@ -156,7 +158,7 @@ class Integer(Format):
 
     @property
     def code_dtype(self) -> np.dtype:
-        return _integer_dtype(self.bits, self.signed)
+        return _code_dtype(self.bits)
 
     def round(self, x):
         if self.ties == "even":
@@ -170,23 +172,31 @@ class Integer(Format):
             # Codes in a file begin at 0. The clip above keeps compilers from
             # contracting the sum with a product that `x` comes from.
             rounded = jnp.floor(x + (0.5 - self.low)) + self.low
+        # Codes do not know -0.
+        rounded = jnp.where(rounded == 0, 0, rounded)
         return jnp.clip(rounded, self.low, self.high)
 
     def neighbours(self, x):
         below = jnp.clip(jnp.floor(x), self.low, self.high)
+        below = jnp.where(below == 0, 0, below)
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _to_integer(value, self.signed).astype(self.code_dtype)
+        return _whole(value - self._middle).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8 if self.signed else jnp.uint8).astype(dtype)
+        return codes.astype(jnp.int8).astype(dtype) + self._middle
 
     def to_index(self, codes):
-        return _low_bits(codes, self.bits)
+        return _low_bits(codes, self.bits, self._middle)
 
     def from_index(self, index):
-        return _from_low_bits(index, self.bits, self.signed).astype(self.code_dtype)
+        return _from_low_bits(index, self.bits, self._middle).astype(self.code_dtype)
+
+    @property
+    def _middle(self):
+        """The value of code 0."""
+        return 0 if self.signed else 2 ** (self.bits - 1)
 
     def __str__(self):
         ends = "" if self.narrow else " full range"
@@ -226,7 +236,7 @@ class MidRise(Format):
 
     @property
     def code_dtype(self) -> np.dtype:
-        return _integer_dtype(self.bits, True)
+        return _code_dtype(self.bits)
 
     def round(self, x):
         # round(x + 1/2) - 1/2, as in QuEST's own code, half to even. Without the sum,
@@ -243,7 +253,7 @@ class MidRise(Format):
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _to_integer(value - 0.5, True).astype(self.code_dtype)
+        return _whole(value - 0.5).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
         return codes.astype(jnp.int8).astype(dtype) + 0.5
@@ -252,7 +262,7 @@ class MidRise(Format):
         return _low_bits(codes, self.bits)
 
     def from_index(self, index):
-        return _from_low_bits(index, self.bits, True).astype(self.code_dtype)
+        return _from_low_bits(index, self.bits).astype(self.code_dtype)
 
     @property
     def gaussian_clip(self) -> float:
@@ -346,7 +356,7 @@ class Float(Format):
 
 @dataclasses.dataclass(frozen=True)
 class Codebook(Format):
-    """Any 2 to 256 values; the code of a value is its place among them.
+    """Any 2 to 256 values; the code of a value is its place, less that of the middle.
 
     A value halfway between two goes to the lower one.
 
@@ -381,7 +391,7 @@ class Codebook(Format):
 
     @property
     def code_dtype(self) -> np.dtype:
-        return _integer_dtype(self.bits, False)
+        return _code_dtype(self.bits)
 
     def round(self, x):
         value = jnp.where(jnp.isnan(x), x, self.low)
@@ -405,19 +415,29 @@ class Codebook(Format):
         return np.where(middles > exact, below, middles)
 
     def encode(self, value):
-        index = jnp.zeros(value.shape, jnp.uint8)
+        code = jnp.full(value.shape, -self._middle, jnp.int8)
         for middle in self._middles(value.dtype):
-            index += (value > middle).astype(jnp.uint8)
-        return index.astype(self.code_dtype)
+            code += (value > middle).astype(jnp.int8)
+        return code.astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return jnp.asarray(self.values, dtype)[codes.astype(jnp.int32)]
+        place = codes.astype(jnp.int32) + self._middle
+        value = jnp.full(place.shape, self.low, dtype)
+        # Not by indexing, which does not fuse and is not sharded like `codes`.
+        for number, level in enumerate(self.levels[1:], 1):
+            value = jnp.where(place >= number, jnp.asarray(level, dtype), value)
+        return value
 
     def to_index(self, codes):
-        return np.asarray(codes.astype(jnp.uint8))
+        return _low_bits(codes, self.bits, self._middle)
 
     def from_index(self, index):
-        return jnp.asarray(index, jnp.uint8).astype(self.code_dtype)
+        return _from_low_bits(index, self.bits, self._middle).astype(self.code_dtype)
+
+    @property
+    def _middle(self):
+        """The place of code 0."""
+        return 2 ** (self.bits - 1)
 
     def __str__(self):
         return self.name
@@ -460,26 +480,27 @@ def _check_bits(bits, least, most, name):
         )
 
 
-def _integer_dtype(bits, signed):
-    width = next(width for width in (2, 4, 8) if bits <= width)
-    return jnp.dtype(f"int{width}" if signed else f"uint{width}")
+def _code_dtype(bits):
+    return jnp.dtype(f"int{next(width for width in (2, 4, 8) if bits <= width)}")
 
 
-def _to_integer(value, signed):
+def _whole(value):
     # A NaN has no integer: give it a code that is the same on every backend. Its
     # scale is NaN, so it never becomes a number again.
-    integer = jnp.int8 if signed else jnp.uint8
-    return jnp.where(jnp.isnan(value), 0, value).astype(integer)
+    return jnp.where(jnp.isnan(value), 0, value).astype(jnp.int8)
 
 
-def _low_bits(codes, bits):
-    wide = codes.astype(jnp.int32) & (2**bits - 1)
+def _low_bits(codes, bits, middle=0):
+    """The low bits of codes, counted from 0 where code 0 has the place `middle`."""
+    wide = (codes.astype(jnp.int32) + middle) & (2**bits - 1)
     return np.asarray(wide.astype(jnp.uint8))
 
 
-def _from_low_bits(index, bits, signed):
+def _from_low_bits(index, bits, middle=0):
     wide = jnp.asarray(index, jnp.int32)
-    return jnp.where(signed & (wide >= 2 ** (bits - 1)), wide - 2**bits, wide)
+    if middle:
+        return wide - middle
+    return jnp.where(wide >= 2 ** (bits - 1), wide - 2**bits, wide)
 
 
 @functools.cache

@@ -28,13 +28,12 @@ import optax
 from jax import lax
 
 from cage_jax.quantization import (
-    error_from,
-    fit_for_error,
-    fit_grid,
+    check_learned,
     grid_at,
     quantization_error,
     quantize,
 )
+from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.rules import Rules
 from cage_jax.scales import Grid, compute_dtype
 from cage_jax.schedules import ScalarOrSchedule, check_learning_rate, check_strength
@@ -360,6 +359,7 @@ def _correction(
             frozen = grid_at(path, params, None)  # learned
             if frozen is None and freeze_scale:
                 frozen = state.grids[path]
+            check_learned(quantizer, frozen)
             active, kept[path], turned_back = _fit_if(active, x, quantizer, frozen)
             error = error_from(x, quantizer, kept[path], turned_back)
             pulled = update.astype(error.dtype)

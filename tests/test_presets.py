@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import cage_jax as cage
-from cage_jax.quantization import fit_grid
+from cage_jax.rounding import fit_grid
 
 compiled = jax.jit(cage.fake_quant, static_argnums=1)
 
@@ -87,8 +87,7 @@ def test_gguf_writes_the_same_bytes(name, rng):
     if name == "q8_0":
         codes = body.view(np.int8)
     else:
-        codes = np.concatenate([body & 15, body >> 4], axis=-1).astype(np.int8)
-        codes -= 8 if name == "q4_0" else 0
+        codes = np.concatenate([body & 15, body >> 4], axis=-1).astype(np.int8) - 8
     assert_same_bits(
         np.asarray(quantized.codes.astype(jnp.int8)).T, codes.reshape(48, 128)
     )

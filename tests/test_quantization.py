@@ -30,7 +30,7 @@ from cage_jax import (
     with_grids,
 )
 from cage_jax.formats import Integer, MidRise
-from cage_jax.quantization import error_from, fit_for_error, fit_grid
+from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax
 
 EPS = float(np.finfo(np.float32).eps)
@@ -1066,12 +1066,3 @@ def test_a_learned_grid_must_be_given():
         tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="`rules` must match a parameter with a learn"):
         with_grids({"kernel": x}, Rules([("kernel", int4())]))
-
-
-@pytest.mark.parametrize("cut", [-1, 1])
-def test_bytes_of_another_length(cut):
-    quantized = quantize(jnp.ones((32, 2)), int4())
-    data = quantized.to_bytes()
-    data = data[:cut] if cut < 0 else data + b"0"
-    with pytest.raises(ValueError, match=r"`data` must have 40 bytes.*got (39|41)"):
-        QuantizedArray.from_bytes(data, int4(), (32, 2))

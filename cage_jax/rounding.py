@@ -1,0 +1,276 @@
+"""One array to its grid and back: rotate, fit the grid of each group, round; scale.
+
+Codes and values must come out the same, to the bit, in every program: compilers
+contract a product and a sum to one operation, turn the division by a broadcast into a
+product, and gather constants, in one program and not in another. So divisions by a
+scale and sums after a product are those of `exact`, but where a product is exact.
+
+Only `fit_grid` splits an array into groups. The rest keeps its shape and spreads the
+grid instead, so that it fuses with what comes before and after.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.exact import divide, rounded
+from cage_jax.hadamard import transform
+from cage_jax.quantizers import Quantizer
+from cage_jax.scales import Grid, compute_dtype
+
+_WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
+
+
+def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Grid:
+    """The grid that the scale rule finds in `x`, with the shape of the scales.
+
+    Args:
+      x: an array of real floats.
+      quantizer: how it is quantized.
+      grid: kept wherever its scale is not 0 and the group is finite.
+
+    Returns:
+      A `Grid` in the dtype of computation.
+    """
+    return _fit(in_basis(x, quantizer), quantizer, grid)
+
+
+def fit_for_error(
+    x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
+) -> tuple[Grid, jax.Array | None]:
+    """All of `x - fake_quant(x)` that is not elementwise in `x`.
+
+    Returns:
+      The grid, of which `grid` is kept as in `fit_grid`, and with a rotation the
+      rounded values turned back, without their scale and as narrow as is exact.
+    """
+    x = lax.stop_gradient(x)
+    if quantizer.hadamard is None:
+        return fit_grid(x, quantizer, grid), None
+    values, _, grid = fit_and_round(x, quantizer, grid)
+    turned_back = _turned_back(values, quantizer, grid, x.shape)
+    if step := _whole_step(quantizer, x.shape):
+        turned_back = (turned_back / step).astype(_WHOLE)
+    return grid, turned_back
+
+
+def error_from(
+    x: jax.Array, quantizer: Quantizer, grid: Grid, turned_back: jax.Array | None
+) -> jax.Array:
+    """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
+    x, grid = lax.stop_gradient((x, grid))
+    if turned_back is None:
+        values, _ = _round(x, quantizer, grid)
+        turned_back = _turned_back(values, quantizer, grid, x.shape)
+    elif step := _whole_step(quantizer, x.shape):
+        turned_back = turned_back.astype(x.dtype) * step
+    return x - _scaled(turned_back, quantizer, grid, x)
+
+
+def fit_and_round(x, quantizer, grid, noise=None):
+    """The rounded values of `x`, their unrounded positions, and their grid."""
+    transformed = in_basis(x, quantizer)
+    grid = _fit(transformed, quantizer, grid)
+    return *_round(transformed, quantizer, grid, noise), grid
+
+
+def in_basis(x, quantizer):
+    """`x` in the dtype of computation and, up to `basis_factor`, rotated."""
+    x = x.astype(compute_dtype(x.dtype))
+    if quantizer.hadamard is None:
+        return x
+    (axis,) = quantizer.groups(x.shape)
+    return transform(_signed(x, quantizer, axis), quantizer.hadamard, axis)
+
+
+def back_from_basis(x, quantizer, additions=True):
+    """The transpose of `in_basis`; its inverse, up to `basis_factor` squared."""
+    if quantizer.hadamard is None:
+        return x
+    (axis,) = quantizer.groups(x.shape)
+    x = transform(x, quantizer.hadamard, axis, additions=additions)
+    return _signed(x, quantizer, axis)
+
+
+def _signed(x, quantizer, axis):
+    """`x` times the random signs, if any, which are the same along all other axes."""
+    if quantizer.hadamard_seed is None:
+        return x
+    drawn = np.random.default_rng(quantizer.hadamard_seed).integers(0, 2, x.shape[axis])
+    along = [1] * x.ndim
+    along[axis] = -1
+    signs = jnp.asarray(2 * drawn.reshape(along) - 1, x.dtype)
+    return x * jnp.broadcast_to(signs, x.shape)
+
+
+def basis_factor(quantizer):
+    """What makes the unscaled transform a rotation."""
+    return 1.0 if quantizer.hadamard is None else quantizer.hadamard**-0.5
+
+
+def _fit(transformed, quantizer, grid):
+    shape = transformed.shape
+    if quantizer.scale.learned and grid is not None:
+        # A learned scale that is not positive has no values; it must not pass unseen.
+        scale = jnp.where(grid.scale > 0, grid.scale, jnp.nan)
+        return grid._replace(scale=scale.astype(transformed.dtype))
+    blocks, axes = in_groups(transformed * basis_factor(quantizer), quantizer)
+    fitted = quantizer.scale.fit(
+        blocks,
+        axes,
+        quantizer.format,
+        quantizer.scale_type,
+        _tensor_axes(quantizer, shape),
+    )
+    fitted = jax.tree.map(lambda g: out_of_groups(g, quantizer, shape), fitted)
+    shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
+    return fitted if grid is None else _kept(grid, fitted, shapes)
+
+
+def _kept(grid, fitted, shapes):
+    """`grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
+    unknown = (grid.scale == 0) | jnp.isnan(fitted.scale)
+    # A tensor's divisor is found again only with all of its scales.
+    axes = [axis for axis, n in enumerate(shapes[1]) if n != shapes[0][axis]]
+    all_unknown = jnp.all(unknown, axis=axes, keepdims=True)
+    # What a given grid may lack: then it rounds by what it stores.
+    grid = grid._replace(
+        inverse=1 / grid.step if grid.inverse is None else grid.inverse,
+        origin=grid.offset if grid.origin is None else grid.origin,
+    )
+    return fitted._replace(
+        **{
+            name: jnp.where(
+                all_unknown if name == "tensor_divisor" else unknown,
+                found,
+                getattr(grid, name).astype(found.dtype),
+            )
+            for name, found in fitted._asdict().items()
+            if found is not None
+        }
+    )
+
+
+def _round(transformed, quantizer, grid, noise=None):
+    shape, format = transformed.shape, quantizer.format
+    spread = functools.partial(_spread, quantizer=quantizer, shape=shape)
+    origin = grid.offset if grid.origin is None else grid.origin
+    if origin is not None:
+        transformed = transformed - spread(origin / basis_factor(quantizer))
+    if grid.inverse is None:
+        position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
+    else:
+        position = rounded(transformed * spread(grid.inverse * basis_factor(quantizer)))
+    if grid.zero_point is not None:
+        position = position + spread(grid.zero_point)
+    if noise is None:
+        return format.round(position), position
+    below, above = format.neighbours(position)
+    up = noise * (above - below) < position - below
+    return jnp.where(up, above, below), position
+
+
+def restore(values, quantizer, grid, like):
+    """Turns rounded values into an array such as `like`."""
+    return _scaled(
+        _turned_back(values, quantizer, grid, like.shape), quantizer, grid, like
+    )
+
+
+def _turned_back(values, quantizer, grid, shape):
+    """Rounded values in the basis of `x`, but for what `_scaled` multiplies with."""
+    if grid.zero_point is not None:
+        values = values - _spread(grid.zero_point, quantizer, shape)
+    if quantizer.hadamard is None:
+        return values
+    if _scaled_last(quantizer, shape):
+        return back_from_basis(values, quantizer)
+    product = rounded(values * _spread(grid.step, quantizer, shape))
+    if grid.offset is not None:
+        product = product + _spread(grid.offset, quantizer, shape)
+    return back_from_basis(product, quantizer, additions=False)
+
+
+def _scaled(turned_back, quantizer, grid, like):
+    factor = basis_factor(quantizer)
+    if not _scaled_last(quantizer, like.shape):
+        return rounded(turned_back * factor).astype(like.dtype)
+    spread = functools.partial(_spread, quantizer=quantizer, shape=like.shape)
+    product = rounded(turned_back * spread(grid.step * factor))
+    if grid.offset is not None:
+        product = product + spread(grid.offset)
+    return product.astype(like.dtype)
+
+
+def _scaled_last(quantizer, shape):
+    """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
+    block = quantizer.hadamard
+    if block is None:
+        return True
+    whole = all(size % block == 0 for size in quantizer.groups(shape).values())
+    return whole and not quantizer.scale.has_offset
+
+
+def _whole_step(quantizer, shape):
+    """That of which turned-back values are multiples that `_WHOLE` holds, or None."""
+    format, block = quantizer.format, quantizer.hadamard
+    if format.step is None or not _scaled_last(quantizer, shape):
+        return None
+    widest = max(-format.low, format.high)
+    if quantizer.asymmetric:
+        widest = format.high - format.low
+    fits = block * widest / format.step <= jnp.iinfo(_WHOLE).max
+    return format.step if fits else None
+
+
+def in_groups(x, quantizer):
+    """`x` with each shared axis as (groups, group), and the axes of a group."""
+    shape, split = x.shape, _split_axes(x.shape, quantizer)
+    # One axis at a time, the last one first: sharded arrays are reshaped only so.
+    for axis, size in reversed(split.items()):
+        parts = shape[axis] // size, size
+        x = x.reshape(*shape[:axis], *parts, *x.shape[axis + 1 :])
+    return x, tuple(_place(axis, split) for axis in quantizer.groups(shape))
+
+
+def out_of_groups(per_group, quantizer, shape):
+    """What `in_groups` of `shape` was reduced to, with the shape of the scales."""
+    split = _split_axes(shape, quantizer)
+    return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
+
+
+def _spread(per_group, quantizer, shape):
+    """What each group has once, for each element of an array of `shape`."""
+    split = _split_axes(shape, quantizer)
+    spread = jnp.expand_dims(per_group, [_place(axis, split) for axis in split])
+    whole = list(shape)
+    for axis, size in reversed(split.items()):
+        whole[axis : axis + 1] = shape[axis] // size, size
+    spread = jnp.broadcast_to(spread, whole)
+    for axis in split:
+        spread = spread.reshape(*shape[: axis + 1], *spread.shape[axis + 2 :])
+    return spread
+
+
+def _tensor_axes(quantizer, shape):
+    """The axes of a tensor, where `in_groups` puts them."""
+    split = _split_axes(shape, quantizer)
+    axes = []
+    for axis in quantizer.tensor_axes(shape):
+        place = _place(axis, split)
+        axes += [place - 1, place] if axis in split else [place]
+    return tuple(axes)
+
+
+def _split_axes(shape, quantizer):
+    """The size of a group along each axis that has several."""
+    groups = quantizer.groups(shape)
+    return {axis: size for axis, size in groups.items() if size != shape[axis]}
+
+
+def _place(axis, split):
+    """Where `in_groups` puts an axis, or its groups' elements where it is split."""
+    return axis + sum(other <= axis for other in split)

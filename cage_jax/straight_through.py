@@ -1,0 +1,94 @@
+"""The straight-through gradient of one array, and that of a learned grid."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cage_jax.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_and_round,
+    in_basis,
+    in_groups,
+    out_of_groups,
+    restore,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def straight_through(quantizer, x, grid, noise):
+    """`x` quantized and dequantized; its gradients are the quantizer's."""
+    values, _, grid = fit_and_round(x, quantizer, grid, noise)
+    return restore(values, quantizer, grid, x)
+
+
+def _forward(quantizer, x, grid, noise):
+    saved = grid, noise, None, None
+    if quantizer.scale.learned:
+        saved = grid, noise, x, None
+    elif quantizer.gradient != "identity":
+        _, position, _ = fit_and_round(x, quantizer, grid, noise)
+        saved = grid, noise, None, _passes(position, quantizer)
+    # Calling the function itself, not its body, keeps the second derivative: reverse
+    # over reverse differentiates this rule's own code.
+    return straight_through(quantizer, x, grid, noise), saved
+
+
+def _backward(quantizer, saved, cotangent):
+    grid, noise, x, mask = saved
+    grid_gradient = jax.tree.map(jnp.zeros_like, grid)
+    no_gradient = jax.tree.map(jnp.zeros_like, noise)
+    gradient = cotangent
+    if mask is not None or x is not None:
+        # The rotation is orthonormal: its transpose rotates back.
+        gradient = in_basis(cotangent, quantizer)
+    if x is not None:
+        values, position, _ = fit_and_round(x, quantizer, grid, noise)
+        mask = _passes(position, quantizer)
+        grid_gradient = _learned_gradient(
+            gradient * basis_factor(quantizer), values, position, mask, quantizer, grid
+        )
+        if quantizer.gradient == "identity":
+            return cotangent, grid_gradient, no_gradient
+    if mask is None:
+        return cotangent, grid_gradient, no_gradient
+    gradient = jnp.where(mask, gradient, jnp.zeros_like(gradient))
+    gradient = back_from_basis(gradient, quantizer) * basis_factor(quantizer) ** 2
+    return gradient.astype(cotangent.dtype), grid_gradient, no_gradient
+
+
+def _learned_gradient(gradient, values, position, mask, quantizer, grid):
+    """LSQ's: of `scale * round(x / scale)` with a straight-through round."""
+    shape = gradient.shape
+    count = math.prod(quantizer.groups(shape).values())
+    share = (count * quantizer.format.high) ** -0.5
+
+    def of_group(parts):
+        blocks, axes = in_groups(parts, quantizer)
+        total = jnp.sum(blocks, axis=axes, keepdims=True)
+        return out_of_groups(total, quantizer, shape) * share
+
+    inside = mask.astype(gradient.dtype)
+    found = jax.tree.map(jnp.zeros_like, grid)
+    scale = of_group(gradient * (values - inside * position))
+    found = found._replace(scale=scale.astype(grid.scale.dtype))
+    if grid.offset is not None:
+        offset = of_group(gradient * (1 - inside))
+        found = found._replace(offset=offset.astype(grid.offset.dtype))
+    return found
+
+
+straight_through.defvjp(_forward, _backward)
+
+
+def _passes(position, quantizer):
+    """Where the gradient passes, from positions in units of the grid."""
+    format = quantizer.format
+    # A value at the very end of the grid, as absmax puts one into each group, must not
+    # fall out of it because dividing by the scale rounds.
+    slack = 4 * float(jnp.finfo(position.dtype).eps) * max(abs(format.low), format.high)
+    if quantizer.gradient == "trust":
+        slack += format.edge
+    return (format.low - slack <= position) & (position <= format.high + slack)
