@@ -25,10 +25,14 @@ class Rows(NamedTuple):
     cells: list[list[str]]
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the versions and the date of a measurement."""
+def environment(*packages: str) -> dict[str, Any]:
+    """The machine, the date, and the versions of what was measured.
+
+    Args:
+      packages: what is not of jax, optax and PyTorch.
+    """
     versions = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "optax", "torch"):
+    for name in ("jax", "jaxlib", "optax", "torch", *packages):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -36,7 +40,7 @@ def environment() -> dict[str, Any]:
     return {
         "machine": {
             "processor": _processor(),
-            "cpus": _cpus(),
+            "cpus": cpus(),
             "system": platform.system(),
             "architecture": platform.machine(),
             # Well above the number of CPUs, others were at work.
@@ -47,7 +51,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

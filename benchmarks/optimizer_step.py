@@ -157,7 +157,7 @@ def torch_hadamard(block: int):
 
 def torch_steps(size: str) -> dict[str, Callable[[], None]]:
     """AdamW as PyTorch has it, and with the correction written in eager PyTorch."""
-    torch.set_num_threads(measurement.environment()["machine"]["cpus"])
+    torch.set_num_threads(measurement.cpus())
     hadamard = torch_hadamard(128)
     generator = torch.Generator().manual_seed(0)
     params = []

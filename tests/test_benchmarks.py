@@ -15,7 +15,9 @@ import optax
 import optimizer_step
 import presets
 import pytest
+import quantizers
 import tables
+from rich.console import Console
 
 import cage_jax as cage
 
@@ -230,6 +232,46 @@ def test_the_record_of_steps():
     assert all(len(cells) == len(rows.header) for cells in rows.cells)
 
 
+# --- quantizers -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(quantizers.CASES))
+def test_the_others_quantize_alike(name, rng):
+    pytest.importorskip("qwix")
+    pytest.importorskip("torchao")
+    case = quantizers.CASES[name]
+    x = rng.standard_normal((256, 256), np.float32)
+    functions = quantizers.functions_of(case, x)
+    assert (quantizers.QWIX in functions) == (case.qwix is not None)
+    assert (quantizers.TORCH in functions) == (case.bits is not None)
+    values = {name: np.asarray(function()) for name, function in functions.items()}
+    ours = values[quantizers.OURS]
+    for other, value in values.items():
+        error, theirs = (np.sqrt(((v - x) ** 2).mean()) for v in (ours, value))
+        # torchao's integers are of full range, qwix's powers of two are rounded up,
+        # and its NVFP4 has no scale of the tensor.
+        assert 0.9 < error / theirs < 1.3, other
+    if case.bits:
+        # Of groups of the last axis and the narrow range; but for ties.
+        assert np.mean(values[quantizers.TORCH] == ours) > 0.99
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_record_of_quantizers(monkeypatch, capsys):
+    pytest.importorskip("qwix")
+    pytest.importorskip("torchao")
+    name = quantizers.INT4
+    monkeypatch.setattr(quantizers, "CASES", {name: quantizers.CASES[name]})
+    found = quantizers.measure(256, 2, Console(), warmup=1)
+    assert [each["bound"] for each in found["targets"]] == [1.0] * 3
+    times = found["seconds"][name]
+    ratios = np.divide(times[quantizers.OURS], times[quantizers.QWIX])
+    np.testing.assert_allclose(found["targets"][0]["measured"], np.median(ratios))
+    rows = quantizers.table(json.loads(json.dumps(found)))
+    assert all(len(cells) == len(rows.header) for cells in rows.cells)
+
+
 # --- import time ----------------------------------------------------------------------
 
 
@@ -245,10 +287,12 @@ def test_import_time_of_other_statements(monkeypatch):
     ("module", "arguments", "text"),
     [
         (import_time, ["--rounds", "2"], "`--rounds` must be at least 3"),
+        (quantizers, ["--rounds", "2"], "`--rounds` must be at least 3"),
+        (quantizers, ["--size", "100"], "`--size` must be a multiple of 128"),
         (optimizer_step, ["--sizes", "1T"], "`--sizes` must be among"),
         (optimizer_step, ["--rounds", "0"], "`--rounds` must be at least 3"),
     ],
-    ids=["import_time", "sizes", "rounds"],
+    ids=["import_time", "quantizers", "size", "sizes", "rounds"],
 )
 def test_the_programs_say_what_is_wrong(monkeypatch, capsys, module, arguments, text):
     monkeypatch.setattr(sys, "argv", ["program", *arguments])

@@ -6,10 +6,36 @@ import pytest
 
 from cage_jax.formats import Integer, MidRise
 from cage_jax.scale_types import FULL as FULL_SCALE
-from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax, compute_dtype
+from cage_jax.scale_types import PowerOfTwo
+from cage_jax.scales import (
+    AbsMax,
+    AbsMean,
+    Fixed,
+    Gaussian,
+    Grid,
+    Learned,
+    MinMax,
+    Percentile,
+    Searched,
+    SignedMax,
+    compute_dtype,
+)
 
 FULL = Integer(4, narrow=False)
-RULES = [AbsMax(), AbsMax(0.5), Gaussian(), Fixed(0.3), MinMax()]
+UNSIGNED = Integer(4, narrow=False, signed=False)
+RULES = [
+    AbsMax(),
+    AbsMax(0.5),
+    Gaussian(),
+    Fixed(0.3),
+    MinMax(),
+    MinMax(zero_point=False),
+    AbsMean(),
+    SignedMax(),
+    Percentile(80),
+    Searched(8),
+    Learned(),
+]
 TINY = float(np.finfo(np.float32).tiny)
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
@@ -19,7 +45,9 @@ ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 def format_of(rule):
-    return FULL if isinstance(rule, MinMax) else Integer(4)
+    if isinstance(rule, MinMax):
+        return FULL if rule.zero_point else UNSIGNED
+    return FULL if rule == SignedMax() else Integer(4)
 
 
 def fit(rule, x, format=None, axes=(0,)):
@@ -79,6 +107,68 @@ def test_fixed_is_what_was_given(rng):
     x = rng.standard_normal((16, 3)).astype(np.float32)
     scale = fit(Fixed(0.3), x).scale
     np.testing.assert_array_equal(scale, np.full((1, 3), np.float32(0.3)))
+
+
+def test_absmean(rng):
+    x = rng.standard_normal((16, 3)).astype(np.float32)
+    mean = np.abs(np.float64(x)).mean(0, keepdims=True)
+    # The level next to zero is 1 of integers, 1/2 of the mid-rise grid.
+    for format, level in ((Integer(2), 1), (MidRise(1), 0.5)):
+        scale = fit(AbsMean(), x, format).scale
+        chex.assert_trees_all_close(np.float64(scale), mean / level, rtol=ROUNDING)
+
+
+def test_signed_max(rng):
+    x = rng.standard_normal((16, 5)).astype(np.float32)
+    place = np.abs(x).argmax(0)[None]
+    expected = np.take_along_axis(x, place, 0) / np.float32(-8)
+    np.testing.assert_array_equal(fit(SignedMax(), x, FULL).scale, expected)
+    # Of two that differ in sign alone, the first one counts.
+    for first in (-2.0, 2.0):
+        scale = fit(SignedMax(), [[1.0], [first], [-first]], FULL).scale
+        assert float(scale[0, 0]) == first / -8
+
+
+@pytest.mark.parametrize("percent", [1, 50, 80, 99.9, 100])
+def test_percentile(percent, rng):
+    x = rng.standard_normal((16, 3)).astype(np.float32)
+    bound = np.percentile(np.abs(x), percent, axis=0, keepdims=True, method="higher")
+    np.testing.assert_array_equal(
+        fit(Percentile(percent), x).scale, bound / np.float32(7)
+    )
+    share = (np.abs(x) <= bound).mean(0)
+    assert np.all(share >= percent / 100)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_searched_has_the_least_squared_error(bits, rng):
+    x = rng.standard_t(3, (64, 7)).astype(np.float32)  # with outliers
+    format = Integer(bits)
+    found = np.float64(fit(Searched(20, 0.3), x, format).scale)
+    wide = np.float64(x)
+
+    def error(scale):
+        levels = np.clip(np.round(wide / scale), format.low, format.high)
+        return ((wide - levels * scale) ** 2).sum(0)
+
+    largest = np.abs(wide).max(0, keepdims=True)
+    candidates = [clip * largest / format.high for clip in np.linspace(1, 0.3, 20)]
+    errors = np.stack([error(scale) for scale in candidates])
+    chosen = np.abs(np.stack(candidates)[:, 0] - found).argmin(0)
+    near = np.take_along_axis(np.stack(candidates)[:, 0], chosen[None], 0)
+    np.testing.assert_allclose(found, near, rtol=ROUNDING)
+    # Of two that are alike, float32 may find another one.
+    np.testing.assert_allclose(error(found), errors.min(0), rtol=1e-5)
+    assert np.any(chosen > 0)
+
+
+def test_searched_finds_the_least_of_huge_and_tiny_numbers(rng):
+    x = rng.standard_t(3, (64, 7)).astype(np.float32)
+    scale = fit(Searched(20, 0.3), x).scale
+    for exponent in (-100, 100):
+        factor = np.float32(2.0**exponent)
+        found = fit(Searched(20, 0.3), x * factor).scale
+        np.testing.assert_array_equal(found, scale * factor)
 
 
 @each_rule
@@ -159,13 +249,26 @@ def test_float64(rule, rng, x64):
         (Gaussian(), MidRise(4), True, False),
         (Fixed(0.5), Integer(4), True, True),
         (MinMax(), FULL, False, True),
+        (MinMax(zero_point=False), UNSIGNED, False, True),
+        (AbsMean(), Integer(2), True, False),
+        (AbsMean(), MidRise(1), True, True),
+        (SignedMax(), FULL, True, True),
+        (Percentile(100), Integer(4), False, True),
+        (Percentile(100), FULL, True, False),
+        (Percentile(80), Integer(4), True, False),
+        (Searched(8), Integer(4), True, True),
+        (Searched(8), FULL, True, False),
+        (Learned(), Integer(4), True, True),
     ],
     ids=str,
 )
 def test_what_a_rule_says_of_itself(rule, format, clips, idempotent):
     assert rule.clips(format) == clips
     assert rule.idempotent(format) == idempotent
-    assert rule.asymmetric == isinstance(rule, MinMax)
+    assert rule.asymmetric == (rule == MinMax())
+    assert rule.has_offset == (rule == MinMax(zero_point=False))
+    assert rule.signed == (rule == SignedMax())
+    assert rule.learned == (rule == Learned())
     rule.check(format, FULL_SCALE)
 
 
@@ -176,7 +279,14 @@ def test_minmax_needs_the_full_range(format):
 
 
 @pytest.mark.parametrize(
-    ("build", "name"), [(AbsMax, "clip"), (Fixed, "scale")], ids=["AbsMax", "Fixed"]
+    ("build", "name"),
+    [
+        (AbsMax, "clip"),
+        (Fixed, "scale"),
+        (Percentile, "percent"),
+        (lambda least: Searched(least=least), "least"),
+    ],
+    ids=["AbsMax", "Fixed", "Percentile", "Searched"],
 )
 @pytest.mark.parametrize(
     ("value", "error"),
@@ -193,6 +303,40 @@ def test_minmax_needs_the_full_range(format):
 def test_bad_numbers(build, name, value, error):
     with pytest.raises(error, match=rf"^`{name}` must be .*; got {value!r}\. Use "):
         build(value)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "text"),
+    [
+        (lambda: Percentile(101), ValueError, "`percent` must be at most 100; got 101"),
+        (lambda: Searched(1), ValueError, "`count` must be at least 2; got 1"),
+        (lambda: Searched(2.5), TypeError, "`count` must be an int; got 2.5"),
+        (lambda: Searched(least=1), ValueError, "`least` must be below 1; got 1"),
+        (
+            lambda: SignedMax().check(UNSIGNED, FULL_SCALE),
+            ValueError,
+            "SignedMax needs a format with negative values; got format uint4",
+        ),
+        (
+            lambda: SignedMax().check(FULL, PowerOfTwo()),
+            ValueError,
+            "SignedMax needs a scale type with a sign; got scale_type e8m0",
+        ),
+        (
+            lambda: MinMax(zero_point=False).check(FULL, FULL_SCALE),
+            ValueError,
+            "needs unsigned integers; got format int4 full range",
+        ),
+        (
+            lambda: Learned().check(Integer(4), PowerOfTwo()),
+            ValueError,
+            "`scale_type` of a learned scale must be Full.*got e8m0 scales down",
+        ),
+    ],
+)
+def test_what_does_not_fit_together(build, error, text):
+    with pytest.raises(error, match=text):
+        build()
 
 
 def test_rules_are_hashable_and_equal_by_value():

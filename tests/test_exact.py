@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cage_jax.exact import divide, power_below, rounded
+
+EDGES = [0.0, -0.0, 1.0, 3.0, 1.5e-45, 1e-39, 2.0**-126, 1e38, np.inf, -np.inf, np.nan]
+
+
+def test_a_quotient_is_rounded_once_in_a_compiled_program(rng):
+    x = rng.standard_normal((64, 32)).astype(np.float32)
+    scale = rng.random((1, 32)).astype(np.float32) + 0.1
+    spread = jax.jit(lambda x, s: divide(x, jnp.broadcast_to(s, x.shape)))
+    # NumPy divides as the standard for floating point has it.
+    np.testing.assert_array_equal(spread(x, scale), x / scale)
+    constant = jax.jit(lambda x: divide(x, jnp.full_like(x, 7.0)))
+    np.testing.assert_array_equal(constant(x), x / np.float32(7))
+
+
+def test_a_quotient_of_what_is_no_number():
+    found = divide(jnp.array([jnp.nan, jnp.inf, 1.0, 0.0]), jnp.array([2.0, 2, 0, 0]))
+    np.testing.assert_array_equal(found, [np.nan, np.inf, np.inf, np.nan])
+
+
+def test_a_product_is_rounded_before_a_sum(rng):
+    a, b, c = (rng.standard_normal(4096).astype(np.float32) for _ in range(3))
+    found = jax.jit(lambda a, b, c: rounded(a * b) + c)(a, b, c)
+    np.testing.assert_array_equal(found, a * b + c)
+    # That this is about something: in one operation the bits are others.
+    exact = (np.float64(a) * b + c).astype(np.float32)
+    assert np.any(exact != a * b + c)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_power_below(dtype, rng, x64):
+    x = np.concatenate([rng.standard_normal(1000) * 2.0 ** rng.integers(-80, 80, 1000)])
+    x = np.concatenate([x, 2.0 ** np.arange(-20, 20)]).astype(dtype)
+    _, exponent = np.frexp(np.abs(x))
+    np.testing.assert_array_equal(
+        jax.jit(power_below)(jnp.asarray(x)), np.ldexp(1.0, exponent - 1)
+    )
+
+
+def test_power_below_at_the_edges():
+    found = np.asarray(power_below(jnp.asarray(EDGES, jnp.float32)))
+    largest = 2.0 ** np.floor(np.log2(1e38))
+    expected = [0, 0, 1, 2, 0, 0, 2.0**-126, largest, np.inf, np.inf, np.inf]
+    np.testing.assert_array_equal(found, np.float32(expected))
