@@ -7,6 +7,7 @@ what is shipped (`quantize`).
 
 from importlib.metadata import PackageNotFoundError, version
 
+from cage_jax.activations import calibrate, quantize_activations
 from cage_jax.optimizers import cage_adamw, cage_sgd
 from cage_jax.presets import (
     binary,
@@ -51,6 +52,7 @@ __all__ = [
     "cage",
     "cage_adamw",
     "cage_sgd",
+    "calibrate",
     "choose_rotation",
     "ct_w4a16",
     "ct_w8a8",
@@ -75,6 +77,7 @@ __all__ = [
     "q8_0",
     "quantization_error",
     "quantize",
+    "quantize_activations",
     "quest",
     "silence_then_constant",
     "silence_then_ramp",

@@ -220,7 +220,7 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
     grids = {
         path: fit_grid(x, quantizer)
         for path, (quantizer, x) in rules.quantized(params).items()
-        if quantizer.scale.learned
+        if quantizer.scale.needs_grid
     }
     if not grids:
         raise ValueError(
@@ -312,7 +312,7 @@ def gaussian_error(quantizer: Quantizer) -> float:
       0.012
     """
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4096, 64)), jnp.float32)
-    grid = fit_grid(x, quantizer) if quantizer.scale.learned else None
+    grid = fit_grid(x, quantizer) if quantizer.scale.needs_grid else None
     error = quantization_error(x, quantizer, grid=grid)
     return float(np.mean(np.square(np.asarray(error, np.float64))))
 
@@ -361,7 +361,7 @@ def _checked(x, quantizer, grid, key, rounds=True):
             f"{_ALLOWED_FLOATS}, or leave it unquantized."
         )
     scale_shape = quantizer.scale_shape(x.shape)
-    check_learned(quantizer, grid)
+    check_grid_given(quantizer, grid)
     if grid is not None:
         _check_grid(grid, quantizer, x.shape, scale_shape)
     if rounds and key is None and quantizer.rounding == "stochastic":
@@ -372,13 +372,14 @@ def _checked(x, quantizer, grid, key, rounds=True):
     return x
 
 
-def check_learned(quantizer: Quantizer, grid: Grid | None) -> None:
-    """Raises where a learned grid is not given."""
-    if quantizer.scale.learned and grid is None:
+def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
+    """Raises where a learned or calibrated grid is not given."""
+    if quantizer.scale.needs_grid and grid is None:
+        kind = "learned" if quantizer.scale.learned else "calibrated"
         raise ValueError(
-            f"`grid` must be given for a learned scale; got None, quantizer "
+            f"`grid` must be given for a {kind} scale; got None, quantizer "
             f"{quantizer}. Use variables = with_grids(params, rules) in place of the "
-            f"parameters."
+            f"parameters; for the inputs of a model, calibrate(model, rules, ...)."
         )
 
 
@@ -411,10 +412,10 @@ def _check_grid(grid, quantizer, shape, scale_shape):
                 f"shape {jnp.shape(value)}, x.shape={shape}. Take the grid from the "
                 f"state of the same rules."
             )
-    if quantizer.scale.learned and not isinstance(grid.scale, jax.core.Tracer):
+    if quantizer.scale.needs_grid and not isinstance(grid.scale, jax.core.Tracer):
         least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0
         if not least > 0:
             raise ValueError(
-                f"`grid` must have positive learned scales; got {least}. Lower the "
+                f"`grid` must have positive scales; got {least}. Lower the "
                 f"learning rate of the scales, or start them again by with_grids."
             )

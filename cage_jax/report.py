@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ class Row(NamedTuple):
       quantizer: None where it is left alone.
       quantized_bits: of all codes, scales and zero points; None where left alone.
       reason: why it is left alone; None where it is quantized.
+      inputs: the quantizer that its rule has for what it is multiplied with, or None.
     """
 
     path: str
@@ -27,6 +29,7 @@ class Row(NamedTuple):
     quantizer: Quantizer | None
     quantized_bits: int | None
     reason: str | None
+    inputs: Quantizer | None = None
 
     @property
     def size(self) -> int:
@@ -86,16 +89,21 @@ class Report:
             cells.append((row.path, str(row.shape), what, *_figures(row)))
         size = sum(row.size for row in self.rows)
         cells.append(("total", str(size), "", *_figures(self)))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in cells
-        ]
+        lines = [table(cells, left=3)]
         lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
         return "\n".join(lines)
+
+
+def table(cells: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells in columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in cells
+    )
 
 
 def _figures(part: Row | Report) -> tuple[str, str, str]:

@@ -44,5 +44,5 @@ def choose_rotation(params: Any, rules: Rules) -> Rules:
             for q in (quantizer, other)
         ]
         if sizes[1] < sizes[0]:
-            plain.append((re.escape(path), other))
+            plain.append((re.escape(path), other, rules.match_inputs(path)))
     return Rules([*plain, *rules])

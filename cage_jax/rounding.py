@@ -113,7 +113,7 @@ def basis_factor(quantizer):
 
 def _fit(transformed, quantizer, grid):
     shape = transformed.shape
-    if quantizer.scale.learned and grid is not None:
+    if quantizer.scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no values; it must not pass unseen.
         scale = jnp.where(grid.scale > 0, grid.scale, jnp.nan)
         return grid._replace(scale=scale.astype(transformed.dtype))
@@ -240,6 +240,12 @@ def out_of_groups(per_group, quantizer, shape):
     """What `in_groups` of `shape` was reduced to, with the shape of the scales."""
     split = _split_axes(shape, quantizer)
     return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
+
+
+def any_of_group(x, quantizer):
+    """Whether anything in each group is true, with the shape of the scales."""
+    blocks, axes = in_groups(x, quantizer)
+    return out_of_groups(jnp.any(blocks, axes, keepdims=True), quantizer, x.shape)
 
 
 def _spread(per_group, quantizer, shape):

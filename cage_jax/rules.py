@@ -4,7 +4,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,23 +14,47 @@ from cage_jax.quantizers import Quantizer
 from cage_jax.report import Report, Row
 from cage_jax.scales import Grid, compute_dtype
 
+INPUT_GRIDS = (
+    "input_grids"  # where NNX modules keep grids; no rule is for what is there
+)
+
+
+class Rule(NamedTuple):
+    """One line of `Rules`.
+
+    Attributes:
+      pattern: a regular expression for whole paths.
+      weights: the quantizer of the parameter, or None.
+      inputs: the quantizer of what it is multiplied with, or None.
+    """
+
+    pattern: str
+    weights: Quantizer | None
+    inputs: Quantizer | None = None
+
+    def __str__(self) -> str:
+        inputs = f", inputs {self.inputs}" if self.inputs else ""
+        return f"({self.pattern!r}, {self.weights}{inputs})"
+
 
 class Rules:
-    """A table of (pattern, quantizer) pairs; the first whose pattern matches wins.
+    """A table of patterns and quantizers; the first pattern that matches wins.
 
     One table drives the straight-through forward pass, the CAGE correction, the
     report and the export, so that they cannot disagree. It is immutable and hashable.
 
     Args:
-      rules: pairs of a regular expression, which must match the whole path of a
+      rules: tuples of a regular expression, which must match the whole path of a
         parameter (`re.fullmatch`), and a `Quantizer`, or None to leave the parameter
-        alone. A parameter that no pattern matches is left alone too. Paths are joined
-        by "/", such as "layers/0/mlp/up/kernel", and read alike for dicts, lists,
-        dataclasses, Flax Linen (with or without the leading "params") and NNX (with
-        or without the trailing ".value").
+        alone. A parameter that no pattern matches is left alone too. A third entry is
+        the `Quantizer` of what the parameter is multiplied with, its input, see
+        `quantize_activations`. Paths are joined by "/", such as
+        "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
+        Linen (with or without the leading "params") and NNX (with or without the
+        trailing ".value").
 
     Raises:
-      TypeError: for something else than pairs of a string and a `Quantizer` or None.
+      TypeError: for something else than tuples of a string and a `Quantizer` or None.
       ValueError: for a pattern that is not a regular expression.
 
     Example:
@@ -50,9 +74,9 @@ class Rules:
 
     __slots__ = ("_compiled", "_rules")
 
-    def __init__(self, rules: Iterable[tuple[str, Quantizer | None]]):
+    def __init__(self, rules: Iterable[tuple]):
         self._rules = _checked(rules)
-        self._compiled = tuple(re.compile(pattern) for pattern, _ in self._rules)
+        self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
 
     def match(self, path: str) -> Quantizer | None:
         """The quantizer of the parameter at `path`, or None.
@@ -67,8 +91,31 @@ class Rules:
           >>> import cage_jax as cage
           >>> cage.Rules([(r".*bias", None), (r".*", cage.int8())]).match("up/bias")
         """
+        rule = self.rule_of(path)
+        return None if rule is None else rule.weights
+
+    def match_inputs(self, path: str) -> Quantizer | None:
+        """The quantizer of what the parameter at `path` is multiplied with, or None.
+
+        Args:
+          path: joined by "/".
+
+        Returns:
+          The third entry of the first rule whose pattern matches the whole path.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> rules = cage.Rules([(r".*kernel", cage.int4(), cage.int8(axis=-1))])
+          >>> print(rules.match_inputs("up/kernel"))
+          int8 absmax, axis -1, identity
+        """
+        rule = self.rule_of(path)
+        return None if rule is None else rule.inputs
+
+    def rule_of(self, path: str) -> Rule | None:
+        """The first rule whose pattern matches the whole path, or None."""
         index = self._index(path)
-        return None if index is None else self._rules[index][1]
+        return None if index is None else self._rules[index]
 
     def map(self, function: Callable, tree: Any, *rest: Any) -> Any:
         """Calls `function(path, quantizer, leaf, *rest)` on each quantized parameter.
@@ -119,7 +166,7 @@ class Rules:
           >>> cage.Rules([(r"up/kernel", cage.int8())]).misses({"kernel": 1.0})
           True
         """
-        if not any(quantizer for _, quantizer in self._rules):
+        if not any(rule.weights for rule in self._rules):
             return False
         return not any(map(self.match, _flatten(tree)[0]))
 
@@ -182,19 +229,24 @@ class Rules:
           8.333333333333334
         """
         every, leaves, _ = _flatten(params)
-        paths = [path for path, leaf in zip(every, leaves) if not _is_grid(leaf)]
-        leaves = [leaf for leaf in leaves if not _is_grid(leaf)]
+        kept = [not _is_grid(leaf) for leaf in leaves]
+        paths = [path for path, keep in zip(every, kept) if keep]
+        leaves = [leaf for leaf, keep in zip(leaves, kept) if keep]
         rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
         used = set(map(self._index, paths))
         unused = [
-            pattern
-            for i, (pattern, quantizer) in enumerate(self._rules)
+            rule.pattern
+            for i, rule in enumerate(self._rules)
             if i not in used
             # What is left for a closing (".*", None) may be nothing.
-            and (quantizer or not any(map(self._compiled[i].fullmatch, paths)))
+            and (
+                rule.weights
+                or rule.inputs
+                or not any(map(self._compiled[i].fullmatch, paths))
+            )
         ]
         for pattern in unused:
-            warnings.warn(self._unused_text(pattern, paths), stacklevel=2)
+            warnings.warn(unused_text(pattern, paths), stacklevel=2)
         return Report(tuple(rows), tuple(unused))
 
     def _row(self, path, leaf) -> Row:
@@ -210,27 +262,8 @@ class Rules:
         elif (index := self._index(path)) is None:
             reason = "no rule matches"
         else:
-            reason = f"left alone by rule {index + 1} {self._rules[index][0]!r}"
-        return Row(path, shape, dtype, quantizer, bits, reason)
-
-    def _unused_text(self, pattern, paths):
-        shadowed = [path for path in paths if re.fullmatch(pattern, path)]
-        if shadowed:
-            return (
-                f"the rule {pattern!r} decides nothing: an earlier rule takes all that "
-                f"it matches, such as {shadowed[0]!r}. Move it up or leave it out."
-            )
-        part = [path for path in paths if re.search(pattern, path)]
-        if part:
-            return (
-                f"the rule {pattern!r} matches no parameter: a pattern must match the "
-                f"whole path, such as {part[0]!r}. Use {f'.*({pattern}).*'!r}."
-            )
-        near = difflib.get_close_matches(
-            re.sub(r"[\\.*()^$]", "", pattern), paths, 1, 0
-        )
-        hint = f" The nearest path is {near[0]!r}." if near else ""
-        return f"the rule {pattern!r} matches no parameter.{hint}"
+            reason = f"left alone by rule {index + 1} {self._rules[index].pattern!r}"
+        return Row(path, shape, dtype, quantizer, bits, reason, self.match_inputs(path))
 
     def _index(self, path: str) -> int | None:
         for index, pattern in enumerate(self._compiled):
@@ -239,7 +272,8 @@ class Rules:
         return None
 
     def _quantizer(self, path, leaf) -> Quantizer | None:
-        quantizer = None if _is_grid(leaf) else self.match(path)
+        is_grid = _is_grid(leaf) or INPUT_GRIDS in path.split("/")
+        quantizer = None if is_grid else self.match(path)
         if quantizer is None:
             return None
         if not hasattr(leaf, "dtype"):
@@ -256,7 +290,7 @@ class Rules:
             )
         return None if leaf.size == 0 or leaf.ndim == 0 else quantizer
 
-    def __iter__(self) -> Iterator[tuple[str, Quantizer | None]]:
+    def __iter__(self) -> Iterator["Rule"]:
         return iter(self._rules)
 
     def __len__(self) -> int:
@@ -269,10 +303,7 @@ class Rules:
         return hash(self._rules)
 
     def __repr__(self) -> str:
-        rules = ", ".join(
-            f"({pattern!r}, {quantizer})" for pattern, quantizer in self._rules
-        )
-        return f"Rules([{rules}])"
+        return f"Rules([{', '.join(map(str, self._rules))}])"
 
     def __copy__(self) -> Self:
         return self
@@ -281,7 +312,26 @@ class Rules:
         return self
 
 
-def _checked(rules) -> tuple[tuple[str, Quantizer | None], ...]:
+def unused_text(pattern: str, paths: list[str]) -> str:
+    """Why a pattern decides nothing, and what is near."""
+    shadowed = [path for path in paths if re.fullmatch(pattern, path)]
+    if shadowed:
+        return (
+            f"the rule {pattern!r} decides nothing: an earlier rule takes all that "
+            f"it matches, such as {shadowed[0]!r}. Move it up or leave it out."
+        )
+    part = [path for path in paths if re.search(pattern, path)]
+    if part:
+        return (
+            f"the rule {pattern!r} matches no parameter: a pattern must match the "
+            f"whole path, such as {part[0]!r}. Use {f'.*({pattern}).*'!r}."
+        )
+    near = difflib.get_close_matches(re.sub(r"[\\.*()^$]", "", pattern), paths, 1, 0)
+    hint = f" The nearest path is {near[0]!r}." if near else ""
+    return f"the rule {pattern!r} matches no parameter.{hint}"
+
+
+def _checked(rules) -> tuple[Rule, ...]:
     example = 'Rules([(r".*kernel", int4()), (r".*", None)])'
     if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
         raise TypeError(
@@ -290,12 +340,12 @@ def _checked(rules) -> tuple[tuple[str, Quantizer | None], ...]:
         )
     checked = []
     for rule in rules:
-        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+        if not isinstance(rule, (tuple, list)) or len(rule) not in (2, 3):
             raise TypeError(
-                f"`rules` must be a list of (pattern, quantizer) pairs; got the entry "
-                f"{rule!r}. Use {example}."
+                f"`rules` must be a list of (pattern, quantizer) pairs, or triples with "
+                f"a quantizer for inputs; got the entry {rule!r}. Use {example}."
             )
-        pattern, quantizer = rule
+        pattern, *quantizers = rule
         if not isinstance(pattern, str):
             raise TypeError(
                 f"`rules` must have strings as patterns; got {pattern!r}. Use {example}."
@@ -307,14 +357,17 @@ def _checked(rules) -> tuple[tuple[str, Quantizer | None], ...]:
                 f"`rules` must have regular expressions as patterns; got {pattern!r}: "
                 f"{error}. Write '.*' for any text."
             ) from None
-        if quantizer is not None and not isinstance(quantizer, Quantizer):
-            name = getattr(quantizer, "__name__", "int4")
-            called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
-            raise TypeError(
-                f"`rules` must map {pattern!r} to a Quantizer or None; got "
-                f"{quantizer!r}.{called} Use {example}."
-            )
-        checked.append((pattern, quantizer))
+        for quantizer in quantizers:
+            if quantizer is not None and not isinstance(quantizer, Quantizer):
+                name = getattr(quantizer, "__name__", "int4")
+                remedy = (
+                    f" Call the preset: {name}(...)." if callable(quantizer) else ""
+                )
+                raise TypeError(
+                    f"`rules` must map {pattern!r} to a Quantizer or None; got "
+                    f"{quantizer!r}.{remedy} Use {example}."
+                )
+        checked.append(Rule(pattern, *quantizers))
     return tuple(checked)
 
 

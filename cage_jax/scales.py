@@ -105,6 +105,18 @@ class ScaleRule(abc.ABC):
         """Whether the grid is trained, from a start that the rule finds."""
         return False
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a grid that was found before has to be given."""
+        return self.learned
+
+    def merged(self, before: Grid, now: Grid, format: Format) -> Grid:
+        """What is kept of the grids of two batches, of which a scale of 0 says nothing.
+
+        That is the first one.
+        """
+        return _where(before.scale == 0, now, before)
+
     @abc.abstractmethod
     def clips(self, format: Format) -> bool:
         """Whether values of a group can lie beyond the end of its grid."""
@@ -483,6 +495,99 @@ class Learned(ScaleRule):
 
     def __str__(self):
         return "learned" + (" with an offset" if self.offset else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated(ScaleRule):
+    """A grid that another rule finds once, in data that `calibrate` is given.
+
+    Args:
+      rule: what is done with each batch.
+      decay: None: the widest grid of all batches. Otherwise the moving average: that of
+        the batches before counts so much.
+    """
+
+    rule: ScaleRule = dataclasses.field(default_factory=AbsMax)
+    decay: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.rule, ScaleRule) or self.rule.needs_grid:
+            raise TypeError(
+                f"`rule` must be a rule that finds a scale in data; got {self.rule!r}. "
+                f"Use AbsMax() or Percentile(99.9)."
+            )
+        if self.decay is not None:
+            _check_positive(self.decay, "decay", "Use 0.9, or None for the widest.")
+            if self.decay >= 1:
+                raise ValueError(
+                    f"`decay` must be below 1; got {self.decay}. Use 0.9, or None for "
+                    f"the widest."
+                )
+
+    def check(self, format, scale_type):
+        self.rule.check(format, scale_type)
+
+    @property
+    def asymmetric(self):
+        return self.rule.asymmetric
+
+    @property
+    def has_offset(self):
+        return self.rule.has_offset
+
+    @property
+    def signed(self):
+        return self.rule.signed
+
+    @property
+    def needs_grid(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        return self.rule.fit(x, axes, format, scale_type, tensor_axes)
+
+    def merged(self, before, now, format):
+        if self.asymmetric or self.has_offset:
+            ends = [
+                self._of(widest, _value_of(before, end), _value_of(now, end))
+                for widest, end in (
+                    (jnp.minimum, format.low),
+                    (jnp.maximum, format.high),
+                )
+            ]
+            found = self.rule.fit(jnp.stack(ends), (0,), format)
+            found = jax.tree.map(lambda entry: entry[0], found)
+        else:
+            scale = self._of(jnp.maximum, before.scale, now.scale)
+            found = before._replace(scale=scale)
+        known = _where(now.scale == 0, before, found)
+        return _where(before.scale == 0, now, known)
+
+    def _of(self, widest, before, now):
+        if self.decay is None:
+            return widest(before, now)
+        return self.decay * before + (1 - self.decay) * now
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        average = "" if self.decay is None else f", average of decay {self.decay:g}"
+        return f"calibrated {self.rule}{average}"
+
+
+def _where(condition, grid, other):
+    return jax.tree.map(functools.partial(jnp.where, condition), grid, other)
+
+
+def _value_of(grid, code):
+    """The value of a code."""
+    code = code if grid.zero_point is None else code - grid.zero_point
+    value = code * grid.step
+    return value if grid.offset is None else value + grid.offset
 
 
 def compute_dtype(dtype) -> np.dtype:

@@ -28,7 +28,7 @@ import optax
 from jax import lax
 
 from cage_jax.quantization import (
-    check_learned,
+    check_grid_given,
     grid_at,
     quantization_error,
     quantize,
@@ -359,7 +359,7 @@ def _correction(
             frozen = grid_at(path, params, None)  # learned
             if frozen is None and freeze_scale:
                 frozen = state.grids[path]
-            check_learned(quantizer, frozen)
+            check_grid_given(quantizer, frozen)
             active, kept[path], turned_back = _fit_if(active, x, quantizer, frozen)
             error = error_from(x, quantizer, kept[path], turned_back)
             pulled = update.astype(error.dtype)

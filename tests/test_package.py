@@ -46,11 +46,13 @@ CONTRACT = [
     "ternary",
     "with_grids",
     "choose_rotation",
+    "quantize_activations",
+    "calibrate",
 ]
 
 # Each module may import those of the lines above its own.
 LAYERS = [
-    ["exact", "schedules", "hadamard", "paths"],
+    ["exact", "schedules", "hadamard", "paths", "products"],
     ["formats"],
     ["scale_types"],
     ["scales"],
@@ -59,7 +61,9 @@ LAYERS = [
     ["rounding", "report"],
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],
-    ["rotation"],
+    ["rotation", "activations"],
+    ["diagnostics"],
+    ["flax"],
     ["transform"],
     ["optimizers"],
     ["__init__"],

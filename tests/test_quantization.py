@@ -1046,7 +1046,7 @@ def test_the_pull_is_to_the_learned_grid(rng):
 def test_a_learned_scale_that_is_not_positive(scale):
     x = jnp.ones((8, 3))
     grid = Grid(jnp.full((1, 1), scale))
-    with pytest.raises(ValueError, match=r"positive learned scales; got .*with_grids"):
+    with pytest.raises(ValueError, match=r"positive scales; got .*with_grids"):
         fake_quant(x, lsq(4), grid=grid)
     result = jax.jit(lambda grid: fake_quant(x, lsq(4), grid=grid))(grid)
     assert np.all(np.isnan(result))

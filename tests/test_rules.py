@@ -136,7 +136,7 @@ def test_is_a_value():
     assert rules != Rules(table[:1])
     assert rules != Rules(table[::-1])
     assert rules != table
-    assert list(rules) == table
+    assert [(rule.pattern, rule.weights) for rule in rules] == table
     assert len(rules) == 2
     assert copy.deepcopy(rules) == copy.copy(rules) == rules
     assert pickle.loads(pickle.dumps(rules)) == rules
@@ -237,7 +237,9 @@ def test_no_parameter_at_all():
         (None, TypeError, "None", "Use Rules([("),
         (3, TypeError, "3", "Use Rules([("),
         ([".*"], TypeError, "the entry '.*'", "Use Rules([("),
-        ([(".*", int4(), 1)], TypeError, "the entry ('.*'", "Use Rules([("),
+        ([(".*", int4(), 1)], TypeError, "1.", "Use Rules([("),
+        ([(".*", int4(), int4)], TypeError, "<function", "Call the preset: int4(...)."),
+        ([(".*", int4(), None, 1)], TypeError, "the entry ('.*'", "Use Rules([("),
         ([(re.compile(".*"), int4())], TypeError, "re.compile", "Use Rules([("),
         ([(".*", int4)], TypeError, "<function", "Call the preset: int4(...)."),
         ([(".*", quest)], TypeError, "<function", "Call the preset: quest(...)"),

@@ -1,0 +1,250 @@
+"""What became of each parameter of a model and of its input, and what may be wrong."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.activations import (
+    apart,
+    arranged,
+    check_rules,
+    input_path,
+    quantize_input,
+    run,
+)
+from cage_jax.paths import flatten_with_paths
+from cage_jax.products import Product
+from cage_jax.quantization import (
+    fake_quant,
+    gaussian_error,
+    grid_at,
+    quantization_error,
+)
+from cage_jax.quantizers import Quantizer
+from cage_jax.report import Row, table
+from cage_jax.rounding import fit_and_round
+from cage_jax.rules import Rules
+
+_CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
+_DEAD = 0.5  # share of the levels that no value takes
+_ENOUGH = 16  # values for each level, before unused ones mean something
+_WORSE = 1.5  # error over that of normal numbers
+
+
+class Measured(NamedTuple):
+    """How well an array fits its grid.
+
+    Attributes:
+      error: ||x - Q(x)|| / ||x||.
+      clipped: share of the values beyond the ends of the grid.
+      dead: share of the grid's levels that no value takes.
+    """
+
+    error: float
+    clipped: float
+    dead: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a parameter is multiplied with.
+
+    Attributes:
+      product: where and how.
+      quantizer: None where it is left alone.
+      measured: None where it is left alone.
+    """
+
+    product: Product
+    quantizer: Quantizer | None
+    measured: Measured | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A parameter and its inputs.
+
+    Attributes:
+      weight: quantizer and bytes, or why it is left alone.
+      measured: of the weight; None where it is left alone, or has no values.
+      inputs: one for each product with data; none for what is added or looked up.
+    """
+
+    weight: Row
+    measured: Measured | None
+    inputs: tuple[Input, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What becomes of each parameter of a model; `print` shows a table and findings.
+
+    Attributes:
+      layers: one for each parameter.
+      findings: what may be wrong, in sentences.
+    """
+
+    layers: tuple[Layer, ...]
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "weight", "inputs", *_HEAD, *_HEAD)
+        lines = [line for layer in self.layers for line in _lines(layer)]
+        text = table([head, *lines], left=4)
+        notes = self.findings or ("Nothing looks wrong.",)
+        return "\n".join([text, "", *(f"- {note}" for note in notes)])
+
+
+_HEAD = ("error", "clipped", "dead")
+
+
+def report(
+    function: Callable, rules: Rules, params: Any, *args: Any, **kwargs: Any
+) -> ModelReport:
+    """What becomes of each parameter of a program and of its inputs, with their errors.
+
+    Args:
+      function: of parameters, then anything, as in `quantize_activations`.
+      rules: for weights, inputs or both.
+      params: with values, or what `with_grids` or `calibrate` returned.
+      args: an example of what `function` gets behind the parameters.
+      kwargs: likewise.
+
+    Returns:
+      A `ModelReport`. Errors of inputs are those of the example, with all weights and
+      inputs before them quantized.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant` and `quantize_activations`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> from cage_jax.diagnostics import report
+      >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
+      >>> params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
+      >>> def apply(params, x):
+      ...     return x @ params["w"] + params["b"]
+      >>> found = report(apply, rules, params, jnp.linspace(-1, 1, 16).reshape(2, 8))
+      >>> [len(layer.inputs) for layer in found.layers]
+      [0, 1]
+    """
+    check_rules(rules)
+    values, grids = apart(params)
+    quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
+
+    def visit(path, product, quantizer, x, grid):
+        measured = _measure(*arranged(x, product.features, quantizer, grid))
+        x = quantize_input(x, product.features, quantizer, grid)
+        return x, measured
+
+    done = run(function, rules, visit, quantized, grids, args, kwargs)
+    records = {path: iter(entries) for path, entries in done.records.items()}
+    inputs: dict[str, list[Input]] = {}
+    for product in done.products:
+        path = input_path(rules, product)
+        found = Input(product, None, None)
+        if path is not None:
+            measured = None if product.beyond else _mean(next(records[path]))
+            found = Input(product, rules.match_inputs(path), measured)
+        for path in product.paths:
+            inputs.setdefault(path, []).append(found)
+    paths, leaves, _ = flatten_with_paths(values)
+    layers = []
+    for row, (path, leaf) in zip(rules.report(values).rows, zip(paths, leaves)):
+        measured = None
+        if row.quantizer is not None:
+            grid = grid_at(path, params, None)
+            measured = _mean(_measure(leaf, row.quantizer, grid))
+        layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
+    return ModelReport(tuple(layers), tuple(_findings(layers)))
+
+
+def _to_nearest(rules):
+    def nearest(quantizer):
+        return quantizer and dataclasses.replace(quantizer, rounding="nearest")
+
+    return Rules([(r.pattern, nearest(r.weights), nearest(r.inputs)) for r in rules])
+
+
+# --- measuring ------------------------------------------------------------------------
+
+
+def _measure(x, quantizer, grid, _=None):
+    """The figures of `Measured` as arrays."""
+    quantizer = dataclasses.replace(quantizer, rounding="nearest")
+    values, position, _ = fit_and_round(x, quantizer, grid)
+    format = quantizer.format
+    error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
+    size = jnp.linalg.norm(x.ravel())
+    # Half a step beyond the end is rounded, not clipped.
+    beyond = (position > format.high + format.edge) | (
+        position < format.low - format.edge
+    )
+    levels = jnp.asarray(format.values, values.dtype)
+    used = jnp.zeros(levels.size, bool)
+    used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
+    return error / jnp.where(size == 0, 1, size), jnp.mean(beyond), 1 - jnp.mean(used)
+
+
+def _mean(arrays) -> Measured:
+    """Over the repetitions of a scan, if any."""
+    return Measured(*(float(np.mean(array)) for array in arrays))
+
+
+# --- words ----------------------------------------------------------------------------
+
+
+def _lines(layer):
+    row = layer.weight
+    weight = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
+    begin = row.path, str(row.shape), weight
+    if not layer.inputs:
+        yield (*begin, "- multiplies no data", *_figures(layer.measured), *_figures())
+    for each in layer.inputs:
+        what = "- as it is" if each.quantizer is None else str(each.quantizer)
+        if each.product.beyond:
+            what = f"- out of reach in {each.product.beyond}"
+        yield (*begin, what, *_figures(layer.measured), *_figures(each.measured))
+
+
+def _figures(measured=None):
+    if measured is None:
+        return ("",) * len(Measured._fields)
+    return tuple(f"{part:.3f}" for part in measured)
+
+
+def _findings(layers):
+    for layer in layers:
+        path, size = layer.weight.path, layer.weight.size
+        yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
+        for each in layer.inputs:
+            size = math.prod((*each.product.shape, *each.product.repeats))
+            yield from _found(f"{path}, input", each.quantizer, each, size)
+
+
+def _found(what, quantizer, layer, size):
+    measured = layer.measured
+    if measured is None:
+        return
+    usual = math.sqrt(gaussian_error(quantizer))
+    if not measured.error <= _WORSE * usual:
+        yield (
+            f"{what}: the error is {measured.error:.2f} of the norm, where normal "
+            f"numbers have {usual:.2f}. A few large values may stretch the grid: use "
+            f"groups, a rotation or more bits."
+        )
+    if measured.clipped > _CLIPPED:
+        yield (
+            f"{what}: {measured.clipped:.1%} of the values lie beyond the grid. Use a "
+            f"wider scale, or calibrate again."
+        )
+    if measured.dead > _DEAD and size >= _ENOUGH * quantizer.levels:
+        yield (
+            f"{what}: {measured.dead:.0%} of the levels are not used. The grid is "
+            f"wider than most values: use groups, or a clipped or searched scale."
+        )

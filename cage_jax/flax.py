@@ -1,0 +1,434 @@
+"""Activations of Flax models, Linen and NNX, quantized by path without an edit.
+
+The models are run as programs of their variables, so that what `activations` does to
+any program is done to them: a layer need not be one of Flax's.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from jax import lax
+
+from cage_jax.activations import INPUTS, check_rules, quantize_input
+from cage_jax.activations import calibrate as calibrate_function
+from cage_jax.activations import quantize_activations as quantize_function
+from cage_jax.diagnostics import ModelReport
+from cage_jax.diagnostics import report as report_of_function
+from cage_jax.quantizers import Quantizer
+from cage_jax.rules import INPUT_GRIDS, Rules
+from cage_jax.scales import Grid
+
+
+def quantize_activations(model: Any, rules: Rules) -> Any:
+    """`model` with the inputs of its weights quantized, as the rules say by path.
+
+    Every product of a parameter with data is found, in whatever module it is, see
+    `cage_jax.quantize_activations`. The weights are quantized by
+    `fake_quant(params, rules)` before, or for NNX of its state. Call it under `jit`.
+
+    Args:
+      model: a Linen module, or an NNX module.
+      rules: of which some have a quantizer for inputs.
+
+    Returns:
+      For NNX a new module with the same arrays, of a subclass of its class, whose
+      `__call__` and other public methods quantize; `model` is left as it was. For Linen
+      something with `init` and `apply` as `model` has them.
+
+    Raises:
+      TypeError: for something else than a module and `Rules`.
+      ValueError: by a call, as `cage_jax.quantize_activations`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> rules = cage.Rules([(r"kernel", cage.int4(), cage.int8(axis=-1))])
+      >>> quantized = cage.flax.quantize_activations(model, rules)
+      >>> quantized(jnp.ones((3, 4))).shape
+      (3, 2)
+    """
+    check_rules(rules)
+    if isinstance(model, linen.Module):
+        return QuantizedLinen(model, rules)
+    if isinstance(model, nnx.Module):
+        return _quantized_nnx(model, rules)
+    raise _no_module(model)
+
+
+def calibrate(
+    model: Any,
+    rules: Rules,
+    batches: Iterable[tuple],
+    variables: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Finds in data the grids of the inputs that are calibrated or learned.
+
+    Args:
+      model: as in `quantize_activations`.
+      rules: of which some input quantizers have the scale `Calibrated` or `Learned`.
+      batches: the arguments of a call, a tuple for each.
+      variables: of a Linen module; None for NNX.
+      kwargs: of each call, such as `train=False`.
+
+    Returns:
+      For Linen, `variables` with the collection "grids", for the `apply` of
+      `quantize_activations(model, rules)`. For NNX the quantized model, with the grids
+      in its attribute `input_grids`, of `nnx.Param` where they are learned.
+
+    Raises:
+      TypeError, ValueError: as `cage_jax.calibrate`, and for Linen without `variables`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> static = cage.int8(axis=None, scale=cage.scales.Calibrated())
+      >>> rules = cage.Rules([(r"kernel", cage.int4(), static)])
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> model = cage.flax.calibrate(model, rules, [(jnp.ones((3, 4)),)])
+      >>> round(127 * float(model.input_grids["kernel"].scale[...]), 3)
+      1.0
+    """
+    quantized = quantize_activations(model, rules)
+    function, state, grids = _program(model, variables)
+    params = {"params": state, "grids": grids}
+    found = calibrate_function(
+        functools.partial(function, **kwargs), rules, params, batches
+    )
+    if isinstance(quantized, QuantizedLinen):
+        return {**state, "grids": found["grids"]}
+    return _with_grids(quantized, rules, found["grids"])
+
+
+def report(
+    model: Any,
+    rules: Rules,
+    *args: Any,
+    variables: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> ModelReport:
+    """What becomes of each parameter of a model and of its inputs, with their errors.
+
+    Args:
+      model: as in `quantize_activations`, quantized or not.
+      rules: for weights, inputs or both.
+      args: an example of the arguments of a call.
+      variables: of a Linen module; None for NNX.
+      kwargs: of the call, such as `train=False`.
+
+    Returns:
+      A `ModelReport`; print it, or read its `layers` and `findings`.
+
+    Raises:
+      TypeError, ValueError: as `cage_jax.diagnostics.report`, and for Linen without
+        `variables`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> rules = cage.Rules([(r"kernel", cage.int4(), cage.int8(axis=-1))])
+      >>> found = cage.flax.report(model, rules, jnp.ones((3, 4)))
+      >>> [layer.weight.path for layer in found.layers if layer.inputs]
+      ['kernel']
+    """
+    function, state, grids = _program(model, variables)
+    params = {"params": state, "grids": grids} if grids else state
+    return report_of_function(function, rules, params, *args, **kwargs)
+
+
+def _program(model, variables):
+    """A model as a function of its variables, these, and the grids among them."""
+    if isinstance(model, (linen.Module, QuantizedLinen)):
+        if variables is None:
+            raise ValueError(
+                "`variables` must be given for a Linen module; got None. Use those of "
+                "model.init."
+            )
+        module = getattr(model, "module", model)
+        state: Any = {name: v for name, v in variables.items() if name != "grids"}
+        function = functools.partial(_apply_linen, module, {})
+        return function, state, dict(variables.get("grids", {}))
+    if not isinstance(model, nnx.Module):
+        raise _no_module(model)
+    cls, plain, grids = _plain(model)
+    graphdef, state = nnx.split(plain)
+    function = functools.partial(_call_nnx, graphdef, cls.__call__)
+    return function, state, grids
+
+
+def _no_module(model):
+    return TypeError(
+        f"`model` must be a Linen or an NNX module; got {type(model).__name__}. For a "
+        f"function of parameters use cage_jax.quantize_activations."
+    )
+
+
+# --- arguments of Flax's layers -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _QuantizedProduct:
+    """A product whose first factor is quantized; a value, so that it can be static."""
+
+    inputs: Quantizer
+
+    def __post_init__(self):
+        if not isinstance(self.inputs, Quantizer):
+            raise TypeError(
+                f"`inputs` must be a Quantizer; got {self.inputs!r}. Use int8(axis=-1)."
+            )
+        if self.inputs.scale.needs_grid:
+            raise ValueError(
+                f"`inputs` must have a scale that is found in each input; got "
+                f"{self.inputs}. Use calibrate(model, rules, ...) for others."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class dot_general(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
+    """`jax.lax.dot_general` that quantizes its first argument.
+
+    For the argument `dot_general` of `nn.Dense`, `nnx.Linear` and others, and
+    `_dot_general` of `jnp.einsum`.
+
+    Args:
+      inputs: the quantizer, along axis -1, 0 or None of the matrix of (tokens,
+        features).
+
+    Raises:
+      TypeError, ValueError: for no quantizer, and for one that needs a grid.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> from flax import linen as nn
+      >>> product = cage.flax.dot_general(cage.int8(axis=-1))
+      >>> layer = nn.Dense(16, dot_general=product)
+    """
+
+    def __call__(self, lhs, rhs, dimension_numbers, *args, **kwargs) -> jax.Array:
+        """As `jax.lax.dot_general`."""
+        features = tuple(sorted(a % lhs.ndim for a in dimension_numbers[0][0]))
+        lhs = quantize_input(lhs, features, self.inputs, None)
+        return lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class conv_general_dilated(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
+    """`jax.lax.conv_general_dilated` that quantizes its first argument.
+
+    For the argument `conv_general_dilated` of `nn.Conv` and `nnx.Conv`. The features
+    are the channels: `axis=-1` is a scale per pixel.
+
+    Args:
+      inputs: the quantizer, along axis -1, 0 or None.
+
+    Raises:
+      TypeError, ValueError: for no quantizer, and for one that needs a grid.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> from flax import linen as nn
+      >>> product = cage.flax.conv_general_dilated(cage.int8(axis=None))
+      >>> layer = nn.Conv(16, (3, 3), conv_general_dilated=product)
+    """
+
+    def __call__(self, lhs, rhs, *args, **kwargs) -> jax.Array:
+        """As `jax.lax.conv_general_dilated`."""
+        bound = inspect.signature(lax.conv_general_dilated).bind(
+            lhs, rhs, *args, **kwargs
+        )
+        numbers = lax.conv_dimension_numbers(
+            lhs.shape, rhs.shape, bound.arguments.get("dimension_numbers")
+        )
+        lhs = quantize_input(lhs, (numbers.lhs_spec[1],), self.inputs, None)
+        return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+
+# --- Linen ----------------------------------------------------------------------------
+
+
+class QuantizedLinen:
+    """A Linen module whose `apply` quantizes the inputs of weights."""
+
+    def __init__(self, module: linen.Module, rules: Rules):
+        self.module = module
+        self.rules = rules
+
+    def init(self, *args, **kwargs) -> Any:
+        """As that of the module: the same variables."""
+        return self.module.init(*args, **kwargs)
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        *args,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs,
+    ) -> Any:
+        """As that of the module, with quantized inputs."""
+        options = {
+            "method": method,
+            "mutable": mutable,
+            "capture_intermediates": capture_intermediates,
+        }
+        params = {name: v for name, v in variables.items() if name != "grids"}
+        function = functools.partial(_apply_linen, self.module, options)
+        quantized = quantize_function(function, self.rules)
+        both = {"params": params, "grids": dict(variables.get("grids", {}))}
+        return quantized(both, *args, _rngs=rngs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if inspect.ismethod(value):
+            raise AttributeError(
+                f"a quantized Linen module has `init` and `apply`; got {name!r}. Use "
+                f"apply(variables, ..., method={name!r}), or `.module.{name}` for the "
+                f"module without quantized inputs."
+            )
+        return value
+
+
+def _apply_linen(module, options, variables, *args, _rngs=None, **kwargs):
+    return module.apply(variables, *args, rngs=_rngs, **options, **kwargs)
+
+
+# --- NNX ------------------------------------------------------------------------------
+
+
+class CalibratedScale(nnx.Variable):
+    """A part of the grid of a calibrated input."""
+
+
+class LearnedScale(nnx.Param):
+    """A part of the grid of a learned input, for optimizers to find."""
+
+
+def _quantized_nnx(model, rules):
+    new = nnx.clone(model)
+    new.__class__ = _quantized_class(type(model))  # type: ignore[arg-type]
+    new.quantization_rules = nnx.static(rules)
+    return new
+
+
+def _with_grids(model, rules, grids):
+    """Puts the grids of inputs into a module, as an `nnx.Dict` for each path."""
+    found = {}
+    for key, grid in grids.items():
+        if not key.endswith(INPUTS):
+            continue
+        path = key.removesuffix(INPUTS)
+        quantizer = rules.match_inputs(path)
+        kind = LearnedScale if quantizer.scale.learned else CalibratedScale
+        parts = {n: kind(v) for n, v in grid._asdict().items() if v is not None}
+        found[path] = nnx.Dict(parts)
+    setattr(model, INPUT_GRIDS, nnx.Dict(found))
+    return model
+
+
+def _grids_of(model):
+    return {
+        path + INPUTS: Grid(**{name: part[...] for name, part in parts.items()})
+        for path, parts in getattr(model, INPUT_GRIDS, {}).items()
+    }
+
+
+@functools.cache
+def _quantized_class(cls):
+    """A subclass of a module's class whose public methods quantize."""
+    if "_quantized_from" in vars(cls):
+        raise ValueError(
+            f"`model` must not be quantized yet; got a {cls.__qualname__}. Quantize "
+            f"the original, with all rules in one table."
+        )
+    names = {
+        name
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] != "flax" or base is cls
+        for name, member in vars(base).items()
+        if inspect.isfunction(member) and (name == "__call__" or name[0] != "_")
+    }
+    methods = {name: _quantized_method(cls, name) for name in sorted(names)}
+    return type(
+        f"Quantized{cls.__name__}",
+        (cls,),
+        {"_quantized_from": cls, "__module__": cls.__module__, **methods},
+    )
+
+
+def _quantized_method(cls, name):
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def quantized(self, *args, **kwargs):
+        _, plain, grids = _plain(self)
+        graphdef, state = nnx.split(plain)
+        function = functools.partial(_call_nnx_with_state, graphdef, method)
+        run = quantize_function(function, self.quantization_rules)
+        output, changed = run({"params": state, "grids": grids}, *args, **kwargs)
+        flat = nnx.to_flat_state(state)
+        new = [
+            (path, variable.replace(value))
+            for (path, variable), value in zip(flat, changed)
+            if value is not None
+        ]
+        # Only those: a variable of another trace can be read and not written.
+        nnx.update(self, nnx.from_flat_state(new))
+        return output
+
+    return quantized
+
+
+def _plain(model):
+    """The class, a copy and the grids of a module as it was before it was quantized."""
+    plain, grids = nnx.clone(model), {}
+    cls = vars(type(model)).get("_quantized_from", type(model))
+    if cls is not type(model):
+        grids = _grids_of(plain)
+        if grids:
+            delattr(plain, INPUT_GRIDS)
+        del plain.quantization_rules
+        plain.__class__ = cls
+    return cls, plain, grids
+
+
+def _call_nnx(graphdef, method, state, *args, **kwargs):
+    return method(nnx.merge(graphdef, state), *args, **kwargs)
+
+
+def _call_nnx_with_state(graphdef, method, state, *args, **kwargs):
+    """Also the values of the variables that the call changed, and None for others.
+
+    Parameters are never changed by a call.
+    """
+    before = [variable.get_value() for _, variable in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, state)
+    output = method(model, *args, **kwargs)
+    flat = nnx.to_flat_state(nnx.state(model))
+    if [path for path, _ in flat] != [path for path, _ in nnx.to_flat_state(state)]:
+        raise ValueError(
+            "`model` must keep its variables in a call; got one that adds or removes "
+            "some. Call the model as it was once before it is quantized."
+        )
+    after = [variable.get_value() for _, variable in flat]
+    # Transformations such as `nnx.remat` make other tracers of what they read.
+    read = [isinstance(variable, nnx.Param) for _, variable in flat]
+    changed = zip(after, before, read)
+    return output, [None if a is b or only else a for a, b, only in changed]

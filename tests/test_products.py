@@ -1,0 +1,132 @@
+"""Where a program multiplies parameters with data."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cage_jax.products import DATA, Product, find, map_inputs
+
+W, X = jnp.ones((8, 4)), jnp.ones((5, 8))
+
+
+def products_of(function, *arguments, origins):
+    return find(jax.make_jaxpr(function)(*arguments), origins)
+
+
+def test_a_product_is_described():
+    (found,) = products_of(lambda w, x: x @ w, W, X, origins=[("w",), DATA])
+    assert found == Product(("w",), "dot_general", (5, 8), (1,))
+    (found,) = products_of(lambda x, w: w.T @ x.T, X, W, origins=[DATA, ("w",)])
+    assert (found.shape, found.features) == ((8, 5), (0,))
+
+
+@pytest.mark.parametrize(
+    ("function", "origins"),
+    [
+        (lambda w, x: x @ w, [DATA, DATA]),
+        (lambda w, x: x @ w, [("w",), ("x",)]),
+        (lambda w, x: x @ w, [(), DATA]),
+        (lambda w, x: w[None] * x[:, :, None], [("w",), DATA]),
+        (lambda w, x: w[x[:, 0].astype(int)], [("w",), DATA]),
+    ],
+    ids=["two data", "two parameters", "a constant", "elementwise", "a lookup"],
+)
+def test_what_is_no_product_of_a_parameter_with_data(function, origins):
+    assert products_of(function, W, X, origins=origins) == []
+
+
+def test_a_factor_computed_from_parameters_has_all_their_paths():
+    def lora(w, a, b, x):
+        return x @ (w + jnp.tanh(a) @ b)
+
+    a, b = jnp.ones((8, 2)), jnp.ones((2, 4))
+    origins = [("w",), ("a",), ("b",), DATA]
+    (found,) = products_of(lora, W, a, b, X, origins=origins)
+    assert found.paths == ("w", "a", "b")
+
+
+def test_a_weight_that_depends_on_data_is_data():
+    def hypernetwork(w, x):
+        return x @ (w * x.mean())
+
+    assert products_of(hypernetwork, W, X, origins=[("w",), DATA]) == []
+
+
+def test_a_carry_that_becomes_data_is_data():
+    square = jnp.ones((8, 8))
+
+    def run(w, start, x):
+        # The first repetition multiplies two parameters, the others data.
+        return jax.lax.scan(lambda h, row: (h @ w + row, None), start, x)[0]
+
+    rows = jnp.ones((3, 5, 8))
+    origins = [("w",), ("start",), DATA]
+    (found,) = products_of(run, square, X, rows, origins=origins)
+    assert found.repeats == (3,)
+    assert found.paths == ("w",)
+
+
+def test_scans_within_scans_and_calls():
+    stacked = jnp.ones((2, 3, 8, 8))
+
+    @jax.jit
+    def inner(h, w):
+        return jax.checkpoint(jnp.matmul)(h, w), None
+
+    def run(w, x):
+        def outer(h, row):
+            return jax.lax.scan(inner, h, row)[0], None
+
+        return jax.lax.scan(outer, x, w)[0]
+
+    (found,) = products_of(run, stacked, X, origins=[("w",), DATA])
+    assert found.repeats == (2, 3)
+    program = jax.make_jaxpr(run)(stacked, X)
+    (result,), records = map_inputs(
+        program,
+        [("w",), DATA],
+        [stacked, X],
+        lambda product: product.paths[0],
+        lambda name, product, x, given: (x + given, x.sum()),
+        {"w": jnp.arange(6.0).reshape(2, 3)},
+    )
+    h, sums = X, []
+    for i, w in enumerate(stacked.reshape(6, 8, 8)):
+        sums.append(h.sum())
+        h = (h + i) @ w
+    assert jnp.array_equal(result, h)
+    assert jnp.array_equal(records["w"][0].ravel(), jnp.array(sums))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (
+            lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x[:, :4]),
+            "cond",
+        ),
+        (
+            lambda w, x: jax.lax.fori_loop(
+                0, jnp.int32(x[0, 0]), lambda _, h: h @ w @ w.T, x
+            ),
+            "while",
+        ),
+    ],
+)
+def test_what_is_out_of_reach_is_found(function, name):
+    found = products_of(function, W, X, origins=[("w",), DATA])
+    assert found and {product.beyond for product in found} == {name}
+
+
+def test_a_program_without_wanted_products_runs_as_it_is():
+    def run(w, x):
+        values, indices = jax.lax.top_k(x @ w, 2)
+        return jax.nn.relu(values), indices, jnp.linalg.norm(w)
+
+    program = jax.make_jaxpr(run)(W, X)
+    outputs, records = map_inputs(
+        program, [("w",), DATA], [W, X], lambda product: None, None, {}
+    )
+    assert records == {}
+    for found, expected in zip(outputs, run(W, X)):
+        assert jnp.array_equal(found, expected)
