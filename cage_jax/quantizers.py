@@ -96,7 +96,7 @@ class Quantizer:
             )
 
     def _check_axes(self):
-        axes, sizes = self._axes, self._group_sizes
+        axes, sizes = self._axes, self.group_sizes
         if any(isinstance(a, bool) or not isinstance(a, int) for a in axes):
             raise TypeError(
                 f"`axis` must be an int, a tuple of ints or None; got {self.axis!r}. "
@@ -158,7 +158,8 @@ class Quantizer:
         return self.axis if isinstance(self.axis, tuple) else (self.axis,)
 
     @property
-    def _group_sizes(self) -> tuple[int | None, ...]:
+    def group_sizes(self) -> tuple[int | None, ...]:
+        """`group_size` for each of `axis`; none where that is None."""
         if isinstance(self.group_size, tuple):
             return self.group_size
         if self.group_size is None:
@@ -215,7 +216,7 @@ class Quantizer:
         if self.axis is None:
             return dict(enumerate(shape))
         groups = {}
-        for axis, size in zip(self._axes, self._group_sizes):
+        for axis, size in zip(self._axes, self.group_sizes):
             if not -ndim <= axis < ndim:
                 raise ValueError(
                     f"`axis` must be within the dimensions of `x`; got axis={axis}, "

@@ -1,0 +1,207 @@
+"""Models that others wrote, unedited: W4A8 with CAGE."""
+
+import pathlib
+import re
+import sysconfig
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cage_jax as cage
+from cage_jax import Rules, fake_quant, int4, int8
+from cage_jax.flax import quantize_activations, report
+
+STEPS = 20
+SILENCE = 0.5
+
+pytestmark = [
+    pytest.mark.usefixtures("as_users_have_it"),
+    # What the models do, not this library.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture
+def as_users_have_it(standard_promotion):
+    """Flax promotes dtypes and ranks by itself."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def optimizer(rules, learning_rate):
+    strength = cage.silence_then_ramp(STEPS, silence=SILENCE)
+    return cage.cage_adamw(learning_rate, rules, strength, statistics=True)
+
+
+def check_training(losses, statistics):
+    """The loss fell, and CAGE pulled in the second half."""
+    assert np.all(np.isfinite(losses))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:2])
+    ratios = [float(each.correction_ratio) for each in statistics]
+    assert all(ratio == 0 for ratio in ratios[: int(STEPS * SILENCE)])
+    assert ratios[-1] > 0
+
+
+def windows(rows, length, seed):
+    """Bytes of a source file of Python itself."""
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    text = np.frombuffer((folder / "argparse.py").read_bytes(), np.uint8)
+    starts = np.random.default_rng(seed).integers(0, len(text) - length - 1, rows)
+    found = np.stack([text[start : start + length + 1] for start in starts])
+    return jnp.asarray(found.astype(np.int32))
+
+
+PROJECTIONS = ["attn/q_proj/w", "attn/k_proj/w", "attn/v_proj/w", "attn/o_proj/w"]
+PROJECTIONS += ["mlp/gate_proj/kernel", "mlp/up_proj/kernel", "mlp/down_proj/kernel"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_llama_of_tunix(tied):
+    llama = pytest.importorskip("tunix.models.llama3.model")
+    from flax import nnx
+
+    config = llama.ModelConfig(
+        num_layers=2,
+        vocab_size=256,
+        embed_dim=64,
+        hidden_dim=128,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=2,
+        norm_eps=1e-5,
+        rope_theta=10_000,
+        weight_tying=tied,
+        remat_config=llama.RematConfig.BLOCK if tied else llama.RematConfig.NONE,
+    )
+    plain = llama.Llama3(config, rngs=nnx.Rngs(0))
+    # Its feed-forward weights start at 0, where nothing can be quantized.
+    rng = np.random.default_rng(0)
+    for layer in plain.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            kernel = getattr(layer.mlp, name).kernel
+            kernel[...] = jnp.asarray(0.1 * rng.standard_normal(kernel.shape), "f4")
+    inputs = int8(axis=-1)
+    rules = Rules(
+        [
+            (r".*attn/o_proj/w", int4(axis=(0, 1)), inputs),
+            (r".*attn/._proj/w", int4(axis=0), inputs),
+            (r".*mlp/.*kernel", int4(group_size=32), inputs),
+            (r"lm_head/w", int8(axis=0), inputs),
+            (r"embedder/input_embedding", int8(axis=1), inputs if tied else None),
+        ]
+    )
+    model = quantize_activations(plain, rules)
+    tokens = windows(4, 32, 0)[:, :-1]
+    positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
+    mask = jnp.tril(jnp.ones((32, 32), bool))[None]
+
+    found = {
+        layer.weight.path: layer
+        for layer in report(plain, rules, tokens, positions, None, mask).layers
+    }
+    multiplied = {f"layers/{i}/{name}" for i in (0, 1) for name in PROJECTIONS}
+    multiplied.add("embedder/input_embedding" if tied else "lm_head/w")
+    assert {path for path, layer in found.items() if layer.inputs} == multiplied
+    for path in multiplied:
+        (each,) = found[path].inputs
+        assert each.quantizer == inputs and 0 < each.measured.error < 0.02
+        assert found[path].measured.error < 0.2
+    norms = {path for path in found if re.search("norm", path)}
+    assert len(norms) == 5
+    assert all(found[path].weight.quantizer is None for path in norms)
+    assert set(found) == multiplied | norms | {"embedder/input_embedding"}
+
+    tx = optimizer(rules, 1e-2)
+    trained = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, trained, batch):
+        def loss(model):
+            graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+            quantized = nnx.merge(graphdef, fake_quant(state, rules), rest)
+            logits, _ = quantized(batch[:, :-1], positions, None, mask)
+            found = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch[:, 1:]
+            )
+            return found.mean()
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        trained.update(model, gradient)
+        return value
+
+    losses, statistics = [], []
+    for number in range(STEPS):
+        losses.append(float(step(model, trained, windows(4, 32, number))))
+        state = nnx.as_pure(trained.opt_state)
+        statistics.append(optax.tree_utils.tree_get(state, "statistics"))
+    check_training(losses, statistics)
+
+
+def test_the_resnet_of_flaxmodels():
+    resnet = pytest.importorskip("flaxmodels.resnet")
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
+    images = np.repeat(np.repeat(np.tile(images, 3), 2, 1), 2, 2)
+
+    plain = resnet.ResNet18(output="logits", pretrained=None, num_classes=10)
+    x = jnp.asarray(images[:32])
+    variables = plain.init(jax.random.key(0), x)
+    kernels = int4(axis=(0, 1, 2))
+    inputs = int8(axis=None)
+    rules = Rules(
+        [
+            (r"Conv_0/kernel", int8(axis=(0, 1, 2)), inputs),
+            (r".*Conv_.*kernel", kernels, inputs),
+            (r"Dense_0/kernel", int8(), int8(axis=-1)),
+        ]
+    )
+    model = quantize_activations(plain, rules)
+
+    found = {
+        layer.weight.path: layer
+        for layer in report(plain, rules, x, variables=variables, train=False).layers
+    }
+    convolutions = {"Conv_0/kernel"}
+    for i in range(8):
+        names = (
+            ("Conv_0", "Conv_1", "Conv_2") if i in (2, 4, 6) else ("Conv_0", "Conv_1")
+        )
+        convolutions |= {f"BasicBlock_{i}/{name}/kernel" for name in names}
+    multiplied = convolutions | {"Dense_0/kernel"}
+    assert {path for path, layer in found.items() if layer.inputs} == multiplied
+    for path in multiplied:
+        (each,) = found[path].inputs
+        assert each.quantizer == rules.match_inputs(path)
+        assert found[path].weight.quantizer == rules.match(path)
+        assert 0 < each.measured.error < 0.05
+    assert "BatchNorm_0/scale" in found and "Dense_0/bias" in found
+
+    tx = optimizer(rules, 1e-3)
+
+    @jax.jit
+    def step(params, rest, state, x, y):
+        def loss(params):
+            variables = {"params": fake_quant(params, rules), **rest}
+            logits, updated = model.apply(variables, x, mutable=["batch_stats"])
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return found.mean(), updated
+
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), rest, state, value
+
+    params = variables["params"]
+    rest = {"batch_stats": variables["batch_stats"]}
+    state, losses, statistics = tx.init(params), [], []
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        rows = rng.integers(0, len(images), 32)
+        batch = jnp.asarray(images[rows]), jnp.asarray(labels[rows])
+        params, rest, state, value = step(params, rest, state, *batch)
+        losses.append(float(value))
+        statistics.append(optax.tree_utils.tree_get(state, "statistics"))
+    check_training(losses, statistics)
