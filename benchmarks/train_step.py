@@ -1,8 +1,9 @@
-"""Times whole train steps of the demo's language model, with CAGE and without."""
+"""Times and compiles whole train steps of the demo's language model, part by part."""
 
 import dataclasses
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import train_lm
 from text import batch_at
 
-STEPS = {
-    "full precision": "full",
-    "W4A4 STE": "trunk",
-    "W4A4 CAGE, silent": "cage",
-    "W4A4 CAGE, active": "cage",
+# What is timed: a segment of the program, and the settings that differ.
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full precision": ("full", {}),
+    "W4A16 STE": ("trunk", {"a_bits": 16}),
+    "W4A4 STE": ("trunk", {}),
+    "W4A4 KV4 STE": ("trunk", {"kv_bits": 4}),
+    "W4A4 CAGE, silent": ("cage", {}),
+    "W4A4 CAGE, active": ("cage", {}),
+    "W4A4 KV4 CAGE, active": ("cage", {"kv_bits": 4}),
+}
+# What is compiled: the model of 8 layers, its parameters never made.
+COMPILED = {
+    name: STEPS[name]
+    for name in ("full precision", "W4A4 STE", "W4A4 KV4 CAGE, active")
 }
 
 
@@ -56,18 +66,49 @@ def _stepper(experiment, segment, step: int) -> Callable[[], None]:
     return call
 
 
-def measure(size: str, rounds: int, warmup: int = 3) -> dict[str, Any]:
-    """Median step times of each kind, and their ratios to STE and full precision."""
-    # So many steps that the silence does not end while "silent" is timed.
-    asked = train_lm.Settings(size=size, steps=10 * (rounds + warmup) + 10)
+def compile_seconds(size: str, kind: str, changes: dict[str, Any]) -> float:
+    """How long tracing and compiling a step of a model takes; nothing is run."""
+    asked = train_lm.Settings(
+        size=size, batch=2, microbatch=2, sequence=128, steps=100, **changes
+    )
     experiment = train_lm.Experiment(asked.resolved())
-    segments = {segment.name: segment for segment in experiment.segments}
-    last = experiment.settings.steps - rounds - warmup - 1
-    functions = {
-        name: _stepper(experiment, segments[kind], last if "active" in name else 0)
-        for name, kind in STEPS.items()
-    }
+    segment = next(each for each in experiment.segments if each.name == kind)
+    run = experiment.step_of(segment)
+    state = jax.eval_shape(lambda: experiment.first_state(segment))
+    windows = jax.ShapeDtypeStruct((2, 129), experiment.train.dtype)
+    jax.clear_caches()
+    start = time.perf_counter()
+    run.lower(state, windows, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return time.perf_counter() - start
+
+
+def measure(
+    size: str, rounds: int, warmup: int = 3, deep: str = "100m", compiles: int = 3
+) -> dict[str, Any]:
+    """Median step times of each kind, and their ratios to STE and full precision.
+
+    Args:
+      size: of the model whose steps are timed.
+      rounds: timed steps of each kind.
+      warmup: steps before them.
+      deep: size of the model whose steps are compiled.
+      compiles: compilations of each kind.
+    """
+    functions = {}
+    for name, (kind, changes) in STEPS.items():
+        # So many steps that the silence does not end while "silent" is timed.
+        asked = train_lm.Settings(
+            size=size, steps=10 * (rounds + warmup) + 10, **changes
+        )
+        experiment = train_lm.Experiment(asked.resolved())
+        segment = next(each for each in experiment.segments if each.name == kind)
+        last = experiment.settings.steps - rounds - warmup - 1
+        functions[name] = _stepper(experiment, segment, last if "active" in name else 0)
     times = measurement.interleaved(functions, rounds, warmup)
+    compiling: dict[str, list[float]] = {name: [] for name in COMPILED}
+    for _ in range(compiles):
+        for name, (kind, changes) in COMPILED.items():
+            compiling[name].append(compile_seconds(deep, kind, changes))
 
     def ratio(name, base):
         return measurement.median_ratio(times, name, base)
@@ -85,10 +126,14 @@ def measure(size: str, rounds: int, warmup: int = 3) -> dict[str, Any]:
                 "seconds": statistics.median(times[name]),
                 "to STE": ratio(name, "W4A4 STE"),
                 "to full precision": ratio(name, "full precision"),
+                "compile": statistics.median(compiling[name])
+                if name in compiling
+                else None,
             }
             for name in STEPS
         },
         "seconds": times,
+        "compile seconds": compiling,
         "targets": [
             measurement.target(
                 "CAGE, active, to STE", ratio("W4A4 CAGE, active", "W4A4 STE"), 1.06
@@ -97,6 +142,13 @@ def measure(size: str, rounds: int, warmup: int = 3) -> dict[str, Any]:
                 "CAGE, active, to full precision",
                 ratio("W4A4 CAGE, active", "full precision"),
                 1.35,
+            ),
+            measurement.target(
+                "compiling 8 layers with everything, to full precision",
+                measurement.median_ratio(
+                    compiling, "W4A4 KV4 CAGE, active", "full precision"
+                ),
+                1.5,
             ),
         ],
     }
@@ -110,19 +162,23 @@ def table(record: dict[str, Any]) -> Rows:
             f"{1e3 * each['seconds']:.1f}",
             f"{each['to STE']:.2f}",
             f"{each['to full precision']:.2f}",
+            f"{each['compile']:.1f}" if each.get("compile") else "",
         ]
         for name, each in record["figures"].items()
     ]
-    return Rows(["step", "ms", "to STE", "to full precision"], cells)
+    header = ["step", "ms", "to STE", "to full precision", "8 layers, compile, s"]
+    return Rows(header, cells)
 
 
 def main() -> int:
     """Runs the program; the exit status."""
     console = Console()
     settings = tyro.cli(Settings, description=__doc__)
-    console.print("Times train steps in turns: about a minute.", highlight=False)
+    console.print(
+        "Times train steps in turns, then compiles: about ten minutes.", highlight=False
+    )
     if settings.tiny:
-        record = measure("tiny", 2, 1)
+        record = measure("tiny", 2, 1, deep="tiny", compiles=1)
     else:
         record = measure("demo", settings.rounds)
     measurement.finish(record, table(record), console, keep=not settings.tiny)

@@ -316,10 +316,10 @@ def gaussian_error(quantizer: Quantizer) -> float:
     """
     sizes = [size for size in quantizer.group_sizes if size is not None]
     whole = len(sizes) < len(quantizer.group_sizes)
+    size = None if whole or quantizer.axis is None else math.prod(sizes)
     if quantizer.axis is not None:
-        size = None if whole else math.prod(sizes)
         quantizer = dataclasses.replace(quantizer, axis=-2, group_size=size)
-    block = math.lcm(quantizer.hadamard or 1, quantizer.group_size or 1)
+    block = math.lcm(quantizer.hadamard or 1, size or 1)
     shape = block * max(4096 // block, 1), 64
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     grid = fit_grid(x, quantizer) if quantizer.scale.needs_grid else None

@@ -170,6 +170,8 @@ class QuantizedArray:
         return compute_dtype(self.dtype)
 
 
+# Compiled like `fake_quant`, so that a mean is summed in the same order.
+@functools.partial(jax.jit, static_argnums=1)
 def encoded(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None, noise: jax.Array | None
 ) -> QuantizedArray:
@@ -207,6 +209,7 @@ def _refuse_gradient(_, __):
 _without_gradient.defvjp(lambda number: (number, None), _refuse_gradient)
 
 
+@jax.jit
 def decoded(quantized: QuantizedArray) -> jax.Array:
     """The values of codes."""
     quantizer, dtype = quantized.quantizer, compute_dtype(quantized.dtype)

@@ -17,9 +17,15 @@ from cage_jax.rounding import (
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+# Under `jax.jit` a program with many arrays of one shape traces this once.
+@functools.partial(jax.jit, static_argnums=0)
 def straight_through(quantizer, x, grid, noise):
     """`x` quantized and dequantized; its gradients are the quantizer's."""
+    return _straight_through(quantizer, x, grid, noise)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(quantizer, x, grid, noise):
     values, _, grid = fit_and_round(x, quantizer, grid, noise)
     return restore(values, quantizer, grid, x)
 
@@ -33,7 +39,7 @@ def _forward(quantizer, x, grid, noise):
         saved = grid, noise, None, _passes(position, quantizer)
     # Calling the function itself, not its body, keeps the second derivative: reverse
     # over reverse differentiates this rule's own code.
-    return straight_through(quantizer, x, grid, noise), saved
+    return _straight_through(quantizer, x, grid, noise), saved
 
 
 def _backward(quantizer, saved, cotangent):
@@ -80,7 +86,7 @@ def _learned_gradient(gradient, values, position, mask, quantizer, grid):
     return found
 
 
-straight_through.defvjp(_forward, _backward)
+_straight_through.defvjp(_forward, _backward)
 
 
 def _passes(position, quantizer):

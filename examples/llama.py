@@ -1,16 +1,19 @@
 """A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU.
 
 Weights are quantized from outside, by `cage_jax.fake_quant(params, rules)`; the inputs
-of the linear layers are quantized here, by the `inputs` quantizer, token by token.
+of the linear layers are quantized here, by the `inputs` quantizer, token by token, and
+so are the keys and values of attention, by the `kv` quantizer.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import cage_jax as cage
+from cage_jax.kv_cache import KVCache, quantize_kv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Llama(nnx.Module):
       size: the model's dimensions and the dtype of computation; parameters are float32.
       vocabulary: number of tokens.
       inputs: quantizer of the linear layers' inputs, or None.
+      kv: quantizer of keys and values, or None.
       rngs: for the initial weights.
     """
 
@@ -73,6 +77,7 @@ class Llama(nnx.Module):
         *,
         vocabulary: int = 256,
         inputs: cage.Quantizer | None = None,
+        kv: cage.Quantizer | None = None,
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(size.dtype)
@@ -84,7 +89,7 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            Layer(size, inputs=inputs, rngs=rngs) for _ in range(size.layers)
+            Layer(size, inputs=inputs, kv=kv, rngs=rngs) for _ in range(size.layers)
         )
         self.norm = _norm(size, rngs)
         self.head = _linear(size.width, vocabulary, dtype, rngs)
@@ -94,17 +99,47 @@ class Llama(nnx.Module):
         # Tokens in one axis: products of two matrices are the fastest on any device.
         x = self.embedding(tokens.reshape(-1))
         for layer in self.layers:
-            x = layer(x, *tokens.shape)
+            x, _ = layer(x, *tokens.shape)
         logits = self.head(self.norm(x)).astype(jnp.float32)
         return logits.reshape(*tokens.shape, -1)
+
+    def decode(
+        self, tokens: jax.Array, caches: list[KVCache]
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """The same for one more token: (batch,) to logits (batch, vocabulary).
+
+        Args:
+          tokens: the next of each sequence.
+          caches: of the tokens before, one a layer; `empty_caches` at first.
+
+        Returns:
+          The logits, and the caches with this token in them.
+        """
+        x, longer = self.embedding(tokens), []
+        for layer, cache in zip(self.layers, caches):
+            x, cache = layer(x, len(tokens), 1, cache)
+            longer.append(cache)
+        return self.head(self.norm(x)).astype(jnp.float32), longer
+
+    def empty_caches(self, batch: int, length: int) -> list[KVCache]:
+        """Caches with room for `length` tokens of each sequence."""
+        return [layer.empty_cache(batch, length) for layer in self.layers]
 
 
 class Layer(nnx.Module):
     """Causal attention, then a SwiGLU, each behind a norm and beside a shortcut."""
 
-    def __init__(self, size: Size, *, inputs: cage.Quantizer | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        inputs: cage.Quantizer | None,
+        kv: cage.Quantizer | None,
+        rngs: nnx.Rngs,
+    ):
         dtype, width, hidden = jnp.dtype(size.dtype), size.width, size.hidden
-        self.inputs, self.head_size = inputs, size.head_size
+        self.inputs, self.kv = inputs, kv
+        self.heads, self.dtype = (width // size.head_size, size.head_size), dtype
         self.attention_norm = _norm(size, rngs)
         self.query = _linear(width, width, dtype, rngs)
         self.key = _linear(width, width, dtype, rngs)
@@ -115,19 +150,34 @@ class Layer(nnx.Module):
         self.up = _linear(width, hidden, dtype, rngs)
         self.down = _linear(hidden, width, dtype, rngs)
 
-    def __call__(self, x: jax.Array, batch: int, sequence: int) -> jax.Array:
-        """Maps (batch * sequence, width) to the same shape."""
+    def __call__(
+        self, x: jax.Array, batch: int, sequence: int, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Maps (batch * sequence, width) to the same shape; with a cache, one token."""
         normed = self._quantized(self.attention_norm(x))
-        x = x + self._attention(normed, batch, sequence)
-        return x + self._mlp(self._quantized(self.mlp_norm(x)))
+        mixed, cache = self._attention(normed, (batch, sequence, *self.heads), cache)
+        x = x + mixed
+        return x + self._mlp(self._quantized(self.mlp_norm(x))), cache
 
-    def _attention(self, x, batch, sequence):
-        heads = (batch, sequence, x.shape[-1] // self.head_size, self.head_size)
-        query = _rotary(self.query(x).reshape(heads))
-        key = _rotary(self.key(x).reshape(heads))
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache with room for `length` tokens of each sequence."""
+        return KVCache.empty((batch, length, *self.heads), self.kv, self.kv, self.dtype)
+
+    def _attention(self, x, heads, cache):
+        start = 0 if cache is None else cache.count
+        query = _rotary(self.query(x).reshape(heads), start)
+        key = _rotary(self.key(x).reshape(heads), start)
         value = self.value(x).reshape(heads)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.output(self._quantized(mixed.reshape(x.shape)))
+        seen: dict[str, Any] = {"is_causal": True}
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value, mask = cache.read()
+            seen = {"mask": mask[None, None]}
+        elif self.kv is not None:
+            key, value, mask = quantize_kv(key, value, self.kv, self.kv)
+            seen = {"mask": mask[None, None]}
+        mixed = jax.nn.dot_product_attention(query, key, value, **seen)
+        return self.output(self._quantized(mixed.reshape(x.shape))), cache
 
     def _mlp(self, x):
         return self.down(self._quantized(nnx.silu(self.gate(x)) * self.up(x)))
@@ -151,11 +201,12 @@ def _norm(size, rngs):
     return nnx.RMSNorm(size.width, dtype=jnp.dtype(size.dtype), rngs=rngs)
 
 
-def _rotary(x, base=10_000.0):
+def _rotary(x, start=0, base=10_000.0):
     """Rotates pairs of features of (batch, sequence, heads, size) by position."""
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :]
+    position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
+    angle = position[:, None] * frequency[None, :]
     cosine, sine = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = [first * cosine - second * sine, second * cosine + first * sine]

@@ -62,6 +62,9 @@ SAVE_SECONDS = 60
 LOG_SECONDS = 30
 EVALUATIONS = 40
 VALIDATION_BATCHES = 16
+# With --distill: windows that the teacher writes, or fewer if the steps read fewer, and
+# how many at a time.
+WRITTEN, WRITTEN_AT_ONCE = 2**13, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Settings:
     """Bits of the weights in the layers, 1 to 8."""
     a_bits: int = 4
     """Bits of the inputs of the layers, 1 to 8, or 16 to leave them alone."""
+    kv_bits: int | None = None
+    """Bits of the keys and values in attention, 2 to 8; by default left alone."""
     arms: tuple[Arm, ...] = tuple(ARMS)
     """What to compare."""
     text: tuple[Path, ...] = ()
@@ -94,6 +99,8 @@ class Settings:
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
     """Share of the steps without correction."""
+    distill: bool = False
+    """Learn as LLM-QAT: from the end of full precision on, its logits, its own text."""
     seed: int = 0
     """Of the initial weights and the batches."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -121,6 +128,11 @@ class Settings:
         }
         settings = dataclasses.replace(self, size=name, **chosen)
         program.check(settings, LIMITS)
+        if self.distill and set(self.arms) <= {"full", "ptq"}:
+            raise ValueError(
+                f"`--distill` must have an arm that is trained quantized; got --arms "
+                f"{' '.join(self.arms)}. Add ste or cage, or leave --distill out."
+            )
         microbatch = min(settings.microbatch, settings.batch)
         if settings.batch % microbatch:
             raise ValueError(
@@ -154,6 +166,12 @@ LIMITS = (
         "from 1 to 8, or 16 for none",
         "The paper uses as many as for weights.",
     ),
+    Limit(
+        "kv_bits",
+        lambda bits: bits is None or 2 <= bits <= 8,
+        "from 2 to 8",
+        "Leave it out to leave keys and values alone.",
+    ),
     program.STRENGTH,
     program.SILENCE,
     program.FLOOR,
@@ -178,7 +196,10 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch of steps; `parent` is the segment whose end it goes on from."""
+    """A stretch of steps; `parent` is the segment whose end it goes on from.
+
+    It learns from the end of `teacher`, and without a parent starts there.
+    """
 
     name: str
     start: int
@@ -187,6 +208,7 @@ class Segment:
     optimizer: optax.GradientTransformationExtraArgs
     parent: "Segment | None" = None
     averages: bool = False
+    teacher: "Segment | None" = None
 
 
 class Experiment:
@@ -209,22 +231,24 @@ class Experiment:
         inputs = None
         if settings.a_bits != 16:
             inputs = cage.quest(settings.a_bits, axis=-1, hadamard=size.hadamard)
+        kv = None
+        if settings.kv_bits is not None:
+            # A scale for each token and head.
+            kv = cage.Quantizer(cage.formats.Integer(settings.kv_bits), axis=-1)
         self.graphs = {
-            quantized: nnx.graphdef(
-                nnx.eval_shape(lambda q=quantized: self._model(inputs if q else None))
-            )
-            for quantized in (False, True)
+            quantized: nnx.graphdef(nnx.eval_shape(partial(self._model, *quantizers)))
+            for quantized, quantizers in ((False, (None, None)), (True, (inputs, kv)))
         }
         self.report = self.rules.report(jax.eval_shape(self.initial_params))
         self.segments = self._segments()
 
-    def _model(self, inputs):
+    def _model(self, inputs, kv):
         rngs = nnx.Rngs(self.settings.seed)
-        return Llama(self.size, inputs=inputs, rngs=rngs)
+        return Llama(self.size, inputs=inputs, kv=kv, rngs=rngs)
 
     def initial_params(self) -> Any:
         """The parameters of the seed."""
-        return nnx.state(self._model(None), nnx.Param)
+        return nnx.state(self._model(None, None), nnx.Param)
 
     def learning_rate(self, floor: float) -> optax.Schedule:
         """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
@@ -272,36 +296,58 @@ class Experiment:
             self._optimizer(self.strength(), floor),
         )
         full = Segment("full", 0, steps, False, plain)
-        trunk = Segment("trunk", 0, branch, True, plain)
-        ste = Segment("ste", branch, steps, True, plain, trunk, averages=True)
+        teacher = full if self.settings.distill else None
+        taught = partial(Segment, quantized=True, teacher=teacher)
+        trunk = taught("trunk", 0, branch, optimizer=plain)
+        ste = taught("ste", branch, steps, optimizer=plain, parent=trunk, averages=True)
+        pull = taught("cage", branch, steps, optimizer=pulled, parent=trunk)
         needed = {
             "full": [full],
             "ptq": [full],
             "ste": [trunk, ste],
             "averaged": [trunk, ste],
-            "cage": [trunk, Segment("cage", branch, steps, True, pulled, trunk)],
-            "ste0": [Segment("ste0", 0, steps, True, self._optimizer(0.0, 0.0))],
+            "cage": [trunk, pull],
+            "ste0": [taught("ste0", 0, steps, optimizer=self._optimizer(0.0, 0.0))],
         }
         chosen = [
-            part for arm in ARMS if arm in self.settings.arms for part in needed[arm]
+            segment
+            for arm in ARMS
+            if arm in self.settings.arms
+            for part in needed[arm]
+            for segment in (part.teacher, part)
+            if segment is not None
         ]
         return list(dict.fromkeys(chosen))
 
-    def loss(self, params: Any, windows: jax.Array, quantized: bool) -> jax.Array:
-        """Cross-entropy of the next byte, in nats."""
+    def loss(
+        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
+    ) -> jax.Array:
+        """Cross-entropy of the next byte, in nats; of the teacher's guess, if any."""
         if quantized:
             params = cage.fake_quant(params, self.rules)
-        return self._cross_entropy(params, windows, quantized)
+        if teacher is None:
+            return self._cross_entropy(params, windows, quantized)
+        guess = jax.nn.softmax(self._logits(teacher, windows, False))
+        logits = self._logits(params, windows, quantized)
+        return optax.softmax_cross_entropy(logits, guess).mean()
 
     def _cross_entropy(self, weights, windows, quantized):
-        model = nnx.merge(self.graphs[quantized], weights)
-        logits = model(windows[:, :-1].astype(jnp.int32))
+        logits = self._logits(weights, windows, quantized)
         targets = windows[:, 1:].astype(jnp.int32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
-    def first_state(self, segment: Segment) -> State:
-        """Where a segment without a parent starts."""
+    def _logits(self, weights, windows, quantized):
+        model = nnx.merge(self.graphs[quantized], weights)
+        return model(windows[:, :-1].astype(jnp.int32))
+
+    def first_state(self, segment: Segment, teacher: Any = None) -> State:
+        """Where a segment without a parent starts: at the teacher's parameters, if any.
+
+        Nothing in it is shared with the teacher.
+        """
         params = self.initial_params()
+        if teacher is not None:
+            params = jax.tree.map(jnp.copy, teacher)
         return State(
             params,
             segment.optimizer.init(params),
@@ -312,27 +358,31 @@ class Experiment:
         )
 
     def step_of(self, segment: Segment) -> Callable:
-        """The jitted `(state, windows, step) -> state` of a segment."""
+        """The jitted `(state, windows, step) -> state` of a segment.
+
+        With a teacher its parameters are one more argument.
+        """
         settings = self.settings
 
-        def gradient(params, windows):
+        def gradient(params, windows, teacher):
             parts = windows.reshape(-1, settings.microbatch, windows.shape[-1])
             compute = jax.value_and_grad(
                 partial(self.loss, quantized=segment.quantized)
             )
             if len(parts) == 1:
-                return compute(params, parts[0])
+                return compute(params, parts[0], teacher=teacher)
 
             def add(total, part):
-                return jax.tree.map(jnp.add, total, compute(params, part)), None
+                one = compute(params, part, teacher=teacher)
+                return jax.tree.map(jnp.add, total, one), None
 
             zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
             total, _ = lax.scan(add, zero, parts)
             return jax.tree.map(lambda x: x / len(parts), total)
 
         @partial(jax.jit, donate_argnums=0)
-        def run(state: State, windows, step) -> State:
-            loss, gradients = gradient(state.params, windows)
+        def run(state: State, windows, step, teacher=None) -> State:
+            loss, gradients = gradient(state.params, windows, teacher)
             updates, optimizer = segment.optimizer.update(
                 gradients, state.optimizer, state.params
             )
@@ -373,6 +423,43 @@ class Experiment:
             return None, self._cross_entropy(weights, part, quantized)
 
         return jnp.mean(lax.scan(one, None, windows)[1])
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """How many windows the teacher writes, and how long."""
+        settings = self.settings
+        windows = min(settings.steps * settings.batch, WRITTEN)
+        return windows, settings.sequence + 1
+
+    def write(self, weights: Any, part: int) -> jax.Array:
+        """Windows that the model of full precision writes, `WRITTEN_AT_ONCE` of them.
+
+        Each starts with another byte of the text, then come the 3 to 5 most likely
+        ones, so that it makes sense, then bytes are drawn, so that windows differ.
+        """
+        bytes_there = np.unique(self.train)
+        window = part * WRITTEN_AT_ONCE + np.arange(WRITTEN_AT_ONCE)
+        first = bytes_there[window % len(bytes_there)].astype(np.int32)
+        likely = 3 + window // len(bytes_there) % 3
+        key = jax.random.fold_in(jax.random.key(self.settings.seed), part)
+        return self._write(weights, first, likely, key)
+
+    @partial(jax.jit, static_argnums=0)
+    def _write(self, weights, first, likely, key):
+        model = nnx.merge(self.graphs[False], weights)
+        length = self.settings.sequence
+
+        def one_more(carry, place):
+            tokens, caches = carry
+            logits, caches = model.decode(tokens, caches)
+            drawn = jax.random.categorical(jax.random.fold_in(key, place), logits)
+            best = jnp.argmax(logits, axis=-1)
+            tokens = jnp.where(place < likely, best, drawn).astype(jnp.int32)
+            return (tokens, caches), tokens
+
+        start = (first, model.empty_caches(len(first), length))
+        _, rest = lax.scan(one_more, start, jnp.arange(length))
+        return jnp.concatenate([first[None], rest]).T.astype(jnp.uint8)
 
     @partial(jax.jit, static_argnums=0)
     def distance(self, params: Any) -> jax.Array:
@@ -436,6 +523,10 @@ def train(
 
 
 def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
+    taught, written = {}, None
+    if segment.teacher is not None:
+        taught = {"teacher": ends[segment.teacher.name].params}
+        written = _written(experiment, taught["teacher"], folder, progress, stop)
     shapes = jax.eval_shape(lambda: experiment.first_state(segment))
     step = folder.latest_step(segment.name)
     if step is not None:
@@ -443,7 +534,7 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
     elif segment.parent is not None:
         step, state = segment.start, jax.tree.map(jnp.copy, ends[segment.parent.name])
     else:
-        step, state = 0, experiment.first_state(segment)
+        step, state = 0, experiment.first_state(segment, **taught)
         state = jax.block_until_ready(_evaluated(experiment, segment, 0, state))
     total = segment.stop - segment.start
     status = "done" if step == segment.stop else "compiling"
@@ -455,10 +546,8 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
     saved = logged = time.monotonic()
     shown, shown_step = time.monotonic(), step
     while step < segment.stop:
-        windows = batch_at(
-            experiment.train, settings.seed, step, settings.batch, settings.sequence
-        )
-        state = run(state, windows, jnp.int32(step))
+        windows = _windows(experiment, written, step)
+        state = run(state, windows, jnp.int32(step), **taught)
         step += 1
         due = _evaluation(settings.steps, step)
         if due is not None:
@@ -488,6 +577,51 @@ def _train_segment(experiment, segment, ends, folder, progress, stop) -> State:
             if stop:
                 raise Stopped(stop[0])
     return state
+
+
+def _windows(experiment, written, step):
+    """The batch of a step: windows of the text, or of those that the teacher wrote."""
+    settings = experiment.settings
+    if written is None:
+        source, length = experiment.train, settings.sequence
+    else:
+        source, length = np.arange(len(written)), 0
+    drawn = batch_at(source, settings.seed, step, settings.batch, length)
+    return drawn if written is None else written[drawn[:, 0]]
+
+
+def _written(experiment, teacher, folder, progress, stop) -> np.ndarray:
+    """What the teacher writes to learn from, once in a run."""
+    path, (windows, length) = folder.folder / "written.npy", experiment.written
+    if path.exists():
+        return _read_written(path, (windows, length))
+    task = progress.add_task("text", total=windows, completed=0, status="writing")
+    parts: list[np.ndarray] = []
+    while (done := sum(map(len, parts))) < windows:
+        parts.append(np.asarray(experiment.write(teacher, len(parts))))
+        progress.update(task, completed=min(done + len(parts[-1]), windows))
+        if stop:
+            raise Stopped(stop[0])
+    text = np.concatenate(parts)[:windows]
+    # Whole or not at all.
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.save(file, text)
+    path.with_suffix(".part").replace(path)
+    progress.update(task, status="done")
+    return text
+
+
+def _read_written(path, shape):
+    try:
+        text = np.load(path)
+        if (text.shape, text.dtype) != (shape, np.uint8):
+            raise ValueError(f"it has {text.dtype} of shape {text.shape}, not {shape}")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"`--resume` needs the whole text that the teacher wrote; cannot read "
+            f"{path}: {error}. Remove that file to have it written again."
+        ) from error
+    return text
 
 
 def _evaluation(steps, step):
@@ -544,6 +678,9 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     identity = dataclasses.asdict(experiment.settings)
     for name in ("out", "resume", "arms", "tiny", "text"):
         del identity[name]
+    for name in ("kv_bits", "distill"):
+        if not identity[name]:  # so runs of before these flags can go on
+            del identity[name]
     text = hashlib.sha256(experiment.train.tobytes() + experiment.held_out.tobytes())
     return identity | {"text": text.hexdigest()[:16]}
 
@@ -593,7 +730,7 @@ def summary(experiment: Experiment, results: dict[str, Result]) -> list[dict[str
 
 def table_of(rows: list[dict[str, Any]], settings: Settings) -> Table:
     """The summary for people."""
-    table = Table(title=f"W{settings.w_bits}A{settings.a_bits}, {settings.steps} steps")
+    table = Table(title=f"{_kind(settings)}, {settings.steps} steps")
     table.add_column("arm")
     for name in ("validation loss", "gap to full", "recovered of STE's", "dose", "MB"):
         table.add_column(name, justify="right")
@@ -611,6 +748,13 @@ def table_of(rows: list[dict[str, Any]], settings: Settings) -> Table:
             show(row["size_mb"], ".2f"),
         )
     return table
+
+
+def _kind(settings: Settings) -> str:
+    """What is quantized, and how it is trained, in short."""
+    kv = "" if settings.kv_bits is None else f"KV{settings.kv_bits}"
+    distilled = ", distilled" if settings.distill else ""
+    return f"W{settings.w_bits}A{settings.a_bits}{kv}{distilled}"
 
 
 def verdict(results: dict[str, Result]) -> str:
@@ -697,6 +841,12 @@ def announce(experiment: Experiment, console: Console) -> None:
     for part in experiment.segments:
         after = f" after {part.parent.name}" if part.parent else ""
         lines.append(f"  {part.name:<6} {part.stop - part.start:>6} steps{after}")
+    if settings.distill:
+        windows, length = experiment.written
+        lines.append(
+            f"All but full start from its end and learn its logits, on {windows} x "
+            f"{length} bytes that it writes."
+        )
     if "cage" in settings.arms:
         lines.append(
             f"CAGE's dose is {experiment.dose():.2f} (the paper's: 1.6 to 2.9)."
@@ -752,7 +902,7 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
         title="distance of the weights to their grid",
     )
     settings = experiment.settings
-    left.set_title(f"W{settings.w_bits}A{settings.a_bits}, seed {settings.seed}")
+    left.set_title(f"{_kind(settings)}, seed {settings.seed}")
     for axes in (left, right):
         if "cage" in results:
             pull = settings.silence * steps

@@ -62,7 +62,7 @@ LAYERS = [
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],
     ["rotation", "activations"],
-    ["diagnostics"],
+    ["kv_cache", "qwix", "diagnostics"],
     ["flax"],
     ["transform"],
     ["optimizers"],

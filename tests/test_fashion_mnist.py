@@ -1,0 +1,622 @@
+"""The example on Fashion-MNIST: its files, models, arms and errors."""
+
+import gzip
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import fashion_mnist
+import images
+import jax
+import numpy as np
+import optax
+import pytest
+from checkpoints import RunFolder
+from fashion_mnist import Experiment, Scores, Settings
+from flax import nnx
+from images import Images
+from rich.console import Console
+
+CONSOLE = Console(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Experiments of one model compile the same programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(standard_promotion):
+    """Flax and optax.adamw need jax's standard promotion."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def settings(out="unused", **changes):
+    values = {"tiny": True, "steps": 10, "seeds": 2, "strength": 300.0}
+    return Settings(out=Path(out), **(values | changes)).resolved()
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """One for many tests, so that its programs are traced once."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return Experiment(settings())
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def random_part(number, seed=0, side=28, classes=10):
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (number, side, side)).astype(np.uint8)
+    return Images(pixels, (np.arange(number) % classes).astype(np.uint8))
+
+
+def idx(array):
+    """The bytes of an IDX file."""
+    lengths = b"".join(length.to_bytes(4, "big") for length in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + lengths + array.tobytes()
+
+
+def write(folder, train, test, pack=gzip.compress):
+    folder.mkdir(exist_ok=True)
+    end = "" if pack is bytes else ".gz"
+    for name, part in (("train", train), ("t10k", test)):
+        for kind, array in zip(("images-idx3", "labels-idx1"), part):
+            (folder / f"{name}-{kind}-ubyte{end}").write_bytes(pack(idx(array)))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_idx_files_are_read(pack, tmp_path):
+    parts = random_part(7), random_part(5, seed=1)
+    write(tmp_path, *parts, pack=pack)
+    for ours, theirs in zip(images.load_images(tmp_path, 5), parts):
+        chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_without_a_folder_the_files_are_debians(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "FOLDER", tmp_path / "debian")
+    with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
+        images.load_images(None, 5)
+    write(tmp_path / "debian", random_part(7), random_part(5))
+    assert len(images.load_images(None, 5)[0].labels) == 7
+
+
+def spoiled(name, change):
+    """Changes the bytes of a file before they are packed, or after."""
+
+    def spoil(folder, packed):
+        path = folder / f"{name}-ubyte.gz"
+        content = path.read_bytes()
+        if packed:
+            path.write_bytes(change(content))
+        else:
+            path.write_bytes(gzip.compress(change(gzip.decompress(content))))
+
+    return spoil
+
+
+LABELS, PIXELS = "train-labels-idx1", "t10k-images-idx3"
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "change", "text"),
+    [
+        (PIXELS, True, lambda b: b[:-50], "must have a whole gzip file in t10k-images"),
+        (PIXELS, True, lambda b: b"no gzip", "must have a whole gzip file"),
+        (PIXELS, True, lambda b: b[:30] + b"spoilt" + b[36:], "a whole gzip file"),
+        (PIXELS, False, lambda b: b"\0\0\r" + b[3:], "must have an IDX file of bytes"),
+        (PIXELS, False, lambda b: b"", "must have an IDX file of bytes"),
+        (PIXELS, False, lambda b: b[:-1], r"whole IDX file of shape \(5, 28, 28\)"),
+        (PIXELS, False, lambda b: b[:9], r"whole IDX file of shape"),
+        (PIXELS, False, lambda b: idx(np.zeros((5, 9, 28), np.uint8)), "28 x 28"),
+        (PIXELS, False, lambda b: idx(np.zeros(5, np.uint8)), r"28 x 28.*\(5,\)"),
+        (PIXELS, False, lambda b: idx(np.zeros((4, 28, 28), np.uint8)), "at least 5"),
+        (LABELS, False, lambda b: idx(np.zeros(6, np.uint8)), "a label for each of 7"),
+        (LABELS, False, lambda b: idx(np.full(7, 10, np.uint8)), "0 to 9.*got 10"),
+    ],
+)
+def test_spoiled_files_are_named(name, packed, change, text, tmp_path):
+    # All files have as many images as labels but for the one that is spoiled.
+    test = random_part(4 if "at least" in text else 5)
+    write(tmp_path, random_part(7), test)
+    spoiled(name, change)(tmp_path, packed)
+    with pytest.raises(ValueError, match=f"`--data` .*{text}"):
+        images.load_images(tmp_path, 5)
+
+
+def test_a_batch_has_images_with_their_own_labels():
+    part = random_part(200)
+    part.pixels[:, 0, 0] = np.arange(200)
+    batch = images.batch_at(part, 1, 5, 64)
+    assert batch.pixels.shape == (64, 28, 28)
+    chosen = batch.pixels[:, 0, 0]
+    np.testing.assert_array_equal(batch.pixels, part.pixels[chosen])
+    np.testing.assert_array_equal(batch.labels, part.labels[chosen])
+    chex.assert_trees_all_equal(batch, images.batch_at(part, 1, 5, 64))
+    for other in ((1, 6), (2, 5)):
+        again = images.batch_at(part, *other, 64)
+        assert not np.array_equal(batch.pixels, again.pixels)
+
+
+def test_random_images_show_their_class():
+    train, test = images.random_images(1000, 500)
+    means = np.stack([train.pixels[train.labels == c].mean(0) for c in range(10)])
+    distance = np.square(test.pixels[:, None] - means).sum((2, 3))
+    assert np.mean(distance.argmin(1) == test.labels) > 0.95
+
+
+# --- models, in float64 NumPy ---------------------------------------------------------
+
+
+def as_it_is(x, axes=None):
+    return x
+
+
+def absmax(bits):
+    """Symmetric integers without the most negative code."""
+
+    def quantize(x, axes):
+        top = 2 ** (bits - 1) - 1
+        step = np.abs(x).max(axes, keepdims=True) / top
+        return np.round(x / step) * step
+
+    return quantize
+
+
+def minmax(bits):
+    """All integers from the least to the largest value, with an exact zero."""
+
+    def quantize(x, axes):
+        low = np.minimum(x.min(axes, keepdims=True), 0)
+        high = np.maximum(x.max(axes, keepdims=True), 0)
+        step = (high - low) / (2**bits - 1)
+        zero = np.round(-low / step)
+        return (np.clip(np.round(x / step) + zero, 0, 2**bits - 1) - zero) * step
+
+    return quantize
+
+
+def convolve(x, kernel, stride):
+    """With the padding SAME: as much on both sides, or one more at the end."""
+    size = kernel.shape[0]
+    out = -(-x.shape[1] // stride)
+    pad = max((out - 1) * stride + size - x.shape[1], 0)
+    around = (pad // 2, pad - pad // 2)
+    x = np.pad(x, ((0, 0), around, around, (0, 0)))
+    y = np.zeros((len(x), out, out, kernel.shape[-1]))
+    last = (out - 1) * stride + 1
+    for row in range(size):
+        for column in range(size):
+            part = x[:, row : row + last : stride, column : column + last : stride]
+            y += part @ kernel[row, column]
+    return y
+
+
+def normalized(x, axes, epsilon=1e-6):
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return (x - mean) / np.sqrt(variance + epsilon)
+
+
+def group_norm(x, params):
+    groups = x.reshape(*x.shape[:3], 8, -1)
+    x = normalized(groups, (1, 2, 4)).reshape(x.shape)
+    return x * params["scale"] + params["bias"]
+
+
+def resnet(params, x, weights, inputs):
+    def normed(x, block, name, stride):
+        kernel = weights(block[name]["kernel"], (0, 1, 2))
+        x = convolve(inputs(x, None), kernel, stride)
+        return group_norm(x, block[f"{name}_norm"])
+
+    x = convolve(x, params["stem"]["kernel"], 2)
+    x = np.maximum(group_norm(x, params["stem_norm"]), 0)
+    for number, stride in enumerate((1, 2)):
+        block = params[f"blocks_{number}"]
+        hidden = np.maximum(normed(x, block, "first", stride), 0)
+        hidden = normed(hidden, block, "second", 1)
+        if stride == 2:
+            x = normed(x, block, "shortcut", 2)
+        x = np.maximum(x + hidden, 0)
+    return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def vit(params, x, weights, inputs):
+    def layer_norm(x, norm):
+        return normalized(x, -1) * norm["scale"] + norm["bias"]
+
+    def linear(x, layer, name):
+        x, kernel = inputs(x, -1), weights(layer[name]["kernel"], 0)
+        return x @ kernel + layer[name]["bias"]
+
+    def attention(x, layer):
+        x = inputs(x, -1)
+        query, key, value = (
+            np.einsum("npw,whs->nphs", x, weights(layer[name]["kernel"], 0))
+            + layer[name]["bias"]
+            for name in ("query", "key", "value")
+        )
+        share = np.einsum("nphs,nqhs->nhpq", query, key) / math.sqrt(query.shape[-1])
+        share = np.exp(share) / np.exp(share).sum(-1, keepdims=True)
+        mixed = inputs(np.einsum("nhpq,nqhs->nphs", share, value), (-2, -1))
+        kernel = weights(layer["out"]["kernel"], (0, 1))
+        return np.einsum("nphs,hsw->npw", mixed, kernel) + layer["out"]["bias"]
+
+    def gelu(x):
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return x * (1 + np.tanh(inner)) / 2
+
+    patches = x.reshape(-1, 7, 4, 7, 4, 1).swapaxes(2, 3).reshape(len(x), 49, 16)
+    kernel = params["patches"]["kernel"].reshape(16, -1)
+    x = patches @ kernel + params["patches"]["bias"] + params["positions"]
+    for block in params["blocks"].values():
+        x = x + attention(layer_norm(x, block["attention_norm"]), block["attention"])
+        hidden = linear(layer_norm(x, block["mlp_norm"]), block, "up")
+        x = x + linear(gelu(hidden), block, "down")
+    x = layer_norm(x, params["norm"]).mean(1)
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+ORACLES = {"resnet": resnet, "vit": vit}
+
+
+def perturbed(params):
+    """No bias is 0 and no norm's scale 1, so that none can be left out."""
+    leaves, structure = jax.tree.flatten(params)
+    generator = np.random.default_rng(0)
+    return structure.unflatten(
+        [x + 0.1 * generator.standard_normal(x.shape).astype(x.dtype) for x in leaves]
+    )
+
+
+@pytest.mark.parametrize("model", ORACLES)
+def test_logits_are_those_at_quantized_weights_and_inputs(model):
+    part = images.random_images(6, 1)[0]
+    scaled = ((part.pixels / 255 - 0.286) / 0.353)[..., None]
+    for a_bits, quantized in ((16, False), (16, True), (3, True)):
+        experiment = Experiment(settings(model=model, w_bits=2, a_bits=a_bits))
+        params = perturbed(experiment.network.initial(3))
+        pure = nnx.to_pure_dict(params) if model == "vit" else params
+        pure = jax.tree.map(np.float64, pure)
+        weights = absmax(2) if quantized else as_it_is
+        inputs = minmax(3) if a_bits == 3 else as_it_is
+        expected = ORACLES[model](pure, scaled, weights, inputs)
+        ours = jax.jit(experiment.logits, static_argnums=2)(
+            params, part.pixels, quantized
+        )
+        # float32; with inputs quantized, a value next to the middle of two levels may
+        # go to the other one, which are a few of thousands in each layer.
+        error = np.abs(ours - expected).max() / np.std(expected)
+        assert error < (0.05 if a_bits == 3 else 1e-4), (a_bits, quantized)
+        # And what is tested makes a difference.
+        if quantized:
+            others = (as_it_is, inputs), (weights, minmax(4 if a_bits == 3 else 3))
+            for other in others:
+                far = ORACLES[model](pure, scaled, *other)
+                assert np.abs(far - expected).max() / np.std(expected) > 0.2
+
+
+def test_parameters_depend_on_the_seed_alone():
+    for model in ORACLES:
+        first, second = (
+            Experiment(settings(model=model, w_bits=bits)).network for bits in (4, 2)
+        )
+        params = first.initial(1)
+        chex.assert_trees_all_equal(params, second.initial(1))
+        other = first.initial(2)
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), params, other)
+        assert not all(jax.tree.leaves(equal))
+
+
+def test_losses_are_means_over_whole_batches_of_the_first_images(experiment):
+    params = experiment.network.initial(0)
+    part = random_part(250)
+    logits_of = jax.jit(experiment.logits, static_argnums=2)
+    for most in (250, 199):
+        losses, hits = [], []
+        for begin in range(0, most // 100 * 100, 100):
+            pixels, labels = part.pixels[begin:][:100], part.labels[begin:][:100]
+            logits = np.float64(logits_of(params, pixels, True))
+            chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            losses += list(-np.log(chances[np.arange(100), labels]))
+            hits += list(logits.argmax(-1) == labels)
+        ours = experiment.mean_scores(params, part, most, True)
+        # Sums of a hundred float32 numbers.
+        np.testing.assert_allclose(ours, (np.mean(losses), np.mean(hits)), rtol=1e-5)
+    np.testing.assert_allclose(
+        experiment.loss(params, Images(pixels, labels), True), np.mean(losses), 1e-5
+    )
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def test_rates_and_dose():
+    count = np.arange(101)
+    long = Experiment(settings(steps=100, strength=10.0))
+    for floor in (0.1, 0.0):
+        cosine = (1 + np.cos(np.pi * (count - 10) / 90)) / 2
+        expected = 1e-2 * np.where(count < 10, count / 10, floor + (1 - floor) * cosine)
+        ours = [long.learning_rate(floor)(number) for number in count]
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-9)  # float32
+    rate = 1e-2 * (0.1 + 0.9 * cosine)[80:100]
+    strength = 10 * (count[80:100] + 1 - 80) / 20
+    dose, warning = long.dose()
+    np.testing.assert_allclose(dose, np.sum(rate * strength), rtol=1e-4)
+    assert not warning
+    strong = Experiment(settings(steps=100, strength=1e4))
+    assert "above 3" in strong.dose()[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("run"), {}, resume=False)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return fashion_mnist.train(experiment, folder, CONSOLE)
+
+
+def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
+    assert list(undisturbed.arms) == list(fashion_mnist.ARMS)
+    for scores in undisturbed.arms.values():
+        assert all(values.shape == (2,) for values in scores)
+        assert all(np.isfinite(values).all() for values in scores)
+        assert not np.array_equal(*scores.train_loss)  # seeds differ
+    (ste, near), (pulled, nearer) = (
+        undisturbed.curves[name] for name in ("ste", "cage")
+    )
+    assert np.isfinite([ste, near, pulled, nearer]).all()
+    np.testing.assert_array_equal(ste[:, :9], pulled[:, :9])
+    assert (near[:, 9:] > nearer[:, 9:]).all()
+    # The first point of all is that of the initial weights.
+    for name in ("full", "ste0"):
+        np.testing.assert_array_equal(undisturbed.curves[name][1][:, 0], near[:, 0])
+    # After training, PTQ is full precision rounded, which is not STE.
+    arms = undisturbed.arms
+    for one, other in (("full", "ptq"), ("ptq", "ste"), ("ste", "averaged")):
+        assert (arms[one].train_loss != arms[other].train_loss).all()
+    assert (arms["ste"].train_loss != arms["ste0"].train_loss).all()
+
+
+def test_a_run_that_crashed_goes_on_bit_exactly(
+    experiment, undisturbed, tmp_path, monkeypatch
+):
+    """In the third step in which CAGE pulls, after the second one was saved."""
+    original, reads = fashion_mnist.batch_at, []
+
+    def batch_at(*args):
+        reads.append(args[1:3])
+        if len(reads) == 10 + 8 + 2 + 2:
+            raise RuntimeError("the machine fails")
+        if len(reads) == 10 + 8 + 2 + 1:
+            monkeypatch.setattr(fashion_mnist, "SAVE_SECONDS", -1)
+        return original(*args)
+
+    folder = RunFolder(tmp_path, {}, resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "settings", settings(seeds=1))
+        patch.setattr(fashion_mnist, "batch_at", batch_at)
+        with pytest.raises(RuntimeError):
+            fashion_mnist.train(experiment, folder, CONSOLE)
+    monkeypatch.undo()
+    steps = []
+
+    def count(*args):
+        steps.append(args[1:3])
+        return original(*args)
+
+    monkeypatch.setattr(fashion_mnist, "batch_at", count)
+    # And with a seed more.
+    resumed = fashion_mnist.train(experiment, folder, CONSOLE)
+    assert steps[:2] == [(0, 9), (0, 0)]  # the rest of cage, then ste0
+    assert len(steps) == 1 + 10 + (10 + 8 + 2 + 2 + 10)
+    chex.assert_trees_all_equal(resumed, undisturbed)
+
+
+def test_full_precision_is_adamw_and_the_average_that_of_the_last_fifth(experiment):
+    segment = experiment.segments()[0]
+    assert (segment.name, segment.quantized, segment.floor) == ("full", False, 0.1)
+    state = experiment.first_state(0)
+    params = experiment.network.initial(0)
+    rate = experiment.learning_rate(0.1)
+    tx = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01)
+    ours, theirs = tx.init(params), []
+
+    @jax.jit
+    def step(params, ours, batch):
+        gradients = jax.grad(experiment.loss)(params, batch, False)
+        updates, ours = tx.update(gradients, ours, params)
+        return optax.apply_updates(params, updates), ours
+
+    for number in range(10):
+        batch = images.batch_at(experiment.train, 0, number, 100)
+        state = experiment.step(segment, state, batch, number)
+        params, ours = step(params, ours, batch)
+        theirs.append(jax.tree.map(np.asarray, params))
+    # Two float32 programs of the same ten steps, fused differently.
+    chex.assert_trees_all_close(state.params, theirs[-1], rtol=1e-3, atol=1e-5)
+    expected = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *theirs[-2:])
+    chex.assert_trees_all_close(state.average, expected, rtol=1e-3, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, theirs[-1])
+    assert max(jax.tree.leaves(moved)) > 1e-4  # the tolerance tells them apart
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    bad = fashion_mnist.State(*[None] * 3, np.float32(np.nan), None, None)
+    experiment = SimpleNamespace(
+        settings=settings(),
+        evaluations=10,
+        train=random_part(5),
+        first_state=lambda seed: bad,
+        evaluated=lambda state, *_: state,
+        step=lambda segment, state, *_: state,
+    )
+    progress = SimpleNamespace(
+        update=lambda *_, **__: None, console=SimpleNamespace(is_terminal=True)
+    )
+    segment = fashion_mnist.Segment("full", 0, 10, False, 0.1, 0.0)
+    with pytest.raises(ValueError, match=r"the loss of full is nan at step 10\..*bits"):
+        fashion_mnist._train_segment(
+            experiment, 0, segment, None, {}, None, progress, 0
+        )
+
+
+# --- what came of it ------------------------------------------------------------------
+
+
+def scores(train_loss, test_loss=0.0):
+    train_loss = np.asarray(train_loss, np.float64)
+    ones = np.ones_like(train_loss)
+    return Scores(train_loss, test_loss * ones, 0.5 * ones)
+
+
+def printed(table):
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in capture.get().splitlines()
+        if line.startswith("│")
+    ]
+
+
+def test_the_comparison_is_paired_by_seed():
+    arms = {
+        "full": scores([1.0, 2.0, 3.0]),
+        "ste": scores([1.4, 2.4, 3.4], test_loss=2.0),
+        "cage": scores([1.3, 2.2, 3.5], test_loss=1.5),
+    }
+    rows = printed(fashion_mnist.comparison_table(arms))
+    error = np.std([-0.1, -0.2, 0.1], ddof=1) / math.sqrt(3)
+    assert [row[0] for row in rows] == [fashion_mnist.ARMS[a] for a in ("full", "ste")]
+    assert rows[1][1:] == [f"-0.0667 ± {error:.4f}", "2 of 3", "-0.5000 ± 0.0000"]
+    rows = printed(fashion_mnist.arms_table(settings(), arms))
+    assert rows[2] == [
+        "CAGE",
+        f"2.3333 ± {np.std([1.3, 2.2, 3.5], ddof=1) / math.sqrt(3):.4f}",
+        "1.5000 ± 0.0000",
+        "50.0% ± 0.0%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "text"),
+    [
+        ([0.9, 1.9], r"CAGE beats plain STE \(-0.1000.*it recovers 20%"),
+        ([1.1, 2.1], "CAGE loses to plain STE .*it recovers -20%"),
+        ([0.9, 2.1], "CAGE does not differ beyond noise from plain STE"),
+        ([0.9], r"CAGE has one seed, no more than a hint, .* \(-0.1000\)"),
+    ],
+)
+def test_the_verdict_says_who_won(ours, text):
+    number = len(ours)
+    other = scores([1.0, 2.0][:number])
+    arms = dict.fromkeys(fashion_mnist.ARMS, other) | {"cage": scores(ours)}
+    arms["full"] = scores([0.5, 1.5][:number])
+    assert re.search(text, fashion_mnist.verdict(settings(), arms))
+    arms["full"] = scores([1.5, 2.5][:number])
+    assert "no gap to close" in fashion_mnist.verdict(settings(), arms)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"w_bits": 1}, "`--w-bits` must be from 2 to 8; got 1"),
+        ({"a_bits": 9}, "`--a-bits` must be from 2 to 8, or 16 for none; got 9"),
+        ({"seeds": 0}, "`--seeds` must be at least 1; got 0"),
+        ({"steps": 9}, "`--steps` must be at least 10"),
+        ({"strength": -1.0}, "`--strength` must be finite"),
+        ({"silence": 1.0}, "`--silence` must be in"),
+        ({"floor": 1.5}, "`--floor` must be in"),
+    ],
+)
+def test_bad_settings_are_refused(changes, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        fashion_mnist.run(Settings(out=tmp_path / "new", **changes), CONSOLE)
+    assert not (tmp_path / "new").exists()
+
+
+def test_defaults():
+    chosen = Settings().resolved()
+    assert (chosen.seeds, chosen.steps) == (3, 1500)
+    assert chosen.out == Path("runs/resnet-w4a4")
+    chosen = Settings(tiny=True, model="vit", w_bits=2).resolved()
+    assert (chosen.seeds, chosen.steps) == (2, 20)
+    assert chosen.out == Path("runs/vit-w2a4-tiny")
+
+
+def test_the_models_are_as_large_as_their_description_says():
+    for model, size in (("resnet", 78_000), ("vit", 72_000)):
+        experiment = Experiment(Settings(model=model, tiny=True).resolved())
+        large = fashion_mnist.network(Settings(model=model), experiment.rules)
+        shapes = jax.eval_shape(lambda large=large: large.initial(0))
+        assert abs(sum(x.size for x in jax.tree.leaves(shapes)) - size) < 500
+
+
+def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data", random_part(150), random_part(120, seed=1))
+    out = tmp_path / "run"
+    flags = ["--tiny", "--model", "vit", "--w-bits", "2", "--a-bits", "2"]
+    flags += [
+        "--seeds",
+        "1",
+        "--steps",
+        "10",
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(out),
+    ]
+
+    def main(*more):
+        monkeypatch.setattr(sys, "argv", ["fashion_mnist.py", *flags, *more])
+        status = fashion_mnist.main()
+        return status, " ".join(capsys.readouterr().out.split())
+
+    status, text = main()
+    assert status == 0
+    assert "ViT W2A2" in text and "CAGE's dose" in text
+    assert "150 images to train on, 1 seed," in text
+    assert "proves nothing" in text and "CAGE beats" not in text
+    record = json.loads((out / "results.json").read_text())
+    assert set(record["results"]) == set(fashion_mnist.ARMS)
+    assert len(record["results"]["cage"]["train_loss"]) == 1
+    assert record["settings"]["steps"] == 10
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    status, text = main()
+    assert status == 2 and "Add --resume to go on with it" in text
+    status, text = main("--resume", "--floor", "0.2")
+    assert status == 2 and "floor was 0.1, is 0.2" in text
+    write(tmp_path / "data", random_part(150, seed=2), random_part(120, seed=1))
+    status, text = main("--resume")
+    assert status == 2 and "`--resume` must have the settings" in text
+    (tmp_path / "data" / "t10k-labels-idx1-ubyte.gz").unlink()
+    status, text = main("--resume")
+    assert status == 2 and "without t10k-labels-idx1-ubyte.gz" in text
+    assert json.loads((out / "results.json").read_text()) == record
+
+
+def test_a_long_run_has_a_verdict_and_resuming_nothing_is_said(
+    tmp_path, monkeypatch, capsys, undisturbed
+):
+    monkeypatch.setattr(fashion_mnist, "train", lambda *_: undisturbed)
+    monkeypatch.setattr(fashion_mnist, "plot", lambda *_: None)
+    parts = random_part(100), random_part(100)
+    monkeypatch.setattr(fashion_mnist, "load_images", lambda *_: parts)
+    flags = ["--resume", "--strength", "1e4", "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", ["fashion_mnist.py", *flags])
+    assert fashion_mnist.main() == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--resume finds no run in" in text
+    assert "minutes on two cores" in text and "Note: " in text
+    assert "ResNet W4A4, train loss: CAGE" in text and "proves nothing" not in text
