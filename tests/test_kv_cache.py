@@ -383,7 +383,6 @@ def test_too_many_tokens_are_refused_or_seen(rng):
             "must not have a scale for the whole tensor",
         ),
     ],
-    ids=str,
 )
 def test_quantizers_that_do_not_fit(rng, quantizer, error, message):
     keys, values = numbers(rng)

@@ -62,7 +62,7 @@ LAYERS = [
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],
     ["rotation", "activations"],
-    ["kv_cache", "qwix", "diagnostics"],
+    ["kv_cache", "diagnostics"],
     ["flax"],
     ["transform"],
     ["optimizers"],
