@@ -128,7 +128,7 @@ def report(
       >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
       >>> params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
       >>> def apply(params, x):
-      ...     return x @ params["w"] + params["b"]
+      ...     return x @ params["w"] + params["b"][None, :]
       >>> found = report(apply, rules, params, jnp.linspace(-1, 1, 16).reshape(2, 8))
       >>> [len(layer.inputs) for layer in found.layers]
       [0, 1]
