@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cage_jax.operations import clamp
+
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b`, rounded once."""
@@ -19,7 +21,7 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
 def rounded(product: jax.Array) -> jax.Array:
     """A product that is rounded before it goes into a sum."""
     largest = jnp.finfo(product.dtype).max
-    return jnp.clip(product, -largest, largest)
+    return clamp(product, -largest, largest)
 
 
 def power_below(x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cage_jax.exact import power_below
+from cage_jax.operations import clamp, select
 
 Ties = Literal["even", "away", "up"]
 FloatName = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
@@ -168,17 +169,17 @@ class Integer(Format):
             whole = jnp.floor(size)
             rounded = jnp.sign(x) * (whole + jnp.floor(2 * (size - whole)))
         else:
-            x = jnp.clip(x, self.low - 1, self.high + 1)
+            x = clamp(x, self.low - 1, self.high + 1)
             # Codes in a file begin at 0. The clip above keeps compilers from
             # contracting the sum with a product that `x` comes from.
             rounded = jnp.floor(x + (0.5 - self.low)) + self.low
         # Codes do not know -0.
-        rounded = jnp.where(rounded == 0, 0, rounded)
-        return jnp.clip(rounded, self.low, self.high)
+        rounded = select(rounded == 0, 0, rounded)
+        return clamp(rounded, self.low, self.high)
 
     def neighbours(self, x):
-        below = jnp.clip(jnp.floor(x), self.low, self.high)
-        below = jnp.where(below == 0, 0, below)
+        below = clamp(jnp.floor(x), self.low, self.high)
+        below = select(below == 0, 0, below)
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
@@ -241,10 +242,10 @@ class MidRise(Format):
     def round(self, x):
         # round(x + 1/2) - 1/2, as in QuEST's own code, half to even. Without the sum,
         # which compilers contract with a product that `x` comes from.
-        below = jnp.floor(x)
-        even = jnp.floor(below / 2) * 2 == below
-        level = below + jnp.where((x == below) & even, -0.5, 0.5).astype(x.dtype)
-        return jnp.clip(level, self.low, self.high)
+        half = x / 2
+        even = jnp.floor(half) == half
+        level = jnp.floor(x) + select(even, jnp.full_like(x, -0.5), 0.5)
+        return clamp(level, self.low, self.high)
 
     def neighbours(self, x):
         whole = jnp.floor(x)
@@ -321,7 +322,7 @@ class Float(Format):
         return np.dtype(jnp.float8_e4m3fn) if self.bits == 6 else self._type
 
     def round(self, x):
-        x = jnp.clip(x, self.low, self.high)
+        x = clamp(x, self.low, self.high)
         step = self._step(x)
         return jnp.round(x / step) * step
 

@@ -86,13 +86,12 @@ def in_basis(x, quantizer):
     return transform(_signed(x, quantizer, axis), quantizer.hadamard, axis)
 
 
-def back_from_basis(x, quantizer, additions=True):
+def back_from_basis(x, quantizer):
     """The transpose of `in_basis`; its inverse, up to `basis_factor` squared."""
     if quantizer.hadamard is None:
         return x
     (axis,) = quantizer.groups(x.shape)
-    x = transform(x, quantizer.hadamard, axis, additions=additions)
-    return _signed(x, quantizer, axis)
+    return _signed(transform(x, quantizer.hadamard, axis), quantizer, axis)
 
 
 def _signed(x, quantizer, axis):
@@ -162,6 +161,8 @@ def _round(transformed, quantizer, grid, noise=None):
         transformed = transformed - spread(origin / basis_factor(quantizer))
     if grid.inverse is None:
         position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
+        # It changes nothing, but lets compilers divide and round in one pass.
+        position = rounded(position)
     else:
         position = rounded(transformed * spread(grid.inverse * basis_factor(quantizer)))
     if grid.zero_point is not None:
@@ -191,7 +192,7 @@ def _turned_back(values, quantizer, grid, shape):
     product = rounded(values * _spread(grid.step, quantizer, shape))
     if grid.offset is not None:
         product = product + _spread(grid.offset, quantizer, shape)
-    return back_from_basis(product, quantizer, additions=False)
+    return back_from_basis(product, quantizer)
 
 
 def _scaled(turned_back, quantizer, grid, like):

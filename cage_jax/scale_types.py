@@ -16,6 +16,7 @@ import numpy as np
 
 from cage_jax.exact import divide, power_below
 from cage_jax.formats import Float, Format
+from cage_jax.operations import clamp, select
 
 PowerRounding = Literal["down", "nearest", "up"]
 
@@ -184,10 +185,10 @@ class PowerOfTwo(ScaleType):
                 bound_power = power_below(bound)
             scale = bound_power * 2.0 ** -np.floor(np.log2(format.high))
         # 2**-127 is not a normal float32, which some processors take for 0.
-        scale = jnp.clip(scale, 2.0**-126, 2.0**127)
-        scale = jnp.where(bound == 0, 1.0, scale)
+        scale = clamp(scale, 2.0**-126, 2.0**127)
+        scale = select(bound == 0, 1.0, scale)
         return StoredScale(
-            jnp.where(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype)
+            select(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype)
         )
 
     def __str__(self):
@@ -234,8 +235,8 @@ class Float8(ScaleType):
         smallest = 2.0**-9
         scale = jnp.maximum(own.round(ideal), smallest)
         # 1/8 is what compressed-tensors writes for a group of zeros.
-        scale = jnp.where(bound == 0, 0.125, scale)
-        scale = jnp.where(jnp.isfinite(bound), scale, jnp.nan)
+        scale = select(bound == 0, 0.125, scale)
+        scale = select(jnp.isfinite(bound), scale, jnp.nan)
         return StoredScale(scale.astype(bound.dtype), divisor)
 
     def __str__(self):
@@ -259,6 +260,5 @@ def _valid(scale, format):
     As zero counts what has no finite reciprocal.
     """
     tiny = jnp.finfo(scale.dtype).tiny
-    empty = jnp.asarray(1 if format.has_zero else tiny, scale.dtype)
-    scale = jnp.where(jnp.abs(scale) < tiny, empty, scale)
-    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+    scale = select(jnp.abs(scale) < tiny, 1 if format.has_zero else tiny, scale)
+    return select(jnp.isfinite(scale), scale, jnp.nan)

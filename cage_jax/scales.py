@@ -21,6 +21,7 @@ from jax import lax
 
 from cage_jax.exact import divide, power_below, rounded
 from cage_jax.formats import Format, Integer
+from cage_jax.operations import clamp, select
 from cage_jax.scale_types import FULL, Full, ScaleType, step
 
 
@@ -423,7 +424,7 @@ class MinMax(ScaleRule):
         stored = scale_type.store(bound, 1.0, format, tensor_axes)
         if self.zero_point:
             zero_point = format.low - divide(bottom, step(*stored[:2]))
-            zero_point = jnp.clip(jnp.round(zero_point), format.low, format.high)
+            zero_point = clamp(jnp.round(zero_point), format.low, format.high)
             return _grid(stored)._replace(zero_point=zero_point)
         offset = bottom
         if scale_type.dtype is not None:
@@ -616,7 +617,7 @@ def _count(x, axes):
 def _mean_size(x, axes):
     # The clip keeps the sum of huge values finite.
     most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    sizes = jnp.where(jnp.isfinite(x), jnp.clip(jnp.abs(x), 0, most), jnp.nan)
+    sizes = select(jnp.isfinite(x), clamp(jnp.abs(x), 0, most), jnp.nan)
     return jnp.mean(sizes, axis=axes, keepdims=True)
 
 
@@ -624,7 +625,7 @@ def _rms(x, axes):
     # The clip keeps the sum of huge squares finite, and compilers from contracting the
     # square with the sum in one program and not in another.
     most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    square = jnp.where(jnp.isfinite(x), jnp.clip(jnp.square(x), 0, most), jnp.nan)
+    square = select(jnp.isfinite(x), clamp(jnp.square(x), 0, most), jnp.nan)
     return jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
 
 

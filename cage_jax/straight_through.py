@@ -5,7 +5,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from cage_jax.operations import select
 from cage_jax.rounding import (
     back_from_basis,
     basis_factor,
@@ -31,38 +33,59 @@ def _straight_through(quantizer, x, grid, noise):
 
 
 def _forward(quantizer, x, grid, noise):
-    saved = grid, noise, None, None
+    # Functions with a rule of their own, not what they do, keep the second derivative:
+    # reverse over reverse differentiates this code.
     if quantizer.scale.learned:
-        saved = grid, noise, x, None
-    elif quantizer.gradient != "identity":
-        _, position, _ = fit_and_round(x, quantizer, grid, noise)
-        saved = grid, noise, None, _passes(position, quantizer)
-    # Calling the function itself, not its body, keeps the second derivative: reverse
-    # over reverse differentiates this rule's own code.
-    return _straight_through(quantizer, x, grid, noise), saved
+        return _straight_through(quantizer, x, grid, noise), (grid, noise, x, None)
+    if quantizer.gradient == "identity":
+        return _straight_through(quantizer, x, grid, noise), (grid, noise, None, None)
+    values, position, found = fit_and_round(
+        lax.stop_gradient(x), quantizer, grid, noise
+    )
+    mask = _passes(position, quantizer)
+    value = restore(values, quantizer, found, x)
+    return _masked(quantizer, x, value, mask), (grid, noise, None, mask)
 
 
 def _backward(quantizer, saved, cotangent):
     grid, noise, x, mask = saved
     grid_gradient = jax.tree.map(jnp.zeros_like, grid)
-    no_gradient = jax.tree.map(jnp.zeros_like, noise)
-    gradient = cotangent
-    if mask is not None or x is not None:
-        # The rotation is orthonormal: its transpose rotates back.
-        gradient = in_basis(cotangent, quantizer)
     if x is not None:
         values, position, _ = fit_and_round(x, quantizer, grid, noise)
-        mask = _passes(position, quantizer)
+        passes = _passes(position, quantizer)
+        gradient = in_basis(cotangent, quantizer) * basis_factor(quantizer)
         grid_gradient = _learned_gradient(
-            gradient * basis_factor(quantizer), values, position, mask, quantizer, grid
+            gradient, values, position, passes, quantizer, grid
         )
-        if quantizer.gradient == "identity":
-            return cotangent, grid_gradient, no_gradient
-    if mask is None:
-        return cotangent, grid_gradient, no_gradient
-    gradient = jnp.where(mask, gradient, jnp.zeros_like(gradient))
+        mask = None if quantizer.gradient == "identity" else passes
+    gradient = cotangent
+    if mask is not None:
+        gradient = _masked_gradient(quantizer, mask, cotangent)
+    return gradient, grid_gradient, jax.tree.map(jnp.zeros_like, noise)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _masked(quantizer, x, value, mask):
+    """`value`, a constant, with the gradient of `x` where the mask has it pass."""
+    return value
+
+
+def _masked_forward(quantizer, x, value, mask):
+    return _masked(quantizer, x, value, mask), mask
+
+
+def _masked_backward(quantizer, mask, cotangent):
+    return _masked_gradient(quantizer, mask, cotangent), None, None
+
+
+def _masked_gradient(quantizer, mask, cotangent):
+    # The rotation is orthonormal: its transpose rotates back.
+    gradient = select(mask, in_basis(cotangent, quantizer), 0)
     gradient = back_from_basis(gradient, quantizer) * basis_factor(quantizer) ** 2
-    return gradient.astype(cotangent.dtype), grid_gradient, no_gradient
+    return gradient.astype(cotangent.dtype)
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _learned_gradient(gradient, values, position, mask, quantizer, grid):

@@ -393,11 +393,18 @@ def _fit_if(active, x, quantizer, frozen):
         return True, *fit_for_error(x, quantizer, frozen)
 
     def skip():
-        # Like fitted ones, so that they are sharded as those that take their place.
-        grid, turned_back = jax.tree.map(jnp.zeros_like, fit()[1:])
+        grid, turned_back = _zeros(fit_for_error, x, quantizer, frozen)
         return False, grid if frozen is None else frozen, turned_back
 
     return lax.cond(active, fit, skip)
+
+
+def _zeros(function, x, *args):
+    """Zeros like what `function` gives, sharded like that, without computing it."""
+    shapes = jax.eval_shape(lambda x: function(x, *args), x)
+    return jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes
+    )
 
 
 def _value_at(number_or_schedule, count):

@@ -52,7 +52,8 @@ CONTRACT = [
 
 # Each module may import those of the lines above its own.
 LAYERS = [
-    ["exact", "schedules", "hadamard", "paths", "products"],
+    ["operations", "schedules", "hadamard", "paths", "products"],
+    ["exact"],
     ["formats"],
     ["scale_types"],
     ["scales"],

@@ -513,17 +513,17 @@ def test_statistics_of_zeros_are_finite():
 # --- the silent phase does no work ---------------------------------------------------
 
 
-def primitives(jaxpr, *, in_branches):
+def primitives(jaxpr, *, in_branches, inside=False):
     """The names of all primitives, inside conditional branches or outside of them."""
     found = set()
     for equation in jaxpr.eqns:
         branch = equation.primitive.name == "cond"
-        if not in_branches:
+        if inside == in_branches:
             found.add(equation.primitive.name)
         if branch and not in_branches:
             continue
         for inner in jaxprs_in_params(equation.params):
-            found |= primitives(inner, in_branches=in_branches and not branch)
+            found |= primitives(inner, in_branches=in_branches, inside=inside or branch)
     return found
 
 
