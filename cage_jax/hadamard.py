@@ -10,14 +10,16 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_NEAR = 32
+
 
 def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
     """Multiplies each block of `axis` by the Hadamard matrix of entries 1 and -1.
 
     The matrix is Sylvester's. Times `block**-0.5` this is a rotation, which is its own
     inverse and transpose; without the factor it is exact for small whole numbers, such
-    as codes. Only products are used, never sums, which a compiler could contract with
-    a product that `x` comes from.
+    as codes. It begins with a product of matrices, not with sums, which a compiler could
+    contract with a product that `x` comes from.
 
     Args:
       x: any float array.
@@ -32,7 +34,7 @@ def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
     # A matrix unit multiplies by the whole matrix fastest.
     transformed = lax.platform_dependent(
         blocks,
-        cpu=functools.partial(_by_two_products, axis=axis + 1),
+        cpu=functools.partial(_by_factors, axis=axis + 1),
         default=functools.partial(_by_product, axis=axis + 1),
     )
     return transformed.reshape(x.shape)
@@ -42,20 +44,31 @@ def _by_product(x, axis):
     return jnp.moveaxis(_times_matrix(x, axis), -1, axis)
 
 
-def _by_two_products(x, axis):
+def _by_factors(x, axis):
     """By the Kronecker factors of the matrix, which are Hadamard matrices too."""
     before, block, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     stages = block.bit_length() - 1
-    factors = 2 ** (stages // 2), 2 ** (stages - stages // 2)
-    if math.prod(after) < factors[1]:
-        # Too narrow for rows to be added; the last axis is short or is moved.
-        last = jnp.moveaxis(x, axis, -1)
-        last = last.reshape(*last.shape[:-1], *factors)
-        last = _times_matrix(_matrix_times(last, last.ndim - 2), last.ndim - 1)
-        return jnp.moveaxis(last.reshape(*before, *after, block), -1, axis)
-    x = x.reshape(*before, *factors, *after)
+    first, second = 2 ** (stages // 2), 2 ** (stages - stages // 2)
+    if math.prod(after) < second:  # too few columns: small matrices are slow
+        return jnp.moveaxis(_of_last_axis(jnp.moveaxis(x, axis, -1)), -1, axis)
+    x = x.reshape(*before, first, second, *after)
     x = _matrix_times(_matrix_times(x, axis), axis + 1)
     return x.reshape(*before, block, *after)
+
+
+def _of_last_axis(x):
+    """The sum of the far rows, each with its sign, after the product with near ones."""
+    block = x.shape[-1]
+    near = min(block, max(_NEAR, block // 4))
+    far = block // near
+    rows = x.reshape(*x.shape[:-1], far, near)
+    rows = _times_matrix(rows, rows.ndim - 1)
+    before = [1] * (rows.ndim - 2)
+    signs = jnp.asarray(_hadamard_matrix(far).reshape(far, *before, far, 1), x.dtype)
+    total, *others = (rows[..., i : i + 1, :] * signs[i] for i in range(far))
+    for each in others:
+        total = total + each
+    return total.reshape(x.shape)
 
 
 def _times_matrix(x, axis):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.hadamard import _by_product, _by_two_products, transform
+from cage_jax.hadamard import _by_product, _by_factors, transform
 
 BLOCKS = [2, 4, 8, 16, 32, 64, 128, 256]
 
@@ -73,7 +73,7 @@ def test_both_ways_agree(block, columns, rng):
     x = jnp.asarray(rng.standard_normal((2, block, columns)), jnp.float32)
     # Sums of `block` numbers, in another order.
     chex.assert_trees_all_close(
-        _by_product(x, 1), _by_two_products(x, 1), atol=block * ROUNDING, rtol=0
+        _by_product(x, 1), _by_factors(x, 1), atol=block * ROUNDING, rtol=0
     )
 
 
