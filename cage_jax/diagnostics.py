@@ -231,6 +231,8 @@ def _found(what, quantizer, layer, size):
     measured = layer.measured
     if measured is None:
         return
+    if quantizer.scale.finds_values:  # of which the codes are not known
+        return
     usual = math.sqrt(gaussian_error(quantizer))
     if not measured.error <= _WORSE * usual:
         yield (

@@ -18,8 +18,8 @@ def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
 
     The matrix is Sylvester's. Times `block**-0.5` this is a rotation, which is its own
     inverse and transpose; without the factor it is exact for small whole numbers, such
-    as codes. It begins with a product of matrices, not with sums, which a compiler could
-    contract with a product that `x` comes from.
+    as codes. It begins with a product of matrices, not with sums, which a compiler
+    could contract with a product that `x` comes from.
 
     Args:
       x: any float array.

@@ -6,7 +6,7 @@ tied embedding. `find` lists its products; `map_inputs` runs it with another inp
 in the place of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -168,7 +168,7 @@ def _carried(eqn):
 def _opaque(eqn, origins):
     """The products in jaxprs that cannot be run otherwise, supposing the worst."""
     found: list[Product] = []
-    for jaxpr in _subjaxprs(eqn.params):
+    for jaxpr in subjaxprs(eqn.params):
         count = len(jaxpr.invars)
         # Whatever leads the operands (predicates, constants) leads them.
         inner = list(origins)[-count:] if count <= len(origins) else [DATA] * count
@@ -176,7 +176,8 @@ def _opaque(eqn, origins):
     return [p._replace(beyond=p.beyond or eqn.primitive.name) for p in found]
 
 
-def _subjaxprs(params):
+def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The programs among the parameters of an operation."""
     for value in params.values():
         for each in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(each, ClosedJaxpr):

@@ -111,6 +111,14 @@ class ScaleRule(abc.ABC):
         """Whether a grid that was found before has to be given."""
         return self.learned
 
+    @property
+    def finds_values(self) -> bool:
+        """Whether what it finds are the values themselves: a grid that cannot be kept.
+
+        So it is with the quantizers of other libraries.
+        """
+        return False
+
     def merged(self, before: Grid, now: Grid, format: Format) -> Grid:
         """What is kept of the grids of two batches, of which a scale of 0 says nothing.
 
@@ -546,6 +554,14 @@ class Calibrated(ScaleRule):
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         return self.rule.fit(x, axes, format, scale_type, tensor_axes)
+
+    @property
+    def finds_values(self) -> bool:
+        """Whether what it finds are the values themselves: a grid that cannot be kept.
+
+        So it is with the quantizers of other libraries.
+        """
+        return False
 
     def merged(self, before, now, format):
         if self.asymmetric or self.has_offset:

@@ -321,6 +321,9 @@ def _correction(
 
     def init(params):
         quantized = rules.quantized(params)
+        for name, asked in (("freeze_scale", freeze_scale), ("statistics", statistics)):
+            if asked:
+                _check_grids(name, quantized)
         if not quantized:
             warnings.warn(
                 f"no parameter is quantized by {rules}, so CAGE has nothing to pull. "
@@ -405,6 +408,15 @@ def _zeros(function, x, *args):
     return jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes
     )
+
+
+def _check_grids(name, quantized):
+    for path, (quantizer, _) in quantized.items():
+        if quantizer.scale.finds_values:
+            raise ValueError(
+                f"`{path}`: `{name}` must be False for a quantizer without a grid and "
+                f"codes of its own; got {quantizer}. Leave it out."
+            )
 
 
 def _value_at(number_or_schedule, count):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.hadamard import _by_product, _by_factors, transform
+from cage_jax.hadamard import _by_factors, _by_product, transform
 
 BLOCKS = [2, 4, 8, 16, 32, 64, 128, 256]
 

@@ -64,7 +64,7 @@ LAYERS = [
     ["quantization"],
     ["rotation", "activations"],
     ["kv_cache", "diagnostics"],
-    ["flax"],
+    ["flax", "qwix"],
     ["transform"],
     ["optimizers"],
     ["__init__"],

@@ -23,6 +23,7 @@ TITLES = [
     "Frozen parameters",
     "Averaged weights",
     "LoRA inside the grid",
+    "A model trained through qwix",
 ]
 
 
@@ -114,3 +115,15 @@ def test_lora_is_trained_through_the_rounding_of_the_sum():
     a, b = np.float64(adapters["a"]), np.float64(adapters["b"])
     np.testing.assert_allclose(gradient["b"], at_the_sum @ a.T, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(gradient["a"], b.T @ at_the_sum, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix's own
+def test_qwix():
+    pytest.importorskip("cage_jax.qwix", exc_type=ImportError)
+    found = recipe("A model trained through qwix")
+    # qwix's loss is that of the values which CAGE pulls to.
+    rounded = cage.fake_quant(found["params"], found["rules"])
+    outputs = found["model"].apply({"params": rounded}, found["x"])
+    expected = np.mean(np.square(np.float64(outputs) - np.float64(found["y"])))
+    assert float(found["value"]) == pytest.approx(expected, rel=1e-5)
+    assert found["qwix_step"](found["state"])[1] < found["value"]
