@@ -1,4 +1,4 @@
-"""Measures what CAGE buys: on quadratics, on digits, on a language model.
+"""Measures what CAGE buys: on quadratics, digits, a language model and images.
 
 All comparisons are paired: the same start, the same batches, the same noise. Each part
 writes its figures to `results/effect_PART.json`; `tables.py` makes the tables of the
@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,11 +29,15 @@ import cage_jax as cage
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits as digits_example
+import fashion_mnist
 import train_lm
 
-Part = Literal["quadratic", "digits", "lm"]
+Part = Literal["quadratic", "digits", "lm", "images"]
 # A seed of the language model takes ten minutes, one of the others a second.
 LM_SEEDS = 3
+# Of images a training takes minutes; it is shorter than the example's own.
+IMAGE_SEEDS, IMAGE_STEPS = 3, 500
+IMAGE_MODELS = (("resnet", 4), ("resnet", 2), ("vit", 4), ("vit", 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +45,11 @@ class Settings:
     """Measures what CAGE buys, and says whether the targets were met."""
 
     parts: tuple[Part, ...] = ("quadratic", "digits", "lm")
-    """What to measure."""
+    """What to measure; images, which need Fashion-MNIST, only if named."""
     seeds: int = 20
-    """Problems or trainings of each arm; of the language model 3 at most."""
+    """Problems or trainings of each arm; of the language model and images 3 at most."""
+    data: Path | None = None
+    """Folder with Fashion-MNIST's files; by default that of Debian's package."""
     tiny: bool = False
     """Two seeds of a few steps, to see that everything works; nothing is written."""
 
@@ -254,18 +261,8 @@ def digits(seeds: int, steps: int = 2000, bits=(4, 3, 2)) -> dict[str, Any]:
     figures, targets = [], []
     for width, arms in results.items():
         paired = digits_example.compare(arms)
-        figures.append(
-            {
-                "bits": width,
-                "ste_loss": float(np.mean(arms["ste"].train_loss)),
-                "cage_loss": float(np.mean(arms["cage"].train_loss)),
-                **{
-                    name: value._asdict() if isinstance(value, tuple) else value
-                    for name, value in paired._asdict().items()
-                },
-            }
-        )
         name = f"W{width}A{width}"
+        figures.append({"bits": width} | _paired(name, arms))
         targets += [
             measurement.target(
                 f"{name}: train loss, CAGE - STE",
@@ -290,7 +287,20 @@ def digits(seeds: int, steps: int = 2000, bits=(4, 3, 2)) -> dict[str, Any]:
     }
 
 
-def _digits_rows(record) -> Rows:
+def _paired(name: str, arms) -> dict[str, Any]:
+    """CAGE against the other arms, for a record."""
+    return {
+        "name": name,
+        "ste_loss": float(np.mean(arms["ste"].train_loss)),
+        "cage_loss": float(np.mean(arms["cage"].train_loss)),
+        **{
+            name: value._asdict() if isinstance(value, tuple) else value
+            for name, value in digits_example.compare(arms)._asdict().items()
+        },
+    }
+
+
+def _paired_rows(record) -> Rows:
     def show(value, form="+.4f"):
         return format(digits_example.Estimate(**value), form)
 
@@ -308,9 +318,50 @@ def _digits_rows(record) -> Rows:
         }
 
     columns = [column(figure) for figure in record["figures"]]
-    widths = [f"W{figure['bits']}A{figure['bits']}" for figure in record["figures"]]
+    names = [figure["name"] for figure in record["figures"]]
     cells = [[name, *(each[name] for each in columns)] for name in columns[0]]
-    return Rows(["train loss", *widths], cells)
+    return Rows(["train loss", *names], cells)
+
+
+# --- images ---------------------------------------------------------------------------
+
+
+def images(
+    seeds: int, steps: int | None = None, data: Path | None = None
+) -> dict[str, Any]:
+    """CAGE against the other arms on Fashion-MNIST, see examples/fashion_mnist.py."""
+    seeds, console = min(seeds, IMAGE_SEEDS), Console()
+    figures, losses = [], {}
+    for model, bits in IMAGE_MODELS:
+        settings = fashion_mnist.Settings(
+            model=model,
+            w_bits=bits,
+            a_bits=bits,
+            seeds=seeds,
+            steps=steps or IMAGE_STEPS,
+            data=data,
+            out=Path("runs/effect_images") / f"{model}{bits}_steps_{steps or 'all'}",
+            resume=True,
+            tiny=steps is not None,
+        ).resolved()
+        arms = fashion_mnist.run(settings, console).arms
+        console.print(fashion_mnist.verdict(settings, arms), soft_wrap=True)
+        figures.append(_paired(settings.label, arms))
+        losses[settings.label] = {
+            arm: {name: of.tolist() for name, of in scores._asdict().items()}
+            for arm, scores in arms.items()
+        }
+    return {
+        "name": "effect_images",
+        "benchmark": "effect",
+        "title": f"Fashion-MNIST, {settings.steps} steps: mean ± standard error over "
+        f"{seeds} seeds, paired",
+        "environment": measurement.environment("flax"),
+        "settings": {"seeds": seeds, "steps": settings.steps},
+        "figures": figures,
+        "seed_by_seed": losses,
+        "targets": [],
+    }
 
 
 # --- a language model -----------------------------------------------------------------
@@ -396,13 +447,15 @@ def _lm_rows(record) -> Rows:
 
 _ROWS: dict[str, Callable[[Any], Rows]] = {
     "effect_quadratic": _quadratic_rows,
-    "effect_digits": _digits_rows,
+    "effect_digits": _paired_rows,
     "effect_lm": _lm_rows,
+    "effect_images": _paired_rows,
 }
 PLAN = {
     "quadratic": "9 quadratics, 3 trainings of 1500 steps a seed: 2 minutes",
     "digits": "digits at 3 widths, 10 trainings of 2000 steps a seed: a minute",
     "lm": "a language model, 6 arms, 3 seeds: half an hour (resumes when stopped)",
+    "images": "4 models, 5 trainings of 500 steps a seed: an hour (resumes, too)",
 }
 
 
@@ -425,7 +478,12 @@ def main() -> int:
         for part in settings.parts:
             console.print(f"{part}: {PLAN[part]}.", soft_wrap=True, highlight=False)
         for part in settings.parts:
-            measure = {"quadratic": quadratic, "digits": digits, "lm": lm}[part]
+            measure: Callable[..., dict[str, Any]] = {
+                "quadratic": quadratic,
+                "digits": digits,
+                "lm": lm,
+                "images": partial(images, data=settings.data),
+            }[part]
             record = measure(seeds, steps=40) if settings.tiny else measure(seeds)
             measurement.finish(record, table(record), console, keep=not settings.tiny)
     except (ValueError, NotImplementedError) as error:

@@ -51,7 +51,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None):
     defined.
 
     An all-zero group gives zeros (tiny numbers where the grid has no zero). A NaN or
-    an infinity makes its whole group NaN.
+    an infinity makes its whole group NaN, and so does a sum of a rotation that is
+    beyond the largest float.
 
     Args:
       x: an array of real floats, or a tree of parameters.

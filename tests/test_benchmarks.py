@@ -9,6 +9,7 @@ import effect
 import import_time
 import jax
 import jax.numpy as jnp
+import layers
 import measurement
 import numpy as np
 import optax
@@ -17,6 +18,7 @@ import presets
 import pytest
 import quantizers
 import tables
+import train_step
 from rich.console import Console
 
 import cage_jax as cage
@@ -162,6 +164,18 @@ def test_the_digits_record(monkeypatch, rng):
     assert rows.header == ["train loss", "W4A4"]
 
 
+def test_the_record_of_images(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(effect, "IMAGE_MODELS", (("resnet", 4),))
+    found = effect.images(seeds=2, steps=10)
+    (arms,) = found["seed_by_seed"].values()
+    ours, plain = (np.array(arms[arm]["train_loss"]) for arm in ("cage", "ste"))
+    (figure,) = found["figures"]
+    np.testing.assert_allclose(figure["train_loss"]["mean"], np.mean(ours - plain))
+    rows = effect.table(json.loads(json.dumps(found)))
+    assert rows.header == ["train loss", "ResNet W4A4"]
+
+
 def test_effect_needs_two_seeds(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["effect.py", "--seeds", "1"])
     assert effect.main() == 2
@@ -270,6 +284,47 @@ def test_the_record_of_quantizers(monkeypatch, capsys):
     np.testing.assert_allclose(found["targets"][0]["measured"], np.median(ratios))
     rows = quantizers.table(json.loads(json.dumps(found)))
     assert all(len(cells) == len(rows.header) for cells in rows.cells)
+
+
+# --- train steps and layers -----------------------------------------------------------
+
+
+def test_the_record_of_train_steps():
+    made = train_step.measure("tiny", rounds=2, warmup=1, deep="tiny", compiles=1)
+    rows = train_step.table(json.loads(json.dumps(made)))
+    assert [cells[0] for cells in rows.cells] == list(train_step.STEPS)
+    for cells in rows.cells:
+        assert len(cells) == len(rows.header)
+        assert (cells[-1] != "") == (cells[0] in train_step.COMPILED)
+    ratios = {t["text"]: t["measured"] for t in made["targets"]}
+    compiled = made["compile seconds"]
+    assert ratios["compiling 8 layers with everything, to full precision"] == (
+        compiled["W4A4 KV4 CAGE, active"][0] / compiled["full precision"][0]
+    )
+
+
+def test_the_record_of_layers():
+    made = layers.measure(width=16, tokens=32, rounds=2, warmup=1)
+    rows = layers.table(json.loads(json.dumps(made)))
+    assert rows.header[2:] == ["W4A16", "W4A8", "W4A4", "KV8", "KV4"]
+    assert [cells[0] for cells in rows.cells][-1] == "attention, keys and values"
+    for cells in rows.cells:
+        assert len(cells) == len(rows.header)
+        assert [bool(cell) for cell in cells[2:5]] == [cells[3] != ""] * 3
+
+
+@pytest.mark.parametrize("kind", list(layers.layers(16, 32)))
+def test_each_arm_of_a_layer_is_another_function(kind):
+    model, x = layers.layers(16, 32)[kind]
+    found = [
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(step())])
+        for step in (
+            layers.quantized_step(model, x, *arm) for arm in layers.ARMS.values()
+        )
+    ]
+    for i, one in enumerate(found):
+        assert np.all(np.isfinite(one))
+        assert not any(np.array_equal(one, other) for other in found[:i])
 
 
 # --- import time ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import cage_jax as cage
+from cage_jax.diagnostics import report
 from cage_jax.rounding import fit_grid
 
 qwix = pytest.importorskip("qwix")
@@ -805,3 +806,17 @@ def test_its_size_is_that_of_the_codes_and_scales():
     rules = exact_rules(model, [tiled], jnp.ones((1, 64)))
     row = rules.report({"w": model.w[...]}).rows[0]
     assert row.quantized_bits == 64 * 24 * 4 + 4 * 24 * 32
+
+
+def test_the_report_of_a_model(rng):
+    model = Own(contracted, (64, 24))
+    params = {"w": jnp.asarray(rng.standard_normal((64, 24)), jnp.float32)}
+    rules = exact_rules(model, [over_7()], jnp.ones((1, 64)))
+
+    def apply(params, x):
+        return x @ params["w"]
+
+    (layer,) = report(apply, rules, params, jnp.ones((2, 64))).layers
+    expected = int4_by_hand(np.asarray(params["w"]), 64)
+    error = np.linalg.norm(params["w"] - expected) / np.linalg.norm(params["w"])
+    assert layer.measured.error == pytest.approx(error, rel=1e-4)
