@@ -3,6 +3,9 @@
 Weights are quantized from outside, by `cage_jax.fake_quant(params, rules)`; the inputs
 of the linear layers are quantized here, by the `inputs` quantizer, token by token, and
 so are the keys and values of attention, by the `kv` quantizer.
+
+The parameters of all layers are stacked, and the layers are one loop: a deep model
+compiles as fast as a shallow one.
 """
 
 import dataclasses
@@ -60,6 +63,9 @@ SIZES = {
 }
 
 
+FEW_LAYERS = 2
+
+
 class Llama(nnx.Module):
     """Logits of the next byte.
 
@@ -88,9 +94,13 @@ class Llama(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.layers = nnx.List(
-            Layer(size, inputs=inputs, kv=kv, rngs=rngs) for _ in range(size.layers)
-        )
+        self.depth = size.layers
+        layers = [
+            Layer(size, inputs=inputs, kv=kv, rngs=rngs) for _ in range(self.depth)
+        ]
+        states = [nnx.state(layer) for layer in layers]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+        self.layers = nnx.merge(nnx.graphdef(layers[0]), stacked)
         self.norm = _norm(size, rngs)
         self.head = _linear(size.width, vocabulary, dtype, rngs)
 
@@ -98,8 +108,14 @@ class Llama(nnx.Module):
         """Maps tokens (batch, sequence) to logits (batch, sequence, vocabulary)."""
         # Tokens in one axis: products of two matrices are the fastest on any device.
         x = self.embedding(tokens.reshape(-1))
-        for layer in self.layers:
-            x, _ = layer(x, *tokens.shape)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one_more(x, state):
+            x, _ = nnx.merge(graphdef, state)(x, *tokens.shape)
+            return x, None
+
+        # Few layers run faster where they are not a loop.
+        x, _ = jax.lax.scan(one_more, x, stacked, unroll=self.depth <= FEW_LAYERS)
         logits = self.head(self.norm(x)).astype(jnp.float32)
         return logits.reshape(*tokens.shape, -1)
 
@@ -116,14 +132,16 @@ class Llama(nnx.Module):
           The logits, and the caches with this token in them.
         """
         x, longer = self.embedding(tokens), []
-        for layer, cache in zip(self.layers, caches):
-            x, cache = layer(x, len(tokens), 1, cache)
+        graphdef, stacked = nnx.split(self.layers)
+        for number, cache in enumerate(caches):
+            state = jax.tree.map(lambda array: array[number], stacked)  # noqa: B023
+            x, cache = nnx.merge(graphdef, state)(x, len(tokens), 1, cache)
             longer.append(cache)
         return self.head(self.norm(x)).astype(jnp.float32), longer
 
     def empty_caches(self, batch: int, length: int) -> list[KVCache]:
         """Caches with room for `length` tokens of each sequence."""
-        return [layer.empty_cache(batch, length) for layer in self.layers]
+        return [self.layers.empty_cache(batch, length)] * self.depth
 
 
 class Layer(nnx.Module):

@@ -211,6 +211,13 @@ class Segment:
     teacher: "Segment | None" = None
 
 
+def _decays(params):
+    """Of each parameter, whether it decays: all but the norms."""
+    return jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+
+
 class Experiment:
     """The model, its data and its arms, for one seed."""
 
@@ -283,7 +290,7 @@ class Experiment:
                 b1=0.9,
                 b2=0.95,
                 weight_decay=0.1,
-                mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+                mask=_decays,
             ),
         )
 
