@@ -141,6 +141,11 @@ def calibrate(
 
     seen: dict[str, Grid] | None = None
     for batch in batches:
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(
+                f"`batches` must be tuples of arguments; got one of "
+                f"{type(batch).__name__}. Use [(x,) for x in batches]."
+            )
         now = observe(params, *_split(batch, {}))
         if seen is not None:
             now = {path: merged(path, (seen[path], now[path])) for path in now}
@@ -186,6 +191,11 @@ def quantize_input(
     Returns:
       An array like `x`.
     """
+    if quantizer.scale.needs_grid and grid is None:
+        raise ValueError(
+            f"`inputs` of this weight must be calibrated first; got no grid for "
+            f"{quantizer}. Use variables = calibrate(model, rules, [(x,), ...])."
+        )
     x, quantizer, grid, back = arranged(x, features, quantizer, grid)
     return back(fake_quant(x, quantizer, grid=grid))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ from cage_jax.quantization import (
 from cage_jax.quantizers import Quantizer
 from cage_jax.report import Row, table
 from cage_jax.rounding import fit_and_round
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, unused_text
 
 _CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
 _DEAD = 0.5  # share of the levels that no value takes
 _ENOUGH = 16  # values for each level, before unused ones mean something
+_COSTLY = 2  # bits a weight of the scales, where there are
+_MANY = 4096  # weights
 _WORSE = 1.5  # error over that of normal numbers
 
 
@@ -92,7 +95,15 @@ class ModelReport:
     findings: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = ("path", "shape", "weight", "inputs", *_HEAD, *_HEAD)
+        head = (
+            "path",
+            "shape",
+            "weight",
+            "inputs",
+            *_HEAD,
+            "input " + _HEAD[0],
+            *_HEAD[1:],
+        )
         lines = [line for layer in self.layers for line in _lines(layer)]
         text = table([head, *lines], left=4)
         notes = self.findings or ("Nothing looks wrong.",)
@@ -106,6 +117,8 @@ def report(
     function: Callable, rules: Rules, params: Any, *args: Any, **kwargs: Any
 ) -> ModelReport:
     """What becomes of each parameter of a program and of its inputs, with their errors.
+
+    Rules that decide nothing are among the findings, not warned of.
 
     Args:
       function: of parameters, then anything, as in `quantize_activations`.
@@ -135,14 +148,17 @@ def report(
     """
     check_rules(rules)
     values, grids = apart(params)
-    quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
 
     def visit(path, product, quantizer, x, grid):
         measured = _measure(*arranged(x, product.features, quantizer, grid))
         x = quantize_input(x, product.features, quantizer, grid)
         return x, measured
 
-    done = run(function, rules, visit, quantized, grids, args, kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is unused is among the findings
+        rows = rules.report(values)
+        quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
+        done = run(function, rules, visit, quantized, grids, args, kwargs)
     records = {path: iter(entries) for path, entries in done.records.items()}
     inputs: dict[str, list[Input]] = {}
     for product in done.products:
@@ -155,13 +171,14 @@ def report(
             inputs.setdefault(path, []).append(found)
     paths, leaves, _ = flatten_with_paths(values)
     layers = []
-    for row, (path, leaf) in zip(rules.report(values).rows, zip(paths, leaves)):
+    for row, (path, leaf) in zip(rows.rows, zip(paths, leaves)):
         measured = None
         if row.quantizer is not None:
             grid = grid_at(path, params, None)
             measured = _mean(_measure(leaf, row.quantizer, grid))
         layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
-    return ModelReport(tuple(layers), tuple(_findings(layers)))
+    unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
+    return ModelReport(tuple(layers), (*unused, *_findings(layers, rules)))
 
 
 def _to_nearest(rules):
@@ -204,7 +221,12 @@ def _lines(layer):
     weight = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
     begin = row.path, str(row.shape), weight
     if not layer.inputs:
-        yield (*begin, "- multiplies no data", *_figures(layer.measured), *_figures())
+        yield (
+            *begin,
+            "- in no product with data",
+            *_figures(layer.measured),
+            *_figures(),
+        )
     for each in layer.inputs:
         what = "- as it is" if each.quantizer is None else str(each.quantizer)
         if each.product.beyond:
@@ -218,13 +240,38 @@ def _figures(measured=None):
     return tuple(f"{part:.3f}" for part in measured)
 
 
-def _findings(layers):
+def _findings(layers, rules):
+    if not any(layer.weight.quantizer or _quantized(layer) for layer in layers):
+        yield "nothing is quantized. Compare the rules' patterns with the paths above."
     for layer in layers:
         path, size = layer.weight.path, layer.weight.size
+        if rules.match_inputs(path) and not layer.inputs:
+            yield (
+                f"{path}: a rule quantizes its input, but it is in no product with "
+                f"data. Is it never called? Else leave the quantizer of inputs out."
+            )
+        yield from _costly(layer.weight)
         yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
             size = math.prod((*each.product.shape, *each.product.repeats))
             yield from _found(f"{path}, input", each.quantizer, each, size)
+
+
+def _quantized(layer):
+    return any(each.quantizer for each in layer.inputs)
+
+
+def _costly(row):
+    if row.quantizer is None or row.size < _MANY:
+        return
+    more = row.bits_per_weight - row.quantizer.bits
+    if more > _COSTLY:
+        yield (
+            f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
+            f"weights share one: {row.quantizer.scale_shape(row.shape)} scales for "
+            f"{row.shape} weights. Name the axes of its inputs, such as axis=0 for "
+            f"(in, heads, size) and axis=(0, 1, 2) for the kernel of a convolution."
+        )
 
 
 def _found(what, quantizer, layer, size):

@@ -37,8 +37,9 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
 
     Returns:
       For NNX a new module with the same arrays, of a subclass of its class, whose
-      `__call__` and other public methods quantize; `model` is left as it was. For Linen
-      something with `init` and `apply` as `model` has them.
+      `__call__` and other public methods quantize; `model` is left as it was. Its
+      submodules are those of before: `new.encoder(x)`, called from outside, does not
+      quantize. For Linen something with `init` and `apply` as `model` has them.
 
     Raises:
       TypeError: for something else than a module and `Rules`.
@@ -154,8 +155,8 @@ def _program(model, variables):
     if isinstance(model, (linen.Module, QuantizedLinen)):
         if variables is None:
             raise ValueError(
-                "`variables` must be given for a Linen module; got None. Use those of "
-                "model.init."
+                "`variables` must be given for a Linen module; got None. Use "
+                "variables=model.init(...)."
             )
         module = getattr(model, "module", model)
         state: Any = {name: v for name, v in variables.items() if name != "grids"}

@@ -234,7 +234,8 @@ class Quantizer:
                 raise ValueError(
                     f"`group_size` must divide axis {axis} of `x`; got group_size="
                     f"{size}, x.shape={shape}. Use a divisor of {length}, or None for "
-                    f"one scale per channel."
+                    f"one scale per channel; where another axis is summed over, name "
+                    f"that one."
                 )
             if self.hadamard is not None and length % self.hadamard:
                 largest = length & -length

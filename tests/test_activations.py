@@ -437,6 +437,14 @@ def bad(pattern, inputs, function, text, params, x, error=ValueError):
         quantize_activations(function, inputs_of(pattern, inputs))(params, x)
 
 
+def test_batches_are_tuples(params, x):
+    def apply(p, x):
+        return x @ p["w"]
+
+    with pytest.raises(TypeError, match=r"`batches` must be tuples .*Use \[\(x,\)"):
+        calibrate(apply, inputs_of("w", STATIC), params, [x])
+
+
 def test_what_cannot_be_done_is_said(params, x):
     def apply(p, x):
         return x @ p["w"] + p["bias"][None, :4]
@@ -445,8 +453,22 @@ def test_what_cannot_be_done_is_said(params, x):
     bad("w", int8(), apply, r"`w`: `inputs` must be .*axis -1.*int8\(axis", params, x)
     bad("w", int8(axis=0, group_size=5), apply, "0 without groups", params, x)
     bad("w", int8(axis=-1, group_size=3), apply, "`w`: `group_size` must", params, x)
-    bad("w", STATIC, apply, "`w`: `grid` must be given for a calibrated", params, x)
-    bad("w", cage.lsq(8), apply, "`w`: `grid` must be given for a learned", params, x)
+    bad(
+        "w",
+        STATIC,
+        apply,
+        "`w`: `inputs` of this weight must be calib.*int8 calibrated",
+        params,
+        x,
+    )
+    bad(
+        "w",
+        cage.lsq(8),
+        apply,
+        "`w`: `inputs` of this weight must be calib.*learned",
+        params,
+        x,
+    )
     stochastic = cage.Quantizer(Integer(8), axis=-1, rounding="stochastic")
     bad("w", stochastic, apply, "`w`: `inputs` must be rounded to the", params, x)
     with pytest.raises(TypeError, match=r"`rules` must be Rules; got dict"):

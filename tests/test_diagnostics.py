@@ -85,12 +85,12 @@ def test_the_text(params, rng):
     rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(), int8(axis=-1))])
     text = str(report(model, rules, params, x))
     lines = text.splitlines()
-    head = "path shape weight inputs error clipped dead error clipped dead"
+    head = "path shape weight inputs error clipped dead input error clipped dead"
     assert lines[0].split() == head.split()
     assert (
         len([line for line in lines if line.startswith(("b ", "e ", "s ", "w "))]) == 4
     )
-    assert "- multiplies no data" in text and "- as it is" in text
+    assert "- in no product with data" in text and "- as it is" in text
     assert text.endswith(".")
 
 
@@ -115,6 +115,31 @@ def test_what_is_wrong_is_said(params, rng):
     spiked = params | {"w": params["w"].at[0, :].set(100.0)}
     found = report(model, Rules([("w", int2())]), spiked, x).findings
     assert all(line.startswith("w, weight") for line in found)
+
+
+def test_rules_that_do_nothing_are_found(params, rng):
+    x = normal(rng, 64, 4)
+    found = report(model, Rules([("W", int4(axis=None))]), params, x).findings
+    finding(found, "the rule 'W' matches no parameter", "'w'")
+    finding(found, "nothing is quantized")
+    rules = Rules([("w", None, int8(axis=-1)), ("b", None, int8(axis=-1))])
+    found = report(model, rules, params, x).findings
+    finding(found, "b: a rule quantizes its input, but it is in no product with data")
+    assert not any("nothing is quantized" in line for line in found)
+
+
+def test_scales_that_cost_more_than_codes(rng):
+    attention = {"w": normal(rng, 128, 4, 32)}
+
+    def apply(params, x):
+        return jnp.einsum("td,dhk->thk", x, params["w"])
+
+    x = normal(rng, 512, 128)
+    found = report(apply, Rules([("w", int4())]), attention, x).findings
+    # A float32 scale for each four weights.
+    finding(found, "w, weight: its scales cost 8.0 bits a weight", "(128, 1, 32)")
+    good = Rules([("w", int4(axis=0))])
+    assert report(apply, good, attention, x).findings == ()
 
 
 def test_nan_is_worth_a_word(params, rng):

@@ -17,6 +17,8 @@ TITLES = [
     "Recipes",
     "Flax's TrainState",
     "nnx.Optimizer",
+    "Calibrated inputs",
+    "Keys and values",
     "Clipping",
     "Gradient accumulation",
     "Hyperparameters in the state",
@@ -54,7 +56,30 @@ def test_train_state():
 
 def test_nnx_optimizer():
     found = recipe("nnx.Optimizer")
+    shipped = found["shipped"].kernel[...]
+    expected = cage.fake_quant(found["linear"].kernel[...], cage.int4(group_size=16))
+    np.testing.assert_array_equal(shipped, expected)
     assert found["train_step"](found["linear"], found["optimizer"]) < found["value"]
+
+
+def test_calibrated_inputs(capsys):
+    found = recipe("Calibrated inputs")
+    x = np.float64(found["x"])
+    scale = np.abs(x).max() / 127
+    rounded = cage.fake_quant(found["params"]["kernel"], cage.int4(group_size=16))
+    # The bias is 0 at the start.
+    expected = np.round(x / scale) * scale @ np.float64(rounded)
+    np.testing.assert_allclose(found["outputs"], expected, rtol=1e-4, atol=1e-4)
+    (grid,) = found["module"].input_grids.values()
+    assert float(grid.scale[...]) == pytest.approx(scale, rel=1e-5)
+    assert "int8 calibrated" in capsys.readouterr().out
+
+
+def test_keys_and_values():
+    found = recipe("Keys and values")
+    np.testing.assert_allclose(
+        found["last"][:, 0], found["mixed"][:, -1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_clipping_leaves_the_correction_alone():
