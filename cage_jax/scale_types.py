@@ -260,5 +260,7 @@ def _valid(scale, format):
     As zero counts what has no finite reciprocal.
     """
     tiny = jnp.finfo(scale.dtype).tiny
+    # It changes nothing, but lets compilers find the quotient and this in one pass.
+    scale = clamp(scale, -jnp.inf, jnp.inf)
     scale = select(jnp.abs(scale) < tiny, 1 if format.has_zero else tiny, scale)
     return select(jnp.isfinite(scale), scale, jnp.nan)
