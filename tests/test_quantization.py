@@ -1066,3 +1066,27 @@ def test_a_learned_grid_must_be_given():
         tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="`rules` must match a parameter with a learn"):
         with_grids({"kernel": x}, Rules([("kernel", int4())]))
+
+
+def test_the_second_derivative_of_a_clipped_rotation(rng):
+    quantizer = Quantizer(Integer(3), Fixed(0.2), axis=0, hadamard=8, gradient="clip")
+    x, v = rng.standard_normal((2, 8, 3))
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(8)] for i in range(8)]
+    turn = np.array(signs) / np.sqrt(8)
+    rotated = turn @ x
+    passes = np.abs(rotated) <= 3 * 0.2
+    assert 0 < passes.sum() < passes.size
+    values = turn @ (np.clip(np.round(rotated / 0.2), -3, 3) * 0.2)
+
+    def straight(gradient):
+        return turn @ (passes * (turn @ gradient))
+
+    def loss(x):
+        return jnp.sum(fake_quant(x, quantizer) ** 3) / 3
+
+    def along(x):
+        return jnp.sum(jnp.asarray(v, jnp.float32) * jax.grad(loss)(x))
+
+    second = jax.grad(along)(jnp.asarray(x, jnp.float32))
+    expected = straight(2 * values * straight(v))
+    np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5)

@@ -458,6 +458,14 @@ def test_a_factor_is_followed_back(product, shape, tile):
     np.testing.assert_allclose(values, expected.reshape(shape), rtol=1e-5)
 
 
+def test_a_transposed_factor():
+    model = Own(lambda w, x: contracted(w.T, x), (6, 8))
+    rules = exact_rules(model, [over_7()], jnp.ones((3, 8)))
+    values = compiled(model.w[...], rules.match("w"))
+    expected = int4_by_hand(np.asarray(model.w[...]).T).T
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
 def test_rows_of_a_stack():
     def product(w, x):
         return contracted(w[1], contracted(w[0], x))
@@ -809,14 +817,15 @@ def test_its_size_is_that_of_the_codes_and_scales():
 
 
 def test_the_report_of_a_model(rng):
-    model = Own(contracted, (64, 24))
-    params = {"w": jnp.asarray(rng.standard_normal((64, 24)), jnp.float32)}
+    model = Own(lambda w, x: contracted(w.reshape(64, 24), x), (8, 8, 24))
+    params = {"w": jnp.asarray(rng.standard_normal((8, 8, 24)), jnp.float32)}
     rules = exact_rules(model, [over_7()], jnp.ones((1, 64)))
 
     def apply(params, x):
-        return x @ params["w"]
+        return x @ params["w"].reshape(64, 24)
 
     (layer,) = report(apply, rules, params, jnp.ones((2, 64))).layers
-    expected = int4_by_hand(np.asarray(params["w"]), 64)
-    error = np.linalg.norm(params["w"] - expected) / np.linalg.norm(params["w"])
+    weights = np.asarray(params["w"]).reshape(64, 24)
+    error = np.linalg.norm(weights - int4_by_hand(weights, 64))
+    error /= np.linalg.norm(weights)
     assert layer.measured.error == pytest.approx(error, rel=1e-4)
