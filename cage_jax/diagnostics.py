@@ -95,22 +95,14 @@ class ModelReport:
     findings: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = (
-            "path",
-            "shape",
-            "weight",
-            "inputs",
-            *_HEAD,
-            "input " + _HEAD[0],
-            *_HEAD[1:],
-        )
+        head = ("path", "shape", "weight", "inputs", *_HEAD)
         lines = [line for layer in self.layers for line in _lines(layer)]
         text = table([head, *lines], left=4)
         notes = self.findings or ("Nothing looks wrong.",)
         return "\n".join([text, "", *(f"- {note}" for note in notes)])
 
 
-_HEAD = ("error", "clipped", "dead")
+_HEAD = ("error", "clipped", "dead", "input error", "clipped", "dead")
 
 
 def report(
@@ -158,7 +150,7 @@ def report(
         warnings.simplefilter("ignore")  # what is unused is among the findings
         rows = rules.report(values)
         quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
-        done = run(function, rules, visit, quantized, grids, args, kwargs)
+    done = run(function, rules, visit, quantized, grids, args, kwargs)
     records = {path: iter(entries) for path, entries in done.records.items()}
     inputs: dict[str, list[Input]] = {}
     for product in done.products:

@@ -555,14 +555,6 @@ class Calibrated(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         return self.rule.fit(x, axes, format, scale_type, tensor_axes)
 
-    @property
-    def finds_values(self) -> bool:
-        """Whether what it finds are the values themselves: a grid that cannot be kept.
-
-        So it is with the quantizers of other libraries.
-        """
-        return False
-
     def merged(self, before, now, format):
         if self.asymmetric or self.has_offset:
             ends = [
