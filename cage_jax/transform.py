@@ -405,8 +405,9 @@ def _fit_if(active, x, quantizer, frozen):
 def _zeros(function, x, *args):
     """Zeros like what `function` gives, sharded like that, without computing it."""
     shapes = jax.eval_shape(lambda x: function(x, *args), x)
+    # Like `x` also in the axes of a mesh along which it varies inside of `shard_map`.
     return jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes
+        lambda s: lax.full_like(x, 0, s.dtype, s.shape, s.sharding), shapes
     )
 
 

@@ -154,6 +154,43 @@ def test_training_is_that_of_the_whole(name, placed, kind, weight, rng):
         )
 
 
+@each_mesh
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["group", "channel", "asymmetric"])
+def test_inside_shard_map(name, frozen, kind, weight):
+    quantizer = QUANTIZERS[name]
+    tx = cage.cage_adamw(
+        1e-2,
+        cage.Rules([(".*", quantizer)]),
+        cage.silence_then_constant(4, 5.0, silence=0.25),
+        freeze_scale=frozen,
+    )
+
+    def train(weight):
+        state = tx.init(weight)
+        for _ in range(4):
+            gradient = jax.grad(lambda w: jnp.sum(cage.fake_quant(w, quantizer) ** 2))(
+                weight
+            )
+            updates, state = tx.update(gradient, state, weight)
+            weight = optax.apply_updates(weight, updates)
+        return weight
+
+    whole = jax.jit(train)(weight)
+    mesh, spec = mesh_of(kind), P(None, ("data", "model"))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(weight, NamedSharding(mesh, spec))
+        mapped = jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec)
+        program = jax.jit(mapped).lower(placed).compile()
+        got = program(placed)
+    assert not COLLECTIVE.search(program.as_text())
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    # Adam's division is rounded in another order.
+    chex.assert_trees_all_close(
+        jax.device_get(got), jax.device_get(whole), rtol=0, atol=1e-6
+    )
+
+
 COLLECTIVE = re.compile(
     r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-to-all|collective-permute|all-reduce)"
     r"(?:-start)?\("
