@@ -326,7 +326,7 @@ def run(
     program, origins, values, structure = trace(function, params, args, kwargs)
 
     def visit_one(path, product, x, grid):
-        with path_in_errors(path):
+        with path_in_errors(path + INPUTS):
             return visit(path, product, rules.match_inputs(path), x, grid)
 
     given = {

@@ -296,6 +296,14 @@ class QuantizedLinen:
         both = {"params": params, "grids": dict(variables.get("grids", {}))}
         return quantized(both, *args, _rngs=rngs, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: a quantized module is no submodule, and has no variables bound."""
+        raise TypeError(
+            "a quantized Linen module must be the outermost one; got a call of it. Use "
+            "its apply(variables, ...), or quantize the model that it is a part of: "
+            "rules are by path."
+        )
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.module, name)
         if inspect.ismethod(value):

@@ -450,14 +450,28 @@ def test_what_cannot_be_done_is_said(params, x):
         return x @ p["w"] + p["bias"][None, :4]
 
     bad("bias", PER_TOKEN, apply, "`bias`: a parameter must multiply data", params, x)
-    bad("w", int8(), apply, r"`w`: `inputs` must be .*axis -1.*int8\(axis", params, x)
+    bad(
+        "w",
+        int8(),
+        apply,
+        r"`w/inputs`: `inputs` must be .*axis -1.*int8\(axis",
+        params,
+        x,
+    )
     bad("w", int8(axis=0, group_size=5), apply, "0 without groups", params, x)
-    bad("w", int8(axis=-1, group_size=3), apply, "`w`: `group_size` must", params, x)
+    bad(
+        "w",
+        int8(axis=-1, group_size=3),
+        apply,
+        "`w/inputs`: `group_size` must",
+        params,
+        x,
+    )
     bad(
         "w",
         STATIC,
         apply,
-        "`w`: `inputs` of this weight must be calib.*int8 calibrated",
+        "`w/inputs`: `inputs` of this weight must be calib.*int8 calibrated",
         params,
         x,
     )
@@ -465,17 +479,19 @@ def test_what_cannot_be_done_is_said(params, x):
         "w",
         cage.lsq(8),
         apply,
-        "`w`: `inputs` of this weight must be calib.*learned",
+        "`w/inputs`: `inputs` of this weight must be calib.*learned",
         params,
         x,
     )
     stochastic = cage.Quantizer(Integer(8), axis=-1, rounding="stochastic")
-    bad("w", stochastic, apply, "`w`: `inputs` must be rounded to the", params, x)
+    bad("w", stochastic, apply, "`w/inputs`: `inputs` must be rounded", params, x)
     with pytest.raises(TypeError, match=r"`rules` must be Rules; got dict"):
         quantize_activations(apply, {"w": int8()})
     # Calibrated per token makes no sense: tokens differ.
     per_token = inputs_of("w", int8(axis=-1, scale=Calibrated()))
-    with pytest.raises(ValueError, match="`w`: `inputs` must not have a calibrated"):
+    with pytest.raises(
+        ValueError, match="`w/inputs`: `inputs` must not have a calibrated"
+    ):
         calibrate(apply, per_token, params, [(x,)])
     static = inputs_of("w", STATIC)
     with pytest.raises(ValueError, match="`batches` must have a batch"):

@@ -428,7 +428,7 @@ def test_calibration_is_kept_with_the_variables(rng):
     quantized = quantize_activations(linen, rules)
     assert quantized.apply(variables, x, train=False).shape == (32, 4)
     with pytest.raises(
-        ValueError, match="`up/kernel`: `inputs` of this weight must be"
+        ValueError, match="`up/kernel/inputs`: `inputs` of this weight must be"
     ):
         quantized.apply({"params": variables["params"]}, x, mutable=True)
 
@@ -442,7 +442,7 @@ def test_calibration_is_kept_with_the_variables(rng):
     again = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
     chex.assert_trees_all_equal(again(x), quantized(x))
     with pytest.raises(
-        ValueError, match="`up/kernel`: `inputs` of this weight must be"
+        ValueError, match="`up/kernel/inputs`: `inputs` of this weight must be"
     ):
         quantize_activations(model, rules)(x)
 
@@ -556,6 +556,11 @@ def test_products_for_the_arguments_of_layers(rng):
             lambda: quantize_activations(nn.Dense(4), RULES).bind({}),
             AttributeError,
             "apply\\(variables, ..., method='bind'\\)",
+        ),
+        (
+            lambda: quantize_activations(nn.Dense(4), RULES)(jnp.ones((1, 8))),
+            TypeError,
+            "a quantized Linen module must be the outermost one",
         ),
     ],
 )
