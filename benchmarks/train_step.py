@@ -83,7 +83,7 @@ def compile_seconds(size: str, kind: str, changes: dict[str, Any]) -> float:
 
 
 def measure(
-    size: str, rounds: int, warmup: int = 3, deep: str = "100m", compiles: int = 3
+    size: str, rounds: int, warmup: int = 3, deep: str = "100m", compiles: int = 7
 ) -> dict[str, Any]:
     """Median step times of each kind, and their ratios to STE and full precision.
 

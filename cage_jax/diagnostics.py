@@ -27,7 +27,7 @@ from cage_jax.quantization import (
 )
 from cage_jax.quantizers import Quantizer
 from cage_jax.report import Row, table
-from cage_jax.rounding import fit_and_round
+from cage_jax.rounding import fit_and_round, is_inside
 from cage_jax.rules import Rules, unused_text
 
 _CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
@@ -186,14 +186,12 @@ def _to_nearest(rules):
 def _measure(x, quantizer, grid, _=None):
     """The figures of `Measured` as arrays."""
     quantizer = dataclasses.replace(quantizer, rounding="nearest")
-    values, position, _ = fit_and_round(x, quantizer, grid)
+    values, transformed, found = fit_and_round(x, quantizer, grid)
     format = quantizer.format
     error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
     size = jnp.linalg.norm(x.ravel())
     # Half a step beyond the end is rounded, not clipped.
-    beyond = (position > format.high + format.edge) | (
-        position < format.low - format.edge
-    )
+    beyond = ~is_inside(transformed, quantizer, found, format.edge)
     levels = jnp.asarray(format.values, values.dtype)
     used = jnp.zeros(levels.size, bool)
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")

@@ -6,16 +6,18 @@ program and not in another, and contracts a product and a sum into one operation
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cage_jax.operations import clamp
 
 
-def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b`, rounded once."""
+def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
+    """`a / b`, rounded once; `b` like `a` or a number of its dtype."""
     # That the divisor depends on `a`, a compiler has to believe: NaN is unequal to
     # itself. A product, since a selection wants both sharded alike.
-    return a / (b * (a == a).astype(b.dtype))
+    one = lax.convert_element_type(lax.eq(a, a), a.dtype)
+    return lax.div(a, lax.mul(b, one))
 
 
 def rounded(product: jax.Array) -> jax.Array:

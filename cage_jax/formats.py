@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
 
 from cage_jax.exact import power_below
 from cage_jax.operations import clamp, select
@@ -163,7 +164,7 @@ class Integer(Format):
 
     def round(self, x):
         if self.ties == "even":
-            rounded = jnp.round(x)
+            rounded = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
         elif self.ties == "away":
             size = jnp.abs(x)
             whole = jnp.floor(size)
@@ -174,7 +175,7 @@ class Integer(Format):
             # contracting the sum with a product that `x` comes from.
             rounded = jnp.floor(x + (0.5 - self.low)) + self.low
         # Codes do not know -0.
-        rounded = select(rounded == 0, 0, rounded)
+        rounded = select(lax.eq(rounded, x.dtype.type(0)), lax.abs(rounded), rounded)
         return clamp(rounded, self.low, self.high)
 
     def neighbours(self, x):
@@ -242,9 +243,9 @@ class MidRise(Format):
     def round(self, x):
         # round(x + 1/2) - 1/2, as in QuEST's own code, half to even. Without the sum,
         # which compilers contract with a product that `x` comes from.
-        half = x / 2
-        even = jnp.floor(half) == half
-        level = jnp.floor(x) + select(even, jnp.full_like(x, -0.5), 0.5)
+        half = lax.mul(x, x.dtype.type(0.5))
+        even = lax.convert_element_type(lax.eq(lax.floor(half), half), x.dtype)
+        level = lax.add(lax.floor(x), lax.sub(x.dtype.type(0.5), even))
         return clamp(level, self.low, self.high)
 
     def neighbours(self, x):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 _NEAR = 32
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
     """Multiplies each block of `axis` by the Hadamard matrix of entries 1 and -1.
 
@@ -63,12 +64,13 @@ def _of_last_axis(x):
     far = block // near
     rows = x.reshape(*x.shape[:-1], far, near)
     rows = _times_matrix(rows, rows.ndim - 1)
-    before = [1] * (rows.ndim - 2)
-    signs = jnp.asarray(_hadamard_matrix(far).reshape(far, *before, far, 1), x.dtype)
-    total, *others = (rows[..., i : i + 1, :] * signs[i] for i in range(far))
-    for each in others:
-        total = total + each
-    return total.reshape(x.shape)
+    axis = rows.ndim - 2
+    signs = _hadamard_matrix(far).astype(x.dtype).reshape(far, *[1] * axis, far, 1)
+    terms = (
+        lax.mul(lax.slice_in_dim(rows, i, i + 1, axis=axis), signs[i])
+        for i in range(far)
+    )
+    return functools.reduce(lax.add, terms).reshape(x.shape)
 
 
 def _times_matrix(x, axis):

@@ -18,6 +18,7 @@ from jax import lax
 
 from cage_jax.exact import divide, rounded
 from cage_jax.hadamard import transform
+from cage_jax.operations import clamp, times
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid, compute_dtype
 
@@ -63,7 +64,7 @@ def error_from(
     """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
     x, grid = lax.stop_gradient((x, grid))
     if turned_back is None:
-        values, _ = _round(x, quantizer, grid)
+        values = _round(x, quantizer, grid)
         turned_back = _turned_back(values, quantizer, grid, x.shape)
     elif step := _whole_step(quantizer, x.shape):
         turned_back = turned_back.astype(x.dtype) * step
@@ -71,10 +72,10 @@ def error_from(
 
 
 def fit_and_round(x, quantizer, grid, noise=None):
-    """The rounded values of `x`, their unrounded positions, and their grid."""
+    """The rounded values of `x`, itself in their basis, and their grid."""
     transformed = in_basis(x, quantizer)
     grid = _fit(transformed, quantizer, grid)
-    return *_round(transformed, quantizer, grid, noise), grid
+    return _round(transformed, quantizer, grid, noise), transformed, grid
 
 
 def in_basis(x, quantizer):
@@ -114,9 +115,9 @@ def _fit(transformed, quantizer, grid):
     shape = transformed.shape
     if quantizer.scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no values; it must not pass unseen.
-        scale = jnp.where(grid.scale > 0, grid.scale, jnp.nan)
-        return grid._replace(scale=scale.astype(transformed.dtype))
-    blocks, axes = in_groups(transformed * basis_factor(quantizer), quantizer)
+        grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
+        return grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
+    blocks, axes = in_groups(times(transformed, basis_factor(quantizer)), quantizer)
     fitted = quantizer.scale.fit(
         blocks,
         axes,
@@ -154,11 +155,18 @@ def _kept(grid, fitted, shapes):
 
 
 def _round(transformed, quantizer, grid, noise=None):
-    shape, format = transformed.shape, quantizer.format
-    spread = functools.partial(_spread, quantizer=quantizer, shape=shape)
-    origin = grid.offset if grid.origin is None else grid.origin
-    if origin is not None:
-        transformed = transformed - spread(origin / basis_factor(quantizer))
+    format, position = quantizer.format, position_of(transformed, quantizer, grid)
+    if noise is None:
+        return format.round(position)
+    below, above = format.neighbours(position)
+    up = noise * (above - below) < position - below
+    return jnp.where(up, above, below)
+
+
+def position_of(transformed, quantizer, grid):
+    """Where what `in_basis` gives lies, in units of the grid."""
+    spread = functools.partial(_spread, quantizer=quantizer, shape=transformed.shape)
+    transformed = _from_origin(transformed, quantizer, grid)
     if grid.inverse is None:
         position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
         # It changes nothing, but lets compilers divide and round in one pass.
@@ -167,11 +175,36 @@ def _round(transformed, quantizer, grid, noise=None):
         position = rounded(transformed * spread(grid.inverse * basis_factor(quantizer)))
     if grid.zero_point is not None:
         position = position + spread(grid.zero_point)
-    if noise is None:
-        return format.round(position), position
-    below, above = format.neighbours(position)
-    up = noise * (above - below) < position - below
-    return jnp.where(up, above, below), position
+    return position
+
+
+def is_inside(transformed, quantizer, grid, beyond):
+    """Whether it lies on the grid, or not farther off its ends than `beyond`, in units.
+
+    Without a division: what shares the quotient with the rounding, a compiler would not
+    do in one pass with it.
+    """
+    spread = functools.partial(_spread, quantizer=quantizer, shape=transformed.shape)
+    ends = quantizer.format.low - beyond, quantizer.format.high + beyond
+    if grid.inverse is not None:
+        position = position_of(transformed, quantizer, grid)
+        return lax.eq(clamp(position, *ends), position)
+    transformed = _from_origin(transformed, quantizer, grid)
+    step = times(grid.step, 1 / basis_factor(quantizer))
+    if ends[0] == -ends[1] and grid.zero_point is None:
+        return lax.le(lax.abs(transformed), spread(lax.abs(times(step, ends[1]))))
+    zero = 0 if grid.zero_point is None else grid.zero_point
+    one, other = ((end - zero) * step for end in ends)
+    low, high = spread(jnp.minimum(one, other)), spread(jnp.maximum(one, other))
+    return lax.le(low, transformed) & lax.le(transformed, high)
+
+
+def _from_origin(transformed, quantizer, grid):
+    origin = grid.offset if grid.origin is None else grid.origin
+    if origin is None:
+        return transformed
+    origin = origin / basis_factor(quantizer)
+    return transformed - _spread(origin, quantizer, transformed.shape)
 
 
 def restore(values, quantizer, grid, like):
@@ -198,9 +231,9 @@ def _turned_back(values, quantizer, grid, shape):
 def _scaled(turned_back, quantizer, grid, like):
     factor = basis_factor(quantizer)
     if not _scaled_last(quantizer, like.shape):
-        return rounded(turned_back * factor).astype(like.dtype)
+        return rounded(times(turned_back, factor)).astype(like.dtype)
     spread = functools.partial(_spread, quantizer=quantizer, shape=like.shape)
-    product = rounded(turned_back * spread(grid.step * factor))
+    product = rounded(lax.mul(turned_back, spread(times(grid.step, factor))))
     if grid.offset is not None:
         product = product + spread(grid.offset)
     return product.astype(like.dtype)

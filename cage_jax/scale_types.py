@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cage_jax.exact import divide, power_below
 from cage_jax.formats import Float, Format
-from cage_jax.operations import clamp, select
+from cage_jax.operations import clamp, finite, select, times
 
 PowerRounding = Literal["down", "nearest", "up"]
 
@@ -251,7 +252,7 @@ def step(scale: jax.Array, tensor_divisor: jax.Array | None) -> jax.Array:
 
 
 def _quotient(bound, range):
-    return divide(bound, jnp.full_like(bound, range))
+    return divide(bound, bound.dtype.type(range))
 
 
 def _valid(scale, format):
@@ -262,5 +263,6 @@ def _valid(scale, format):
     tiny = jnp.finfo(scale.dtype).tiny
     # It changes nothing, but lets compilers find the quotient and this in one pass.
     scale = clamp(scale, -jnp.inf, jnp.inf)
-    scale = select(jnp.abs(scale) < tiny, 1 if format.has_zero else tiny, scale)
-    return select(jnp.isfinite(scale), scale, jnp.nan)
+    normal = lax.convert_element_type(lax.ge(lax.abs(scale), tiny), scale.dtype)
+    instead = times(1 - normal, 1.0 if format.has_zero else float(tiny))
+    return finite(lax.add(lax.mul(scale, normal), instead), scale)

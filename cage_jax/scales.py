@@ -21,7 +21,7 @@ from jax import lax
 
 from cage_jax.exact import divide, power_below, rounded
 from cage_jax.formats import Format, Integer
-from cage_jax.operations import clamp, select
+from cage_jax.operations import clamp, finite
 from cage_jax.scale_types import FULL, Full, ScaleType, step
 
 
@@ -625,16 +625,20 @@ def _count(x, axes):
 def _mean_size(x, axes):
     # The clip keeps the sum of huge values finite.
     most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    sizes = select(jnp.isfinite(x), clamp(jnp.abs(x), 0, most), jnp.nan)
-    return jnp.mean(sizes, axis=axes, keepdims=True)
+    return _mean(clamp(lax.abs(x), 0, most), x, axes)
 
 
 def _rms(x, axes):
     # The clip keeps the sum of huge squares finite, and compilers from contracting the
     # square with the sum in one program and not in another.
     most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    square = select(jnp.isfinite(x), clamp(jnp.square(x), 0, most), jnp.nan)
-    return jnp.sqrt(jnp.mean(square, axis=axes, keepdims=True))
+    return lax.sqrt(_mean(clamp(lax.mul(x, x), 0, most), x, axes))
+
+
+def _mean(sizes, x, axes):
+    """NaN where a value is infinite."""
+    total = lax.expand_dims(lax.reduce_sum(finite(sizes, x), axes), axes)
+    return lax.div(total, x.dtype.type(_count(x, axes)))
 
 
 def _check_positive(value, name, remedy):

@@ -14,7 +14,9 @@ from cage_jax.rounding import (
     fit_and_round,
     in_basis,
     in_groups,
+    is_inside,
     out_of_groups,
+    position_of,
     restore,
 )
 
@@ -39,10 +41,10 @@ def _forward(quantizer, x, grid, noise):
         return _straight_through(quantizer, x, grid, noise), (grid, noise, x, None)
     if quantizer.gradient == "identity":
         return _straight_through(quantizer, x, grid, noise), (grid, noise, None, None)
-    values, position, found = fit_and_round(
+    values, transformed, found = fit_and_round(
         lax.stop_gradient(x), quantizer, grid, noise
     )
-    mask = _passes(position, quantizer)
+    mask = _passes(transformed, quantizer, found)
     value = restore(values, quantizer, found, x)
     return _masked(quantizer, x, value, mask), (grid, noise, None, mask)
 
@@ -51,8 +53,9 @@ def _backward(quantizer, saved, cotangent):
     grid, noise, x, mask = saved
     grid_gradient = jax.tree.map(jnp.zeros_like, grid)
     if x is not None:
-        values, position, _ = fit_and_round(x, quantizer, grid, noise)
-        passes = _passes(position, quantizer)
+        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
+        position = position_of(transformed, quantizer, found)
+        passes = _passes(transformed, quantizer, found)
         gradient = in_basis(cotangent, quantizer) * basis_factor(quantizer)
         grid_gradient = _learned_gradient(
             gradient, values, position, passes, quantizer, grid
@@ -112,12 +115,13 @@ def _learned_gradient(gradient, values, position, mask, quantizer, grid):
 _straight_through.defvjp(_forward, _backward)
 
 
-def _passes(position, quantizer):
-    """Where the gradient passes, from positions in units of the grid."""
+def _passes(transformed, quantizer, grid):
+    """Where the gradient passes."""
     format = quantizer.format
     # A value at the very end of the grid, as absmax puts one into each group, must not
     # fall out of it because dividing by the scale rounds.
-    slack = 4 * float(jnp.finfo(position.dtype).eps) * max(abs(format.low), format.high)
+    widest = max(abs(format.low), format.high)
+    slack = 4 * float(jnp.finfo(transformed.dtype).eps) * widest
     if quantizer.gradient == "trust":
         slack += format.edge
-    return (format.low - slack <= position) & (position <= format.high + slack)
+    return is_inside(transformed, quantizer, grid, slack)

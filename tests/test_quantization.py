@@ -486,6 +486,21 @@ def test_vmap_and_scan_are_one_after_the_other(quantizer, rng):
     close(compiled(stack, quantizer), expected[0])
 
 
+@each("int4 groups", "int4 clipped", "quest4")
+def test_a_loop_is_handed_no_arrays_of_constants(quantizer):
+    def loss(x):
+        return jax.lax.scan(lambda x, _: (fake_quant(x, quantizer), None), x, length=3)[
+            0
+        ].sum()
+
+    equations = jax.make_jaxpr(jax.grad(loss))(jnp.ones(KERNEL)).eqns
+    loop = next(each for each in equations if each.primitive.name == "scan")
+    constants = loop.invars[: loop.params["num_consts"]]
+    # The rotation's matrix is one, once for all turns.
+    sizes = [each.aval.size for each in constants]
+    assert all(size <= (quantizer.hadamard or 0) ** 2 for size in sizes), sizes
+
+
 def test_shapes_without_arrays(rng):
     x = jax.ShapeDtypeStruct(KERNEL, jnp.bfloat16)
     result = jax.eval_shape(lambda x: fake_quant(x, int4()), x)
