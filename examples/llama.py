@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from sharding import by_tokens
 
 import cage_jax as cage
 from cage_jax.kv_cache import KVCache, quantize_kv
@@ -107,12 +108,12 @@ class Llama(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens (batch, sequence) to logits (batch, sequence, vocabulary)."""
         # Tokens in one axis: products of two matrices are the fastest on any device.
-        x = self.embedding(tokens.reshape(-1))
+        x = by_tokens(self.embedding(tokens.reshape(-1)))
         graphdef, stacked = nnx.split(self.layers)
 
         def one_more(x, state):
             x, _ = nnx.merge(graphdef, state)(x, *tokens.shape)
-            return x, None
+            return by_tokens(x), None
 
         # Few layers run faster where they are not a loop.
         x, _ = jax.lax.scan(one_more, x, stacked, unroll=self.depth <= FEW_LAYERS)

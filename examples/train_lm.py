@@ -25,6 +25,7 @@ from program import Limit
 with program.imports(__name__):
     import jax
     import jax.numpy as jnp
+    import lm
     import numpy as np
     import optax
     import orbax.checkpoint as ocp
@@ -32,7 +33,8 @@ with program.imports(__name__):
     from checkpoints import RunFolder
     from flax import nnx
     from jax import lax
-    from llama import SIZES, Llama, Size
+    from llama import SIZES
+    from lm import LanguageModel
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -211,62 +213,29 @@ class Segment:
     teacher: "Segment | None" = None
 
 
-def _decays(params):
-    """Of each parameter, whether it decays: all but the norms."""
-    return jax.tree.map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
-    )
-
-
 class Experiment:
     """The model, its data and its arms, for one seed."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         size = dataclasses.replace(SIZES[settings.size], dtype=settings.dtype)
-        self.size: Size = size
         self.train, self.held_out = load_text(list(settings.text), settings.sequence)
-        self.rules = cage.Rules(
-            [
-                (
-                    r"layers/.*/kernel",
-                    cage.quest(settings.w_bits, hadamard=size.hadamard),
-                ),
-                (r".*", None),
-            ]
+        self.model = LanguageModel(
+            size,
+            w_bits=settings.w_bits,
+            a_bits=settings.a_bits,
+            kv_bits=settings.kv_bits,
+            microbatch=settings.microbatch,
+            seed=settings.seed,
         )
-        inputs = None
-        if settings.a_bits != 16:
-            inputs = cage.quest(settings.a_bits, axis=-1, hadamard=size.hadamard)
-        kv = None
-        if settings.kv_bits is not None:
-            # A scale for each token and head.
-            kv = cage.Quantizer(cage.formats.Integer(settings.kv_bits), axis=-1)
-        self.graphs = {
-            quantized: nnx.graphdef(nnx.eval_shape(partial(self._model, *quantizers)))
-            for quantized, quantizers in ((False, (None, None)), (True, (inputs, kv)))
-        }
-        self.report = self.rules.report(jax.eval_shape(self.initial_params))
+        shapes = jax.eval_shape(self.model.initial_params)
+        self.report = self.model.rules.report(shapes)
         self.segments = self._segments()
-
-    def _model(self, inputs, kv):
-        rngs = nnx.Rngs(self.settings.seed)
-        return Llama(self.size, inputs=inputs, kv=kv, rngs=rngs)
-
-    def initial_params(self) -> Any:
-        """The parameters of the seed."""
-        return nnx.state(self._model(None, None), nnx.Param)
 
     def learning_rate(self, floor: float) -> optax.Schedule:
         """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
         settings = self.settings
-        return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=settings.learning_rate,
-            warmup_steps=settings.steps // 10,
-            decay_steps=settings.steps,
-            end_value=floor * settings.learning_rate,
-        )
+        return lm.learning_rate(settings.learning_rate, settings.steps, floor)
 
     def strength(self) -> Callable:
         """CAGE's strength over the steps."""
@@ -281,18 +250,7 @@ class Experiment:
         return cage.dose(rate, self.strength(), self.settings.steps)
 
     def _optimizer(self, strength, floor):
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            cage.cage_adamw(
-                self.learning_rate(floor),
-                self.rules,
-                strength,
-                b1=0.9,
-                b2=0.95,
-                weight_decay=0.1,
-                mask=_decays,
-            ),
-        )
+        return self.model.optimizer(self.learning_rate(floor), strength)
 
     def _segments(self) -> list[Segment]:
         """The stretches that the arms need, a parent before its children."""
@@ -326,33 +284,12 @@ class Experiment:
         ]
         return list(dict.fromkeys(chosen))
 
-    def loss(
-        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
-    ) -> jax.Array:
-        """Cross-entropy of the next byte, in nats; of the teacher's guess, if any."""
-        if quantized:
-            params = cage.fake_quant(params, self.rules)
-        if teacher is None:
-            return self._cross_entropy(params, windows, quantized)
-        guess = jax.nn.softmax(self._logits(teacher, windows, False))
-        logits = self._logits(params, windows, quantized)
-        return optax.softmax_cross_entropy(logits, guess).mean()
-
-    def _cross_entropy(self, weights, windows, quantized):
-        logits = self._logits(weights, windows, quantized)
-        targets = windows[:, 1:].astype(jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    def _logits(self, weights, windows, quantized):
-        model = nnx.merge(self.graphs[quantized], weights)
-        return model(windows[:, :-1].astype(jnp.int32))
-
     def first_state(self, segment: Segment, teacher: Any = None) -> State:
         """Where a segment without a parent starts: at the teacher's parameters, if any.
 
         Nothing in it is shared with the teacher.
         """
-        params = self.initial_params()
+        params = self.model.initial_params()
         if teacher is not None:
             params = jax.tree.map(jnp.copy, teacher)
         return State(
@@ -369,27 +306,12 @@ class Experiment:
 
         With a teacher its parameters are one more argument.
         """
-        settings = self.settings
-
-        def gradient(params, windows, teacher):
-            parts = windows.reshape(-1, settings.microbatch, windows.shape[-1])
-            compute = jax.value_and_grad(
-                partial(self.loss, quantized=segment.quantized)
-            )
-            if len(parts) == 1:
-                return compute(params, parts[0], teacher=teacher)
-
-            def add(total, part):
-                one = compute(params, part, teacher=teacher)
-                return jax.tree.map(jnp.add, total, one), None
-
-            zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-            total, _ = lax.scan(add, zero, parts)
-            return jax.tree.map(lambda x: x / len(parts), total)
 
         @partial(jax.jit, donate_argnums=0)
         def run(state: State, windows, step, teacher=None) -> State:
-            loss, gradients = gradient(state.params, windows, teacher)
+            loss, gradients = self.model.gradient(
+                state.params, windows, segment.quantized, teacher
+            )
             updates, optimizer = segment.optimizer.update(
                 gradients, state.optimizer, state.params
             )
@@ -410,7 +332,7 @@ class Experiment:
     @partial(jax.jit, static_argnums=0)
     def rounded(self, params: Any) -> Any:
         """The parameters with quantized weights."""
-        return cage.fake_quant(params, self.rules)
+        return cage.fake_quant(params, self.model.rules)
 
     def validation_loss(self, weights: Any, quantized: bool) -> jax.Array:
         """Mean loss on fixed windows of the text held out.
@@ -427,7 +349,7 @@ class Experiment:
     @partial(jax.jit, static_argnums=(0, 3))
     def _mean_loss(self, weights, windows, quantized):
         def one(_, part):
-            return None, self._cross_entropy(weights, part, quantized)
+            return None, self.model.cross_entropy(weights, part, quantized)
 
         return jnp.mean(lax.scan(one, None, windows)[1])
 
@@ -453,7 +375,7 @@ class Experiment:
 
     @partial(jax.jit, static_argnums=0)
     def _write(self, weights, first, likely, key):
-        model = nnx.merge(self.graphs[False], weights)
+        model = nnx.merge(self.model.graphs[False], weights)
         length = self.settings.sequence
 
         def one_more(carry, place):
@@ -473,7 +395,7 @@ class Experiment:
         """Mean over the quantized parameters of ||x - Q(x)|| / ||x||."""
         ratios = [
             jnp.linalg.norm(cage.quantization_error(x, quantizer)) / jnp.linalg.norm(x)
-            for quantizer, x in self.rules.quantized(params).values()
+            for quantizer, x in self.model.rules.quantized(params).values()
         ]
         return jnp.mean(jnp.stack(ratios))
 
@@ -694,7 +616,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
 
 def check_codes(experiment: Experiment, result: Result, path: Path) -> dict[str, Any]:
     """Writes the codes of an arm, reads them back, and compares what they stand for."""
-    codes = cage.quantize(result.params, experiment.rules)
+    codes = cage.quantize(result.params, experiment.model.rules)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.resolve(), codes, force=True)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -835,11 +757,12 @@ def main() -> int:
 def announce(experiment: Experiment, console: Console) -> None:
     """Says what will be done."""
     settings, report = experiment.settings, experiment.report
+    size = experiment.model.size
     weights = sum(row.size for row in report.rows)
     quantized = sum(row.size for row in report.rows if row.quantizer)
     steps = sum(segment.stop - segment.start for segment in experiment.segments)
     lines = [
-        f"A Llama of {experiment.size.layers} layers x {experiment.size.width}, "
+        f"A Llama of {size.layers} layers x {size.width}, "
         f"{weights / 1e6:.2f} M parameters, of which {quantized / weights:.0%} are "
         f"quantized: {next(row.quantizer for row in report.rows if row.quantizer)}.",
         f"{len(experiment.train) / 1e6:.1f} MB of text, {settings.steps} steps of "

@@ -374,7 +374,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_codes_of_the_report_and_of_the_arrays_agree(undisturbed, tmp_path):
     experiment = train_lm.Experiment(settings(tmp_path).resolved())
-    codes = cage.quantize(undisturbed["cage"].params, experiment.rules)
+    codes = cage.quantize(undisturbed["cage"].params, experiment.model.rules)
     total = sum(
         leaf.nbytes
         for leaf in jax.tree.leaves(
@@ -420,8 +420,8 @@ def test_keys_and_values_are_quantized_where_the_inputs_are():
         train_lm.Experiment(settings("unused", kv_bits=bits).resolved())
         for bits in (None, 2)
     )
-    assert plain.graphs[False] == few.graphs[False]
-    params = plain.initial_params()
+    assert plain.model.graphs[False] == few.model.graphs[False]
+    params = plain.model.initial_params()
     losses = [float(each._mean_loss(params, windows, True)) for each in (plain, few)]
     # Of an untrained model hardly anything depends on attention.
     assert 0 < abs(losses[0] - losses[1]) < 0.1
@@ -429,7 +429,7 @@ def test_keys_and_values_are_quantized_where_the_inputs_are():
 
 def sharp(experiment):
     """The first parameters, but sure of what comes next."""
-    params = experiment.initial_params()
+    params = experiment.model.initial_params()
     params["head"]["kernel"][...] *= 30
     return params
 
@@ -446,7 +446,7 @@ def test_the_teacher_writes_what_it_predicts():
     np.testing.assert_array_equal(np.unique(written[:, 0]), there)
 
     # The whole forward pass in place of the cache, then float64.
-    model = nnx.merge(experiment.graphs[False], params)
+    model = nnx.merge(experiment.model.graphs[False], params)
     logits = np.asarray(jax.jit(model)(written[:, :-1].astype(np.int32)), np.float64)
     likelihood = logits - logits.max(-1, keepdims=True)
     likelihood -= np.log(np.exp(likelihood).sum(-1, keepdims=True))
@@ -467,7 +467,7 @@ def test_the_teacher_writes_what_it_predicts():
 
 def test_the_loss_of_distillation_is_that_of_soft_labels():
     experiment = train_lm.Experiment(settings("unused", distill=True).resolved())
-    params, teacher = experiment.initial_params(), sharp(experiment)
+    params, teacher = experiment.model.initial_params(), sharp(experiment)
     windows = jax.random.randint(jax.random.key(1), (2, 65), 0, 256)
 
     def log_softmax(graph, params):
@@ -475,10 +475,12 @@ def test_the_loss_of_distillation_is_that_of_soft_labels():
         logits = np.asarray(logits, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
-    guess = np.exp(log_softmax(experiment.graphs[False], teacher))
-    rounded = cage.fake_quant(params, experiment.rules)
-    student = log_softmax(experiment.graphs[True], rounded)
-    found = jax.jit(experiment.loss, static_argnums=2)(params, windows, True, teacher)
+    guess = np.exp(log_softmax(experiment.model.graphs[False], teacher))
+    rounded = cage.fake_quant(params, experiment.model.rules)
+    student = log_softmax(experiment.model.graphs[True], rounded)
+    found = jax.jit(experiment.model.loss, static_argnums=2)(
+        params, windows, True, teacher
+    )
     # Products and sums in float32.
     np.testing.assert_allclose(found, -(guess * student).sum(-1).mean(), rtol=1e-5)
 
@@ -510,7 +512,9 @@ def test_students_start_from_the_teacher_and_read_its_text(distilled):
     assert {row.tobytes() for row in (*first, *second)} <= rows
     assert first.shape == (8, 65) and not np.array_equal(first, second)
     teacher = results["ptq"].params
-    loss = jax.jit(experiment.loss, static_argnums=2)(teacher, first, True, teacher)
+    loss = jax.jit(experiment.model.loss, static_argnums=2)(
+        teacher, first, True, teacher
+    )
     # The same sums in another program.
     np.testing.assert_allclose(history.losses[0], loss, rtol=1e-5)
 

@@ -1,0 +1,136 @@
+"""A byte-level language model, what of it is quantized, its loss and its optimizer."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from llama import Llama, Size
+
+import cage_jax as cage
+
+
+class LanguageModel:
+    """A Llama whose layers are quantized, as functions of its parameters.
+
+    Args:
+      size: the model's dimensions.
+      w_bits: of the weights of the layers, 1 to 8.
+      a_bits: of the inputs of the layers, 1 to 8, or 16 to leave them alone.
+      kv_bits: of keys and values, 2 to 8, or None to leave them alone.
+      microbatch: windows at a time in `gradient`.
+      seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        w_bits: int,
+        a_bits: int,
+        kv_bits: int | None,
+        microbatch: int,
+        seed: int,
+    ):
+        self.size, self.microbatch, self.seed = size, microbatch, seed
+        weights = cage.quest(w_bits, hadamard=size.hadamard)
+        self.rules = cage.Rules([(r"layers/.*/kernel", weights), (r".*", None)])
+        inputs = None
+        if a_bits != 16:
+            inputs = cage.quest(a_bits, axis=-1, hadamard=size.hadamard)
+        kv = None
+        if kv_bits is not None:
+            # A scale for each token and head.
+            kv = cage.Quantizer(cage.formats.Integer(kv_bits), axis=-1)
+        self.graphs = {
+            quantized: nnx.graphdef(nnx.eval_shape(partial(self._model, *quantizers)))
+            for quantized, quantizers in ((False, (None, None)), (True, (inputs, kv)))
+        }
+
+    def _model(self, inputs, kv):
+        return Llama(self.size, inputs=inputs, kv=kv, rngs=nnx.Rngs(self.seed))
+
+    def initial_params(self) -> Any:
+        """The parameters of the seed."""
+        return nnx.state(self._model(None, None), nnx.Param)
+
+    def loss(
+        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
+    ) -> jax.Array:
+        """Cross-entropy of the next byte, in nats; of the teacher's guess, if any."""
+        if quantized:
+            params = cage.fake_quant(params, self.rules)
+        if teacher is None:
+            return self.cross_entropy(params, windows, quantized)
+        guess = jax.nn.softmax(self._logits(teacher, windows, False))
+        logits = self._logits(params, windows, quantized)
+        return optax.softmax_cross_entropy(logits, guess).mean()
+
+    def cross_entropy(
+        self, weights: Any, windows: jax.Array, quantized: bool
+    ) -> jax.Array:
+        """That of the next byte, of weights as they are; `quantized` is of inputs."""
+        logits = self._logits(weights, windows, quantized)
+        targets = windows[:, 1:].astype(jnp.int32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def _logits(self, weights, windows, quantized):
+        model = nnx.merge(self.graphs[quantized], weights)
+        return model(windows[:, :-1].astype(jnp.int32))
+
+    def gradient(
+        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The loss and its gradient, the mean over microbatches."""
+        # Every so many windows, for each device of a mesh to have its share of a part.
+        parts = windows.reshape(self.microbatch, -1, windows.shape[-1]).swapaxes(0, 1)
+        compute = jax.value_and_grad(partial(self.loss, quantized=quantized))
+        if len(parts) == 1:
+            return compute(params, parts[0], teacher=teacher)
+
+        def add(total, part):
+            one = compute(params, part, teacher=teacher)
+            return jax.tree.map(jnp.add, total, one), None
+
+        zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
+        total, _ = lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / len(parts), total)
+
+    def optimizer(
+        self, learning_rate: optax.Schedule, strength: float | Callable
+    ) -> optax.GradientTransformationExtraArgs:
+        """AdamW with CAGE behind clipping, as the paper has it; norms do not decay."""
+        adamw = partial(cage.cage_adamw, rules=self.rules, strength=strength)
+        return optimizer_of(adamw, learning_rate)
+
+
+def optimizer_of(
+    adamw: Callable, learning_rate: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw`, or one with its arguments, with the paper's settings."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=_decays),
+    )
+
+
+def _decays(params):
+    """Of each parameter, whether it decays: all but the norms."""
+    return jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+
+
+def learning_rate(peak: float, steps: int, floor: float) -> optax.Schedule:
+    """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=steps // 10,
+        decay_steps=steps,
+        end_value=floor * peak,
+    )

@@ -1,0 +1,84 @@
+"""Where parameters and batches lie on a mesh of devices.
+
+The mesh has two axes. Along "data" the batch is split, and each matrix too (fully
+sharded data parallel); along "model" the products are split (tensor parallel): of
+what reads the residual stream the outputs, of what writes to it the inputs.
+
+A matrix is split by its columns along "data", not by its rows as is usual: a column has
+one scale and is rotated as a whole, so quantizing and CAGE need no other device.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# The last axes of a parameter, by its path; what is stacked before them stays whole.
+_SPECS = (
+    (r"layers/(output|down)/kernel", ("model", "data")),
+    (r"kernel", (None, ("model", "data"))),
+    (r"embedding/embedding", (None, ("model", "data"))),
+)
+
+
+def mesh_of(devices: list[jax.Device], model: int = 1) -> Mesh:
+    """A mesh of all devices, `model` of them along "model".
+
+    Raises:
+      ValueError: where the number of devices is no multiple of `model`.
+    """
+    if len(devices) % model:
+        raise ValueError(
+            f"`--model-devices` must divide the number of devices; got {model} of "
+            f"{len(devices)}. Use a divisor."
+        )
+    return Mesh(np.array(devices).reshape(-1, model), ("data", "model"))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each array of parameters, or of a state made like them.
+
+    What has no rule, and what does not divide, is on every device.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
+    )
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays with their shardings, to compile for devices elsewhere."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """That of windows, (batch, length)."""
+    return NamedSharding(mesh, P("data"))
+
+
+def by_tokens(x: jax.Array) -> jax.Array:
+    """`x` split along "data" by its first axis, where there is such a mesh."""
+    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, P("data"))
+
+
+def _spec(path, shape, mesh):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next((axes for rule, axes in _SPECS if re.search(rule, name)), ())
+    if len(shape) < len(axes):
+        return P()
+    spec = [None] * (len(shape) - len(axes)) + list(axes)
+    for place, axis in enumerate(spec):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        if shape[place] % int(np.prod([mesh.shape[each] for each in names])):
+            spec[place] = None
+    return P(*spec)
