@@ -34,6 +34,9 @@ _FREE = {
     "tuple",
     "while",
 }
+_FREE_CALLS = re.compile(
+    r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollective\w+)"'
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -182,48 +185,93 @@ def _received(instruction):
 
 def _traffic(instruction, by_name, computations):
     """Bytes of main memory that an instruction reads and writes."""
-    written = sum(shape.bytes for shape in instruction.shapes if shape.in_memory)
+    written = [shape.bytes if shape.in_memory else 0 for shape in instruction.shapes]
     match instruction.kind:
         case "dynamic-slice" | "gather" | "slice":
-            return 2 * written  # not all of what is sliced
+            return 2 * sum(written)  # not all of what is sliced
         case "dynamic-update-slice":
             return 2 * _bytes(by_name.get(instruction.operands[1]))
-        case "copy-start" | "slice-start":
-            return 2 * instruction.shapes[0].bytes
-    inside = []
-    if instruction.kind == "fusion":
-        inside = computations[instruction.called[0]]
-        if inside[-1].kind == "dynamic-update-slice":  # in place
-            update = next(e for e in inside if e.name == inside[-1].operands[1])
-            written = min(written, _bytes(update))
-    read = 0
+        case "copy-start" | "slice-start":  # from the first to the second
+            moved = instruction.shapes[1].bytes
+            return moved * sum(shape.in_memory for shape in instruction.shapes[:2])
+        case "custom-call" if _FREE_CALLS.search(instruction.rest):
+            return 0
+        case "fusion":
+            inside = _Inside(computations, instruction.called[0])
+            shares = inside.shares_written(len(written))
+            total = sum(bytes * share for bytes, share in zip(written, shares))
+        case _:
+            inside, total = None, sum(written)
     for number, operand in enumerate(instruction.operands):
         found = by_name.get(operand)
-        in_memory = sum(s.bytes for s in found.shapes if s.in_memory) if found else 0
-        read += min(in_memory, _read_inside(inside, number))
-    return read + written
+        read = sum(s.bytes for s in found.shapes if s.in_memory) if found else 0
+        total += read * (inside.share_read(number) if inside else 1)
+    return round(total)
 
 
 def _bytes(instruction):
     return sum(shape.bytes for shape in instruction.shapes) if instruction else 0
 
 
-def _read_inside(inside, number):
-    """The bytes that a fusion reads of an operand; infinity if all of it."""
-    own = f"parameter({number})"
-    name = next((e.name for e in inside if e.rest.startswith(own)), None)
-    total = 0
-    for user in inside:
-        if name is None or name not in user.operands:
-            continue
+# Of what these make, each element needs one of theirs.
+_ONE_TO_ONE = {"bitcast", "convert", "copy", "reshape", "transpose"}
+
+
+class _Inside:
+    """A fusion from inside: which share of its operands and results it touches."""
+
+    def __init__(self, computations, name):
+        self.computations = computations
+        self.instructions = computations[name]
+        self.by_name = {each.name: each for each in self.instructions}
+
+    def share_read(self, number: int) -> float:
+        """Of an operand, by slicing; what is updated in place is not read."""
+        own = f"parameter({number})"
+        name = next((e.name for e in self.instructions if e.rest.startswith(own)), None)
+        return 1.0 if name is None else min(1.0, self._read(name))
+
+    def _read(self, name):
+        share = 0.0
+        for user in self.instructions:
+            for place, operand in enumerate(user.operands):
+                if operand == name:
+                    share += self._read_by(user, place, name)
+        return share
+
+    def _read_by(self, user, place, name):
         match user.kind:
-            case "dynamic-slice" | "gather" | "slice":
-                total += _bytes(user)
-            case "dynamic-update-slice" if user.operands[0] == name:
-                pass
+            case "dynamic-slice" | "gather" | "slice" if place == 0:
+                return _bytes(user) / max(_bytes(self.by_name[name]), 1)
+            case "dynamic-update-slice" if place == 0:
+                return 0.0
+            case "fusion":
+                return _Inside(self.computations, user.called[0]).share_read(place)
+            case kind if kind in _ONE_TO_ONE:
+                return self._read(user.name)
             case _:
-                return math.inf
-    return total if name is not None else math.inf
+                return 1.0
+
+    def shares_written(self, count: int) -> list[float]:
+        """Of each result, less where one is updated in place."""
+        root = self.instructions[-1]
+        if root.kind == "fusion":
+            return _Inside(self.computations, root.called[0]).shares_written(count)
+        if root.kind != "tuple":
+            return [self._written(root)]
+        return [self._written(self.by_name[name]) for name in root.operands]
+
+    def _written(self, made):
+        match made.kind:
+            case "dynamic-update-slice":
+                update = _bytes(self.by_name[made.operands[1]])
+                return update / max(_bytes(made), 1)
+            case "fusion" if len(made.shapes) == 1:
+                return _Inside(self.computations, made.called[0]).shares_written(1)[0]
+            case kind if kind in _ONE_TO_ONE:
+                return self._written(self.by_name[made.operands[0]])
+            case _:
+                return 1.0
 
 
 def _parse(text) -> tuple[dict[str, list[Instruction]], str]:

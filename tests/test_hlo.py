@@ -124,6 +124,49 @@ def test_text_written_by_hand():
     assert found.memory - hlo.moved(without).memory == 64
 
 
+def test_prefetching_reads_once():
+    lines = """  %slow = f32[64]{0} copy(%x)
+  %far = (f32[64]{0}, f32[64]{0:S(1)}, u32[]) copy-start(%x)
+  %part = ((f32[64]{0}), f32[16]{0:S(1)}, u32[]) slice-start(%x), slice={[0:16]}
+  %buffer = f32[64]{0} custom-call(), custom_call_target="AllocateBuffer"
+"""
+    more = TEXT.replace("  %zero = ", lines + "  %zero = ")
+    # A copy reads and writes; into the memory of the chip it only reads.
+    expected = 2 * 256 + 256 + 64
+    assert hlo.moved(more).memory - hlo.moved(TEXT).memory == expected
+
+
+UPDATE = """HloModule written_by_hand
+
+%inside (p: f32[8,64], u: f32[64], i: s32[]) -> (f32[8,64], f32[1,64]) {
+  %p = f32[8,64]{1,0} parameter(0)
+  %u = f32[64]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} bitcast(%u)
+  %near = bf16[8,64]{1,0} convert(%p)
+  %cut = bf16[1,64]{1,0} dynamic-slice(%near, %i, %zero), dynamic_slice_sizes={1,64}
+  %wide = f32[1,64]{1,0} convert(%cut)
+  %new = f32[8,64]{1,0} dynamic-update-slice(%p, %row, %i, %zero)
+  ROOT %t = (f32[8,64]{1,0}, f32[1,64]{1,0}) tuple(%new, %wide)
+}
+
+ENTRY %main (p: f32[8,64], u: f32[64], i: s32[]) -> (f32[8,64], f32[1,64]) {
+  %p = f32[8,64]{1,0} parameter(0)
+  %u = f32[64]{0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %f = (f32[8,64]{1,0}, f32[1,64]{1,0}) fusion(%p, %u, %i), calls=%inside
+}
+"""
+
+
+def test_a_fusion_moves_what_it_slices_and_updates():
+    # Row of the stack, new row; row in the stack, row cut out.
+    assert hlo.moved(UPDATE).memory == 4 * 256
+    whole = UPDATE.replace("tuple(%new, %wide)", "tuple(%p, %wide)")
+    assert hlo.moved(whole).memory == 8 * 256 + 256 + 8 * 256 + 256
+
+
 def test_what_cannot_be_read_is_said():
     with pytest.raises(ValueError, match="`text` must be HLO with an entry"):
         hlo.moved("nothing")
