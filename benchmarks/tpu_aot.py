@@ -31,8 +31,8 @@ from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
+import layout
 import lm
-import sharding
 from llama import SIZES
 
 import cage_jax as cage
@@ -77,7 +77,7 @@ def compiled(size: str, topology: str, batch: int, optimizer: str) -> Any:
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=topology
     ).devices
-    mesh = sharding.mesh_of(list(devices))
+    mesh = layout.mesh_of(list(devices))
     model = lm.LanguageModel(
         SIZES[size],
         w_bits=4,
@@ -92,26 +92,14 @@ def compiled(size: str, topology: str, batch: int, optimizer: str) -> Any:
     else:
         tx = model.optimizer(rate, cage.silence_then_ramp(STEPS))
 
-    def step(state, windows):
-        params, optimizer = state
-        loss, gradients = model.gradient(params, windows, quantized=True)
-        updates, optimizer = tx.update(gradients, optimizer, params)
-        return (optax.apply_updates(params, updates), optimizer), loss
-
-    params = jax.eval_shape(model.initial_params)
-    state = params, jax.eval_shape(tx.init, params)
     windows = jax.ShapeDtypeStruct(
         (batch, SIZES[size].sequence + 1),
         jnp.uint8,
-        sharding=sharding.batch_sharding(mesh),
+        sharding=layout.batch_sharding(mesh),
     )
-    places = sharding.shardings(state, mesh), None
     with jax.set_mesh(mesh):
-        return (
-            jax.jit(step, donate_argnums=0, out_shardings=places)
-            .lower(sharding.placed(state, mesh), windows)
-            .compile()
-        )
+        run, state = model.step_on(mesh, tx)
+        return run.lower(state, windows).compile()
 
 
 def counted(size: str, topology: str, batch: int, optimizer: str) -> dict[str, Any]:

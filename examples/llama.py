@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from sharding import by_tokens
+from layout import by_tokens
 
 import cage_jax as cage
 from cage_jax.kv_cache import KVCache, quantize_kv

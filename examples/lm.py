@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layout
 import optax
 from flax import nnx
 from jax import lax
@@ -99,6 +100,31 @@ class LanguageModel:
         zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
         total, _ = lax.scan(add, zero, parts)
         return jax.tree.map(lambda x: x / len(parts), total)
+
+    def step(self, optimizer: optax.GradientTransformation) -> Callable:
+        """`((params, optimizer's state), windows) -> (the same, loss)`, quantized."""
+
+        def step(state, windows):
+            params, before = state
+            loss, gradients = self.gradient(params, windows, quantized=True)
+            updates, after = optimizer.update(gradients, before, params)
+            return (optax.apply_updates(params, updates), after), loss
+
+        return step
+
+    def step_on(
+        self, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+    ) -> tuple[Any, Any]:
+        """`step` jitted for a mesh, and its state as abstract arrays that lie on it."""
+        state = layout.placed(jax.eval_shape(lambda: self.first_state(optimizer)), mesh)
+        places = jax.tree.map(lambda array: array.sharding, state)
+        step = self.step(optimizer)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), state
+
+    def first_state(self, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
+        """What `step` starts from."""
+        params = self.initial_params()
+        return params, optimizer.init(params)
 
     def optimizer(
         self, learning_rate: optax.Schedule, strength: float | Callable

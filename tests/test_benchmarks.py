@@ -17,6 +17,7 @@ import optimizer_step
 import presets
 import pytest
 import quantizers
+import sharding
 import tables
 import train_step
 from rich.console import Console
@@ -301,6 +302,18 @@ def test_the_record_of_train_steps():
     assert ratios["compiling 8 layers with everything, to full precision"] == (
         compiled["W4A4 KV4 CAGE, active"][0] / compiled["full precision"][0]
     )
+
+
+def test_the_record_of_sharded_steps():
+    made = sharding.measure("tiny", rounds=2, warmup=1, devices=(1, 2))
+    rows = sharding.table(json.loads(json.dumps(made)))
+    assert [cells[0] for cells in rows.cells] == [
+        "1, AdamW", "1, CAGE", "2, AdamW", "2, CAGE"
+    ]  # fmt: skip
+    alone, _, adamw, pulled = made["figures"].values()
+    assert not alone["counts"] and adamw["counts"] == pulled["counts"] != {}
+    ratios = {each["text"]: each["measured"] for each in made["targets"]}
+    assert ratios["2 devices, CAGE to AdamW"] == pulled["to AdamW"]
 
 
 def test_the_record_of_layers():

@@ -5,11 +5,11 @@ import dataclasses
 import hlo
 import jax
 import jax.numpy as jnp
+import layout
 import lm
 import numpy as np
 import optax
 import pytest
-import sharding
 from jax.sharding import PartitionSpec as P
 from llama import SIZES
 
@@ -38,29 +38,9 @@ def optimizer_of(model, name):
     return model.optimizer(rate, cage.silence_then_constant(STEPS, 5.0, silence=0.2))
 
 
-def step_of(model, tx):
-    def step(state, windows):
-        params, optimizer = state
-        loss, gradients = model.gradient(params, windows, quantized=True)
-        updates, optimizer = tx.update(gradients, optimizer, params)
-        return (optax.apply_updates(params, updates), optimizer), loss
-
-    return step
-
-
-def on_mesh(model, tx, mesh):
-    """The jitted step, and abstract arguments for it."""
-    params = jax.eval_shape(model.initial_params)
-    state = params, jax.eval_shape(tx.init, params)
-    windows = jax.ShapeDtypeStruct(
-        (BATCH, LENGTH), jnp.uint8, sharding=sharding.batch_sharding(mesh)
-    )
-    run = jax.jit(
-        step_of(model, tx),
-        donate_argnums=0,
-        out_shardings=(sharding.shardings(state, mesh), None),
-    )
-    return run, sharding.placed(state, mesh), windows
+def windows_on(mesh):
+    place = layout.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.uint8, sharding=place)
 
 
 def by_path(tree):
@@ -71,12 +51,12 @@ def by_path(tree):
 
 
 def test_where_arrays_lie():
-    mesh = sharding.mesh_of(jax.devices(), 2)
+    mesh = layout.mesh_of(jax.devices(), 2)
     assert dict(mesh.shape) == {"data": 4, "model": 2}
     model = model_of()
     params = jax.eval_shape(model.initial_params)
     state = jax.eval_shape(optimizer_of(model, "CAGE").init, params)
-    found = by_path(sharding.shardings((params, state), mesh))
+    found = by_path(layout.shardings((params, state), mesh))
     expected = {
         "layers/query/kernel": P(None, None, ("model", "data")),
         "layers/down/kernel": P(None, "model", "data"),
@@ -93,12 +73,12 @@ def test_where_arrays_lie():
 
 
 def test_what_does_not_divide_is_whole():
-    mesh = sharding.mesh_of(jax.devices(), 4)
+    mesh = layout.mesh_of(jax.devices(), 4)
     array = jax.ShapeDtypeStruct((12, 6), jnp.float32)
-    found = sharding.shardings({"down": {"kernel": array}}, mesh)
+    found = layout.shardings({"down": {"kernel": array}}, mesh)
     assert found["down"]["kernel"].spec == P(None, None)
     with pytest.raises(ValueError, match=r"`--model-devices` must divide .* 3 of 8"):
-        sharding.mesh_of(jax.devices(), 3)
+        layout.mesh_of(jax.devices(), 3)
 
 
 @pytest.mark.parametrize("model_devices", MESHES.values(), ids=MESHES)
@@ -113,18 +93,17 @@ def test_a_mesh_trains_as_one_device(model_devices):
             state, loss = run(state, place(windows))
             yield float(loss)
 
-    params = model.initial_params()
-    alone = jax.jit(step_of(model, tx))
-    expected = list(losses(alone, (params, tx.init(params)), jnp.asarray))
+    alone = jax.jit(model.step(tx))
+    expected = list(losses(alone, model.first_state(tx), jnp.asarray))
 
-    mesh = sharding.mesh_of(jax.devices(), model_devices)
+    mesh = layout.mesh_of(jax.devices(), model_devices)
     with jax.set_mesh(mesh):
-        run, state, windows = on_mesh(model, tx, mesh)
-        params = model.initial_params()
-        state = jax.device_put(
-            (params, tx.init(params)), jax.tree.map(lambda x: x.sharding, state)
+        run, state = model.step_on(mesh, tx)
+        places = jax.tree.map(lambda x: x.sharding, state)
+        state = jax.device_put(model.first_state(tx), places)
+        found = list(
+            losses(run, state, lambda x: jax.device_put(x, layout.batch_sharding(mesh)))
         )
-        found = list(losses(run, state, lambda x: jax.device_put(x, windows.sharding)))
     # Sums over devices are rounded in another order, and a code may flip.
     np.testing.assert_allclose(found, expected, rtol=2e-3)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
@@ -132,12 +111,12 @@ def test_a_mesh_trains_as_one_device(model_devices):
 
 @pytest.mark.parametrize("model_devices", MESHES.values(), ids=MESHES)
 def test_cage_adds_no_collective(model_devices):
-    mesh = sharding.mesh_of(jax.devices(), model_devices)
+    mesh = layout.mesh_of(jax.devices(), model_devices)
     model, found, gathers = model_of(kv_bits=8), {}, {}
     for name in ("AdamW", "CAGE"):
         with jax.set_mesh(mesh):
-            run, state, windows = on_mesh(model, optimizer_of(model, name), mesh)
-            text = run.lower(state, windows).compile().as_text()
+            run, state = model.step_on(mesh, optimizer_of(model, name))
+            text = run.lower(state, windows_on(mesh)).compile().as_text()
         found[name], gathers[name] = hlo.moved(text), hlo.largest_gather(text)
     assert found["AdamW"].counts
     if model_devices == 1:
