@@ -31,7 +31,7 @@ from cage_jax import (
 )
 from cage_jax.formats import Integer, MidRise
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
-from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax
+from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax, SignedMax
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)
@@ -363,6 +363,27 @@ def test_where_a_mask_ends(quantizer, inside, outside):
 
     np.testing.assert_array_equal(gradient(inside), np.ones(len(inside)))
     np.testing.assert_array_equal(gradient(outside), np.zeros(len(outside)))
+
+
+def test_where_a_mask_ends_around_a_zero_point():
+    quantizer = int4(axis=0, symmetric=False, gradient="clip")
+    grid = Grid(jnp.array([0.5]), zero_point=jnp.array([3.0]))
+
+    def gradient(x):
+        x = jnp.asarray(x, jnp.float32)
+        return jax.grad(lambda x: fake_quant(x, quantizer, grid=grid).sum())(x)
+
+    # Codes from -8 to 7, of which 3 is zero.
+    np.testing.assert_array_equal(gradient([-5.5, 0.0, 2.0]), np.ones(3))
+    np.testing.assert_array_equal(gradient([-5.6, 2.1]), np.zeros(2))
+
+
+def test_a_mask_of_a_negative_scale():
+    quantizer = Quantizer(Integer(4), SignedMax(), axis=0, gradient="clip")
+    x = jnp.array([7.0, -3.0])
+    assert fit_grid(x, quantizer).scale < 0
+    found = jax.grad(lambda x: fake_quant(x, quantizer).sum())(x)
+    np.testing.assert_array_equal(found, np.ones(2))
 
 
 @pytest.mark.parametrize("gradient", ["clip", "trust"])
