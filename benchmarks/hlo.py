@@ -34,6 +34,8 @@ _FREE = {
     "tuple",
     "while",
 }
+# What runs other computations as a whole, and not for each element.
+_RUNS = {"async-start", "call", "conditional", "fusion", "while"}
 _FREE_CALLS = re.compile(
     r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollective\w+)"'
 )
@@ -134,7 +136,7 @@ def _moved(computations, name, known) -> Moved:
 def _inner(computations, instruction, known):
     """How often what an instruction calls is run, and what it moves then, or None."""
     called = [name for name in instruction.called if name in computations]
-    if not called or instruction.kind in ("reduce", "scatter", "sort", "map"):
+    if not called or instruction.kind not in _RUNS:
         return 1, None
     parts = {name: _moved(computations, name, known) for name in called}
     match instruction.kind:
@@ -198,7 +200,7 @@ def _traffic(instruction, by_name, computations):
             return 0
         case "fusion":
             inside = _Inside(computations, instruction.called[0])
-            shares = inside.shares_written(len(written))
+            shares = inside.shares_written()
             total = sum(bytes * share for bytes, share in zip(written, shares))
         case _:
             inside, total = None, sum(written)
@@ -252,11 +254,11 @@ class _Inside:
             case _:
                 return 1.0
 
-    def shares_written(self, count: int) -> list[float]:
+    def shares_written(self) -> list[float]:
         """Of each result, less where one is updated in place."""
         root = self.instructions[-1]
         if root.kind == "fusion":
-            return _Inside(self.computations, root.called[0]).shares_written(count)
+            return _Inside(self.computations, root.called[0]).shares_written()
         if root.kind != "tuple":
             return [self._written(root)]
         return [self._written(self.by_name[name]) for name in root.operands]
@@ -267,7 +269,7 @@ class _Inside:
                 update = _bytes(self.by_name[made.operands[1]])
                 return update / max(_bytes(made), 1)
             case "fusion" if len(made.shapes) == 1:
-                return _Inside(self.computations, made.called[0]).shares_written(1)[0]
+                return _Inside(self.computations, made.called[0]).shares_written()[0]
             case kind if kind in _ONE_TO_ONE:
                 return self._written(self.by_name[made.operands[0]])
             case _:

@@ -34,7 +34,6 @@ with program.imports(__name__):
     from flax import nnx
     from jax import lax
     from llama import SIZES
-    from lm import LanguageModel
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -220,7 +219,7 @@ class Experiment:
         self.settings = settings
         size = dataclasses.replace(SIZES[settings.size], dtype=settings.dtype)
         self.train, self.held_out = load_text(list(settings.text), settings.sequence)
-        self.model = LanguageModel(
+        self.model = lm.LanguageModel(
             size,
             w_bits=settings.w_bits,
             a_bits=settings.a_bits,
