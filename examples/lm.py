@@ -86,7 +86,15 @@ class LanguageModel:
     def gradient(
         self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
     ) -> tuple[jax.Array, Any]:
-        """The loss and its gradient, the mean over microbatches."""
+        """The loss and its gradient, the mean over microbatches.
+
+        Where the loss is not finite, neither is the gradient.
+        """
+        loss, gradients = self._gradient(params, windows, quantized, teacher)
+        finite = jnp.isfinite(loss)
+        return loss, jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), gradients)
+
+    def _gradient(self, params, windows, quantized, teacher):
         # Every so many windows, for each device of a mesh to have its share of a part.
         parts = windows.reshape(self.microbatch, -1, windows.shape[-1]).swapaxes(0, 1)
         compute = jax.value_and_grad(partial(self.loss, quantized=quantized))
@@ -134,14 +142,22 @@ class LanguageModel:
         return optimizer_of(adamw, learning_rate)
 
 
+# Of gradients in a row that are not finite: it is for the program to stop.
+_ANY_NUMBER = 2**31 - 1
+
+
 def optimizer_of(
     adamw: Callable, learning_rate: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw`, or one with its arguments, with the paper's settings."""
-    return optax.chain(
+    """`optax.adamw`, or one with its arguments, with the paper's settings.
+
+    A gradient that is not finite changes nothing; its state counts how often.
+    """
+    paper = optax.chain(
         optax.clip_by_global_norm(1.0),
         adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=_decays),
     )
+    return optax.apply_if_finite(paper, max_consecutive_errors=_ANY_NUMBER)
 
 
 def _decays(params):
