@@ -19,7 +19,6 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import train_lm
-from text import batch_at
 
 # What is timed: a segment of the program, and the settings that differ.
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,14 +49,11 @@ class Settings:
 
 def _stepper(experiment, segment, step: int) -> Callable[[], None]:
     """A function that does one step, as if `step` steps had been done."""
-    settings = experiment.settings
     run = experiment.step_of(segment)
-    state = experiment.first_state(segment)
+    state = experiment.start(segment)
     optimizer = optax.tree_utils.tree_set(state.optimizer, cage_count=jnp.int32(step))
     state = state._replace(optimizer=optimizer)
-    windows = jnp.asarray(
-        batch_at(experiment.train, 0, 0, settings.batch, settings.sequence)
-    )
+    windows = experiment.batches(experiment.text)[0]
 
     def call():
         nonlocal state
@@ -74,8 +70,8 @@ def compile_seconds(size: str, kind: str, changes: dict[str, Any]) -> float:
     experiment = train_lm.Experiment(asked.resolved())
     segment = next(each for each in experiment.segments if each.name == kind)
     run = experiment.step_of(segment)
-    state = jax.eval_shape(lambda: experiment.first_state(segment))
-    windows = jax.ShapeDtypeStruct((2, 129), experiment.train.dtype)
+    state = experiment.abstract_state(segment)
+    windows = jax.ShapeDtypeStruct((2, 129), experiment.tokens.train.dtype)
     jax.clear_caches()
     start = time.perf_counter()
     run.lower(state, windows, jax.ShapeDtypeStruct((), jnp.int32)).compile()

@@ -1,19 +1,26 @@
-"""A folder of a run: its settings, and an Orbax checkpoint of each of its segments."""
+"""A folder of a run: its settings, a lock, and Orbax checkpoints of its segments."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+import processes
+
+
+class Failed(Exception):  # noqa: N818 - what ended is not always an error
+    """A run cannot go on, through no fault of its flags; the message says how to."""
 
 
 class RunFolder:
     """Keeps what a run needs to go on where it stopped.
 
-    A run is a list of segments (a stretch of steps of one arm). Each has its own Orbax
-    checkpoints, of which the newest whole one counts: a save that was cut off leaves
-    the one before.
+    A run is a list of segments (a stretch of steps of one arm), each with checkpoints
+    of its own. Several processes share one folder.
 
     Args:
       folder: made where it is missing.
@@ -21,68 +28,233 @@ class RunFolder:
       resume: go on with the run that is in `folder`; `resumed` says whether one was.
 
     Raises:
-      ValueError: for a folder with a run in it when not resuming, and for another
-        run's settings when resuming. Nothing is overwritten.
+      ValueError: for a folder with a run in it when not resuming, for another run's
+        settings when resuming, and for a folder that another run uses at the moment.
+        Nothing is overwritten.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
-        self.folder = folder.resolve()
+        self._given, self.folder = folder, folder.resolve()
+        self._lock: Any = None
         path = self.folder / "settings.json"
-        if path.exists() and not resume:
-            raise ValueError(
-                f"`--out` must not hold a run already; got {str(folder)!r}. Add "
-                f"--resume to go on with it, or use another folder."
-            )
         self.resumed = path.exists()
-        if self.resumed:
-            _compare(folder, json.loads(path.read_text()), settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
 
-    def save(self, segment: str, step: int, state: Any) -> None:
-        """Writes a checkpoint, whole or not at all, and removes the one before."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        with ocp.CheckpointManager(self._path(segment), options=options) as manager:
-            manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        def claim():
+            if self.resumed and not resume:
+                raise ValueError(
+                    f"`--out` must not hold a run already; got {str(folder)!r}. Add "
+                    f"--resume to go on with it, or use another folder."
+                )
+            if self.resumed:
+                _compare(folder, _settings(path), json.loads(json.dumps(settings)))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if not self.resumed:
+                write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+        processes.by_first(claim)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def checkpoints(self, segment: str) -> "Checkpoints":
+        """Those of a segment, to be used in a `with`."""
+        return Checkpoints(self._segments / segment)
 
     def latest_step(self, segment: str) -> int | None:
-        """The step of the newest checkpoint, or None."""
-        if not self._path(segment).exists():
-            return None
-        with ocp.CheckpointManager(self._path(segment)) as manager:
-            return manager.latest_step()
+        """The step of a segment's newest checkpoint, or None."""
+        return _latest(self._segments / segment)
 
-    def restore(self, segment: str, step: int, like: Any) -> Any:
-        """Reads a checkpoint.
+    @property
+    def _segments(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _take(self):
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(
+                f"`--out` must be used by one run at a time; another one runs in "
+                f"{str(self._given)!r}. Wait for its end, or use another folder."
+            ) from None
+
+
+class Checkpoints:
+    """The checkpoints of a segment, written while the steps go on.
+
+    One is whole or not there; the one before is removed when the next is whole. Each
+    process writes and reads the parts of its own devices.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._manager = ocp.CheckpointManager(
+            path,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, cleanup_tmp_directories=True
+            ),
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if error is not None and processes.lost(error):
+            return  # closing would wait for the process that is lost
+        with self._failing("close") if error is None else contextlib.nullcontext():
+            self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to write a checkpoint; `state` may be donated afterwards.
 
         Raises:
-          ValueError: for one that is truncated or of another model.
+          Failed: where this one or the one before cannot be written.
         """
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with ocp.CheckpointManager(self._path(segment)) as manager:
-            try:
-                state = manager.restore(step, args=ocp.args.StandardRestore(shapes))
-                jax.tree.map(_check_shape, state, shapes)
-                return state
-            except (ValueError, KeyError, OSError) as error:
-                raise ValueError(
-                    f"`--resume` needs a whole checkpoint of this model; cannot read "
-                    f"{self._path(segment) / str(step)}: {error}. Nothing was "
-                    f"overwritten. Remove that folder to redo its segment, or start "
-                    f"again in another --out."
-                ) from error
+        with self._failing(f"write a checkpoint of step {step}"):
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
-    def _path(self, segment: str) -> Path:
-        return self.folder / "checkpoints" / segment
+    def check(self) -> None:
+        """Raises `Failed` where a checkpoint under way could not be written."""
+        with self._failing("write a checkpoint"):
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits for what is under way; raises `Failed` as `check` does."""
+        with self._failing("write a checkpoint"):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Reads a checkpoint, onto other devices than it was written from too.
+
+        Args:
+          step: one that there is.
+          like: its tree of abstract arrays, with their shardings.
+
+        Raises:
+          ValueError: for one that is truncated, or of another model or optimizer; what
+            differs is named.
+        """
+        try:
+            there = _arrays(self._manager.item_metadata(step))
+            if different := _differences(there, _arrays(_plain(like))):
+                raise ValueError(different)
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # Orbax raises all kinds, and its own class
+            if processes.lost(error):
+                raise
+            raise ValueError(
+                f"`--resume` needs a whole checkpoint of this model and optimizer; "
+                f"cannot read {self._path / str(step)}: {_cause(error)}. Nothing was "
+                f"overwritten. Remove that folder to redo its segment, or start again "
+                f"in another --out."
+            ) from error
+
+    @contextlib.contextmanager
+    def _failing(self, what) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if processes.lost(error):
+                raise
+            kept = self._whole()
+            raise Failed(
+                f"cannot {what} in {self._path}: {_cause(error)}. {kept} Make room or "
+                f"mend the disk, then go on with --resume."
+            ) from error
+
+    def _whole(self):
+        step = _latest(self._path)
+        if step is None:
+            return "No checkpoint of this segment is whole yet."
+        return f"The checkpoint of step {step} is whole and kept."
 
 
-def _check_shape(array, like):
-    if array.shape != like.shape:
-        raise ValueError(f"an array has shape {array.shape} in place of {like.shape}")
+def newest(folder: Path) -> str:
+    """The newest whole checkpoint of a run, in words."""
+    found = [
+        path / str(step)
+        for path in folder.glob("checkpoints/*")
+        if (step := _latest(path)) is not None
+    ]
+    if not found:
+        return "there is no checkpoint yet"
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    return f"the newest checkpoint is step {last.name} of {last.parent.name}"
+
+
+def _latest(path):
+    steps = ocp.utils.checkpoint_steps(path) if path.exists() else []
+    return max(steps, default=None)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _cause(error):
+    """The first line of what the libraries below say."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or repr(error)).strip().splitlines()[0].rstrip(".")
+
+
+def _plain(tree):
+    """Dicts in place of all other nodes, as Orbax writes them."""
+    return ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+
+
+def _arrays(tree):
+    """The shape and dtype of each array, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            tuple(leaf.shape),
+            str(leaf.dtype),
+        )
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+def _differences(there, here):
+    """Up to three of them in words; nothing where there is none."""
+
+    def form(array):
+        return "nothing" if array is None else f"{array[1]}{list(array[0])}"
+
+    found = [
+        f"{path} is {form(there.get(path))} there and {form(here.get(path))} here"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path)
+    ]
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _settings(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"`--resume` needs the settings of the run; {path} is no JSON ({error}). "
+            f"Use another --out."
+        ) from error
 
 
 def _compare(folder, before, now):
-    now = json.loads(json.dumps(now))
     differences = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -27,7 +27,7 @@ with program.imports(__name__):
     import numpy as np
     import optax
     import tyro
-    from checkpoints import RunFolder
+    from checkpoints import Failed, RunFolder
     from digits import ARMS, Arm, Scores, estimate
     from flax import linen, nnx
     from images import CLASSES, SIDE, Images, batch_at, load_images, random_images
@@ -492,8 +492,10 @@ def run(settings: Settings, console: Console) -> Results:
     """Trains all arms, with checkpoints in `settings.out`."""
     settings = settings.resolved()
     experiment = Experiment(settings)
-    folder = RunFolder(settings.out, identity(experiment), resume=settings.resume)
-    return train(experiment, folder, console)
+    with RunFolder(
+        settings.out, identity(experiment), resume=settings.resume
+    ) as folder:
+        return train(experiment, folder, console)
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -535,10 +537,10 @@ def train(experiment: Experiment, folder: RunFolder, console: Console) -> Result
         for seed in seeds:
             ends: dict[str, State] = {}
             for segment in segments:
-                step = found[seed, segment.name]
-                end = _train_segment(
-                    experiment, seed, segment, step, ends, folder, progress, task
-                )
+                with folder.checkpoints(_checkpoint(seed, segment)) as checkpoints:
+                    end = _train_segment(
+                        experiment, seed, segment, ends, checkpoints, progress, task
+                    )
                 ends[segment.name] = end
                 curves[segment.name].append((end.curve, end.distance))
             progress.update(task, description=f"seed {seed}", status="measuring")
@@ -561,13 +563,13 @@ def _checkpoint(seed, segment):
 
 
 def _train_segment(
-    experiment, seed, segment, step, ends, folder, progress, task
+    experiment, seed, segment, ends, checkpoints, progress, task
 ) -> State:
-    """The state at the end of a segment, whose newest checkpoint is of `step`."""
-    name, steps = _checkpoint(seed, segment), experiment.settings.steps
+    """The state at the end of a segment, which goes on from its newest checkpoint."""
+    step, steps = checkpoints.latest_step(), experiment.settings.steps
     if step is not None:
         shapes = jax.eval_shape(lambda: experiment.first_state(seed))
-        state = folder.restore(name, step, shapes)
+        state = checkpoints.restore(step, shapes)
     elif segment.parent is not None:
         step, state = segment.start, jax.tree.map(jnp.copy, ends[segment.parent])
     else:
@@ -598,7 +600,7 @@ def _train_segment(
                     f"bits, or a smaller --strength."
                 )
         if step == segment.stop or time.monotonic() - saved > SAVE_SECONDS:
-            folder.save(name, step, state)
+            checkpoints.save(step, state)
             saved = time.monotonic()
     return state
 
@@ -799,18 +801,20 @@ def main() -> int:
     try:
         settings = tyro.cli(Settings, description=__doc__).resolved()
         experiment = Experiment(settings)
-        folder = RunFolder(settings.out, identity(experiment), resume=settings.resume)
-        if settings.resume and not folder.resumed:
-            console.print(
-                f"--resume finds no run in {escape(str(settings.out))}, so this one "
-                f"starts from the beginning.",
-                soft_wrap=True,
-            )
-        announce(experiment, console)
-        results = train(experiment, folder, console)
-    except ValueError as error:
+        with RunFolder(
+            settings.out, identity(experiment), resume=settings.resume
+        ) as folder:
+            if settings.resume and not folder.resumed:
+                console.print(
+                    f"--resume finds no run in {escape(str(settings.out))}, so this "
+                    f"one starts from the beginning.",
+                    soft_wrap=True,
+                )
+            announce(experiment, console)
+            results = train(experiment, folder, console)
+    except (ValueError, Failed) as error:
         console.print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
-        return 2
+        return 1 if isinstance(error, Failed) else 2
     console.print(arms_table(settings, results.arms))
     console.print(comparison_table(results.arms))
     outcome = program.TINY if settings.tiny else verdict(settings, results.arms)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,10 @@ def mesh_of(devices: list[jax.Device], model: int = 1) -> Mesh:
             f"`--model-devices` must divide the number of devices; got {model} of "
             f"{len(devices)}. Use a divisor."
         )
-    return Mesh(np.array(devices).reshape(-1, model), ("data", "model"))
+    # Neighbours on the mesh are neighbours in the pod.
+    shape = (len(devices) // model, model)
+    grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "model"))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -59,9 +63,35 @@ def placed(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def shardings_of(tree: Any) -> Any:
+    """The sharding of each array, abstract or not."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """That of windows, (batch, length)."""
     return NamedSharding(mesh, P("data"))
+
+
+def check_batch(batch: int, microbatch: int, mesh: Mesh) -> None:
+    """Refuses batches that the mesh does not divide.
+
+    Raises:
+      ValueError: with the number of devices, and the nearest size that fits.
+    """
+    along = mesh.shape["data"]
+    for flag, windows in (("batch", batch), ("microbatch", microbatch)):
+        if windows % along:
+            raise ValueError(
+                f'`--{flag}` must be a multiple of the {along} devices along "data"; '
+                f"got {windows}. Use {-(-windows // along) * along}, fewer --devices, "
+                f"or more --model-devices."
+            )
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """That of what each device has a whole copy of."""
+    return NamedSharding(mesh, P())
 
 
 def by_tokens(x: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ FEW_LAYERS = 2
 
 
 class Llama(nnx.Module):
-    """Logits of the next byte.
+    """Logits of the next token.
 
     Args:
       size: the model's dimensions and the dtype of computation; parameters are float32.

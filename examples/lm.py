@@ -1,5 +1,6 @@
-"""A byte-level language model, what of it is quantized, its loss and its optimizer."""
+"""A language model, what of it is quantized, its loss and its optimizer."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ class LanguageModel:
       kv_bits: of keys and values, 2 to 8, or None to leave them alone.
       microbatch: windows at a time in `gradient`.
       seed: of the initial weights.
+      vocabulary: number of tokens.
+      stochastic: `loss` rounds the weights at random, where it is given a key.
     """
 
     def __init__(
@@ -36,10 +39,16 @@ class LanguageModel:
         kv_bits: int | None,
         microbatch: int,
         seed: int,
+        vocabulary: int = 256,
+        stochastic: bool = False,
     ):
         self.size, self.microbatch, self.seed = size, microbatch, seed
+        self.vocabulary = vocabulary
         weights = cage.quest(w_bits, hadamard=size.hadamard)
-        self.rules = cage.Rules([(r"layers/.*/kernel", weights), (r".*", None)])
+        self.rules = self._training_rules = _rules(weights)
+        if stochastic:
+            drawn = dataclasses.replace(weights, rounding="stochastic")
+            self._training_rules = _rules(drawn)
         inputs = None
         if a_bits != 16:
             inputs = cage.quest(a_bits, axis=-1, hadamard=size.hadamard)
@@ -53,18 +62,26 @@ class LanguageModel:
         }
 
     def _model(self, inputs, kv):
-        return Llama(self.size, inputs=inputs, kv=kv, rngs=nnx.Rngs(self.seed))
+        rngs = nnx.Rngs(self.seed)
+        return Llama(
+            self.size, vocabulary=self.vocabulary, inputs=inputs, kv=kv, rngs=rngs
+        )
 
     def initial_params(self) -> Any:
         """The parameters of the seed."""
         return nnx.state(self._model(None, None), nnx.Param)
 
     def loss(
-        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
+        self,
+        params: Any,
+        windows: jax.Array,
+        quantized: bool,
+        teacher: Any = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """Cross-entropy of the next byte, in nats; of the teacher's guess, if any."""
+        """Cross-entropy of the next token, in nats; of the teacher's guess, if any."""
         if quantized:
-            params = cage.fake_quant(params, self.rules)
+            params = cage.fake_quant(params, self._training_rules, key=key)
         if teacher is None:
             return self.cross_entropy(params, windows, quantized)
         guess = jax.nn.softmax(self._logits(teacher, windows, False))
@@ -74,7 +91,7 @@ class LanguageModel:
     def cross_entropy(
         self, weights: Any, windows: jax.Array, quantized: bool
     ) -> jax.Array:
-        """That of the next byte, of weights as they are; `quantized` is of inputs."""
+        """That of the next token, of weights as they are; `quantized` is of inputs."""
         logits = self._logits(weights, windows, quantized)
         targets = windows[:, 1:].astype(jnp.int32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -84,25 +101,31 @@ class LanguageModel:
         return model(windows[:, :-1].astype(jnp.int32))
 
     def gradient(
-        self, params: Any, windows: jax.Array, quantized: bool, teacher: Any = None
+        self,
+        params: Any,
+        windows: jax.Array,
+        quantized: bool,
+        teacher: Any = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The loss and its gradient, the mean over microbatches.
 
         Where the loss is not finite, neither is the gradient.
         """
-        loss, gradients = self._gradient(params, windows, quantized, teacher)
+        loss, gradients = self._gradient(params, windows, quantized, teacher, key)
         finite = jnp.isfinite(loss)
         return loss, jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), gradients)
 
-    def _gradient(self, params, windows, quantized, teacher):
+    def _gradient(self, params, windows, quantized, teacher, key):
         # Every so many windows, for each device of a mesh to have its share of a part.
         parts = windows.reshape(self.microbatch, -1, windows.shape[-1]).swapaxes(0, 1)
-        compute = jax.value_and_grad(partial(self.loss, quantized=quantized))
+        loss = partial(self.loss, quantized=quantized, teacher=teacher, key=key)
+        compute = jax.value_and_grad(loss)
         if len(parts) == 1:
-            return compute(params, parts[0], teacher=teacher)
+            return compute(params, parts[0])
 
         def add(total, part):
-            one = compute(params, part, teacher=teacher)
+            one = compute(params, part)
             return jax.tree.map(jnp.add, total, one), None
 
         zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
@@ -125,7 +148,7 @@ class LanguageModel:
     ) -> tuple[Any, Any]:
         """`step` jitted for a mesh, and its state as abstract arrays that lie on it."""
         state = layout.placed(jax.eval_shape(lambda: self.first_state(optimizer)), mesh)
-        places = jax.tree.map(lambda array: array.sharding, state)
+        places = layout.shardings_of(state)
         step = self.step(optimizer)
         return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), state
 
@@ -158,6 +181,11 @@ def optimizer_of(
         adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=_decays),
     )
     return optax.apply_if_finite(paper, max_consecutive_errors=_ANY_NUMBER)
+
+
+def _rules(weights):
+    """The layers' matrices are quantized, nothing else."""
+    return cage.Rules([(r"layers/.*/kernel", weights), (r".*", None)])
 
 
 def _decays(params):

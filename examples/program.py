@@ -27,7 +27,9 @@ def imports(name: str) -> Iterator[None]:
         yield
         return
     # Until `run`; not by an exception, which extension modules may turn into another.
-    signal.signal(signal.SIGINT, lambda *_: _leave("nothing was written."))
+    signal.signal(
+        signal.SIGINT, lambda *_: leave(STOPPED, "stopped; nothing was written.")
+    )
     try:
         yield
     except ModuleNotFoundError as error:
@@ -43,19 +45,19 @@ def run(main: Callable[[], int], *, stopped: str) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
     except KeyboardInterrupt:
-        _leave(stopped)
+        leave(STOPPED, f"stopped; {stopped}")
     if status == STOPPED:
-        _leave()
+        leave(STOPPED)
     sys.exit(status)
 
 
-def _leave(stopped: str = "") -> NoReturn:
+def leave(status: int, message: str = "") -> NoReturn:
     """Ends at once: what XLA still compiles or computes crashes an orderly end."""
-    if stopped:
-        print("stopped;", stopped)
+    if message:
+        print(message)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(STOPPED)
+    os._exit(status)
 
 
 class Limit(NamedTuple):

@@ -1,95 +1,93 @@
 """Bytes to train on: Python's own standard library, or the user's files."""
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import BinaryIO
 
 _VALIDATION_SHARE = 0.05
+_BLOCK = 1_000_000
 
 
-def load_text(files: list[Path], sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes to train on and to validate on.
+def text_files(files: Sequence[Path]) -> list[tuple[Path, float]]:
+    """Each file of the text, and the share of it to train on, from its beginning.
 
     Args:
       files: text files; none for the sources of Python's standard library, of which
         one file in twenty is kept for validation (chosen by a hash of its name, so
         that it stays the same). Of one's own files the last 5 % is.
-      sequence: the length of a training window, to see that there is enough text.
-
-    Returns:
-      Two arrays of uint8.
 
     Raises:
-      ValueError: for a file that is missing, empty or not text, and for too little
-        text.
+      ValueError: for a file that is missing.
     """
+    for path in files:
+        if not path.is_file():
+            raise ValueError(
+                f"`--text` must name files; got {str(path)!r}, which is none. Check "
+                f"the path, or leave --text out for Python's standard library."
+            )
     if files:
-        parts = [_read_text(path) for path in files]
-        cuts = [int(len(part) * (1 - _VALIDATION_SHARE)) for part in parts]
-        train = b"".join(part[:cut] for part, cut in zip(parts, cuts))
-        validation = b"".join(part[cut:] for part, cut in zip(parts, cuts))
-    else:
-        train, validation = _standard_library()
-    least = sequence + 2
-    if len(validation) < least:
-        raise ValueError(
-            f"`--text` must hold at least {round(least / _VALIDATION_SHARE)} bytes, "
-            f"windows of {sequence} with {_VALIDATION_SHARE:.0%} for validation; got "
-            f"{len(train) + len(validation)}. Add files, or use a shorter --sequence."
-        )
-    return np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8)
+        return [(path, 1 - _VALIDATION_SHARE) for path in files]
+    return _standard_library()
 
 
-def batch_at(
-    text: np.ndarray, seed: int, step: int, batch: int, sequence: int
-) -> np.ndarray:
-    """The windows of a step: a function of the seed and the step alone.
+def pieces(files: Sequence[Path]) -> Iterator[tuple[bool, bytes]]:
+    """The text from beginning to end, whatever its size, as `blocks`.
 
-    So a run that is resumed sees what it would have seen, and arms with one seed see
-    the same.
+    Args:
+      files: as `text_files` has them.
 
-    Returns:
-      uint8 of shape (batch, sequence + 1).
+    Yields:
+      Whether the block is kept for validation, and its bytes.
+
+    Raises:
+      ValueError: for a file that is missing, empty or not text.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    starts = generator.integers(0, len(text) - sequence, batch)
-    return text[starts[:, None] + np.arange(sequence + 1)]
+    for path, share in text_files(files):
+        size = path.stat().st_size
+        cut = int(size * share)
+        blank = bool(files)  # the standard library has files with nothing in them
+        with path.open("rb") as file:
+            for held_out, length in ((False, cut), (True, size - cut)):
+                for block in blocks(file, length):
+                    if b"\0" in block:
+                        raise ValueError(
+                            f"`--text` must be text; got {str(path)!r}, which has zero "
+                            f"bytes as binary files do. Convert it to UTF-8 first."
+                        )
+                    blank = blank and not block.strip()
+                    yield held_out, block
+        if blank:
+            raise ValueError(
+                f"`--text` must not be empty; got {str(path)!r} with {size} bytes of "
+                f"nothing but space. Leave the file out."
+            )
 
 
-def _read_text(path: Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(
-            f"`--text` must name files; got {str(path)!r}, which is none. Check the "
-            f"path, or leave --text out for Python's standard library."
-        )
-    text = path.read_bytes()
-    if not text.strip():
-        raise ValueError(
-            f"`--text` must not be empty; got {str(path)!r} with {len(text)} bytes of "
-            f"nothing but space. Leave the file out."
-        )
-    if b"\0" in text:
-        raise ValueError(
-            f"`--text` must be text; got {str(path)!r}, which has zero bytes as binary "
-            f"files do. Convert it to UTF-8 first."
-        )
-    return text
+def blocks(file: BinaryIO, length: int) -> Iterator[bytes]:
+    """The next `length` bytes, a megabyte or two at a time, cut where lines end."""
+    while length and (block := file.read(min(length, _BLOCK))):
+        block += file.readline(min(length - len(block), _BLOCK))
+        length -= len(block)
+        yield block
 
 
-def _standard_library() -> tuple[bytes, bytes]:
+def _standard_library() -> list[tuple[Path, float]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib"}
-    parts: dict[bool, list[bytes]] = {False: [], True: []}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts):
-            digest = hashlib.sha256(name.as_posix().encode()).digest()
-            parts[digest[0] % 20 == 0].append(path.read_bytes())
-    if not parts[True]:
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - left_out  # where it does not walk on
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = []
+    for path in sorted(paths):
+        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+        files.append((path, 0.0 if digest[0] % 20 == 0 else 1.0))
+    if not files:
         raise ValueError(
             "`--text` must be given: this Python has no sources of its standard "
             "library. Name some text files."
         )
-    return b"".join(parts[False]), b"".join(parts[True])
+    return files

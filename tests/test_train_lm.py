@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 import signal
@@ -10,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import text
 import train_lm
-from checkpoints import RunFolder
+import training
+from batches import Batches
+from experiment import ARMS, WRITTEN_AT_ONCE, Experiment, Settings
 from flax import nnx
 from llama import SIZES, Llama
+from lm import LanguageModel
+from outcome import Result, summary, verdict
 from rich.console import Console
-from train_lm import Settings
 
 import cage_jax as cage
 
@@ -40,7 +41,7 @@ def as_users_run_it():
 
 def settings(out, **changes):
     values = {"arms": ("ste", "cage"), "tiny": True, "steps": 20, "strength": 300.0}
-    return Settings(out=Path(out), **(values | changes))
+    return Settings(out=Path(out), **({"devices": 1} | values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +52,17 @@ def undisturbed(tmp_path_factory):
 
 def disturb(monkeypatch, at, act):
     """Calls `act` when training reads the data of step `at`, counted over all arms."""
-    original, reads = train_lm.batch_at, 0
+    original, reads = Batches.start, 0
 
-    def batch_at(source, seed, step, *shape):
+    def start(self, step):
         nonlocal reads
-        if seed < 2**32:
+        for windows in original(self, step):
             reads += 1
             if reads == at:
                 act()
-        return original(source, seed, step, *shape)
+            yield windows
 
-    monkeypatch.setattr(train_lm, "batch_at", batch_at)
+    monkeypatch.setattr(Batches, "start", start)
 
 
 def send(number):
@@ -75,8 +76,8 @@ def crash():
 @pytest.mark.parametrize(
     ("at", "act", "error"),
     [
-        (7, send(signal.SIGINT), train_lm.Stopped),  # while CAGE is silent
-        (23, send(signal.SIGTERM), train_lm.Stopped),  # while it pulls
+        (7, send(signal.SIGINT), training.Stopped),  # while CAGE is silent
+        (23, send(signal.SIGTERM), training.Stopped),  # while it pulls
         (18, crash, RuntimeError),  # without time to save
     ],
     ids=["ctrl-c", "kill", "crash"],
@@ -108,7 +109,7 @@ def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
 
 def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
     iterates = []
-    original = train_lm.Experiment.step_of
+    original = Experiment.step_of
 
     def step_of(self, segment):
         run = original(self, segment)
@@ -121,7 +122,7 @@ def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
 
         return keep
 
-    monkeypatch.setattr(train_lm.Experiment, "step_of", step_of)
+    monkeypatch.setattr(Experiment, "step_of", step_of)
     results = train_lm.run(settings(tmp_path, arms=("averaged",)), CONSOLE)
     assert len(iterates) == 4
     expected = jax.tree.map(
@@ -133,9 +134,99 @@ def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
     )
 
 
+def spoil(monkeypatch, steps):
+    """The loss of the batches of these steps is NaN."""
+    experiment = Experiment(settings("unused").resolved())
+    batches = experiment.batches(experiment.text)
+    sums = jnp.array([np.asarray(batches[step]).astype(int).sum() for step in steps])
+    original = LanguageModel.loss
+
+    def loss(self, params, windows, *arguments, **named):
+        value = original(self, params, windows, *arguments, **named)
+        spoilt = jnp.isin(windows.astype(jnp.int32).sum(), sums)
+        return jnp.where(spoilt, jnp.nan, value)
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    spoil(monkeypatch, (4, 5, 9))
+    states = []
+    original = Experiment.step_of
+
+    def step_of(self, segment):
+        run = original(self, segment)
+
+        def keep(state, windows, step):
+            state = run(state, windows, step)
+            states.append(jax.tree.map(np.asarray, (state.params, state.optimizer)))
+            return state
+
+        return keep
+
+    monkeypatch.setattr(Experiment, "step_of", step_of)
+    run = train_lm.run(settings(tmp_path, arms=("ste",), stochastic=True), CONSOLE)
+    history = run["ste"].history
+    assert np.flatnonzero(np.isnan(history.losses)).tolist() == [4, 5, 9]
+    counts = [(int(o.total_notfinite), int(o.notfinite_count)) for _, o in states]
+    assert counts[3:10] == [(0, 0), (1, 1), (2, 2), (2, 0), (2, 0), (2, 0), (3, 1)]
+    for params, optimizer in states[4:6]:
+        chex.assert_trees_all_equal(params, states[3][0])
+        inner = optimizer.inner_state
+        chex.assert_trees_all_equal(inner, states[3][1].inner_state)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(states[6][0], states[3][0])
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, range(6, 20))
+    flags = "--tiny --steps 20 --devices 1 --strength 300 --arms ste --max-skipped 3"
+    flags += f" --save-seconds 0 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["train_lm.py", *flags.split()])
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)  # after each step
+    assert train_lm.main() == 1
+    printed = capsys.readouterr().out
+    assert "the last 3 steps of trunk had a loss or gradient that is not" in printed
+    assert "stopped at step 9" in printed and "Lower" not in printed
+    assert "the newest checkpoint is step 8 of trunk" in printed
+
+
+def test_stochastic_rounding_goes_on_bit_exactly(tmp_path, monkeypatch):
+    def run(out, **changes):
+        asked = settings(tmp_path / out, arms=("ste",), stochastic=True, **changes)
+        return train_lm.run(asked, CONSOLE)["ste"]
+
+    expected = run("whole")
+    with monkeypatch.context() as patch:
+        disturb(patch, 7, send(signal.SIGTERM))
+        with pytest.raises(training.Stopped):
+            run("parts")
+    resumed = run("parts", resume=True)
+    chex.assert_trees_all_equal(resumed.params, expected.params)
+    np.testing.assert_array_equal(resumed.history.losses, expected.history.losses)
+    # Another number each step: the key moves on.
+    first = jax.random.key_data(jax.random.key(0))
+    assert not np.array_equal(expected.history.key, first)
+
+
+def test_other_devices_go_on_from_a_checkpoint(tmp_path, monkeypatch, undisturbed):
+    with monkeypatch.context() as patch:
+        disturb(patch, 9, send(signal.SIGTERM))
+        with pytest.raises(training.Stopped):
+            train_lm.run(settings(tmp_path, devices=4, model_devices=2), CONSOLE)
+    resumed = train_lm.run(settings(tmp_path, devices=2, resume=True), CONSOLE)
+    for arm, result in undisturbed.items():
+        # Sums over devices are rounded in another order, and a code may flip.
+        np.testing.assert_allclose(
+            resumed[arm].history.losses, result.history.losses, rtol=2e-3
+        )
+        assert resumed[arm].loss == pytest.approx(result.loss, rel=2e-3)
+
+
 def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    flags = ["train_lm.py", "--tiny", "--steps", "10", "--out", str(out)]
+    flags = ["train_lm.py", "--tiny", "--steps", "10", "--devices", "1"]
+    flags += ["--out", str(out)]
     monkeypatch.setattr("sys.argv", flags)
     assert train_lm.main() == 0
     printed = capsys.readouterr().out
@@ -145,7 +236,7 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert "Table, plot and codes are in" in printed
     record = json.loads((out / "results.json").read_text())
     rows = {row["arm"]: row for row in record["results"]}
-    assert list(rows) == list(train_lm.ARMS)
+    assert list(rows) == list(ARMS)
     assert record["codes"]["weights_equal"]
     assert record["codes"]["loss"] == rows["cage"]["validation_loss"]
     gap = rows["ste"]["validation_loss"] - rows["full"]["validation_loss"]
@@ -173,55 +264,48 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
 
 def test_resuming_nothing_is_said(tmp_path, monkeypatch, capsys):
     def train(*_):
-        raise train_lm.Stopped(signal.SIGINT)
+        raise training.Stopped(signal.SIGINT)
 
     monkeypatch.setattr(train_lm, "train", train)
-    flags = ["train_lm.py", "--tiny", "--resume", "--out", str(tmp_path / "new")]
+    flags = ["train_lm.py", "--tiny", "--resume", "--devices", "1"]
+    flags += ["--out", str(tmp_path / "new")]
     monkeypatch.setattr("sys.argv", flags)
     assert train_lm.main() == 130
     assert "--resume finds no run in" in capsys.readouterr().out
 
 
 def test_the_rate_is_that_of_the_steps(monkeypatch):
-    """Steps of 1 s and evaluations of 10 s are done when somebody waits for them."""
-    now = under_way = 0.0
+    """Steps of 0.25 s, evaluations of 10 s, which are none."""
+    now = 100.0
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now))
+    watch, step, looks = training._Watch(7, [], 60), 7, []
+    while step < 500:
+        now, step = now + 0.25, step + 1
+        if step % 10 == 0:
+            with watch.paused():
+                now += 10
+        if step == watch.next:
+            looks.append((step, watch.look(step)))
+    steps = [step for step, _ in looks]
+    assert steps[:3] == [8, 12, 16] and set(np.diff(steps[1:])) == {4}
+    assert {look.rate for _, look in looks} == {4.0}
+    assert {look.stop for _, look in looks} == {0}
+    # 4 steps a second with an evaluation of 10 s for every ten: a minute is 48 steps.
+    saves = [step for step, look in looks if look.save]
+    assert np.diff(saves).max() <= 52
+    logs = [step for step, look in looks if look.log]
+    assert len(saves) < len(logs)
 
-    def work(seconds, at_once=0.0):
-        nonlocal now, under_way
-        now, under_way = now + at_once, under_way + seconds
-        return state
 
-    def wait(value):
-        nonlocal now, under_way
-        now, under_way = now + under_way, 0.0
-        return value
-
-    class Losses:
-        def __getitem__(self, step):
-            return wait(2.5)
-
-    state = train_lm.State(*[None] * 3, Losses(), None, None)
-    experiment = SimpleNamespace(
-        settings=SimpleNamespace(steps=30, seed=0, batch=1, sequence=2),
-        train=np.zeros(9, np.uint8),
-        first_state=lambda segment: state,
-        step_of=lambda segment: lambda *_: work(1, at_once=0.25),
+def test_any_process_may_be_asked_to_stop(monkeypatch):
+    watch = training._Watch(0, [], 60)
+    monkeypatch.setattr(
+        training.processes, "gather", lambda *own: np.array([own, (9, 99, 99, 15)])
     )
-    monkeypatch.setattr(train_lm, "EVALUATIONS", 3)
-    monkeypatch.setattr(train_lm, "_evaluated", lambda *_: work(10))
-    monkeypatch.setattr(train_lm, "time", SimpleNamespace(monotonic=lambda: now))
-    fake = SimpleNamespace(eval_shape=lambda _: None, block_until_ready=wait)
-    monkeypatch.setattr(train_lm, "jax", fake)
-    folder = SimpleNamespace(latest_step=lambda _: None, save=lambda *_: None)
-    shown = []
-    progress = SimpleNamespace(
-        add_task=lambda *_, **__: 0,
-        update=lambda _, **fields: shown.append(fields["status"]),
-        console=SimpleNamespace(is_terminal=True),
-    )
-    segment = train_lm.Segment("full", 0, 30, False, None)
-    train_lm._train_segment(experiment, segment, {}, folder, progress, [])
-    assert shown and set(shown) == {"loss 2.5000  0.8 steps/s"}
+    look = watch.look(1)
+    assert look.stop == signal.SIGTERM
+    # The clock is that of the first.
+    assert not look.save and not look.log
 
 
 @pytest.mark.parametrize(
@@ -230,23 +314,21 @@ def test_the_rate_is_that_of_the_steps(monkeypatch):
 )
 def test_a_share_is_given_where_there_is_a_gap(ste, recovered, says, tmp_path):
     losses = {"full": 1.1, "ste": ste, "cage": 1.4}
-    results = {
-        arm: train_lm.Result(loss, None, None, None) for arm, loss in losses.items()
-    }
-    experiment = train_lm.Experiment(settings(tmp_path).resolved())
-    rows = {row["arm"]: row for row in train_lm.summary(experiment, results)}
+    results = {arm: Result(loss, None, None, None) for arm, loss in losses.items()}
+    experiment = Experiment(settings(tmp_path).resolved())
+    rows = {row["arm"]: row for row in summary(experiment, results)}
     share = rows["cage"]["share_recovered"]
     assert share == (None if recovered is None else pytest.approx(recovered))
     assert rows["ste"]["share_recovered"] is None
-    verdict = train_lm.verdict(results)
-    assert f"{says} straight through (STE)" in verdict
-    assert ("no gap to close" in verdict) == (recovered is None)
+    said = verdict(results)
+    assert f"{says} straight through (STE)" in said
+    assert ("no gap to close" in said) == (recovered is None)
 
 
 def test_gradients_of_microbatches_add_up():
-    whole = train_lm.Experiment(settings("unused", batch=4, microbatch=4).resolved())
-    parts = train_lm.Experiment(settings("unused", batch=4, microbatch=1).resolved())
-    windows = train_lm.batch_at(whole.train, 0, 0, 4, 64)
+    whole = Experiment(settings("unused", batch=4, microbatch=4).resolved())
+    parts = Experiment(settings("unused", batch=4, microbatch=1).resolved())
+    windows = whole.batches(whole.text)[0]
     ends = []
     for experiment in (whole, parts):
         segment = experiment.segments[0]
@@ -258,10 +340,10 @@ def test_gradients_of_microbatches_add_up():
 
 
 def test_the_paper_hyperparameters():
-    steps = {name: size.steps for name, size in train_lm.SIZES.items()}
+    steps = {name: size.steps for name, size in SIZES.items()}
     assert steps["30m"] == round(3e9 / 512**2)
     for name, millions in [("30m", 30), ("100m", 100), ("430m", 430), ("800m", 800)]:
-        experiment = train_lm.Experiment(
+        experiment = Experiment(
             Settings(size=name, arms=("ste",), silence=0.8).resolved()
         )
         weights = sum(row.size for row in experiment.report.rows if row.quantizer)
@@ -286,6 +368,13 @@ def test_the_paper_hyperparameters():
         ({"strength": -1.0}, "`--strength` must be finite and not negative"),
         ({"strength": float("nan")}, "`--strength` must be finite and not negative"),
         ({"arms": ()}, "`--arms` must be some of"),
+        ({"devices": 9}, "`--devices` must be at most the 8 that there are; got 9"),
+        ({"devices": 3}, "`--batch` must be a multiple of the 3 devices"),
+        ({"model_devices": 3, "devices": 8}, "`--model-devices` must divide"),
+        ({"model_devices": 0}, "`--model-devices` must be positive"),
+        ({"max_skipped": 0}, "`--max-skipped` must be positive"),
+        ({"save_seconds": -1.0}, "`--save-seconds` must be finite and not negative"),
+        ({"vocabulary": 100}, "`--vocabulary`"),
         ({"size": "800m"}, "`--tiny` must come without --size"),
     ],
 )
@@ -301,79 +390,8 @@ def test_a_file_is_no_folder(tmp_path):
         train_lm.run(settings(tmp_path / "new"), CONSOLE)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "must not be empty"),
-        (b" \n\t ", "must not be empty"),
-        (b"\x7fELF\x00\x01", "must be text"),
-        (b"short", "must hold at least"),
-        (None, "must name files"),
-    ],
-)
-def test_bad_text(content, message, tmp_path):
-    path = tmp_path / "text"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        text.load_text([path], 64)
-
-
-def test_own_text_is_split_without_loss(tmp_path):
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path, letter in zip(paths, "ab"):
-        path.write_text(letter * 10_000)
-    train, held_out = text.load_text(paths, 64)
-    assert train.tobytes() == b"a" * 9500 + b"b" * 9500
-    assert held_out.tobytes() == b"a" * 500 + b"b" * 500
-
-
-def test_batches_are_windows_of_the_text():
-    source = np.arange(200, dtype=np.uint8)
-    windows = text.batch_at(source, 1, 5, 64, 16)
-    assert windows.shape == (64, 17)
-    assert (np.diff(windows.astype(int), axis=1) == 1).all()
-    assert windows.max() == 199 or windows.max() >= 190
-    np.testing.assert_array_equal(windows, text.batch_at(source, 1, 5, 64, 16))
-    assert not np.array_equal(windows, text.batch_at(source, 1, 6, 64, 16))
-    assert not np.array_equal(windows, text.batch_at(source, 2, 5, 64, 16))
-
-
-# Orbax leaves an event loop open when it fails to restore.
-unclosed_loop = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-@unclosed_loop
-def test_a_truncated_checkpoint_is_named_and_kept(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
-    state = {"x": np.arange(5000.0), "y": np.ones((64, 64), np.float32)}
-    folder.save("trunk", 3, state)
-    assert folder.latest_step("trunk") == 3
-    chex.assert_trees_all_equal(folder.restore("trunk", 3, state), state)
-    files = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:40])
-    before = {path: path.read_bytes() for path in files}
-    with pytest.raises(ValueError, match="needs a whole checkpoint of this model"):
-        folder.restore("trunk", 3, state)
-    assert before == {path: path.read_bytes() for path in files}
-    gc.collect()
-
-
-@unclosed_loop
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
-    folder.save("trunk", 3, {"x": np.ones(3)})
-    for other in ({"x": np.ones(4)}, {"y": np.ones(3)}):
-        with pytest.raises(ValueError, match="needs a whole checkpoint of this model"):
-            folder.restore("trunk", 3, other)
-    gc.collect()
-
-
 def test_codes_of_the_report_and_of_the_arrays_agree(undisturbed, tmp_path):
-    experiment = train_lm.Experiment(settings(tmp_path).resolved())
+    experiment = Experiment(settings(tmp_path).resolved())
     codes = cage.quantize(undisturbed["cage"].params, experiment.model.rules)
     total = sum(
         leaf.nbytes
@@ -415,14 +433,13 @@ def test_decoding_is_the_forward_pass(kv):
 
 
 def test_keys_and_values_are_quantized_where_the_inputs_are():
-    windows = jax.random.randint(jax.random.key(1), (1, 2, 65), 0, 256)
+    windows = jax.random.randint(jax.random.key(1), (2, 65), 0, 256)
     plain, few = (
-        train_lm.Experiment(settings("unused", kv_bits=bits).resolved())
-        for bits in (None, 2)
+        Experiment(settings("unused", kv_bits=bits).resolved()) for bits in (None, 2)
     )
     assert plain.model.graphs[False] == few.model.graphs[False]
     params = plain.model.initial_params()
-    losses = [float(each._mean_loss(params, windows, True)) for each in (plain, few)]
+    losses = [float(each._loss(params, windows, True)) for each in (plain, few)]
     # Of an untrained model hardly anything depends on attention.
     assert 0 < abs(losses[0] - losses[1]) < 0.1
 
@@ -435,14 +452,14 @@ def sharp(experiment):
 
 
 def test_the_teacher_writes_what_it_predicts():
-    experiment = train_lm.Experiment(settings("unused", distill=True).resolved())
+    experiment = Experiment(settings("unused", distill=True).resolved())
     params = sharp(experiment)
     parts = [np.asarray(experiment.write(params, part)) for part in range(3)]
     assert not np.array_equal(parts[0], parts[1])
     np.testing.assert_array_equal(parts[1], experiment.write(params, 1))
     written = np.concatenate(parts)
-    assert written.shape == (3 * train_lm.WRITTEN_AT_ONCE, 65)
-    there = np.unique(experiment.train)
+    assert written.shape == (3 * WRITTEN_AT_ONCE, 65)
+    there = np.unique(experiment.tokens.train)
     np.testing.assert_array_equal(np.unique(written[:, 0]), there)
 
     # The whole forward pass in place of the cache, then float64.
@@ -466,7 +483,7 @@ def test_the_teacher_writes_what_it_predicts():
 
 
 def test_the_loss_of_distillation_is_that_of_soft_labels():
-    experiment = train_lm.Experiment(settings("unused", distill=True).resolved())
+    experiment = Experiment(settings("unused", distill=True).resolved())
     params, teacher = experiment.model.initial_params(), sharp(experiment)
     windows = jax.random.randint(jax.random.key(1), (2, 65), 0, 256)
 
@@ -504,10 +521,11 @@ def test_students_start_from_the_teacher_and_read_its_text(distilled):
     assert not np.isnan(history.losses).any()
     written = np.load(out / "written.npy")
     assert written.shape == (10 * 8, 65) and written.dtype == np.uint8
-    experiment = train_lm.Experiment(distilling(out).resolved())
+    experiment = Experiment(distilling(out).resolved())
     names = [segment.name for segment in experiment.segments]
     assert names == ["full", "trunk", "ste"]
-    first, second = (train_lm._windows(experiment, written, step) for step in (0, 1))
+    batches = experiment.batches(written)
+    first, second = (np.asarray(batches[step]) for step in (0, 1))
     rows = {row.tobytes() for row in written}
     assert {row.tobytes() for row in (*first, *second)} <= rows
     assert first.shape == (8, 65) and not np.array_equal(first, second)
@@ -523,12 +541,12 @@ def test_a_stopped_distillation_goes_on_bit_exactly(distilled, tmp_path, monkeyp
     out, expected = distilled
     with monkeypatch.context() as patch:
         disturb(patch, 13, send(signal.SIGINT))  # while the student learns
-        with pytest.raises(train_lm.Stopped):
+        with pytest.raises(training.Stopped):
             train_lm.run(distilling(tmp_path), CONSOLE)
     written = (tmp_path / "written.npy").read_bytes()
     assert written == (out / "written.npy").read_bytes()
     # What is written is not written again.
-    monkeypatch.setattr(train_lm.Experiment, "write", None)
+    monkeypatch.setattr(Experiment, "write", None)
     resumed = train_lm.run(distilling(tmp_path, resume=True), CONSOLE)
     for arm, result in expected.items():
         assert resumed[arm].loss == result.loss
@@ -545,17 +563,22 @@ def test_text_is_written_whole_or_not_at_all(tmp_path):
         written.append((teacher, part))
         return np.full((32, 65), part, np.uint8)
 
-    experiment = SimpleNamespace(written=(80, 65), write=write)
+    experiment = SimpleNamespace(
+        written=(80, 65),
+        write=write,
+        tokens=SimpleNamespace(train=np.zeros(3, np.uint8)),
+    )
     progress = SimpleNamespace(add_task=lambda *_, **__: 0, update=lambda *_, **__: 0)
-    arguments = experiment, "teacher", RunFolder(tmp_path, {}, resume=False), progress
-    with pytest.raises(train_lm.Stopped, match="SIGINT"):
-        train_lm._written(*arguments, [signal.SIGINT])
+    folder = SimpleNamespace(folder=tmp_path)
+    arguments = experiment, "teacher", folder, progress
+    with pytest.raises(training.Stopped, match="SIGINT"):
+        training._written(*arguments, [signal.SIGINT])
     assert written == [("teacher", 0)]
     assert not list(tmp_path.glob("written*"))
-    made = train_lm._written(*arguments, stop)
+    made = training._written(*arguments, stop)
     np.testing.assert_array_equal(made[:, 0], np.repeat([0, 1, 2], [32, 32, 16]))
     assert [part for _, part in written[1:]] == [0, 1, 2]
-    np.testing.assert_array_equal(train_lm._written(*arguments, stop), made)
+    np.testing.assert_array_equal(training._written(*arguments, stop), made)
     assert len(written) == 4
     assert [path.name for path in tmp_path.glob("written*")] == ["written.npy"]
 
@@ -568,13 +591,14 @@ def test_text_that_is_cut_off_is_named(content, tmp_path):
     else:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read .*written.npy: .* Remove that"):
-        train_lm._read_written(path, (80, 65))
+        training._read_written(path, (80, 65), np.uint8)
 
 
 def test_the_program_says_that_it_distills(distilled, monkeypatch, capsys):
     out, _ = distilled
     flags = ["--tiny", "--steps", "10", "--strength", "300", "--arms", "ste", "ptq"]
-    flags += ["--out", str(out), "--resume", "--distill", "--kv-bits", "4"]
+    flags += ["--out", str(out), "--devices", "1", "--resume", "--distill"]
+    flags += ["--kv-bits", "4"]
     monkeypatch.setattr("sys.argv", ["train_lm.py", *flags])
     assert train_lm.main() == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,83 @@
+"""docs/pods.md runs on eight devices, and does what it says."""
+
+import pathlib
+import re
+
+import hlo
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import cage_jax as cage
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pods.md"
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What the page's program defines."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(block, "pods.md", "exec"), names)
+    return names
+
+
+def test_everything_lies_where_it_should(found, capsys):
+    assert jax.device_count() == 8
+    params, state = found["params"], found["state"]
+    adam = next(
+        s for s in jax.tree.leaves(state, is_leaf=has_moments) if has_moments(s)
+    )
+    for tree in (params, adam.mu, adam.nu):
+        assert tree["layers"]["up"].sharding == found["columns"]
+        assert tree["layers"]["down"].sharding == found["rows"]
+        shapes = {shard.data.shape for shard in tree["layers"]["up"].addressable_shards}
+        assert shapes == {(3, 128, 64)}
+    codes = found["codes"]["layers"]["up"]
+    assert codes.codes.sharding.spec == P(None, None, ("data", "model"))
+    assert int(optax.tree_utils.tree_get(state, "total_notfinite")) == 0
+
+
+def has_moments(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_it_trains_as_one_device(found, standard_promotion):
+    with jax.numpy_rank_promotion("allow"):
+        params, tx = found["first_params"](), found["tx"]
+        state = tx.init(params)
+        for number in range(3):
+            keys = jax.random.split(jax.random.key(number), 2)
+            x = jax.random.normal(keys[0], (64, 128))
+            y = jax.random.normal(keys[1], (64, 8))
+            params, state, value = jax.jit(found["train_step"])(params, state, x, y)
+    # Sums over devices are rounded in another order.
+    np.testing.assert_allclose(found["value"], value, rtol=1e-5)
+
+
+def test_cage_adds_only_the_scales_of_split_rows(found, standard_promotion):
+    counts = []
+    with jax.numpy_rank_promotion("allow"):
+        for adamw in (
+            lambda: optax.adamw(1e-3),
+            lambda: cage.cage_adamw(1e-3, found["rules"], 1.0),
+        ):
+            found["tx"] = optax.apply_if_finite(adamw(), 10)
+            state = jax.jit(found["tx"].init)(found["params"])
+            # Of its own each time: what is jitted is kept by the function.
+            step = jax.jit(lambda *arguments: found["train_step"](*arguments))
+            program = step.lower(found["params"], state, found["x"], found["y"])
+            counts.append(hlo.moved(program.compile().as_text()))
+    assert counts[0].counts
+    # The scales of `down`, whose rows are split over "model": a number a column.
+    added = counts[1].collectives - counts[0].collectives
+    assert set(added) <= {"all-reduce"}
+    assert sum(added.values()) <= 2 * 3 * 128 * 4
+
+
+def test_the_report_has_nothing_to_say(found, recwarn):
+    assert found["rules"].report(found["params"]).splits == ()
+    assert not recwarn.list

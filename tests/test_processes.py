@@ -1,0 +1,145 @@
+"""Several processes of one machine: the losses of one, and what happens if one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import launch
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import train_lm
+from checkpoints import newest
+from experiment import Settings
+from rich.console import Console
+
+EXAMPLES = Path(launch.__file__).parent
+FLAGS = ["--tiny", "--arms", "cage", "--steps", "20", "--strength", "300"]
+# To compile and run a tiny model on a busy machine.
+PATIENCE = 300
+
+
+def start(processes, *flags):
+    """The launcher of the documented command."""
+    command = [sys.executable, EXAMPLES / "launch.py", str(processes)]
+    return subprocess.Popen(
+        [*command, EXAMPLES / "train_lm.py", *FLAGS, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+
+
+def losses(out):
+    """Those of all steps, as the last checkpoint has them."""
+    path = out / "checkpoints/cage/20/default"
+    tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    restored = ocp.PyTreeCheckpointer().restore(path, restore_args=as_numpy)
+    return np.asarray(restored["losses"])
+
+
+def alone(out, **changes):
+    settings = Settings(
+        tiny=True, arms=("cage",), steps=20, strength=300.0, out=out, **changes
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        (result,) = train_lm.run(settings, Console(quiet=True)).values()
+    return np.asarray(result.history.losses)
+
+
+@pytest.mark.parametrize(
+    ("processes", "a_bits", "devices"),
+    [
+        # The same program on the same mesh.
+        (2, 4, 2),
+        # Sums over four devices are in another order in other collectives. Inputs of
+        # 4 bits change by a whole level where one of a hundred thousand lies at a
+        # threshold, so that only weights are quantized here.
+        (4, 16, 1),
+    ],
+)
+def test_processes_train_as_one(processes, a_bits, devices, tmp_path):
+    process = start(processes, "--out", tmp_path / "many", "--a-bits", a_bits)
+    expected = alone(tmp_path / "one", a_bits=a_bits, devices=devices)
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, printed
+    found = losses(tmp_path / "many")
+    assert found.shape == (20,) and found[-1] < 0.8 * found[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # One of them speaks.
+    assert printed.count("Table, plot and codes are in") == 1
+    assert printed.count(f"in {processes} process(es)") == 1
+    assert (tmp_path / "many/results.json").exists()
+    assert "give the same validation loss" in printed
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(process):
+    """The processes that the launcher started, by their number in the run."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PPid:\t{process.pid}\n" in (path / "status").read_text():
+                environment = (path / "environ").read_text().split("\0")
+                (number,) = (v for v in environment if v.startswith("JAX_PROCESS_ID="))
+                found[int(number.partition("=")[2])] = int(path.name)
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            pass  # it has just ended
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_one_stops_all_and_one_that_is_killed_ends_all(tmp_path):
+    flags = ("--out", tmp_path, "--steps", "100000", "--save-seconds", "1")
+    process = start(2, *flags)
+    wait_for(lambda: "step" in newest(tmp_path), process)
+    running = children(process)
+    assert sorted(running) == [0, 1]
+    os.kill(running[1], signal.SIGTERM)
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, printed
+    assert printed.count("stopped by SIGTERM; all steps so far are saved") == 1
+    stopped = newest(tmp_path)
+
+    process = start(2, *flags, "--resume")
+    wait_for(lambda: newest(tmp_path) != stopped, process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    killed = time.monotonic()
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - killed < 60
+    assert process.returncode == 128 + signal.SIGKILL
+    # Ours, or JAX's where that is faster.
+    says = ("another process of the run has ended", "another task died")
+    assert any(text in printed for text in says), printed
+    assert "process 0 ended with status 137" in printed
+
+    # Nothing is lost but what came after the newest checkpoint.
+    kept = int(newest(tmp_path).split()[5])
+    with subprocess.Popen(
+        [
+            sys.executable,
+            EXAMPLES / "train_lm.py",
+            *FLAGS,
+            *map(str, flags),
+            "--resume",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(lambda: int(newest(tmp_path).split()[5]) > kept, process)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, printed
