@@ -170,7 +170,8 @@ def report(
             measured = _mean(_measure(leaf, row.quantizer, grid))
         layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
     unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
-    return ModelReport(tuple(layers), (*unused, *_findings(layers, rules)))
+    findings = (*unused, *rows.splits, *_findings(layers, rules))
+    return ModelReport(tuple(layers), findings)
 
 
 def _to_nearest(rules):

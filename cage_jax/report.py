@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import NamedSharding
 
+from cage_jax.hadamard import devices_along
 from cage_jax.quantizers import Quantizer
 
 
@@ -21,6 +23,7 @@ class Row(NamedTuple):
       quantized_bits: of all codes, scales and zero points; None where left alone.
       reason: why it is left alone; None where it is quantized.
       inputs: the quantizer that its rule has for what it is multiplied with, or None.
+      split: why devices send each other weights to quantize it, or None.
     """
 
     path: str
@@ -30,6 +33,7 @@ class Row(NamedTuple):
     quantized_bits: int | None
     reason: str | None
     inputs: Quantizer | None = None
+    split: str | None = None
 
     @property
     def size(self) -> int:
@@ -82,6 +86,18 @@ class Report:
         size = sum(row.size for row in self.rows)
         return 8 * self.bytes_after / size if size else 0.0
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Why devices send each other weights, each once with the first path."""
+        paths: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.split is not None:
+                paths.setdefault(row.split, []).append(row.path)
+        return tuple(
+            f"`{first}`{f' and {len(more)} more' if more else ''}: {split}"
+            for split, (first, *more) in paths.items()
+        )
+
     def __str__(self) -> str:
         cells = [("path", "shape", "quantizer", "bits", "bytes", "becomes")]
         for row in self.rows:
@@ -91,7 +107,35 @@ class Report:
         cells.append(("total", str(size), "", *_figures(self)))
         lines = [table(cells, left=3)]
         lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.splits])
+
+
+def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | None:
+    """Why devices send each other weights to quantize an array, or None.
+
+    A scale that they find together is no reason: of that they send a number each.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return None
+    devices = devices_along(sharding, len(shape))
+    for axis, size in quantizer.groups(shape).items():
+        here, block = shape[axis] // devices[axis], quantizer.hadamard
+        if shape[axis] % devices[axis]:  # no array can be sharded so
+            continue
+        if block is not None and here % block:
+            name, value = "hadamard", block
+        elif here % size and size % here:
+            name, value = "group_size", size
+        else:
+            continue
+        fits = math.gcd(here, value)
+        remedy = f", or use {name}={fits}" if fits > 1 else ""
+        return (
+            f"`{name}` should divide what a device has of axis {axis - len(shape)}, or "
+            f"devices send each other weights at each step; got {name}={value}, {here} "
+            f"of {shape[axis]} on a device. Shard another axis{remedy}."
+        )
+    return None
 
 
 def table(cells: Sequence[Sequence[str]], left: int) -> str:

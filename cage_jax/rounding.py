@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.exact import divide, rounded
-from cage_jax.hadamard import transform
+from cage_jax.hadamard import across_shards, transform
 from cage_jax.operations import clamp, times
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid, compute_dtype
@@ -117,15 +117,17 @@ def _fit(transformed, quantizer, grid):
         # A learned scale that is not positive has no values; it must not pass unseen.
         grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
         return grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
-    blocks, axes = in_groups(times(transformed, basis_factor(quantizer)), quantizer)
-    fitted = quantizer.scale.fit(
-        blocks,
-        axes,
-        quantizer.format,
-        quantizer.scale_type,
-        _tensor_axes(quantizer, shape),
+    fitted = of_groups(
+        lambda blocks, axes: quantizer.scale.fit(
+            blocks,
+            axes,
+            quantizer.format,
+            quantizer.scale_type,
+            _tensor_axes(quantizer, shape),
+        ),
+        times(transformed, basis_factor(quantizer)),
+        quantizer,
     )
-    fitted = jax.tree.map(lambda g: out_of_groups(g, quantizer, shape), fitted)
     shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
     return fitted if grid is None else _kept(grid, fitted, shapes)
 
@@ -260,7 +262,23 @@ def _whole_step(quantizer, shape):
     return format.step if fits else None
 
 
-def in_groups(x, quantizer):
+def of_groups(function, x, quantizer):
+    """What `function(blocks, axes)` gives for each group, shaped as the scales."""
+    shape = x.shape
+
+    def whole(x):
+        found = function(*_in_groups(x, quantizer))
+        return jax.tree.map(lambda each: _out_of_groups(each, quantizer, shape), found)
+
+    return across_shards(whole, x, _split_axes(shape, quantizer))
+
+
+def any_of_group(x, quantizer):
+    """Whether anything in each group is true, with the shape of the scales."""
+    return of_groups(functools.partial(jnp.any, keepdims=True), x, quantizer)
+
+
+def _in_groups(x, quantizer):
     """`x` with each shared axis as (groups, group), and the axes of a group."""
     shape, split = x.shape, _split_axes(x.shape, quantizer)
     # One axis at a time, the last one first: sharded arrays are reshaped only so.
@@ -270,16 +288,10 @@ def in_groups(x, quantizer):
     return x, tuple(_place(axis, split) for axis in quantizer.groups(shape))
 
 
-def out_of_groups(per_group, quantizer, shape):
-    """What `in_groups` of `shape` was reduced to, with the shape of the scales."""
+def _out_of_groups(per_group, quantizer, shape):
+    """What `_in_groups` of `shape` was reduced to, with the shape of the scales."""
     split = _split_axes(shape, quantizer)
     return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
-
-
-def any_of_group(x, quantizer):
-    """Whether anything in each group is true, with the shape of the scales."""
-    blocks, axes = in_groups(x, quantizer)
-    return out_of_groups(jnp.any(blocks, axes, keepdims=True), quantizer, x.shape)
 
 
 def _spread(per_group, quantizer, shape):
@@ -296,7 +308,7 @@ def _spread(per_group, quantizer, shape):
 
 
 def _tensor_axes(quantizer, shape):
-    """The axes of a tensor, where `in_groups` puts them."""
+    """The axes of a tensor, where `_in_groups` puts them."""
     split = _split_axes(shape, quantizer)
     axes = []
     for axis in quantizer.tensor_axes(shape):
@@ -312,5 +324,5 @@ def _split_axes(shape, quantizer):
 
 
 def _place(axis, split):
-    """Where `in_groups` puts an axis, or its groups' elements where it is split."""
+    """Where `_in_groups` puts an axis, or its groups' elements where it is split."""
     return axis + sum(other <= axis for other in split)

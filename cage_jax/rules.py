@@ -11,7 +11,7 @@ import numpy as np
 
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.quantizers import Quantizer
-from cage_jax.report import Report, Row
+from cage_jax.report import Report, Row, split_text
 from cage_jax.scales import Grid, compute_dtype
 
 INPUT_GRIDS = (
@@ -209,10 +209,13 @@ class Rules:
     def report(self, params: Any) -> Report:
         """What becomes of each parameter: quantizer, bits, bytes, or why it is skipped.
 
-        Warns of a rule that matches nothing, with the nearest path if one is near.
+        Warns of a rule that matches nothing, with the nearest path if one is near, and
+        of shardings that cut a rotated block, or groups, such that devices send each
+        other weights at each step.
 
         Args:
-          params: a tree of arrays or of `jax.ShapeDtypeStruct`.
+          params: a tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings
+            where there are.
 
         Returns:
           A `Report`; print it, or read its `rows`.
@@ -247,23 +250,28 @@ class Rules:
         ]
         for pattern in unused:
             warnings.warn(unused_text(pattern, paths), stacklevel=2)
-        return Report(tuple(rows), tuple(unused))
+        report = Report(tuple(rows), tuple(unused))
+        for text in report.splits:
+            warnings.warn(text, stacklevel=2)
+        return report
 
     def _row(self, path, leaf) -> Row:
         quantizer = self._quantizer(path, leaf)
         shape = np.shape(leaf)
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        bits, reason = None, None
+        bits, reason, split = None, None, None
         if quantizer is not None:
             with path_in_errors(path):
                 bits = quantizer.storage_bits(shape, compute_dtype(dtype))
+            split = split_text(quantizer, shape, getattr(leaf, "sharding", None))
         elif 0 in shape or not shape:
             reason = "no elements" if shape else "a scalar"
         elif (index := self._index(path)) is None:
             reason = "no rule matches"
         else:
             reason = f"left alone by rule {index + 1} {self._rules[index].pattern!r}"
-        return Row(path, shape, dtype, quantizer, bits, reason, self.match_inputs(path))
+        inputs = self.match_inputs(path)
+        return Row(path, shape, dtype, quantizer, bits, reason, inputs, split)
 
     def _index(self, path: str) -> int | None:
         for index, pattern in enumerate(self._compiled):

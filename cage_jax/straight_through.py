@@ -13,9 +13,8 @@ from cage_jax.rounding import (
     basis_factor,
     fit_and_round,
     in_basis,
-    in_groups,
     is_inside,
-    out_of_groups,
+    of_groups,
     position_of,
     restore,
 )
@@ -98,9 +97,8 @@ def _learned_gradient(gradient, values, position, mask, quantizer, grid):
     share = (count * quantizer.format.high) ** -0.5
 
     def of_group(parts):
-        blocks, axes = in_groups(parts, quantizer)
-        total = jnp.sum(blocks, axis=axes, keepdims=True)
-        return out_of_groups(total, quantizer, shape) * share
+        total = functools.partial(jnp.sum, keepdims=True)
+        return of_groups(total, parts, quantizer) * share
 
     inside = mask.astype(gradient.dtype)
     found = jax.tree.map(jnp.zeros_like, grid)

@@ -359,8 +359,11 @@ def test_rates_and_dose():
 
 @pytest.fixture(scope="module")
 def undisturbed(experiment, tmp_path_factory):
-    folder = RunFolder(tmp_path_factory.mktemp("run"), {}, resume=False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        RunFolder(tmp_path_factory.mktemp("run"), {}, resume=False) as folder,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         return fashion_mnist.train(experiment, folder, CONSOLE)
 
 
@@ -400,8 +403,10 @@ def test_a_run_that_crashed_goes_on_bit_exactly(
             monkeypatch.setattr(fashion_mnist, "SAVE_SECONDS", -1)
         return original(*args)
 
-    folder = RunFolder(tmp_path, {}, resume=False)
-    with monkeypatch.context() as patch:
+    with (
+        monkeypatch.context() as patch,
+        RunFolder(tmp_path, {}, resume=False) as folder,
+    ):
         patch.setattr(experiment, "settings", settings(seeds=1))
         patch.setattr(fashion_mnist, "batch_at", batch_at)
         with pytest.raises(RuntimeError):
@@ -415,7 +420,8 @@ def test_a_run_that_crashed_goes_on_bit_exactly(
 
     monkeypatch.setattr(fashion_mnist, "batch_at", count)
     # And with a seed more.
-    resumed = fashion_mnist.train(experiment, folder, CONSOLE)
+    with RunFolder(tmp_path, {}, resume=True) as folder:
+        resumed = fashion_mnist.train(experiment, folder, CONSOLE)
     assert steps[:2] == [(0, 9), (0, 0)]  # the rest of cage, then ste0
     assert len(steps) == 1 + 10 + (10 + 8 + 2 + 2 + 10)
     chex.assert_trees_all_equal(resumed, undisturbed)

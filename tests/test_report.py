@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from cage_jax import Rules, int4, int8, quantize, quest
+from cage_jax import Rules, diagnostics, int4, int8, quantize, quest
 
 RULES = Rules(
     [
@@ -116,3 +118,73 @@ def test_leaves_that_are_no_arrays():
     assert [row.reason for row in rows] == ["a scalar", "a scalar", "a scalar", None]
     assert [row.shape for row in rows] == [(), (), (), (64, 32)]
     assert rows[0].bytes_before == rows[2].bytes_before == 4
+
+
+MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
+
+
+def sharded(shape, *axes):
+    sharding = NamedSharding(MESH, P(*axes))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+def test_what_shards_cut():
+    rules = Rules([("rotated.*", quest(4)), ("groups", int4(group_size=32))])
+    params = {
+        "rotated": [
+            sharded((256, 8), ("data", "model")),
+            sharded((256, 8), ("data", "model"), None),
+            sharded((3, 512, 8), None, "model", "data"),
+        ],
+        "groups": sharded((192, 8), "data"),
+    }
+    expected = (
+        "`groups`: `group_size` should divide what a device has of axis -2, or devices "
+        "send each other weights at each step; got group_size=32, 48 of 192 on a "
+        "device. Shard another axis, or use group_size=16.",
+        "`rotated/0` and 1 more: `hadamard` should divide what a device has of axis "
+        "-2, or devices send each other weights at each step; got hadamard=128, 32 of "
+        "256 on a device. Shard another axis, or use hadamard=32.",
+    )
+    with pytest.warns(UserWarning) as seen:
+        report = rules.report(params)
+    assert tuple(str(each.message) for each in seen) == report.splits == expected
+    assert all(each.filename == __file__ for each in seen)
+    assert tuple(str(report).splitlines()[-2:]) == expected
+    cut = {row.path for row in report.rows if row.split is not None}
+    assert cut == {"groups", "rotated/0", "rotated/1"}
+
+
+def test_a_share_without_a_common_divisor_has_no_other_size():
+    with pytest.warns(UserWarning, match="3 of 12 on a device. Shard another axis.$"):
+        Rules([("w", int4(group_size=2))]).report({"w": sharded((12, 2), "data")})
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "array"),
+    [
+        (int4(), sharded((192, 8), "data")),
+        (int4(axis=None), sharded((192, 8), "data", "model")),
+        (int4(group_size=96), sharded((192, 8), "data")),
+        (int4(group_size=24), sharded((192, 8), "data")),
+        (int4(group_size=32), sharded((192, 8), None, "data")),
+        (quest(4, hadamard=16), sharded((192, 8), "data")),
+        (int4(), sharded((250, 8), "data")),  # which no array can be
+        (quest(4, hadamard=2), sharded((250, 8), "data")),
+    ],
+)
+def test_shards_that_cut_nothing(quantizer, array):
+    assert Rules([("w", quantizer)]).report({"w": array}).splits == ()
+
+
+def test_the_report_of_a_model_has_it_among_its_findings(rng):
+    weight = jnp.asarray(rng.normal(size=(192, 8)), jnp.float32)
+    weight = jax.device_put(weight, NamedSharding(MESH, P("data")))
+    report = diagnostics.report(
+        lambda params, x: x @ params["w"],
+        Rules([("w", int4(group_size=32))]),
+        {"w": weight},
+        jnp.ones((2, 192)),
+    )
+    (found,) = [each for each in report.findings if "on a device" in each]
+    assert found.startswith("`w`: `group_size` should divide")
