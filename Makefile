@@ -38,7 +38,7 @@ demo: $(call stamp,demo)
 	@$(BIN)/python examples/demo.py
 
 test: $(call stamp,$(EXTRAS))
-	@echo "[test] running the tests; about ten minutes on two cores"
+	@echo "[test] running the tests; about half an hour on two cores"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: $(call stamp,test$(comma)lint)
