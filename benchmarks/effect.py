@@ -374,7 +374,9 @@ def lm(seeds: int, steps: int | None = None) -> dict[str, Any]:
     losses: list[dict[str, float]] = []
     for seed in range(seeds):
         out = Path("runs/effect_lm") / f"seed_{seed}_steps_{steps or 'all'}"
-        settings = train_lm.Settings(seed=seed, steps=steps, out=out, resume=True)
+        settings = train_lm.Settings(
+            seed=seed, steps=steps, devices=1, out=out, resume=True
+        )
         if steps is not None:  # a trial
             settings = dataclasses.replace(settings, size="tiny")
         results = train_lm.run(settings, console)

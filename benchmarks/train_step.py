@@ -65,7 +65,13 @@ def _stepper(experiment, segment, step: int) -> Callable[[], None]:
 def compile_seconds(size: str, kind: str, changes: dict[str, Any]) -> float:
     """How long tracing and compiling a step of a model takes; nothing is run."""
     asked = train_lm.Settings(
-        size=size, batch=2, microbatch=2, sequence=128, steps=100, **changes
+        size=size,
+        batch=2,
+        microbatch=2,
+        sequence=128,
+        steps=100,
+        devices=1,
+        **changes,
     )
     experiment = train_lm.Experiment(asked.resolved())
     segment = next(each for each in experiment.segments if each.name == kind)
@@ -94,7 +100,7 @@ def measure(
     for name, (kind, changes) in STEPS.items():
         # So many steps that the silence does not end while "silent" is timed.
         asked = train_lm.Settings(
-            size=size, steps=10 * (rounds + warmup) + 10, **changes
+            size=size, steps=10 * (rounds + warmup) + 10, devices=1, **changes
         )
         experiment = train_lm.Experiment(asked.resolved())
         segment = next(each for each in experiment.segments if each.name == kind)

@@ -140,7 +140,7 @@ def handler():
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("demo", "tyro"), ("digits", "sklearn"), ("train_lm", "orbax")],
+    [("demo", "tyro"), ("digits", "sklearn"), ("train_lm", "tyro")],
 )
 def test_a_missing_package_is_named(name, package, monkeypatch, handler):
     monkeypatch.setitem(sys.modules, package, None)

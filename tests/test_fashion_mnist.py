@@ -469,9 +469,10 @@ def test_a_loss_that_is_no_number_ends_the_run():
         update=lambda *_, **__: None, console=SimpleNamespace(is_terminal=True)
     )
     segment = fashion_mnist.Segment("full", 0, 10, False, 0.1, 0.0)
+    checkpoints = SimpleNamespace(latest_step=lambda: None)
     with pytest.raises(ValueError, match=r"the loss of full is nan at step 10\..*bits"):
         fashion_mnist._train_segment(
-            experiment, 0, segment, None, {}, None, progress, 0
+            experiment, 0, segment, {}, checkpoints, progress, 0
         )
 
 
