@@ -8,7 +8,6 @@ it is started again. Nothing is timed.
 import dataclasses
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -32,7 +31,9 @@ from experiment import Settings as Training
 
 STEPS = 100_000  # more than it comes to
 PROGRAM = train_lm.__file__
-FLAGS = ("--tiny", "--arms", "cage", "--steps", str(STEPS), "--devices", "1")
+STRENGTH = 0.001  # for the usual dose in so many steps
+FLAGS = ("--tiny", "--arms", "cage", "--devices", "1")
+FLAGS += ("--steps", str(STEPS), "--strength", str(STRENGTH))
 # A run gets so long to write its first checkpoint, and so long at most afterwards.
 PATIENCE, LONGEST = 300.0, 6.0
 
@@ -95,14 +96,20 @@ def _kill(out: Path, moment: float) -> dict[str, Any]:
 
 def _step(out: Path) -> int:
     """That of the newest checkpoint, or -1."""
-    found = re.search(r"step (\d+)", newest(out))
-    return int(found[1]) if found else -1
+    _, step = newest(out) or ("", -1)
+    return step
 
 
 def _reads(out: Path) -> bool:
     """Whether the newest checkpoint is whole, with the losses of all its steps."""
     asked = Training(
-        tiny=True, arms=("cage",), steps=STEPS, devices=1, out=out, resume=True
+        tiny=True,
+        arms=("cage",),
+        steps=STEPS,
+        strength=STRENGTH,
+        devices=1,
+        out=out,
+        resume=True,
     )
     experiment = Experiment(asked.resolved())
     segment = experiment.segments[0]

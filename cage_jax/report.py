@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import NamedSharding
 
-from cage_jax.hadamard import devices_along
 from cage_jax.quantizers import Quantizer
+from cage_jax.shards import devices_along
 
 
 class Row(NamedTuple):

@@ -17,10 +17,11 @@ import numpy as np
 from jax import lax
 
 from cage_jax.exact import divide, rounded
-from cage_jax.hadamard import across_shards, transform
+from cage_jax.hadamard import transform
 from cage_jax.operations import clamp, times
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid, compute_dtype
+from cage_jax.shards import across_shards
 
 _WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
 

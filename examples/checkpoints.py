@@ -106,9 +106,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        if error is not None and processes.lost(error):
-            return  # closing would wait for the process that is lost
-        with self._failing("close") if error is None else contextlib.nullcontext():
+        if error is None:
+            with self._failing("close"):
+                self._manager.close()
+        elif not processes.lost(error):  # for that process closing would wait
             self._manager.close()
 
     def latest_step(self) -> int | None:
@@ -180,17 +181,26 @@ class Checkpoints:
         return f"The checkpoint of step {step} is whole and kept."
 
 
-def newest(folder: Path) -> str:
-    """The newest whole checkpoint of a run, in words."""
+def newest(folder: Path) -> tuple[str, int] | None:
+    """The segment and the step of a run's newest whole checkpoint."""
     found = [
-        path / str(step)
+        (path / str(step), step)
         for path in folder.glob("checkpoints/*")
         if (step := _latest(path)) is not None
     ]
     if not found:
+        return None
+    path, step = max(found, key=lambda each: each[0].stat().st_mtime)
+    return path.parent.name, step
+
+
+def newest_in_words(folder: Path) -> str:
+    """`newest`, for a message."""
+    found = newest(folder)
+    if found is None:
         return "there is no checkpoint yet"
-    last = max(found, key=lambda path: path.stat().st_mtime)
-    return f"the newest checkpoint is step {last.name} of {last.parent.name}"
+    segment, step = found
+    return f"the newest checkpoint is step {step} of {segment}"
 
 
 def _latest(path):

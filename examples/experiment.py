@@ -49,7 +49,7 @@ def _nothing(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Trains a Llama-style byte-level language model at few bits, and compares arms."""
+    """Trains a Llama-style language model at few bits, and compares arms."""
 
     size: Literal[tuple(SIZES)] | None = None  # type: ignore[valid-type]
     """Model and hyperparameters, by default demo; 30m to 800m are the CAGE paper's."""
@@ -65,8 +65,8 @@ class Settings:
     """Text files to train on; by default the sources of Python's standard library."""
     dataset: str | None = None
     """A Hugging Face dataset to train on, by its name or its folder."""
-    limit: int = 10**9
-    """Bytes of --dataset to read at most."""
+    limit: int | None = None
+    """Bytes of --dataset to read at most; by default 1 GB."""
     vocabulary: int = 256
     """256 for bytes; more for a byte-level BPE of so many tokens, made of the text."""
     cache: Path = Path("runs/tokens")
@@ -76,7 +76,7 @@ class Settings:
     batch: int | None = None
     """Windows a step; by default the size's."""
     sequence: int | None = None
-    """Bytes a window; by default the size's."""
+    """Tokens a window; by default the size's."""
     microbatch: int | None = None
     """Windows at a time, gradients being summed; by default the size's."""
     learning_rate: float | None = None
@@ -229,7 +229,7 @@ class Experiment:
         self.tokens = load_tokens(
             text=settings.text,
             dataset=settings.dataset,
-            limit=settings.limit if settings.dataset else None,
+            limit=settings.limit,
             vocabulary=settings.vocabulary,
             cache=settings.cache,
             sequence=settings.sequence,
@@ -341,6 +341,7 @@ class Experiment:
         With a teacher its parameters are one more argument.
         """
         places = layout.shardings_of(self.abstract_state(segment))
+        learn = self.model.step(segment.optimizer)
 
         @partial(jax.jit, donate_argnums=0, out_shardings=places)
         def run(state: State, windows, step, teacher=None) -> State:
@@ -348,13 +349,10 @@ class Experiment:
             if segment.quantized and self.settings.stochastic:
                 key, drawn = jax.random.split(jax.random.wrap_key_data(key))
                 key = jax.random.key_data(key)
-            loss, gradients = self.model.gradient(
-                state.params, windows, segment.quantized, teacher, drawn
+            before = state.params, state.optimizer
+            (params, optimizer), loss = learn(
+                before, windows, segment.quantized, teacher, drawn
             )
-            updates, optimizer = segment.optimizer.update(
-                gradients, state.optimizer, state.params
-            )
-            params = optax.apply_updates(state.params, updates)
             average = state.average
             if segment.averages:
                 weight = 1 / (step - segment.start + 1).astype(jnp.float32)

@@ -27,10 +27,11 @@ with program.imports(__name__):
     import numpy as np
     import optax
     import tyro
+    from batches import Batches
     from checkpoints import Failed, RunFolder
     from digits import ARMS, Arm, Scores, estimate
     from flax import linen, nnx
-    from images import CLASSES, SIDE, Images, batch_at, load_images, random_images
+    from images import CLASSES, SIDE, Images, load_images, random_images
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -407,6 +408,11 @@ class Experiment:
             jnp.full([self.evaluations + 1], jnp.nan),
         )
 
+    def batches(self, seed: int) -> Batches:
+        """Those to train on, the same for all arms."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return Batches(self.train, batch=BATCH, seed=seed, sharding=here)
+
     def step(self, segment: Segment, state: State, images: Images, step: int) -> State:
         """One step of training. All segments but the first are one program."""
         floor, peak = np.float32(segment.floor), np.float32(segment.peak)
@@ -442,11 +448,9 @@ class Experiment:
         They come in batches as large as those of training, since a batch may share a
         scale.
         """
-        whole = min(most, len(images.labels)) // BATCH * BATCH
+        whole = min(most, len(images)) // BATCH * BATCH
         each = [
-            self._batch_scores(
-                params, jax.tree.map(lambda x, i=i: x[i : i + BATCH], images), quantized
-            )
+            self._batch_scores(params, images[i : i + BATCH], quantized)
             for i in range(0, whole, BATCH)
         ]
         return np.mean(np.asarray(each, np.float64), 0)
@@ -503,7 +507,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     values = dataclasses.asdict(experiment.settings)
     for name in ("out", "resume", "data", "seeds"):
         del values[name]
-    arrays = (*experiment.train, *experiment.test)
+    arrays = jax.tree.leaves((experiment.train, experiment.test))
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays))
     return values | {"data": digest.hexdigest()[:16]}
 
@@ -578,10 +582,9 @@ def _train_segment(
     description = f"seed {seed}, {segment.name}"
     progress.update(task, description=description, status="compiling")
     saved = shown = logged = time.monotonic()
-    counted = step
+    counted, batches = step, experiment.batches(seed).start(step)
     while step < segment.stop:
-        images = batch_at(experiment.train, seed, step, BATCH)
-        state = experiment.step(segment, state, images, step)
+        state = experiment.step(segment, state, next(batches), step)
         step += 1
         number = step * experiment.evaluations // steps
         if number != (step - 1) * experiment.evaluations // steps:
@@ -715,7 +718,7 @@ def announce(experiment: Experiment, console: Console) -> None:
     minutes = {"resnet": 0.06, "vit": 0.12}[settings.model] * steps / 60
     duration = "" if settings.tiny else f", about {minutes:.0f} minutes on two cores"
     console.print(
-        f"{len(experiment.train.labels):,} images to train on, "
+        f"{len(experiment.train):,} images to train on, "
         f"{_seeds(settings.seeds)}, "
         f"{steps} steps of {BATCH} images in all{duration}.\n"
         f"CAGE's dose, the sum of learning rate times strength, is {dose:.2f} (the "

@@ -1,11 +1,12 @@
 """Images to train on: Fashion-MNIST, other data in its format, or random ones."""
 
+import dataclasses
 import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
+import jax
 import numpy as np
 
 # Where the Debian package dataset-fashion-mnist has its files.
@@ -15,11 +16,19 @@ CLASSES = 10
 _UNSIGNED_BYTES = 8  # the type in an IDX file's third byte
 
 
-class Images(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Images:
     """Images (n, 28, 28) and their labels (n,), both uint8."""
 
     pixels: np.ndarray
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "Images":
+        return Images(self.pixels[chosen], self.labels[chosen])
 
 
 def load_images(folder: Path | None, least: int) -> tuple[Images, Images]:
@@ -50,17 +59,6 @@ def random_images(train: int, test: int) -> tuple[Images, Images]:
         return Images(((classes[labels] + noise) // 2).astype(np.uint8), labels)
 
     return part(train), part(test)
-
-
-def batch_at(images: Images, seed: int, step: int, batch: int) -> Images:
-    """The images of a step: a function of the seed and the step alone.
-
-    So a run that is resumed sees what it would have seen, and arms with one seed see
-    the same.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    chosen = generator.integers(0, len(images.labels), batch)
-    return Images(images.pixels[chosen], images.labels[chosen])
 
 
 def _part(folder, name, least):

@@ -133,11 +133,14 @@ class LanguageModel:
         return jax.tree.map(lambda x: x / len(parts), total)
 
     def step(self, optimizer: optax.GradientTransformation) -> Callable:
-        """`((params, optimizer's state), windows) -> (the same, loss)`, quantized."""
+        """`((params, optimizer's state), windows) -> (the same, loss)`, to be jitted.
 
-        def step(state, windows):
+        What else it takes is as for `gradient`.
+        """
+
+        def step(state, windows, quantized=True, teacher=None, key=None):
             params, before = state
-            loss, gradients = self.gradient(params, windows, quantized=True)
+            loss, gradients = self.gradient(params, windows, quantized, teacher, key)
             updates, after = optimizer.update(gradients, before, params)
             return (optax.apply_updates(params, updates), after), loss
 

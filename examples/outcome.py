@@ -10,6 +10,7 @@ import jax
 import layout
 import numpy as np
 import orbax.checkpoint as ocp
+from checkpoints import write_whole
 from experiment import ARMS, EVALUATIONS, Experiment, Settings, State, identity
 from rich.table import Table
 
@@ -147,7 +148,7 @@ def write_json(experiment, rows, codes, path: Path) -> None:
         "results": rows,
         "codes": codes,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None:

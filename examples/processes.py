@@ -88,7 +88,7 @@ def by_first(act: Callable[[], None]) -> None:
         try:
             act()
         except (ValueError, OSError) as error:
-            message = str(error).encode()[:_LONGEST_MESSAGE]
+            message = (str(error) or repr(error)).encode()[:_LONGEST_MESSAGE]
     letters = np.zeros(_LONGEST_MESSAGE, np.uint8)
     letters[: len(message)] = np.frombuffer(message, np.uint8)
     letters = np.asarray(multihost_utils.broadcast_one_to_all(letters))

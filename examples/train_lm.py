@@ -10,7 +10,7 @@ with program.imports(__name__):
     import jax
     import processes
     import tyro
-    from checkpoints import Failed, RunFolder, newest
+    from checkpoints import Failed, RunFolder, newest_in_words
     from experiment import ARMS, Experiment, Settings, identity
     from outcome import (
         Result,
@@ -74,8 +74,8 @@ def _failed(error, settings):
         console.print(
             f"[red]error[/]: {who}another process of the run has ended or cannot be "
             f"reached, so this one ends too ({escape(str(error).splitlines()[0])}). In "
-            f"{escape(str(settings.out))} {newest(settings.out)}. Start all processes "
-            f"again with --resume."
+            f"{escape(str(settings.out))} {newest_in_words(settings.out)}. Start all "
+            f"processes again with --resume."
         )
         program.leave(1)
     if not isinstance(error, (ValueError, Failed)):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import program
-from checkpoints import Failed, RunFolder, newest, write_whole
+from checkpoints import Failed, RunFolder, newest_in_words, write_whole
 from experiment import EVALUATIONS, Experiment, State
 from rich.console import Console
 from rich.progress import (
@@ -211,9 +211,9 @@ def _diverged(segment, step, made, folder):
     return Failed(
         f"the last {made.skipped_in_a_row} steps of {segment.name} had a loss or "
         f"gradient that is not finite and changed nothing; stopped at step {step}. In "
-        f"{folder.folder} {newest(folder.folder)}. Go on from there with --resume and "
-        f"another --max-skipped where it was the text, or start again in another --out "
-        f"with a lower --learning-rate or more bits."
+        f"{folder.folder} {newest_in_words(folder.folder)}. Go on from there with "
+        f"--resume and another --max-skipped where it was the text, or start again in "
+        f"another --out with a lower --learning-rate or more bits."
     )
 
 

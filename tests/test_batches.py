@@ -13,8 +13,13 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 
 def batches(devices=1, model=1, **changes):
     mesh = layout.mesh_of(jax.devices()[:devices], model)
-    arguments = {"batch": 8, "seed": 3, "sharding": layout.batch_sharding(mesh)}
-    return Batches(Windows(TOKENS, 10), **(arguments | changes))
+    arguments = {
+        "source": Windows(TOKENS, 10),
+        "batch": 8,
+        "seed": 3,
+        "sharding": layout.batch_sharding(mesh),
+    }
+    return Batches(**(arguments | changes))
 
 
 def test_windows_predict_every_token_once():
@@ -68,6 +73,23 @@ def test_any_mesh_reads_the_same(devices, model):
         assert rows == {(8 * model // devices, 11)}
 
 
+def test_examples_may_be_trees():
+    class Pairs:
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, numbers):
+            return {"x": np.stack([numbers, -numbers], 1), "y": numbers.astype(np.int8)}
+
+    made = batches(8, source=Pairs())
+    for batch in (made[2], next(made.start(2))):
+        assert batch["x"].shape == (8, 2) and batch["y"].dtype == np.int8
+        np.testing.assert_array_equal(
+            batch["x"], np.stack([batch["y"], -batch["y"]], 1)
+        )
+        assert all(array.sharding == made._sharding for array in batch.values())
+
+
 class Process:
     """A sharding as one process of a pod sees it: some devices are not its own."""
 
@@ -90,13 +112,12 @@ def test_a_process_reads_only_its_own_windows(own):
     read = []
 
     class Counting(Windows):
-        def __getitem__(self, index):
-            read.append(index)
-            return super().__getitem__(index)
+        def __getitem__(self, numbers):
+            read.extend(numbers)
+            return super().__getitem__(numbers)
 
     process = Process(sharding, [devices[i] for i in own])
     made = Batches(Counting(TOKENS, 10), batch=8, seed=3, sharding=process)
-    read.clear()
     parts = made._steps[5]
     assert len(read) == 4  # of 8
     whole = np.asarray(batches()[5])

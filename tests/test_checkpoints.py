@@ -16,7 +16,7 @@ import lm
 import numpy as np
 import optax
 import pytest
-from checkpoints import Failed, RunFolder, newest
+from checkpoints import Failed, RunFolder, newest, newest_in_words
 from llama import SIZES
 
 import cage_jax as cage
@@ -63,9 +63,11 @@ def test_the_newest_is_kept_alone(folder, tmp_path):
     states = [{"x": jnp.full(9, float(i))} for i in range(4)]
     save(folder, *states)
     assert folder.latest_step("trunk") == 3 and folder.latest_step("ste") is None
-    assert newest(tmp_path) == "the newest checkpoint is step 3 of trunk"
+    assert newest(tmp_path) == ("trunk", 3)
+    assert newest_in_words(tmp_path) == "the newest checkpoint is step 3 of trunk"
     chex.assert_trees_all_equal(restore(folder, states[3], 3), states[3])
-    assert newest(tmp_path / "nothing") == "there is no checkpoint yet"
+    assert newest(tmp_path / "nothing") is None
+    assert newest_in_words(tmp_path / "nothing") == "there is no checkpoint yet"
     (kept,) = (tmp_path / "checkpoints/trunk").iterdir()
     assert kept.name == "3"
 

@@ -1,6 +1,7 @@
 """The example on Fashion-MNIST: its files, models, arms and errors."""
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -70,7 +71,7 @@ def write(folder, train, test, pack=gzip.compress):
     folder.mkdir(exist_ok=True)
     end = "" if pack is bytes else ".gz"
     for name, part in (("train", train), ("t10k", test)):
-        for kind, array in zip(("images-idx3", "labels-idx1"), part):
+        for kind, array in zip(("images-idx3", "labels-idx1"), jax.tree.leaves(part)):
             (folder / f"{name}-{kind}-ubyte{end}").write_bytes(pack(idx(array)))
 
 
@@ -87,7 +88,7 @@ def test_without_a_folder_the_files_are_debians(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
         images.load_images(None, 5)
     write(tmp_path / "debian", random_part(7), random_part(5))
-    assert len(images.load_images(None, 5)[0].labels) == 7
+    assert len(images.load_images(None, 5)[0]) == 7
 
 
 def spoiled(name, change):
@@ -133,18 +134,20 @@ def test_spoiled_files_are_named(name, packed, change, text, tmp_path):
         images.load_images(tmp_path, 5)
 
 
-def test_a_batch_has_images_with_their_own_labels():
-    part = random_part(200)
-    part.pixels[:, 0, 0] = np.arange(200)
-    batch = images.batch_at(part, 1, 5, 64)
-    assert batch.pixels.shape == (64, 28, 28)
-    chosen = batch.pixels[:, 0, 0]
-    np.testing.assert_array_equal(batch.pixels, part.pixels[chosen])
-    np.testing.assert_array_equal(batch.labels, part.labels[chosen])
-    chex.assert_trees_all_equal(batch, images.batch_at(part, 1, 5, 64))
-    for other in ((1, 6), (2, 5)):
-        again = images.batch_at(part, *other, 64)
-        assert not np.array_equal(batch.pixels, again.pixels)
+def test_an_epoch_has_every_image_once_with_its_own_label(experiment):
+    train = experiment.train
+    one, other = (
+        [jax.tree.map(np.asarray, experiment.batches(seed)[i]) for i in range(5)]
+        for seed in (0, 1)
+    )
+    assert {batch.pixels.shape for batch in one} == {(100, 28, 28)}
+    pairs = [set() for _ in range(3)]
+    for found, batches in zip(pairs, ([train], one, other)):
+        for batch in batches:
+            found |= {(p.tobytes(), int(c)) for p, c in zip(batch.pixels, batch.labels)}
+    assert len(pairs[0]) == len(train) == 500
+    assert pairs[0] == pairs[1] == pairs[2]
+    assert not np.array_equal(one[0].pixels, other[0].pixels)
 
 
 def test_random_images_show_their_class():
@@ -393,36 +396,36 @@ def test_a_run_that_crashed_goes_on_bit_exactly(
     experiment, undisturbed, tmp_path, monkeypatch
 ):
     """In the third step in which CAGE pulls, after the second one was saved."""
-    original, reads = fashion_mnist.batch_at, []
+    original, steps = experiment.step, []
 
-    def batch_at(*args):
-        reads.append(args[1:3])
-        if len(reads) == 10 + 8 + 2 + 2:
+    def failing(segment, state, batch, step):
+        steps.append(step)
+        if len(steps) == 10 + 8 + 2 + 2:
             raise RuntimeError("the machine fails")
-        if len(reads) == 10 + 8 + 2 + 1:
+        if len(steps) == 10 + 8 + 2 + 1:
             monkeypatch.setattr(fashion_mnist, "SAVE_SECONDS", -1)
-        return original(*args)
+        return original(segment, state, batch, step)
 
     with (
         monkeypatch.context() as patch,
         RunFolder(tmp_path, {}, resume=False) as folder,
     ):
         patch.setattr(experiment, "settings", settings(seeds=1))
-        patch.setattr(fashion_mnist, "batch_at", batch_at)
+        patch.setattr(experiment, "step", failing)
         with pytest.raises(RuntimeError):
             fashion_mnist.train(experiment, folder, CONSOLE)
     monkeypatch.undo()
-    steps = []
+    steps.clear()
 
-    def count(*args):
-        steps.append(args[1:3])
-        return original(*args)
+    def counting(segment, state, batch, step):
+        steps.append((segment.name, step))
+        return original(segment, state, batch, step)
 
-    monkeypatch.setattr(fashion_mnist, "batch_at", count)
+    monkeypatch.setattr(experiment, "step", counting)
     # And with a seed more.
     with RunFolder(tmp_path, {}, resume=True) as folder:
         resumed = fashion_mnist.train(experiment, folder, CONSOLE)
-    assert steps[:2] == [(0, 9), (0, 0)]  # the rest of cage, then ste0
+    assert steps[:2] == [("cage", 9), ("ste0", 0)]
     assert len(steps) == 1 + 10 + (10 + 8 + 2 + 2 + 10)
     chex.assert_trees_all_equal(resumed, undisturbed)
 
@@ -442,8 +445,7 @@ def test_full_precision_is_adamw_and_the_average_that_of_the_last_fifth(experime
         updates, ours = tx.update(gradients, ours, params)
         return optax.apply_updates(params, updates), ours
 
-    for number in range(10):
-        batch = images.batch_at(experiment.train, 0, number, 100)
+    for number, batch in zip(range(10), experiment.batches(0).start(0)):
         state = experiment.step(segment, state, batch, number)
         params, ours = step(params, ours, batch)
         theirs.append(jax.tree.map(np.asarray, params))
@@ -460,7 +462,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
     experiment = SimpleNamespace(
         settings=settings(),
         evaluations=10,
-        train=random_part(5),
+        batches=lambda seed: SimpleNamespace(start=itertools.repeat),
         first_state=lambda seed: bad,
         evaluated=lambda state, *_: state,
         step=lambda segment, state, *_: state,

@@ -52,8 +52,8 @@ CONTRACT = [
 
 # Each module may import those of the lines above its own.
 LAYERS = [
-    ["operations", "schedules", "hadamard", "paths", "products"],
-    ["exact"],
+    ["operations", "schedules", "shards", "paths", "products"],
+    ["exact", "hadamard"],
     ["formats"],
     ["scale_types"],
     ["scales"],

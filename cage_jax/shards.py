@@ -1,0 +1,38 @@
+"""Arrays split over devices: what splits their axes once more."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def across_shards(function: Callable, x: jax.Array, sizes: Mapping[int, int]) -> Any:
+    """`function(x)`, which splits the axes in `sizes` into pieces of these sizes.
+
+    Explicit shards that cut a piece are no sharding of what is split: then the axes of
+    the mesh are automatic inside of `function`. What it returns is sharded as `x`,
+    along the axes that the devices still divide.
+    """
+    sharding = jax.typeof(x).sharding
+    devices = devices_along(sharding, x.ndim)
+    if not any(x.shape[axis] // size % devices[axis] for axis, size in sizes.items()):
+        return function(x)
+
+    def spec(out):
+        each = zip(sharding.spec, out.shape, devices)
+        return P(*(None if length % count else name for name, length, count in each))
+
+    like = jax.eval_shape(function, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    out = jax.tree.map(spec, like)
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return jax.sharding.auto_axes(function, out_sharding=out)(x)
+
+
+def devices_along(sharding: NamedSharding, ndim: int) -> list[int]:
+    """Over how many devices each axis is split."""
+    names = [(n,) if isinstance(n, str) else n or () for n in sharding.spec]
+    counts = [math.prod(sharding.mesh.shape[n] for n in each) for each in names]
+    return counts + [1] * (ndim - len(counts))
