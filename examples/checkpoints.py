@@ -37,7 +37,8 @@ class RunFolder:
         self._given, self.folder = folder, folder.resolve()
         self._lock: Any = None
         path = self.folder / "settings.json"
-        self.resumed = path.exists()
+        # Of a run without a checkpoint nothing is lost.
+        self.resumed = path.exists() and newest(self.folder) is not None
 
         def claim():
             if self.resumed and not resume:
@@ -47,7 +48,13 @@ class RunFolder:
                 )
             if self.resumed:
                 _compare(folder, _settings(path), json.loads(json.dumps(settings)))
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"`--out` must be a folder that can be written; got "
+                    f"{str(folder)!r} ({error.strerror}). Name another."
+                ) from error
             self._take()
             if not self.resumed:
                 write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())

@@ -574,6 +574,10 @@ def _train_segment(
     if step is not None:
         shapes = jax.eval_shape(lambda: experiment.first_state(seed))
         state = checkpoints.restore(step, shapes)
+        if step < segment.stop:
+            progress.console.print(
+                f"seed {seed}, {segment.name} goes on from step {step}."
+            )
     elif segment.parent is not None:
         step, state = segment.start, jax.tree.map(jnp.copy, ends[segment.parent])
     else:

@@ -83,6 +83,7 @@ def summary(experiment: Experiment, results: dict[str, Result]) -> list[dict[str
                 "share_recovered": recovered,
                 "dose": experiment.dose() if arm == "cage" else 0.0,
                 "size_mb": size / 1e6,
+                "steps_skipped": int(results[arm].history.optimizer.total_notfinite),
             }
         )
     return rows
@@ -138,8 +139,29 @@ def verdict(results: dict[str, Result]) -> str:
     return text
 
 
+def skipped(rows: list[dict[str, Any]], steps: int) -> str:
+    """In a sentence, which arms skipped steps; nothing where none did."""
+    parts = [
+        f"{row['steps_skipped']} of {steps} for {ARMS[row['arm']]}"
+        for row in rows
+        if row["steps_skipped"]
+    ]
+    if not parts:
+        return ""
+    return (
+        f"Steps that were skipped, since a loss or gradient was not finite: "
+        f"{', '.join(parts)}. Such a loss says little of an arm."
+    )
+
+
 def write_json(experiment, rows, codes, path: Path) -> None:
-    """What was measured, with what."""
+    """What was measured, with what; arms of this run that are there already stay."""
+    if path.exists():
+        now = {row["arm"] for row in rows}
+        before = json.loads(path.read_text())
+        rows = [*rows, *(row for row in before["results"] if row["arm"] not in now)]
+        rows.sort(key=lambda row: list(ARMS).index(row["arm"]))
+        codes = codes or before["codes"]
     record = {
         "settings": identity(experiment),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},

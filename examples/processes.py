@@ -45,7 +45,15 @@ def join(cluster: bool = False) -> None:
             coordinator_address=address, num_processes=int(count), process_id=int(own)
         )
     elif cluster:
-        _initialize()
+        try:
+            _initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"`--cluster` must be given where Cloud TPU, Slurm, Open MPI or "
+                f"Kubernetes started the processes; JAX finds none of them ({error}) "
+                f"Leave it out; several processes of one machine are started by "
+                f"examples/launch.py."
+            ) from error
 
 
 def _initialize(**known):

@@ -101,7 +101,13 @@ def load_tokens(
     entry = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     tokens = _read(entry, vocabulary)
     if tokens is None:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"`--cache` must be a folder that can be written; got {str(cache)!r} "
+                f"({error.strerror}). Name another."
+            ) from error
         with _alone(entry.with_suffix(".lock"), say):
             tokens = _read(entry, vocabulary) or _make(entry, source, vocabulary, say)
     least = sequence + 2
@@ -226,6 +232,11 @@ def _texts(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
 
 
 def _unreadable(name, error):
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        return ValueError(
+            f"`--dataset` must name a folder that is there, or a dataset on the "
+            f"Hugging Face hub; got {name!r}. Check the path."
+        )
     cause = " ".join(f"{type(error).__name__}: {error}".split())
     return ValueError(
         f"`--dataset` must name a dataset on the Hugging Face hub, or a folder that "

@@ -17,6 +17,7 @@ with program.imports(__name__):
         check_codes,
         plot,
         results_of,
+        skipped,
         summary,
         table_of,
         verdict,
@@ -91,6 +92,8 @@ def conclude(
     settings = experiment.settings
     rows = summary(experiment, results)
     console.print(table_of(rows, settings))
+    if warning := skipped(rows, settings.steps):
+        console.print(f"[yellow]{warning}[/]")
     codes = None
     if arm := next(
         (arm for arm in ("cage", "ste", "averaged") if arm in results), None

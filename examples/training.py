@@ -99,6 +99,8 @@ def _train_segment(
     step = checkpoints.latest_step()
     if step is not None:
         state = checkpoints.restore(step, experiment.abstract_state(segment))
+        if step < segment.stop:
+            progress.console.print(f"{segment.name} goes on from step {step}.")
     elif segment.parent is not None:
         step = segment.start
         state = experiment.branch(segment, ends[segment.parent.name])
@@ -211,9 +213,9 @@ def _diverged(segment, step, made, folder):
     return Failed(
         f"the last {made.skipped_in_a_row} steps of {segment.name} had a loss or "
         f"gradient that is not finite and changed nothing; stopped at step {step}. In "
-        f"{folder.folder} {newest_in_words(folder.folder)}. Go on from there with "
-        f"--resume and another --max-skipped where it was the text, or start again in "
-        f"another --out with a lower --learning-rate or more bits."
+        f"{folder.folder} {newest_in_words(folder.folder)}. Where it was the text, go "
+        f"on with --resume and a higher --max-skipped; else start again in another "
+        f"--out with a lower --learning-rate or more bits."
     )
 
 

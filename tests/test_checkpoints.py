@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -191,8 +192,8 @@ def test_a_checkpoint_of_another_optimizer_is_refused(folder, standard_promotion
 
 def test_other_settings_are_refused(tmp_path):
     rules = str(cage.Rules([(".*kernel", cage.int4())]))
-    with RunFolder(tmp_path, {"rules": rules, "seed": 0}, resume=False):
-        pass
+    with RunFolder(tmp_path, {"rules": rules, "seed": 0}, resume=False) as folder:
+        save(folder, {"x": jnp.ones(3)})
     before = contents(tmp_path)
     other = str(cage.Rules([(".*kernel", cage.int3())]))
     with pytest.raises(
@@ -206,7 +207,23 @@ def test_other_settings_are_refused(tmp_path):
         assert folder.resumed
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path):
+    with RunFolder(tmp_path, {"seed": 0}, resume=False):
+        pass
+    for resume in (False, True):
+        with RunFolder(tmp_path, {"seed": 1}, resume=resume) as folder:
+            assert not folder.resumed
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(ValueError, match=r"`--out` must be a folder .* '/proc/none'"):
+        RunFolder(Path("/proc/none"), {}, resume=False)
+
+
 def test_settings_that_are_cut_off_are_named(tmp_path):
+    with RunFolder(tmp_path, {}, resume=False) as folder:
+        save(folder, {"x": jnp.ones(3)})
     (tmp_path / "settings.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match=r"settings\.json is no JSON"):
         RunFolder(tmp_path, {}, resume=True)
@@ -237,6 +254,8 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     finally:
         other.communicate()
     # It ended, however it ended.
+    with RunFolder(tmp_path, {}, resume=True) as folder:
+        save(folder, {"x": jnp.ones(3)})
     with RunFolder(tmp_path, {}, resume=True) as folder:
         assert folder.resumed
 

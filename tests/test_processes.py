@@ -11,6 +11,7 @@ import jax
 import launch
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 import train_lm
 from checkpoints import newest
@@ -99,6 +100,16 @@ def children(process):
         except (FileNotFoundError, ProcessLookupError, ValueError):
             pass  # it has just ended
     return found
+
+
+def test_without_a_cluster_the_flag_is_named(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(ValueError, match=r"`--cluster` must be given where .*launch"):
+        processes.join(cluster=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")

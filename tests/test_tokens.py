@@ -475,6 +475,13 @@ def test_options_that_cannot_be(options, message, cache, prose):
         load(cache, prose, **options)
 
 
+def test_folders_that_cannot_be(prose, tmp_path, datasets):
+    with pytest.raises(ValueError, match=r"`--cache` must be a folder .* '/proc/none'"):
+        load(Path("/proc/none"), prose)
+    with pytest.raises(ValueError, match=r"folder that is there, .* got '\./nothing'"):
+        load(tmp_path, dataset="./nothing")
+
+
 def test_limit_is_positive(cache):
     with pytest.raises(ValueError, match=r"`--limit` must be a positive .* got 0"):
         load(cache, dataset="a/b", limit=0)

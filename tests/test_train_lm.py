@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcome
 import pytest
 import train_lm
 import training
@@ -259,7 +260,7 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert train_lm.main() == 2
     assert "w_bits was 4, is 2" in capsys.readouterr().out
     rows = json.loads((out / "results.json").read_text())["results"]
-    assert [row["arm"] for row in rows] == ["full"]
+    assert [row["arm"] for row in rows] == list(ARMS)
 
 
 def test_resuming_nothing_is_said(tmp_path, monkeypatch, capsys):
@@ -314,7 +315,8 @@ def test_any_process_may_be_asked_to_stop(monkeypatch):
 )
 def test_a_share_is_given_where_there_is_a_gap(ste, recovered, says, tmp_path):
     losses = {"full": 1.1, "ste": ste, "cage": 1.4}
-    results = {arm: Result(loss, None, None, None) for arm, loss in losses.items()}
+    end = SimpleNamespace(optimizer=SimpleNamespace(total_notfinite=0))
+    results = {arm: Result(loss, None, None, end) for arm, loss in losses.items()}
     experiment = Experiment(settings(tmp_path).resolved())
     rows = {row["arm"]: row for row in summary(experiment, results)}
     share = rows["cage"]["share_recovered"]
@@ -323,6 +325,29 @@ def test_a_share_is_given_where_there_is_a_gap(ste, recovered, says, tmp_path):
     said = verdict(results)
     assert f"{says} straight through (STE)" in said
     assert ("no gap to close" in said) == (recovered is None)
+
+
+def test_arms_of_before_and_skipped_steps_are_told(tmp_path):
+    path, asked = tmp_path / "results.json", settings(tmp_path).resolved()
+    experiment = Experiment(asked)
+
+    def write(**arms):
+        results = {
+            arm: Result(loss, None, None, SimpleNamespace(optimizer=SimpleNamespace(
+                total_notfinite=skipped)))
+            for arm, (loss, skipped) in arms.items()
+        }  # fmt: skip
+        rows = summary(experiment, results)
+        outcome.write_json(experiment, rows, None, path)
+        return outcome.skipped(rows, asked.steps)
+
+    assert write(ste=(2.0, 0), cage=(1.5, 0)) == ""
+    assert "18 of 20 for full precision." in write(full=(1.0, 18), ste=(2.5, 0))
+    kept = {row["arm"]: row for row in json.loads(path.read_text())["results"]}
+    assert {arm: row["validation_loss"] for arm, row in kept.items()} == {
+        "full": 1.0, "ste": 2.5, "cage": 1.5
+    }  # fmt: skip
+    assert kept["full"]["steps_skipped"] == 18
 
 
 def test_gradients_of_microbatches_add_up():
