@@ -39,7 +39,7 @@ demo: $(call stamp,demo)
 
 test: $(call stamp,$(EXTRAS))
 	@echo "[test] running the tests; about half an hour on two cores"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=95
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: $(call stamp,test$(comma)lint)
 	@$(BIN)/ruff format --check .

@@ -39,3 +39,29 @@ def x64():
     """Float64 arrays in this test."""
     with jax.enable_x64(True):
         yield
+
+
+# Minutes each: begun last, one of them would keep one worker while the other waits.
+SLOW = (
+    "test_train_lm.py",
+    "test_processes.py",
+    "test_benchmarks.py",
+    "test_models.py",
+    "test_checkpoints.py",
+    "test_fashion_mnist.py",
+    "test_sharding.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Has the slow files first."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
+def pytest_addoption(parser):
+    """Options of these tests alone."""
+    parser.addoption(
+        "--all-chips",
+        action="store_true",
+        help="compile kernels for TPU v4 and v5p too, not for v5e and v6e alone",
+    )
