@@ -71,7 +71,7 @@ def _of_last_axis(x):
     rows = x.reshape(*x.shape[:-1], far, near)
     rows = _times_matrix(rows, rows.ndim - 1)
     axis = rows.ndim - 2
-    signs = _hadamard_matrix(far).astype(x.dtype).reshape(far, *[1] * axis, far, 1)
+    signs = hadamard_matrix(far).astype(x.dtype).reshape(far, *[1] * axis, far, 1)
     terms = (
         lax.mul(lax.slice_in_dim(rows, i, i + 1, axis=axis), signs[i])
         for i in range(far)
@@ -81,13 +81,13 @@ def _of_last_axis(x):
 
 def _times_matrix(x, axis):
     """The product, its axis the last."""
-    matrix = jnp.asarray(_hadamard_matrix(x.shape[axis]), x.dtype)
+    matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
     return jnp.tensordot(x, matrix, ((axis,), (0,)), precision=lax.Precision.HIGHEST)
 
 
 def _matrix_times(x, axis):
     """The product, its axis in place: one of two matrices for each index before it."""
-    matrix = jnp.asarray(_hadamard_matrix(x.shape[axis]), x.dtype)
+    matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
     shape, batch = (*x.shape[:axis], *matrix.shape), tuple(range(axis))
     matrix = lax.broadcast_in_dim(
         matrix, shape, (axis, axis + 1), out_sharding=_sharding_before(x, axis)
@@ -107,7 +107,8 @@ def _sharding_before(x, axis):
 
 
 @functools.cache
-def _hadamard_matrix(block: int) -> np.ndarray:
+def hadamard_matrix(block: int) -> np.ndarray:
+    """Sylvester's, of entries 1 and -1, float64 of shape (block, block)."""
     matrix = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

@@ -1,6 +1,7 @@
 """Quantizing arrays, and trees of them by path, with straight-through gradients."""
 
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.pallas.dispatch import Implementation, check_implementation
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.quantizers import Quantizer
@@ -30,6 +32,7 @@ def fake_quant(
     *,
     grid: Grid | None = None,
     key: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array: ...
 @overload
 def fake_quant(
@@ -38,8 +41,9 @@ def fake_quant(
     *,
     grid: Mapping[str, Grid] | None = None,
     key: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> Any: ...
-def fake_quant(x, quantizer, *, grid=None, key=None):
+def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     """Quantizes and dequantizes `x`, with a straight-through gradient.
 
     Computed in float32 (float64 for float64); the dtype is kept. The gradient goes to
@@ -65,6 +69,11 @@ def fake_quant(x, quantizer, *, grid=None, key=None):
         where its scale is not positive the group becomes NaN.
       key: of `jax.random`, needed for stochastic rounding and for nothing else; in a
         tree each parameter draws its own numbers from it.
+      implementation: None for a kernel where the program is compiled for a platform
+        that has a faster one, and runs on one device or inside of a `shard_map`;
+        "xla" for none anywhere; "pallas" for the kernel, or an error where it cannot
+        run. Kernels agree with the rest to the bit, but for sums (rotations, means)
+        in another order: a value at a tie may go the other way.
 
     Returns:
       An array, or a tree, like `x`.
@@ -72,7 +81,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None):
     Raises:
       TypeError: for integers, complex numbers, and a quantizer of the wrong kind.
       ValueError: for an axis out of range, a group or a Hadamard block that does not
-        divide, a grid of the wrong shape; with the parameter's path in a tree.
+        divide, a grid of the wrong shape; with the parameter's path in a tree; for
+        `implementation` "pallas" where no kernel can run.
 
     Example:
       >>> import cage_jax as cage
@@ -86,7 +96,9 @@ def fake_quant(x, quantizer, *, grid=None, key=None):
 
     Source: Bengio et al., arXiv 1308.3432 (straight through); QuEST, arXiv 2502.05003.
     """
-    return _apply(_fake_quant_array, x, quantizer, grid, key)
+    check_implementation(implementation)
+    apply = functools.partial(_fake_quant_array, implementation=implementation)
+    return _apply(apply, x, quantizer, grid, key)
 
 
 def quantize(x, quantizer, *, grid=None, key=None):
@@ -332,9 +344,10 @@ def _is_quantized(leaf):
     return isinstance(leaf, QuantizedArray)
 
 
-def _fake_quant_array(x, quantizer, grid, key):
+def _fake_quant_array(x, quantizer, grid, key, implementation):
     x = _checked(x, quantizer, grid, key)
-    return straight_through(quantizer, x, grid, _noise(x, quantizer, key))
+    noise = _noise(x, quantizer, key)
+    return straight_through(quantizer, x, grid, noise, implementation)
 
 
 def _quantize_array(x, quantizer, grid, key):

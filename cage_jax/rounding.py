@@ -37,7 +37,7 @@ def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Gr
     Returns:
       A `Grid` in the dtype of computation.
     """
-    return _fit(in_basis(x, quantizer), quantizer, grid)
+    return fit_in_basis(in_basis(x, quantizer), quantizer, grid)
 
 
 def fit_for_error(
@@ -53,7 +53,7 @@ def fit_for_error(
     if quantizer.hadamard is None:
         return fit_grid(x, quantizer, grid), None
     values, _, grid = fit_and_round(x, quantizer, grid)
-    turned_back = _turned_back(values, quantizer, grid, x.shape)
+    turned_back = turn_back(values, quantizer, grid, x.shape)
     if step := _whole_step(quantizer, x.shape):
         turned_back = (turned_back / step).astype(_WHOLE)
     return grid, turned_back
@@ -65,18 +65,18 @@ def error_from(
     """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
     x, grid = lax.stop_gradient((x, grid))
     if turned_back is None:
-        values = _round(x, quantizer, grid)
-        turned_back = _turned_back(values, quantizer, grid, x.shape)
+        values = round_in_basis(x, quantizer, grid)
+        turned_back = turn_back(values, quantizer, grid, x.shape)
     elif step := _whole_step(quantizer, x.shape):
         turned_back = turned_back.astype(x.dtype) * step
-    return x - _scaled(turned_back, quantizer, grid, x)
+    return x - apply_scale(turned_back, quantizer, grid, x)
 
 
 def fit_and_round(x, quantizer, grid, noise=None):
     """The rounded values of `x`, itself in their basis, and their grid."""
     transformed = in_basis(x, quantizer)
-    grid = _fit(transformed, quantizer, grid)
-    return _round(transformed, quantizer, grid, noise), transformed, grid
+    grid = fit_in_basis(transformed, quantizer, grid)
+    return round_in_basis(transformed, quantizer, grid, noise), transformed, grid
 
 
 def in_basis(x, quantizer):
@@ -112,7 +112,8 @@ def basis_factor(quantizer):
     return 1.0 if quantizer.hadamard is None else quantizer.hadamard**-0.5
 
 
-def _fit(transformed, quantizer, grid):
+def fit_in_basis(transformed, quantizer, grid):
+    """`fit_grid` of what `in_basis` gives."""
     shape = transformed.shape
     if quantizer.scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no values; it must not pass unseen.
@@ -157,7 +158,8 @@ def _kept(grid, fitted, shapes):
     )
 
 
-def _round(transformed, quantizer, grid, noise=None):
+def round_in_basis(transformed, quantizer, grid, noise=None):
+    """What `in_basis` gives, in units of the grid and rounded to its values."""
     format, position = quantizer.format, position_of(transformed, quantizer, grid)
     if noise is None:
         return format.round(position)
@@ -168,7 +170,9 @@ def _round(transformed, quantizer, grid, noise=None):
 
 def position_of(transformed, quantizer, grid):
     """Where what `in_basis` gives lies, in units of the grid."""
-    spread = functools.partial(_spread, quantizer=quantizer, shape=transformed.shape)
+    spread = functools.partial(
+        to_elements, quantizer=quantizer, shape=transformed.shape
+    )
     transformed = _from_origin(transformed, quantizer, grid)
     if grid.inverse is None:
         position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
@@ -181,13 +185,27 @@ def position_of(transformed, quantizer, grid):
     return position
 
 
+def passes(transformed, quantizer, grid):
+    """Where the gradient passes."""
+    format = quantizer.format
+    # A value at the very end of the grid, as absmax puts one into each group, must not
+    # fall out of it because dividing by the scale rounds.
+    widest = max(abs(format.low), format.high)
+    slack = 4 * float(jnp.finfo(transformed.dtype).eps) * widest
+    if quantizer.gradient == "trust":
+        slack += format.edge
+    return is_inside(transformed, quantizer, grid, slack)
+
+
 def is_inside(transformed, quantizer, grid, beyond):
     """Whether it lies on the grid, or not farther off its ends than `beyond`, in units.
 
     Without a division: what shares the quotient with the rounding, a compiler would not
     do in one pass with it.
     """
-    spread = functools.partial(_spread, quantizer=quantizer, shape=transformed.shape)
+    spread = functools.partial(
+        to_elements, quantizer=quantizer, shape=transformed.shape
+    )
     ends = quantizer.format.low - beyond, quantizer.format.high + beyond
     if grid.inverse is not None:
         position = position_of(transformed, quantizer, grid)
@@ -207,42 +225,47 @@ def _from_origin(transformed, quantizer, grid):
     if origin is None:
         return transformed
     origin = origin / basis_factor(quantizer)
-    return transformed - _spread(origin, quantizer, transformed.shape)
+    return transformed - to_elements(origin, quantizer, transformed.shape)
 
 
 def restore(values, quantizer, grid, like):
     """Turns rounded values into an array such as `like`."""
-    return _scaled(
-        _turned_back(values, quantizer, grid, like.shape), quantizer, grid, like
+    return apply_scale(
+        turn_back(values, quantizer, grid, like.shape), quantizer, grid, like
     )
 
 
-def _turned_back(values, quantizer, grid, shape):
-    """Rounded values in the basis of `x`, but for what `_scaled` multiplies with."""
+def turn_back(values, quantizer, grid, shape, back=None):
+    """Rounded values in the basis of `x`, but for what `apply_scale` multiplies with.
+
+    With a function `back` in place of `back_from_basis`.
+    """
+    back = back or back_from_basis
     if grid.zero_point is not None:
-        values = values - _spread(grid.zero_point, quantizer, shape)
+        values = values - to_elements(grid.zero_point, quantizer, shape)
     if quantizer.hadamard is None:
         return values
-    if _scaled_last(quantizer, shape):
-        return back_from_basis(values, quantizer)
-    product = rounded(values * _spread(grid.step, quantizer, shape))
+    if scaled_last(quantizer, shape):
+        return back(values, quantizer)
+    product = rounded(values * to_elements(grid.step, quantizer, shape))
     if grid.offset is not None:
-        product = product + _spread(grid.offset, quantizer, shape)
-    return back_from_basis(product, quantizer)
+        product = product + to_elements(grid.offset, quantizer, shape)
+    return back(product, quantizer)
 
 
-def _scaled(turned_back, quantizer, grid, like):
+def apply_scale(turned_back, quantizer, grid, like):
+    """What `turn_back` gives, scaled and in the dtype of `like`."""
     factor = basis_factor(quantizer)
-    if not _scaled_last(quantizer, like.shape):
+    if not scaled_last(quantizer, like.shape):
         return rounded(times(turned_back, factor)).astype(like.dtype)
-    spread = functools.partial(_spread, quantizer=quantizer, shape=like.shape)
+    spread = functools.partial(to_elements, quantizer=quantizer, shape=like.shape)
     product = rounded(lax.mul(turned_back, spread(times(grid.step, factor))))
     if grid.offset is not None:
         product = product + spread(grid.offset)
     return product.astype(like.dtype)
 
 
-def _scaled_last(quantizer, shape):
+def scaled_last(quantizer, shape):
     """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
     block = quantizer.hadamard
     if block is None:
@@ -254,7 +277,7 @@ def _scaled_last(quantizer, shape):
 def _whole_step(quantizer, shape):
     """That of which turned-back values are multiples that `_WHOLE` holds, or None."""
     format, block = quantizer.format, quantizer.hadamard
-    if format.step is None or not _scaled_last(quantizer, shape):
+    if format.step is None or not scaled_last(quantizer, shape):
         return None
     widest = max(-format.low, format.high)
     if quantizer.asymmetric:
@@ -295,7 +318,7 @@ def _out_of_groups(per_group, quantizer, shape):
     return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
 
 
-def _spread(per_group, quantizer, shape):
+def to_elements(per_group, quantizer, shape):
     """What each group has once, for each element of an array of `shape`."""
     split = _split_axes(shape, quantizer)
     spread = jnp.expand_dims(per_group, [_place(axis, split) for axis in split])

@@ -21,7 +21,7 @@ from jax import lax
 
 from cage_jax.exact import divide, power_below, rounded
 from cage_jax.formats import Format, Integer
-from cage_jax.operations import clamp, finite
+from cage_jax.operations import clamp, finite, select
 from cage_jax.scale_types import FULL, Full, ScaleType, step
 
 
@@ -136,7 +136,38 @@ class ScaleRule(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsMax(ScaleRule):
+class ReducedScale(ScaleRule):
+    """A rule that finds one number in a group, which can be found part by part."""
+
+    @abc.abstractmethod
+    def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
+        """That number of a part of each group; `count` is the size of whole groups."""
+
+    @abc.abstractmethod
+    def joined(self, one: jax.Array, other: jax.Array) -> jax.Array:
+        """That of two parts together."""
+
+    @abc.abstractmethod
+    def bound(self, whole: jax.Array, count: int) -> jax.Array:
+        """What lies at `end`, from the number of whole groups."""
+
+    @abc.abstractmethod
+    def end(self, format: Format) -> float:
+        """In units of the scale."""
+
+    def stored(self, whole, count, format, scale_type=FULL, tensor_axes=()) -> Grid:
+        """The grid of groups whose number is known, with arguments as for `fit`."""
+        bound = self.bound(whole, count)
+        return _grid(scale_type.store(bound, self.end(format), format, tensor_axes))
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        count = _count(x, axes)
+        whole = self.part(x, axes, count)
+        return self.stored(whole, count, format, scale_type, tensor_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax(ReducedScale):
     """scale = clip * max|x| / half the format's range; `clip` below 1 cuts outliers."""
 
     clip: float = 1.0
@@ -144,9 +175,17 @@ class AbsMax(ScaleRule):
     def __post_init__(self):
         _check_positive(self.clip, "clip", "Use 1.0 to keep every value in range.")
 
-    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
-        bound, end = _largest(x, axes), format.half_range / self.clip
-        return _grid(scale_type.store(bound, end, format, tensor_axes))
+    def part(self, x, axes, count):
+        return _largest(x, axes)
+
+    def joined(self, one, other):
+        return lax.max(one, other)
+
+    def bound(self, whole, count):
+        return whole
+
+    def end(self, format):
+        return format.half_range / self.clip
 
     def clips(self, format):
         return self.clip < 1 or format.high < format.half_range
@@ -212,7 +251,7 @@ class SignedMax(ScaleRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsMean(ScaleRule):
+class AbsMean(ReducedScale):
     """The format's smallest positive value stands for the mean of |x|.
 
     The scale of ternary (BitNet b1.58, arXiv 2402.17764) and binary weights (XNOR-Net,
@@ -226,10 +265,17 @@ class AbsMean(ScaleRule):
                 f"Use Integer(2) or MidRise(1)."
             )
 
-    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
-        bound = _mean_size(x, axes)
-        level = float(format.values[format.values > 0][0])
-        return _grid(scale_type.store(bound, level, format, tensor_axes))
+    def part(self, x, axes, count):
+        return _sum(lax.abs(x), x, axes, count)
+
+    def joined(self, one, other):
+        return lax.add(one, other)
+
+    def bound(self, whole, count):
+        return _mean(whole, count)
+
+    def end(self, format):
+        return float(format.values[format.values > 0][0])
 
     def clips(self, format):
         return True
@@ -336,7 +382,7 @@ class Searched(ScaleRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian(ScaleRule):
+class Gaussian(ReducedScale):
     """The scale with the least squared error if a group were normal with mean 0.
 
     scale = c * rms(x) / half the format's range, with `c` the format's
@@ -344,10 +390,19 @@ class Gaussian(ScaleRule):
     (arXiv 2502.05003), the minimum of the closed-form error for the others.
     """
 
-    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
-        bound = _rms(x, axes)
-        end = format.half_range / format.gaussian_clip
-        return _grid(scale_type.store(bound, end, format, tensor_axes))
+    def part(self, x, axes, count):
+        # The bound of `_sum` keeps compilers from contracting the square with the sum
+        # in one program and not in another.
+        return _sum(lax.mul(x, x), x, axes, count)
+
+    def joined(self, one, other):
+        return lax.add(one, other)
+
+    def bound(self, whole, count):
+        return lax.sqrt(_mean(whole, count))
+
+    def end(self, format):
+        return format.half_range / format.gaussian_clip
 
     def clips(self, format):
         return True
@@ -421,7 +476,8 @@ class MinMax(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         # The range of a float offset need not hold zero.
         initial = 0 if self.zero_point else None
-        top = jnp.max(x, axis=axes, keepdims=True, initial=initial)
+        highest = _infinite_if_nan(x, x)
+        top = jnp.max(highest, axis=axes, keepdims=True, initial=initial)
         bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
         end = 2 * format.half_range
         # Where the difference is no number, that of the quotients is.
@@ -488,7 +544,8 @@ class Learned(ScaleRule):
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         if not self.offset:
-            bound = 2 * _mean_size(x, axes)
+            count = _count(x, axes)
+            bound = 2 * _mean(_sum(lax.abs(x), x, axes, count), count)
             end = math.sqrt(format.high)
             return _grid(scale_type.store(bound, end, format, tensor_axes))
         span = MinMax(zero_point=False)
@@ -611,7 +668,14 @@ def _grid(stored):
 
 
 def _largest(x, axes):
-    return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    sizes = _infinite_if_nan(lax.abs(x), x)
+    return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
+
+
+def _infinite_if_nan(value, x):
+    """For a maximum: XLA for CPU drops NaN from those of large arrays."""
+    # Not `eq`, which `divide` has: compilers would keep it in memory for both.
+    return select(lax.ne(x, x), jnp.inf, value)
 
 
 def _positive(power):
@@ -622,23 +686,16 @@ def _count(x, axes):
     return math.prod(x.shape[axis] for axis in axes)
 
 
-def _mean_size(x, axes):
-    # The clip keeps the sum of huge values finite.
-    most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    return _mean(clamp(lax.abs(x), 0, most), x, axes)
+def _sum(sizes, x, axes, count):
+    """The sum of sizes of `x`, a part of `count`; NaN where `x` is infinite."""
+    most = float(jnp.finfo(x.dtype).max) / max(count, 1)
+    # The sum of huge ones stays finite.
+    sizes = finite(clamp(sizes, 0, most), x)
+    return lax.expand_dims(lax.reduce_sum(sizes, axes), axes)
 
 
-def _rms(x, axes):
-    # The clip keeps the sum of huge squares finite, and compilers from contracting the
-    # square with the sum in one program and not in another.
-    most = float(jnp.finfo(x.dtype).max) / max(_count(x, axes), 1)
-    return lax.sqrt(_mean(clamp(lax.mul(x, x), 0, most), x, axes))
-
-
-def _mean(sizes, x, axes):
-    """NaN where a value is infinite."""
-    total = lax.expand_dims(lax.reduce_sum(finite(sizes, x), axes), axes)
-    return lax.div(total, x.dtype.type(_count(x, axes)))
+def _mean(total, count):
+    return lax.div(total, total.dtype.type(count))
 
 
 def _check_positive(value, name, remedy):

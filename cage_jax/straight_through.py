@@ -8,83 +8,113 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.operations import select
+from cage_jax.pallas.dispatch import Kernels, either
+from cage_jax.pallas.kernels import fake_quant as fake_quant_kernels
+from cage_jax.pallas.kernels import masked_gradient as masked_gradient_kernels
 from cage_jax.rounding import (
     back_from_basis,
     basis_factor,
     fit_and_round,
     in_basis,
-    is_inside,
     of_groups,
+    passes,
     position_of,
     restore,
 )
 
 
 # Under `jax.jit` a program with many arrays of one shape traces this once.
-@functools.partial(jax.jit, static_argnums=0)
-def straight_through(quantizer, x, grid, noise):
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def straight_through(quantizer, x, grid, noise, implementation=None):
     """`x` quantized and dequantized; its gradients are the quantizer's."""
-    return _straight_through(quantizer, x, grid, noise)
+    return _straight_through(quantizer, implementation, x, grid, noise)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(quantizer, x, grid, noise):
-    values, _, grid = fit_and_round(x, quantizer, grid, noise)
-    return restore(values, quantizer, grid, x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _straight_through(quantizer, implementation, x, grid, noise):
+    def value(x, grid, noise):
+        values, _, found = fit_and_round(x, quantizer, grid, noise)
+        return restore(values, quantizer, found, x)
+
+    kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
+    return either(value, kernels, x, grid, noise, implementation=implementation)
 
 
-def _forward(quantizer, x, grid, noise):
+def _forward(quantizer, implementation, x, grid, noise):
     # Functions with a rule of their own, not what they do, keep the second derivative:
     # reverse over reverse differentiates this code.
     if quantizer.scale.learned:
-        return _straight_through(quantizer, x, grid, noise), (grid, noise, x, None)
+        value = _straight_through(quantizer, implementation, x, grid, noise)
+        return value, (grid, noise, x, None)
     if quantizer.gradient == "identity":
-        return _straight_through(quantizer, x, grid, noise), (grid, noise, None, None)
-    values, transformed, found = fit_and_round(
-        lax.stop_gradient(x), quantizer, grid, noise
+        value = _straight_through(quantizer, implementation, x, grid, noise)
+        return value, (grid, noise, None, None)
+    value, mask = _value_and_mask(quantizer, implementation, x, grid, noise)
+    masked = _masked(quantizer, implementation, x, value, mask)
+    return masked, (grid, noise, None, mask)
+
+
+def _value_and_mask(quantizer, implementation, x, grid, noise):
+    """The mask is one of 8-bit integers where there is a kernel for this."""
+    kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=True)
+
+    def value_and_mask(x, grid, noise):
+        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
+        mask = passes(transformed, quantizer, found)
+        mask = mask.astype(jnp.int8) if kernels else mask
+        return restore(values, quantizer, found, x), mask
+
+    x = lax.stop_gradient(x)
+    return either(
+        value_and_mask, kernels, x, grid, noise, implementation=implementation
     )
-    mask = _passes(transformed, quantizer, found)
-    value = restore(values, quantizer, found, x)
-    return _masked(quantizer, x, value, mask), (grid, noise, None, mask)
 
 
-def _backward(quantizer, saved, cotangent):
+def _backward(quantizer, implementation, saved, cotangent):
     grid, noise, x, mask = saved
     grid_gradient = jax.tree.map(jnp.zeros_like, grid)
     if x is not None:
         values, transformed, found = fit_and_round(x, quantizer, grid, noise)
         position = position_of(transformed, quantizer, found)
-        passes = _passes(transformed, quantizer, found)
+        passing = passes(transformed, quantizer, found)
         gradient = in_basis(cotangent, quantizer) * basis_factor(quantizer)
         grid_gradient = _learned_gradient(
-            gradient, values, position, passes, quantizer, grid
+            gradient, values, position, passing, quantizer, grid
         )
-        mask = None if quantizer.gradient == "identity" else passes
+        mask = None if quantizer.gradient == "identity" else passing
     gradient = cotangent
     if mask is not None:
-        gradient = _masked_gradient(quantizer, mask, cotangent)
+        gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
     return gradient, grid_gradient, jax.tree.map(jnp.zeros_like, noise)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _masked(quantizer, x, value, mask):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _masked(quantizer, implementation, x, value, mask):
     """`value`, a constant, with the gradient of `x` where the mask has it pass."""
     return value
 
 
-def _masked_forward(quantizer, x, value, mask):
-    return _masked(quantizer, x, value, mask), mask
+def _masked_forward(quantizer, implementation, x, value, mask):
+    return _masked(quantizer, implementation, x, value, mask), mask
 
 
-def _masked_backward(quantizer, mask, cotangent):
-    return _masked_gradient(quantizer, mask, cotangent), None, None
+def _masked_backward(quantizer, implementation, mask, cotangent):
+    gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
+    return gradient, None, None
 
 
-def _masked_gradient(quantizer, mask, cotangent):
-    # The rotation is orthonormal: its transpose rotates back.
-    gradient = select(mask, in_basis(cotangent, quantizer), 0)
-    gradient = back_from_basis(gradient, quantizer) * basis_factor(quantizer) ** 2
-    return gradient.astype(cotangent.dtype)
+def _masked_gradient(quantizer, implementation, mask, cotangent):
+    def gradient(mask, cotangent):
+        # The rotation is orthonormal: its transpose rotates back.
+        passing = mask if mask.dtype == bool else lax.ne(mask, mask.dtype.type(0))
+        found = select(passing, in_basis(cotangent, quantizer), 0)
+        found = back_from_basis(found, quantizer) * basis_factor(quantizer) ** 2
+        return found.astype(cotangent.dtype)
+
+    kernels = Kernels()
+    if mask.dtype != bool:
+        kernels = masked_gradient_kernels(quantizer, cotangent)
+    return either(gradient, kernels, mask, cotangent, implementation=implementation)
 
 
 _masked.defvjp(_masked_forward, _masked_backward)
@@ -111,15 +141,3 @@ def _learned_gradient(gradient, values, position, mask, quantizer, grid):
 
 
 _straight_through.defvjp(_forward, _backward)
-
-
-def _passes(transformed, quantizer, grid):
-    """Where the gradient passes."""
-    format = quantizer.format
-    # A value at the very end of the grid, as absmax puts one into each group, must not
-    # fall out of it because dividing by the scale rounds.
-    widest = max(abs(format.low), format.high)
-    slack = 4 * float(jnp.finfo(transformed.dtype).eps) * widest
-    if quantizer.gradient == "trust":
-        slack += format.edge
-    return is_inside(transformed, quantizer, grid, slack)

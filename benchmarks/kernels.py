@@ -1,0 +1,213 @@
+"""Counts what kernels and XLA move to and from memory, for chips that are not here.
+
+Each case is compiled for one TPU chip, as XLA makes it of `jax.numpy` and with the
+kernel. A unit is one copy of the array: to read it and to write the result takes two,
+and a quarter more where a mask is written for the gradient. Nothing is run.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+# Before jax is loaded: no TPU is looked for, and other processes may compile too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import hlo
+import jax
+import jax.numpy as jnp
+import measurement
+import tyro
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from measurement import Rows
+from rich.console import Console
+
+import cage_jax as cage
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
+# 1 GiB of float32: neither it nor its mask stays beside the matrix units of a chip.
+LONG, WIDE = 4096, 65536
+# That a kernel is shipped for: what XLA moves over what it moves.
+GAIN = 1.15
+EXCESS = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Counts what kernels and XLA move, compiled for TPU."""
+
+    chips: tuple[Literal["v4", "v5e", "v5p", "v6e"], ...] = ("v5e", "v6e")
+    """What to compile for."""
+    tiny: bool = False
+    """One case, to see that it works; nothing is written."""
+
+
+class Case(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      quantizer: of an array whose longer axis is not the one of the groups.
+      gradient: forward and backward, else forward alone.
+      dtype: of the array.
+    """
+
+    quantizer: cage.Quantizer
+    gradient: bool = False
+    dtype: str = "float32"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the array."""
+        return (LONG, WIDE) if self.quantizer.axis == -2 else (WIDE, LONG)
+
+    @property
+    def least(self) -> float:
+        """Units that any program moves: read and written, twice with a mask."""
+        if not self.gradient:
+            return 2.0
+        return 4 + 2 / jnp.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        what = "forward and backward" if self.gradient else "forward"
+        return f"{self.quantizer}, {self.dtype}, {what}"
+
+
+def _last(quantizer: cage.Quantizer) -> cage.Quantizer:
+    return dataclasses.replace(quantizer, axis=-1)
+
+
+CASES = [
+    Case(cage.quest(4)),
+    Case(cage.quest(4), gradient=True),
+    Case(cage.quest(4), dtype="bfloat16"),
+    Case(_last(cage.quest(4))),
+    Case(_last(cage.quest(4)), gradient=True),
+    Case(cage.int4(group_size=128, hadamard=128)),
+    Case(cage.int4(group_size=32)),
+    Case(_last(cage.int4(group_size=128))),
+    Case(_last(cage.int4(group_size=32))),
+    Case(cage.mxfp4()),
+    Case(_last(cage.mxfp4())),
+    Case(cage.int8()),
+    Case(_last(cage.int8())),
+]
+
+
+def function_of(case: Case, implementation: Literal["xla", "pallas"]) -> Callable:
+    """What is compiled, a function of the array and, with a gradient, a cotangent."""
+
+    def forward(x):
+        return cage.fake_quant(x, case.quantizer, implementation=implementation)
+
+    def both(x, cotangent):
+        value, back = jax.vjp(forward, x)
+        return value, *back(cotangent)
+
+    return both if case.gradient else forward
+
+
+def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
+    """Units moved, the kernels by name, and seconds to compile."""
+    (device, *_) = topologies.get_topology_desc(
+        platform="tpu", topology_name=CHIPS[chip]
+    ).devices
+    x = jax.ShapeDtypeStruct(
+        case.shape, case.dtype, sharding=SingleDeviceSharding(device)
+    )
+    args = (x, x) if case.gradient else (x,)
+    start = time.perf_counter()
+    text = jax.jit(function_of(case, implementation)).lower(*args).compile().as_text()
+    return {
+        "units": hlo.moved(text).memory / (x.size * x.dtype.itemsize),
+        "kernels": sorted(set(re.findall(r"%(cage_\w+?)(?:\.\d+)? = ", text))),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def measure(cases: list[Case], chips: tuple[str, ...]) -> dict[str, Any]:
+    """The record of all cases."""
+    console, figures = Console(), {}
+    for number, case in enumerate(cases, 1):
+        console.print(f"{number}/{len(cases)} {case}", highlight=False)
+        figures[str(case)] = {
+            "least": case.least,
+            "chips": {
+                chip: {name: counted(case, chip, name) for name in IMPLEMENTATIONS}
+                for chip in chips
+            },
+        }
+    by_chip = [
+        (each["least"], found["xla"]["units"], found["pallas"]["units"])
+        for each in figures.values()
+        for found in each["chips"].values()
+    ]
+    return {
+        "name": "kernels",
+        "benchmark": "kernels",
+        "title": f"Copies of an array of {LONG * WIDE // 2**20} M numbers that are "
+        f"moved to and from memory, compiled and not run",
+        "environment": measurement.environment("libtpu"),
+        "settings": {"chips": list(chips), "shape": [LONG, WIDE]},
+        "figures": figures,
+        "targets": [
+            measurement.target(
+                "kernels, most of the least",
+                max(pallas / least for least, _, pallas in by_chip),
+                EXCESS,
+                ".3f",
+            ),
+            measurement.target(
+                "kernels, most of XLA",
+                max(pallas / xla for _, xla, pallas in by_chip),
+                1 / GAIN,
+                ".2f",
+            ),
+        ],
+    }
+
+
+def table(record: dict[str, Any]) -> Rows:
+    """The table of a record."""
+    chips = record["settings"]["chips"]
+    header = ["case", "least"]
+    header += [f"{chip}, {name}" for chip in chips for name in ("XLA", "kernel")]
+    cells = []
+    for case, each in record["figures"].items():
+        found = [
+            each["chips"][chip][name] for chip in chips for name in IMPLEMENTATIONS
+        ]
+        cells.append([case, f"{each['least']:.2f}"])
+        cells[-1] += [f"{one['units']:.2f}" for one in found]
+    cells.append(["seconds to compile all", ""])
+    for chip in chips:
+        for name in IMPLEMENTATIONS:
+            seconds = sum(
+                each["chips"][chip][name]["seconds"]
+                for each in record["figures"].values()
+            )
+            cells[-1].append(f"{seconds:.0f}")
+    return Rows(header, cells)
+
+
+def main() -> int:
+    """Runs the program; the exit status."""
+    console = Console()
+    settings = tyro.cli(Settings, description=__doc__)
+    if settings.tiny:
+        record = measure(CASES[:1], settings.chips[:1])
+    else:
+        record = measure(CASES, settings.chips)
+    keep = not settings.tiny and settings.chips == Settings.chips
+    measurement.finish(record, table(record), console, keep=keep)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

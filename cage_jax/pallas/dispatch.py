@@ -1,0 +1,167 @@
+"""One computation in several forms, of which each program gets the one that suits it.
+
+Which form that is cannot be told while a function is traced: the platform may be
+another than that of this process (compiling ahead of time, exporting), and automatic
+partitioning decides later which part of an array a device has. So a primitive stands
+for all forms, and it is replaced by one of them when the program is lowered.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+Implementation = Literal["xla", "pallas"]
+_PLATFORMS = ("tpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What computes the same as a function of `jax.numpy`, on one device.
+
+    Attributes:
+      tpu: a function of the same arguments and results, or None where there is none.
+      cuda: likewise.
+    """
+
+    tpu: Callable | None = None
+    cuda: Callable | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, name) for name in _PLATFORMS)
+
+
+def either(
+    default: Callable,
+    kernels: Kernels,
+    *args: Any,
+    implementation: Implementation | None = None,
+) -> Any:
+    """`default(*args)`, or what a kernel makes of them.
+
+    A kernel is taken where its platform is the one that is compiled for, and where the
+    program runs on one device, or inside of a `shard_map` over all axes of the mesh;
+    `default` everywhere else. Derivatives are those of `default`.
+
+    Args:
+      default: of `jax.numpy`; a compiler may partition it.
+      kernels: traced where one of them is taken, not before.
+      *args: trees of arrays.
+      implementation: "xla" for `default`; "pallas" for the kernel, or an error where
+        it cannot be taken; None for the kernel where it can.
+
+    Returns:
+      What `default` returns.
+
+    Raises:
+      ValueError: for "pallas" without a kernel; when the program is lowered, where the
+        platform has none or the program is partitioned automatically.
+    """
+    check_implementation(implementation)
+    if implementation == "pallas" and not kernels:
+        raise _impossible("there is none for this quantizer and shape")
+    if implementation == "xla" or not kernels:
+        return default(*args)
+    leaves, structure = jax.tree.flatten(args)
+
+    def flat(function):
+        return lambda *leaves: jax.tree.leaves(
+            function(*jax.tree.unflatten(structure, leaves))
+        )
+
+    jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
+    found = _either_p.bind(
+        *leaves,
+        default=jaxpr,
+        required=implementation == "pallas",
+        **{
+            name: kernel and flat(kernel)
+            for name in _PLATFORMS
+            for kernel in (getattr(kernels, name),)
+        },
+    )
+    return jax.tree.unflatten(jax.tree.structure(out), found)
+
+
+def check_implementation(implementation: Implementation | None) -> None:
+    """Raises ValueError for a name that is none."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"`implementation` must be one of {get_args(Implementation)}, or None for "
+            f"the faster one; got {implementation!r}. Use None."
+        )
+
+
+def _impossible(why):
+    return ValueError(
+        f"`implementation` must be None or 'xla' where no kernel can run; got "
+        f"'pallas', and {why}. Use None, for the kernel wherever it can run."
+    )
+
+
+_either_p = Primitive("cage_either")
+_either_p.multiple_results = True
+
+
+@_either_p.def_impl
+def _run(*args, **params):
+    return jax.jit(partial(_either_p.bind, **params))(*args)
+
+
+@_either_p.def_abstract_eval
+def _shapes(*args, default, **_):
+    return default.out_avals
+
+
+def _lower(context, *args, default, required, platform, **kernels):
+    kernel = kernels.get(platform)
+    manual = _is_manual(context.module_context.axis_context)
+    if kernel is not None and manual:
+        return mlir.lower_fun(kernel)(context, *args)
+    if required:
+        raise _impossible(
+            f"there is none for {platform}"
+            if kernel is None
+            else "the compiler partitions this program: wrap the call in a shard_map"
+        )
+    return mlir.lower_fun(jaxpr_as_fun(default))(context, *args)
+
+
+def _is_manual(context):
+    """Whether what is lowered runs on whole arrays, or on parts that it knows of."""
+    if isinstance(context, mlir.SPMDAxisContext):
+        return context.manual_axes == frozenset(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) == 1
+
+
+mlir.register_lowering(_either_p, partial(_lower, platform="this platform"))
+for _name in _PLATFORMS:
+    mlir.register_lowering(_either_p, partial(_lower, platform=_name), platform=_name)
+
+
+def _batch(args, dimensions, *, default, required, **kernels):
+    def mapped(function):
+        return jax.vmap(function, in_axes=tuple(dimensions), out_axes=0)
+
+    found = _either_p.bind(
+        *args,
+        default=jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*args),
+        required=required,
+        **{name: kernel and mapped(kernel) for name, kernel in kernels.items()},
+    )
+    return found, [0] * len(found)
+
+
+batching.primitive_batchers[_either_p] = _batch
+
+
+def _differentiate(primals, tangents, *, default, **_):
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(jaxpr_as_fun(default), primals, tuple(tangents))
+
+
+ad.primitive_jvps[_either_p] = _differentiate

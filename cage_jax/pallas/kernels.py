@@ -1,0 +1,47 @@
+"""Which kernels there are for an array and its quantizer.
+
+What launches them is imported when a program is compiled for their platform: it takes
+longer than all the rest of this package.
+"""
+
+import jax
+
+from cage_jax.pallas.dispatch import Kernels
+from cage_jax.pallas.tiles import tiles_of
+from cage_jax.quantizers import Quantizer
+from cage_jax.scales import Grid
+
+
+def fake_quant(
+    quantizer: Quantizer,
+    x: jax.Array,
+    grid: Grid | None,
+    noise: jax.Array | None,
+    *,
+    masked: bool,
+) -> Kernels:
+    """For `(x, grid, noise)` to the values, and with `masked` to a mask, int8, too."""
+    tiles = tiles_of(quantizer, x.shape, x.dtype)
+    if tiles is None or grid is not None or noise is not None:
+        return Kernels()
+
+    def on_tpu(x, grid, noise):
+        from cage_jax.pallas import tpu
+
+        return tpu.fake_quant(x, tiles=tiles, masked=masked)
+
+    return Kernels(tpu=on_tpu)
+
+
+def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
+    """For `(mask, cotangent)`, with such a mask, to the gradient."""
+    tiles = tiles_of(quantizer, cotangent.shape, cotangent.dtype)
+    if tiles is None:
+        return Kernels()
+
+    def on_tpu(mask, cotangent):
+        from cage_jax.pallas import tpu
+
+        return tpu.masked_gradient(mask, cotangent, tiles=tiles)
+
+    return Kernels(tpu=on_tpu)

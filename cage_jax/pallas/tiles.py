@@ -1,0 +1,120 @@
+"""How a kernel cuts an array: in blocks for the chip, and in strips for registers.
+
+A block is what a kernel is handed at a time; it holds whole groups. A strip is what it
+computes at a time: whole groups, or a part of one where a group is all of an axis.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from cage_jax.formats import Float, Integer, MidRise
+from cage_jax.quantizers import Quantizer
+from cage_jax.scale_types import Narrow
+from cage_jax.scales import ReducedScale
+
+LANES = 128
+# Of 8-bit masks, which have the highest tiles.
+_SUBLANES = 32
+_LARGEST_ROTATION = 128
+_LARGEST_STRIP = 512
+# Bytes of an array that a kernel is handed at a time, where it may choose.
+_BLOCK_BYTES = 2**20
+# Of all that it holds: the least that a generation gives a kernel without being asked.
+_MEMORY = 31 * 2**19
+# Below that an array stays on the chip, and one program more costs more than it saves.
+_SMALLEST = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The blocks and strips of an array of shape (stack, rows, columns).
+
+    Attributes:
+      quantizer: of one strip: its axis is that of the groups, and its group size None
+        where a strip is a part of a group, or all of one.
+      shape: (stack, rows, columns) of the array.
+      along: 1 or 2, the axis of the groups.
+      block: (rows, columns) of a block.
+      strip: its length along the axis of the groups.
+      whole: whether a group is all of the axis, of which a strip is a part.
+      transposed: whether strips are turned so that groups run along their rows.
+    """
+
+    quantizer: Quantizer
+    shape: tuple[int, int, int]
+    along: int
+    block: tuple[int, int]
+    strip: int
+    whole: bool
+    transposed: bool
+
+    @property
+    def strips(self) -> int:
+        """How many a block has."""
+        return self.block[self.along - 1] // self.strip
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """How many blocks there are along each axis."""
+        stack, rows, columns = self.shape
+        return (
+            stack,
+            math.ceil(rows / self.block[0]),
+            math.ceil(columns / self.block[1]),
+        )
+
+
+def tiles_of(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
+    """Those of an array that is quantized, or None where it is not for a kernel."""
+    if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
+        return None
+    if shape[-1] % LANES or shape[-2] % _SUBLANES:
+        return None  # the compiler may lay it out otherwise, and would copy it
+    ((axis, group),) = quantizer.groups(shape).items()
+    if axis < len(shape) - 2:
+        return None
+    stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+    along = axis - len(shape) + 3
+    length = shape[axis]
+    unit = math.lcm(quantizer.hadamard or 1, _SUBLANES if along == 1 else LANES)
+    strip = math.lcm(unit, group)
+    whole = group == length and strip > unit
+    if whole:
+        strip = math.gcd(length, max(unit, LANES))
+    if strip % unit or strip > _LARGEST_STRIP or length % strip:
+        return None
+    other = min(LANES, (rows, columns)[2 - along])
+    blocks = length // strip
+    if not whole:
+        wanted = max(1, _BLOCK_BYTES // (4 * strip * LANES))
+        blocks = max(n for n in range(1, wanted + 1) if blocks % n == 0)
+    block = (blocks * strip, other) if along == 1 else (other, blocks * strip)
+    # Twice each of what comes and goes, masks, and the rotated values.
+    if math.prod(block) * (4 * jnp.dtype(dtype).itemsize + 2 + 4) > _MEMORY:
+        return None
+    transposed = along == 2 and group % LANES != 0
+    if transposed and other != LANES:
+        return None
+    own = dataclasses.replace(
+        quantizer,
+        axis=-2 if along == 1 or transposed else -1,
+        group_size=None if whole or group == strip else group,
+    )
+    return Tiles(own, (stack, rows, columns), along, block, strip, whole, transposed)
+
+
+def _suits(quantizer, dtype):
+    format, scale_type = quantizer.format, quantizer.scale_type
+    return (
+        dtype in (jnp.float32, jnp.bfloat16)
+        and isinstance(format, Integer | MidRise | Float)
+        and isinstance(quantizer.scale, ReducedScale)
+        and not scale_type.has_tensor_divisor
+        and not isinstance(scale_type, Narrow)
+        and isinstance(quantizer.axis, int)
+        and (quantizer.hadamard or 1) <= _LARGEST_ROTATION
+        and quantizer.hadamard_seed is None
+        and quantizer.rounding == "nearest"
+    )

@@ -1,0 +1,135 @@
+"""Which form of a computation a program gets: by its platform and its partitioning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cage_jax.pallas.dispatch import Kernels, either
+
+# Constants that tell the forms apart in a program's text.
+DEFAULT, TPU, CUDA = 1234.5, 2345.5, 3456.5
+
+
+def form(number):
+    return lambda tree: {"a": jnp.sin(tree["x"]) * number, "b": tree["x"].sum()}
+
+
+def both(x, implementation=None):
+    kernels = Kernels(tpu=form(TPU), cuda=form(CUDA))
+    return either(form(DEFAULT), kernels, {"x": x}, implementation=implementation)
+
+
+def forms(function, *args, platforms=("tpu",)):
+    """Those in the program for platforms that need not be here."""
+    text = export.export(jax.jit(function), platforms=platforms)(*args).mlir_module()
+    return {number for number in (DEFAULT, TPU, CUDA) if f"{number:e}"[:7] in text}
+
+
+X = jnp.arange(8.0)
+
+
+def test_the_form_is_that_of_the_platform():
+    assert forms(both, X, platforms=["cpu"]) == {DEFAULT}
+    assert forms(both, X, platforms=["tpu"]) == {TPU}
+    assert forms(both, X, platforms=["cuda"]) == {CUDA}
+    assert forms(both, X, platforms=["rocm"]) == {DEFAULT}
+    # One program for all of them has a form for each.
+    every = forms(both, X, platforms=["cpu", "tpu", "cuda"])
+    assert every == {DEFAULT, TPU, CUDA}
+
+    def for_tpu(x):
+        return either(form(DEFAULT), Kernels(tpu=form(TPU)), {"x": x})
+
+    assert forms(for_tpu, X, platforms=["cuda"]) == {DEFAULT}
+
+
+def test_here_it_is_the_default_with_its_derivatives():
+    found = both(X)
+    assert jax.tree.structure(found) == jax.tree.structure({"a": 0, "b": 0})
+    np.testing.assert_array_equal(found["a"], jnp.sin(X) * DEFAULT)
+    assert found["b"] == 28
+    gradient = jax.grad(lambda x: both(x)["a"].sum())
+    np.testing.assert_allclose(gradient(X), DEFAULT * np.cos(X), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.hessian(lambda x: both(x)["a"].sum())(X).diagonal(),
+        -DEFAULT * np.sin(X),
+        rtol=1e-5,
+        atol=1e-3,
+    )
+
+
+TRANSFORMED = {
+    "jit": jax.jit(both),
+    "vmap": lambda x: jax.vmap(both)(x.reshape(2, 4)),
+    "vmap of another axis": lambda x: jax.vmap(both, 1)(x.reshape(2, 4))["a"],
+    "scan": lambda x: jax.lax.scan(lambda c, x: (c, both(x)), 0, x.reshape(2, 4)),
+    "remat": lambda x: jax.checkpoint(both)(x),
+    "cond": lambda x: jax.lax.cond(x[0] > 0, both, both, x),
+    "while": lambda x: jax.lax.fori_loop(0, 3, lambda _, x: both(x)["a"], x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transformation_keeps_both(name):
+    function = TRANSFORMED[name]
+    assert forms(function, X) == {TPU}
+    assert forms(function, X, platforms=["cpu"]) == {DEFAULT}
+
+
+def test_vmap_maps_the_right_axis():
+    x = jnp.arange(8.0).reshape(2, 4)
+    found = jax.vmap(both, 1, 0)(x)
+    np.testing.assert_array_equal(found["b"], x.sum(0))
+    np.testing.assert_array_equal(found["a"], (jnp.sin(x) * DEFAULT).T)
+
+
+def test_what_a_compiler_partitions_gets_the_default():
+    auto = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(auto, P("d"))
+    partitioned = jax.jit(both, in_shardings=whole)
+    assert forms(partitioned, X) == {DEFAULT}
+    with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))):
+        x = jax.device_put(X, P("d"))
+        assert jax.typeof(jax.jit(both)(x)["a"]).sharding.spec == P("d")
+        assert forms(both, x) == {DEFAULT}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_inside_of_shard_map_each_device_gets_the_kernel(kind):
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
+    x, out = jax.device_put(X, NamedSharding(mesh, P("d"))), {"a": P("d"), "b": P("d")}
+
+    def local(x):
+        found = both(x)
+        return found | {"b": found["b"][None]}
+
+    manual = jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=out)
+    assert forms(manual, x) == {TPU}
+    np.testing.assert_array_equal(manual(x)["b"], X.reshape(4, 2).sum(1))
+    # Where one axis is left to the compiler, it partitions what is inside.
+    partly = jax.shard_map(
+        local, mesh=mesh, in_specs=P("d"), out_specs=out, axis_names={"d"}
+    )
+    assert forms(partly, x) == {DEFAULT}
+
+
+def test_a_named_implementation_runs_or_raises():
+    def named(name):
+        return lambda x: both(x, name)
+
+    assert forms(named("xla"), X) == {DEFAULT}
+    assert forms(named("pallas"), X) == {TPU}
+    with pytest.raises(ValueError, match=r"`implementation` .*'pallas', and there is "):
+        jax.jit(named("pallas"))(X)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    partitioned = jax.jit(named("pallas"), in_shardings=NamedSharding(mesh, P("d")))
+    with pytest.raises(ValueError, match=r"partitions .* wrap the call in a shard_map"):
+        forms(partitioned, X)
+    with pytest.raises(ValueError, match=r"`implementation` must be one of .*'cuda'"):
+        both(X, "cuda")
+    with pytest.raises(ValueError, match="none for this quantizer and shape"):
+        either(form(DEFAULT), Kernels(), {"x": X}, implementation="pallas")
