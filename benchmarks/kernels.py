@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 # Before jax is loaded: no TPU is looked for, and other processes may compile too.
@@ -22,6 +21,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import measurement
+import optax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -54,12 +54,12 @@ class Case(NamedTuple):
 
     Attributes:
       quantizer: of an array whose longer axis is not the one of the groups.
-      gradient: forward and backward, else forward alone.
+      what: `fake_quant` alone, with its gradient, or a step of AdamW with CAGE.
       dtype: of the array.
     """
 
     quantizer: cage.Quantizer
-    gradient: bool = False
+    what: Literal["forward", "forward and backward", "step"] = "forward"
     dtype: str = "float32"
 
     @property
@@ -69,14 +69,26 @@ class Case(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Units that any program moves: read and written, twice with a mask."""
-        if not self.gradient:
-            return 2.0
-        return 4 + 2 / jnp.dtype(self.dtype).itemsize
+        """Units that any program moves.
+
+        A value is read and written, twice with a mask; a step reads the gradient, the
+        parameter and its moments, and writes the last three.
+        """
+        mask = 2 / jnp.dtype(self.dtype).itemsize
+        return {"forward": 2.0, "forward and backward": 4 + mask, "step": 7.0}[
+            self.what
+        ]
+
+    @property
+    def kernels(self) -> list[str]:
+        """The names of those that do it."""
+        if self.what == "step":
+            return ["cage_adamw_step"]
+        backward = ["cage_masked_gradient"] * (self.what != "forward")
+        return ["cage_fake_quant", *backward]
 
     def __str__(self) -> str:
-        what = "forward and backward" if self.gradient else "forward"
-        return f"{self.quantizer}, {self.dtype}, {what}"
+        return f"{self.quantizer}, {self.dtype}, {self.what}"
 
 
 def _last(quantizer: cage.Quantizer) -> cage.Quantizer:
@@ -85,10 +97,10 @@ def _last(quantizer: cage.Quantizer) -> cage.Quantizer:
 
 CASES = [
     Case(cage.quest(4)),
-    Case(cage.quest(4), gradient=True),
+    Case(cage.quest(4), "forward and backward"),
     Case(cage.quest(4), dtype="bfloat16"),
     Case(_last(cage.quest(4))),
-    Case(_last(cage.quest(4)), gradient=True),
+    Case(_last(cage.quest(4)), "forward and backward"),
     Case(cage.int4(group_size=128, hadamard=128)),
     Case(cage.int4(group_size=32)),
     Case(_last(cage.int4(group_size=128))),
@@ -97,11 +109,16 @@ CASES = [
     Case(_last(cage.mxfp4())),
     Case(cage.int8()),
     Case(_last(cage.int8())),
+    Case(cage.quest(4), "step"),
+    Case(_last(cage.quest(4)), "step"),
+    Case(cage.int4(group_size=128), "step"),
+    Case(_last(cage.int4(group_size=32)), "step"),
+    Case(cage.int8(), "step"),
 ]
 
 
-def function_of(case: Case, implementation: Literal["xla", "pallas"]) -> Callable:
-    """What is compiled, a function of the array and, with a gradient, a cotangent."""
+def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any:
+    """What is compiled, for an abstract array."""
 
     def forward(x):
         return cage.fake_quant(x, case.quantizer, implementation=implementation)
@@ -110,7 +127,26 @@ def function_of(case: Case, implementation: Literal["xla", "pallas"]) -> Callabl
         value, back = jax.vjp(forward, x)
         return value, *back(cotangent)
 
-    return both if case.gradient else forward
+    if case.what != "step":
+        args = (x,) if case.what == "forward" else (x, x)
+        return jax.jit(forward if case.what == "forward" else both).lower(*args)
+
+    rules = cage.Rules([(".*", case.quantizer)])
+    tx = cage.cage_adamw(1e-3, rules, cage.silence_then_ramp(100))
+
+    def step(params, state, gradient):
+        if implementation == "pallas":
+            return tx.fused_step(gradient, state, params, implementation="pallas")
+        # "xla" of the fused step is this as well, but for the layout of its state.
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"x": x}
+    state = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=x.sharding),
+        jax.eval_shape(tx.init, params),
+    )
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
 
 
 def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
@@ -121,11 +157,12 @@ def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
     x = jax.ShapeDtypeStruct(
         case.shape, case.dtype, sharding=SingleDeviceSharding(device)
     )
-    args = (x, x) if case.gradient else (x,)
-    start = time.perf_counter()
-    text = jax.jit(function_of(case, implementation)).lower(*args).compile().as_text()
+    start, unit = time.perf_counter(), x.size * jnp.dtype(x.dtype).itemsize
+    program = lowered(case, x, implementation).compile()
+    text = program.as_text()
     return {
-        "units": hlo.moved(text).memory / (x.size * x.dtype.itemsize),
+        "units": hlo.moved(text).memory / unit,
+        "in place": program.memory_analysis().alias_size_in_bytes / unit,
         "kernels": sorted(set(re.findall(r"%(cage_\w+?)(?:\.\d+)? = ", text))),
         "seconds": time.perf_counter() - start,
     }

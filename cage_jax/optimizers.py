@@ -5,6 +5,8 @@ from typing import Any
 
 import optax
 
+from cage_jax.adamw import AdamW
+from cage_jax.fused import FusedAdamW, FusedStep
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule
 from cage_jax.transform import decoupled
@@ -25,7 +27,7 @@ def cage_adamw(
     nesterov: bool = False,
     freeze_scale: bool = False,
     statistics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedAdamW:
     """AdamW with the decoupled CAGE correction, the paper's default.
 
     x <- x - lr * (m / (sqrt(v) + eps) + weight_decay * x + strength * (x - Q(x)))
@@ -44,7 +46,9 @@ def cage_adamw(
 
     Returns:
       A transformation; clip gradients in front of it:
-      `optax.chain(optax.clip_by_global_norm(1.0), cage_adamw(...))`.
+      `optax.chain(optax.clip_by_global_norm(1.0), cage_adamw(...))`. Its `fused_step`
+      is the same step in place, `(gradients, state, params) -> (params, state)`, with
+      a kernel for each large parameter where it runs on one TPU.
 
     Raises:
       TypeError, ValueError: as `decoupled`.
@@ -68,13 +72,19 @@ def cage_adamw(
         mask=mask,
         nesterov=nesterov,
     )
-    return decoupled(
+    transformation = decoupled(
         adamw,
         rules,
         strength,
         learning_rate,
         freeze_scale=freeze_scale,
         statistics=statistics,
+    )
+    numbers = b1, b2, eps, eps_root, weight_decay
+    known = not nesterov and all(isinstance(n, (int, float)) for n in numbers)
+    fused = AdamW(*numbers) if known else None
+    return FusedAdamW(
+        transformation, FusedStep(rules, strength, learning_rate, fused, mask)
     )
 
 

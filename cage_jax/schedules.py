@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +204,10 @@ def _silent_steps(total_steps, peak, silence) -> int:
     while steps / total_steps > silence:
         steps -= 1
     return steps
+
+
+def value_at(number_or_schedule: ScalarOrSchedule, count: jax.Array) -> Any:
+    """The number, or that of the schedule at a step."""
+    if callable(number_or_schedule):
+        return number_or_schedule(count)
+    return number_or_schedule

@@ -36,7 +36,12 @@ from cage_jax.quantization import (
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.rules import Rules
 from cage_jax.scales import Grid, compute_dtype
-from cage_jax.schedules import ScalarOrSchedule, check_learning_rate, check_strength
+from cage_jax.schedules import (
+    ScalarOrSchedule,
+    check_learning_rate,
+    check_strength,
+    value_at,
+)
 
 
 class CageStatistics(NamedTuple):
@@ -186,7 +191,7 @@ def decoupled(
         _correction(
             rules,
             strength,
-            lambda count: -_value_at(learning_rate, count),
+            lambda count: -value_at(learning_rate, count),
             at_updated=False,
             freeze_scale=freeze_scale,
             statistics=statistics,
@@ -241,7 +246,7 @@ def post_step(
         _correction(
             rules,
             strength,
-            lambda count: -_value_at(learning_rate, optax.safe_increment(count)),
+            lambda count: -value_at(learning_rate, optax.safe_increment(count)),
             at_updated=True,
             freeze_scale=freeze_scale,
             statistics=statistics,
@@ -343,7 +348,7 @@ def _correction(
         del extra_args
         _check_params(params)
         count = state.cage_count
-        level = _value_at(strength, count)
+        level = value_at(strength, count)
 
         silent = isinstance(level, (int, float)) and level == 0
         # The count, unknown to compilers, keeps the condition of a constant strength.
@@ -363,7 +368,7 @@ def _correction(
             if frozen is None and freeze_scale:
                 frozen = state.grids[path]
             check_grid_given(quantizer, frozen)
-            active, kept[path], turned_back = _fit_if(active, x, quantizer, frozen)
+            active, kept[path], turned_back = fit_if(active, x, quantizer, frozen)
             error = error_from(x, quantizer, kept[path], turned_back)
             pulled = update.astype(error.dtype)
             pulled += jnp.asarray(coefficient, error.dtype) * error
@@ -380,7 +385,7 @@ def _correction(
 
 
 @functools.partial(jax.jit, static_argnames="quantizer")
-def _fit_if(active, x, quantizer, frozen):
+def fit_if(active, x, quantizer, frozen):
     """What `fit_for_error` gives if `active`, else zeros and the frozen grid.
 
     While silent nothing that passes over an array is done: reductions and rotations
@@ -418,12 +423,6 @@ def _check_grids(name, quantized):
                 f"`{path}`: `{name}` must be False for a quantizer without a grid and "
                 f"codes of its own; got {quantizer}. Leave it out."
             )
-
-
-def _value_at(number_or_schedule, count):
-    if callable(number_or_schedule):
-        return number_or_schedule(count)
-    return number_or_schedule
 
 
 def _unknown(grids):

@@ -52,7 +52,8 @@ CONTRACT = [
 
 # Each module may import those of the lines above its own.
 LAYERS = [
-    ["operations", "schedules", "shards", "paths", "products", "pallas.dispatch"],
+    ["operations", "schedules", "shards", "paths", "products"],
+    ["adamw", "pallas.dispatch"],
     ["exact", "hadamard"],
     ["formats"],
     ["scale_types"],
@@ -68,6 +69,7 @@ LAYERS = [
     ["kv_cache", "diagnostics"],
     ["flax", "qwix"],
     ["transform"],
+    ["fused"],
     ["optimizers"],
     ["__init__", "pallas.__init__"],
 ]

@@ -5,7 +5,9 @@ longer than all the rest of this package.
 """
 
 import jax
+import jax.numpy as jnp
 
+from cage_jax.adamw import AdamW, StepNumbers
 from cage_jax.pallas.dispatch import Kernels
 from cage_jax.pallas.tiles import tiles_of
 from cage_jax.quantizers import Quantizer
@@ -43,5 +45,30 @@ def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
         from cage_jax.pallas import tpu
 
         return tpu.masked_gradient(mask, cotangent, tiles=tiles)
+
+    return Kernels(tpu=on_tpu)
+
+
+def adamw_step(
+    quantizer: Quantizer, x: jax.Array, first: jax.Array, adamw: AdamW
+) -> Kernels:
+    """From the arguments of a step, as `AdamW.step` has them, to its results."""
+    # Seven arrays come and go, where two or three do otherwise.
+    tiles = tiles_of(quantizer, x.shape, x.dtype, block_bytes=2**18)
+    if tiles is None or first.dtype not in (jnp.float32, jnp.bfloat16):
+        return Kernels()
+
+    def on_tpu(
+        gradient: jax.Array,
+        first: jax.Array,
+        second: jax.Array,
+        x: jax.Array,
+        numbers: StepNumbers,
+    ):
+        from cage_jax.pallas import tpu
+
+        return tpu.adamw_step(
+            gradient, first, second, x, numbers, tiles=tiles, adamw=adamw
+        )
 
     return Kernels(tpu=on_tpu)

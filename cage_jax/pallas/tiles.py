@@ -19,10 +19,8 @@ LANES = 128
 _SUBLANES = 32
 _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
-# Bytes of an array that a kernel is handed at a time, where it may choose.
-_BLOCK_BYTES = 2**20
-# Of all that it holds: the least that a generation gives a kernel without being asked.
-_MEMORY = 31 * 2**19
+# What a kernel may hold of groups longer than a block; each chip has twice that.
+_KEPT_BYTES = 2**23
 # Below that an array stays on the chip, and one program more costs more than it saves.
 _SMALLEST = 2**18
 
@@ -31,6 +29,9 @@ _SMALLEST = 2**18
 class Tiles:
     """The blocks and strips of an array of shape (stack, rows, columns).
 
+    A kernel passes over the blocks along the groups, then goes to the next ones. Where
+    a group is all of the axis it does so twice: to find the grid, and to use it.
+
     Attributes:
       quantizer: of one strip: its axis is that of the groups, and its group size None
         where a strip is a part of a group, or all of one.
@@ -38,7 +39,7 @@ class Tiles:
       along: 1 or 2, the axis of the groups.
       block: (rows, columns) of a block.
       strip: its length along the axis of the groups.
-      whole: whether a group is all of the axis, of which a strip is a part.
+      whole: whether a group is all of the axis, of which a block may be a part.
       transposed: whether strips are turned so that groups run along their rows.
     """
 
@@ -56,18 +57,45 @@ class Tiles:
         return self.block[self.along - 1] // self.strip
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """How many blocks there are along each axis."""
-        stack, rows, columns = self.shape
+    def grid(self) -> tuple[int, int, int, int]:
+        """The stack, blocks across the groups, passes, and blocks along them."""
+        across = 2 - self.along
         return (
-            stack,
-            math.ceil(rows / self.block[0]),
-            math.ceil(columns / self.block[1]),
+            self.shape[0],
+            math.ceil(self.shape[across + 1] / self.block[across]),
+            2 if self.whole else 1,
+            self.length // self.block[self.along - 1],
         )
 
+    @property
+    def length(self) -> int:
+        """Of the axis of the groups."""
+        return self.shape[self.along]
 
-def tiles_of(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
-    """Those of an array that is quantized, or None where it is not for a kernel."""
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The shape of what a kernel keeps of groups that are all of the axis."""
+        across = self.block[2 - self.along]
+        return (self.length, across) if self.along == 1 else (across, self.length)
+
+    @property
+    def per_group(self) -> tuple[int, int]:
+        """The shape of a number for each of these groups."""
+        across = self.block[2 - self.along]
+        return (1, across) if self.along == 1 else (across, 1)
+
+
+def tiles_of(
+    quantizer: Quantizer, shape: tuple[int, ...], dtype, block_bytes: int = 2**20
+) -> Tiles | None:
+    """Those of an array that is quantized, or None where it is not for a kernel.
+
+    Args:
+      quantizer: of the array.
+      shape: of the array.
+      dtype: of the array.
+      block_bytes: the most that a block has of an array of float32.
+    """
     if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
         return None
     if shape[-1] % LANES or shape[-2] % _SUBLANES:
@@ -85,17 +113,14 @@ def tiles_of(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | Non
         strip = math.gcd(length, max(unit, LANES))
     if strip % unit or strip > _LARGEST_STRIP or length % strip:
         return None
-    other = min(LANES, (rows, columns)[2 - along])
-    blocks = length // strip
-    if not whole:
-        wanted = max(1, _BLOCK_BYTES // (4 * strip * LANES))
-        blocks = max(n for n in range(1, wanted + 1) if blocks % n == 0)
-    block = (blocks * strip, other) if along == 1 else (other, blocks * strip)
-    # Twice each of what comes and goes, masks, and the rotated values.
-    if math.prod(block) * (4 * jnp.dtype(dtype).itemsize + 2 + 4) > _MEMORY:
+    across = min(LANES, (rows, columns)[2 - along])
+    if whole and 4 * length * across > _KEPT_BYTES:
         return None
+    most = max(1, block_bytes // (4 * strip * LANES))
+    strips = max(n for n in range(1, most + 1) if length // strip % n == 0)
+    block = (strips * strip, across) if along == 1 else (across, strips * strip)
     transposed = along == 2 and group % LANES != 0
-    if transposed and other != LANES:
+    if transposed and across != LANES:
         return None
     own = dataclasses.replace(
         quantizer,

@@ -5,9 +5,11 @@ is theirs, since a matrix unit multiplies numbers of 16 bits: float32 numbers ar
 such parts, and rounded values are such numbers.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from cage_jax.adamw import AdamW, StepNumbers
 from cage_jax.hadamard import hadamard_matrix
 from cage_jax.operations import times
 from cage_jax.pallas.tiles import LANES, Tiles
+from cage_jax.quantizers import Quantizer
 from cage_jax.rounding import (
     apply_scale,
     basis_factor,
@@ -30,6 +34,7 @@ from cage_jax.rounding import (
     to_elements,
     turn_back,
 )
+from cage_jax.scales import Grid
 
 _PARTS = 3  # numbers of 8 bits of mantissa that a float32 number of 24 is the sum of
 
@@ -45,15 +50,27 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
     Returns:
       The values, like `x`; if `masked`, these and the mask, int8 of 1 and 0.
     """
-    kept = tiles.whole and tiles.quantizer.hadamard is not None
-    out = (jnp.int8,) if masked else ()
+
+    def kernel(x_ref, matrix_ref, value_ref, *refs):
+        mask_ref, *scratch = refs if masked else (None, *refs)
+        quantizer = tiles.quantizer
+
+        def write(strip):
+            _store(value_ref, strip.number, strip.value(), tiles)
+            if masked:
+                passing = passes(strip.rotated, quantizer, strip.grid)
+                passing = jnp.where(passing, jnp.int32(1), jnp.int32(0))
+                _store(mask_ref, strip.number, passing, tiles)
+
+        _quantized(x_ref, matrix_ref, scratch, tiles, write, keep_rotated=True)
+
     found = _call(
-        partial(_fake_quant, tiles=tiles, masked=masked, kept=kept),
+        kernel,
         tiles,
         "fake_quant",
-        (x,),
-        (x.dtype, *out),
-        [pltpu.VMEM(tiles.block, jnp.float32)] if kept else [],
+        first=(x,),
+        dtypes=(x.dtype, jnp.int8) if masked else (x.dtype,),
+        scratch=_kept(tiles),
     )
     return found if masked else found[0]
 
@@ -68,44 +85,178 @@ def masked_gradient(
       cotangent: an array like the quantized one.
       tiles: how both are cut.
     """
+    tiles = dataclasses.replace(tiles, whole=False)  # each block by itself
+
+    def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
+        rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=_PARTS)
+        square = basis_factor(tiles.quantizer) ** 2
+
+        def one(i, carry):
+            passing = _strip(mask_ref, i, tiles).astype(jnp.float32)
+            gradient = rotate(_strip(cotangent_ref, i, tiles).astype(jnp.float32))
+            gradient = rotate(jnp.where(passing != 0, gradient, 0)) * square
+            _store(gradient_ref, i, gradient, tiles)
+            return carry
+
+        lax.fori_loop(0, tiles.strips, one, 0)
+
     (gradient,) = _call(
-        partial(_masked_gradient, tiles=tiles),
+        kernel,
         tiles,
         "masked_gradient",
-        (mask, cotangent),
-        (cotangent.dtype,),
+        first=(mask, cotangent),
+        dtypes=(cotangent.dtype,),
     )
     return gradient
 
 
-def _call(kernel, tiles, name, arrays, dtypes, scratch=()):
-    """Runs a kernel over all blocks; with a rotation it gets the matrix, too."""
+def adamw_step(
+    gradient: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    x: jax.Array,
+    numbers: StepNumbers,
+    *,
+    tiles: Tiles,
+    adamw: AdamW,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A step of AdamW with the pull to the grid, in place where the arrays are donated.
+
+    Args:
+      gradient: that of the parameter.
+      first: the first moment.
+      second: the second moment.
+      x: the parameter, which `tiles` was made for.
+      numbers: those of the step.
+      tiles: how all are cut.
+      adamw: the optimizer.
+
+    Returns:
+      The moments and the parameter after the step.
+    """
+
+    def kernel(numbers_ref, x_ref, *refs):
+        *read, matrix_ref = refs[:4]
+        written, scratch = refs[4:7], refs[7:]
+        numbers = StepNumbers(
+            *(numbers_ref[i] for i in range(len(StepNumbers._fields)))
+        )
+
+        def step(i, x, error):
+            gradient, first, second = (_strip(ref, i, tiles) for ref in read)
+            after = adamw.step(gradient, first, second, x, error, numbers)
+            for ref, strip in zip(written, after, strict=True):
+                _store(ref, i, strip, tiles)
+
+        def pulled(strip):
+            step(strip.number, strip.kept, strip.kept - strip.value())
+
+        @pl.when(numbers.pull != 0)
+        def _():
+            _quantized(x_ref, matrix_ref, scratch, tiles, pulled, keep_rotated=False)
+
+        @pl.when(numbers.pull == 0)
+        def _():
+            _plain(x_ref, scratch, tiles, lambda i, x: step(i, x, 0.0))
+
+    return _call(
+        kernel,
+        tiles,
+        "adamw_step",
+        numbers=jnp.stack(numbers),
+        first=(x,),
+        last=(gradient, first, second),
+        dtypes=(first.dtype, second.dtype, x.dtype),
+        scratch=_kept(tiles),
+        # The moments and the parameter, behind the numbers and the gradient.
+        aliases={3: 0, 4: 1, 1: 2},
+    )
+
+
+def _call(
+    kernel,
+    tiles,
+    name,
+    *,
+    numbers=None,
+    first,
+    last=(),
+    dtypes,
+    scratch=(),
+    aliases=None,
+):
+    """Runs a kernel over all blocks.
+
+    Args:
+      kernel: gets references to `numbers`, if any, to the blocks of `first` and
+        `last`, to the matrix of the rotation (None without one), to the blocks of the
+        results, and to `scratch`.
+      tiles: the blocks.
+      name: of the kernel in a program.
+      numbers: a vector.
+      first: the arrays that are read in the first pass.
+      last: those that are read in the last pass.
+      dtypes: of the results, which are written in the last pass.
+      scratch: memory that stays from one block to the next.
+      aliases: from the place of an argument to that of the result that replaces it.
+    """
     shape, matrix = tiles.shape, _matrix(tiles)
-    spec = pl.BlockSpec((None, *tiles.block), lambda *place: place)
+    passes_count, end = tiles.grid[2], tiles.grid[3] - 1
+
+    def place(stack, across, along):
+        if tiles.along == 1:
+            return stack, along, across
+        return stack, across, along
+
+    def in_first(stack, across, number, along):
+        # The last block of the first pass stays: nothing is read again.
+        return place(stack, across, jnp.where(number == 0, along, end))
+
+    def in_last(stack, across, number, along):
+        return place(stack, across, jnp.where(number == passes_count - 1, along, 0))
+
+    block = None, *tiles.block
+    scalars = [] if numbers is None else [pl.BlockSpec(memory_space=pltpu.SMEM)]
     fixed = [] if matrix is None else [pl.BlockSpec(matrix.shape, lambda *_: (0, 0))]
     elements = math.prod(shape)
-    read = sum(array.dtype.itemsize for array in arrays)
-    written = sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
+    moved = [*(array.dtype.itemsize for array in (*first, *last))]
+    moved += (jnp.dtype(dtype).itemsize for dtype in dtypes)
+    read = len(scalars) + len(first) + len(last)
     products = 0 if matrix is None else 2 * (_PARTS + 1) * len(matrix)
+
+    def run(*refs):
+        if matrix is None:
+            refs = *refs[:read], None, *refs[read:]
+        kernel(*refs)
+
     found = pl.pallas_call(
-        kernel,
+        run,
         grid=tiles.grid,
-        in_specs=[spec] * len(arrays) + fixed,
-        out_specs=[spec] * len(dtypes),
+        in_specs=[
+            *scalars,
+            *[pl.BlockSpec(block, in_first)] * len(first),
+            *[pl.BlockSpec(block, in_last)] * len(last),
+            *fixed,
+        ],
+        out_specs=[pl.BlockSpec(block, in_last)] * len(dtypes),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes],
         scratch_shapes=list(scratch),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
         cost_estimate=pl.CostEstimate(
             flops=elements * (products + 30),
-            bytes_accessed=elements * (read + written),
+            bytes_accessed=elements * sum(moved),
             transcendentals=0,
         ),
         name=f"cage_{name}",
     )(
-        *(array.reshape(shape) for array in arrays),
+        *([] if numbers is None else [numbers]),
+        *(array.reshape(shape) for array in (*first, *last)),
         *([] if matrix is None else [matrix]),
     )
-    return tuple(each.reshape(arrays[-1].shape) for each in found)
+    return tuple(each.reshape(first[-1].shape) for each in found)
 
 
 def _matrix(tiles):
@@ -118,94 +269,144 @@ def _matrix(tiles):
     return jnp.asarray(whole, jnp.bfloat16)
 
 
-def _fake_quant(x_ref, *others, tiles, masked, kept):
-    refs = iter(others)
-    matrix_ref = next(refs) if tiles.quantizer.hadamard is not None else None
-    value_ref = next(refs)
-    mask_ref = next(refs) if masked else None
-    kept_ref = next(refs) if kept else None
+class _Quantized(NamedTuple):
+    """A strip and its grid.
+
+    Attributes:
+      number: of the strip in its block.
+      kept: the strip itself; None where it is rotated and was kept so.
+      rotated: the strip, up to the factor of the rotation.
+      grid: of its groups.
+      poison: 0 for each group, or NaN where something is not finite.
+      rotate: turns a strip, of so many `parts`.
+    """
+
+    number: jax.Array
+    kept: jax.Array | None
+    rotated: jax.Array
+    grid: Grid
+    poison: jax.Array
+    rotate: Callable
+    quantizer: Quantizer
+
+    def value(self) -> jax.Array:
+        """The strip quantized and dequantized, float32."""
+        quantizer, shape = self.quantizer, self.rotated.shape
+        values = round_in_basis(self.rotated, quantizer, self.grid)
+        # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
+        parts = 1 if scaled_last(quantizer, shape) else _PARTS
+
+        def back(values, _):
+            return self.rotate(values, parts=parts)
+
+        turned_back = turn_back(values, quantizer, self.grid, shape, back=back)
+        like = jax.ShapeDtypeStruct(shape, jnp.float32)
+        value = apply_scale(turned_back, quantizer, self.grid, like)
+        # Whatever a maximum or a clip makes of NaN.
+        return value + to_elements(self.poison, quantizer, shape)
+
+
+def _kept(tiles):
+    """Memory for groups that are all of an axis."""
+    if not tiles.whole:
+        return []
+    per_group = pltpu.VMEM(tiles.per_group, jnp.float32)
+    return [pltpu.VMEM(tiles.kept, jnp.float32), per_group, per_group]
+
+
+def _quantized(x_ref, matrix_ref, scratch, tiles, then, *, keep_rotated):
+    """Calls `then` with each strip of the last pass as `_Quantized`.
+
+    Args:
+      x_ref: a block of the array.
+      matrix_ref: that of the rotation, or None.
+      scratch: as `_kept` gives it.
+      tiles: the blocks.
+      then: what is done with a strip.
+      keep_rotated: whether the first pass keeps strips as they are rotated, so that the
+        last one need not rotate them again.
+    """
     quantizer = tiles.quantizer
     rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles)
 
-    def in_basis(i):
-        return rotate(_strip(x_ref, i, tiles).astype(jnp.float32), parts=_PARTS)
+    def strip_at(i):
+        return _strip(x_ref, i, tiles).astype(jnp.float32)
 
-    def finish(i, transformed, grid, poison):
-        values = round_in_basis(transformed, quantizer, grid)
-        # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
-        parts = 1 if scaled_last(quantizer, values.shape) else _PARTS
-        back = turn_back(
-            values,
-            quantizer,
-            grid,
-            values.shape,
-            back=lambda values, _: rotate(values, parts=parts),
-        )
-        like = jax.ShapeDtypeStruct(values.shape, jnp.float32)
-        value = apply_scale(back, quantizer, grid, like)
-        value = value + to_elements(poison, quantizer, values.shape)
-        _store(value_ref, i, value.astype(value_ref.dtype), tiles)
-        if masked:
-            passing = passes(transformed, quantizer, grid)
-            passing = jnp.where(passing, jnp.int32(1), jnp.int32(0))
-            _store(mask_ref, i, passing, tiles)
+    def each(act, start):
+        return lax.fori_loop(0, tiles.strips, act, start)
 
     if not tiles.whole:
 
         def one(i, carry):
-            transformed = in_basis(i)
-            grid = fit_in_basis(transformed, quantizer, None)
-            poison = of_groups(_poison, transformed, quantizer)
-            finish(i, transformed, grid, poison)
+            x = strip_at(i)
+            rotated = rotate(x, parts=_PARTS)
+            grid = fit_in_basis(rotated, quantizer, None)
+            poison = of_groups(_poison, rotated, quantizer)
+            then(_Quantized(i, x, rotated, grid, poison, rotate, quantizer))
             return carry
 
-        lax.fori_loop(0, tiles.strips, one, 0)
+        each(one, 0)
         return
 
-    axis = tiles.along - 1
-    count = tiles.block[axis]
+    kept_ref, found_ref, poison_ref = scratch
+    axis, scale = tiles.along - 1, quantizer.scale
+    number, first = pl.program_id(2), pl.program_id(3) * tiles.strips
 
-    def find(i, found):
-        whole, poison = found
-        transformed = in_basis(i)
-        if kept:
-            _store(kept_ref, i, transformed, tiles)
+    def find(i, carry):
+        found, poison = carry
+        x = strip_at(i)
+        rotated = rotate(x, parts=_PARTS)
+        _store(kept_ref, first + i, rotated if keep_rotated else x, tiles)
         # As `fit_in_basis` does with all of it.
-        sized = times(transformed, basis_factor(quantizer))
-        part = quantizer.scale.part(sized, (axis,), count)
-        poison = poison + _poison(transformed, (axis,))
-        return quantizer.scale.joined(whole, part), poison
+        sized = times(rotated, basis_factor(quantizer))
+        part = scale.part(sized, (axis,), tiles.length)
+        return scale.joined(found, part), poison + _poison(rotated, (axis,))
 
-    empty = [1 if place == axis else size for place, size in enumerate(tiles.block)]
-    zero = jnp.zeros(empty, jnp.float32)
-    whole, poison = lax.fori_loop(0, tiles.strips, find, (zero, zero))
-    grid = quantizer.scale.stored(whole, count, quantizer.format, quantizer.scale_type)
+    @pl.when(number == 0)
+    def _():
+        @pl.when(first == 0)
+        def _():
+            found_ref[...] = jnp.zeros(tiles.per_group, jnp.float32)
+            poison_ref[...] = jnp.zeros(tiles.per_group, jnp.float32)
 
-    def apply(i, carry):
-        transformed = _strip(kept_ref, i, tiles) if kept else in_basis(i)
-        finish(i, transformed, grid, poison)
-        return carry
+        found_ref[...], poison_ref[...] = each(find, (found_ref[...], poison_ref[...]))
 
-    lax.fori_loop(0, tiles.strips, apply, 0)
+    @pl.when(number == 1)
+    def _():
+        poison = poison_ref[...]
+        grid = scale.stored(
+            found_ref[...], tiles.length, quantizer.format, quantizer.scale_type
+        )
+
+        def use(i, carry):
+            kept = _strip(kept_ref, first + i, tiles)
+            rotated = kept if keep_rotated else rotate(kept, parts=_PARTS)
+            x = None if keep_rotated else kept
+            then(_Quantized(i, x, rotated, grid, poison, rotate, quantizer))
+            return carry
+
+        each(use, 0)
 
 
-def _masked_gradient(mask_ref, cotangent_ref, *refs, tiles):
-    *matrix_refs, gradient_ref = refs
-    quantizer = tiles.quantizer
-    rotate = partial(
-        _rotate, matrix_ref=matrix_refs[0] if matrix_refs else None, tiles=tiles
-    )
+def _plain(x_ref, scratch, tiles, then):
+    """Calls `then` with the number of each strip of the last pass, and the strip."""
 
-    def one(i, carry):
-        cotangent = _strip(cotangent_ref, i, tiles).astype(jnp.float32)
-        passing = _strip(mask_ref, i, tiles).astype(jnp.float32)
-        gradient = rotate(cotangent, parts=_PARTS)
-        gradient = jnp.where(passing != 0, gradient, 0)
-        gradient = rotate(gradient, parts=_PARTS) * basis_factor(quantizer) ** 2
-        _store(gradient_ref, i, gradient, tiles)
-        return carry
+    def each(act):
+        lax.fori_loop(0, tiles.strips, lambda i, carry: act(i) or carry, 0)
 
-    lax.fori_loop(0, tiles.strips, one, 0)
+    if not tiles.whole:
+        each(lambda i: then(i, _strip(x_ref, i, tiles)))
+        return
+    kept_ref, number = scratch[0], pl.program_id(2)
+    first = pl.program_id(3) * tiles.strips
+
+    @pl.when(number == 0)
+    def _():
+        each(lambda i: _store(kept_ref, first + i, _strip(x_ref, i, tiles), tiles))
+
+    @pl.when(number == 1)
+    def _():
+        each(lambda i: then(i, _strip(kept_ref, first + i, tiles)))
 
 
 def _poison(x, axes):

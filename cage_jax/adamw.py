@@ -1,0 +1,66 @@
+"""AdamW of one parameter as a function of arrays, with an error to pull it by."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+
+class StepNumbers(NamedTuple):
+    """What a step of AdamW is told; float32 scalars.
+
+    Attributes:
+      rate: the learning rate.
+      pull: what the quantization error is added to the update with, 0 while silent.
+      first_correction: 1 - b1**t.
+      second_correction: 1 - b2**t.
+    """
+
+    rate: jax.Array
+    pull: jax.Array
+    first_correction: jax.Array
+    second_correction: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Decay of the moments, what is added to a root, and weight decay.
+
+    The arithmetic is that of `optax.adamw`, operation by operation.
+    """
+
+    b1: float
+    b2: float
+    eps: float
+    eps_root: float
+    weight_decay: float
+
+    def step(
+        self,
+        gradient: jax.Array,
+        first: jax.Array,
+        second: jax.Array,
+        x: jax.Array,
+        error: jax.Array | float,
+        numbers: StepNumbers,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The moments and the parameter after a step.
+
+        Args:
+          gradient: float32, like all arrays here but for `first`.
+          first: the first moment, float32 or bfloat16.
+          second: the second moment.
+          x: the parameter.
+          error: its quantization error, or 0.
+          numbers: those of the step.
+        """
+        # As of Optax compilers make: the number in the moment's dtype, the product not.
+        decay = float(first.dtype.type(self.b1))
+        new_first = (1 - self.b1) * gradient + decay * first.astype(x.dtype)
+        new_second = (1 - self.b2) * (gradient * gradient) + self.b2 * second
+        size = lax.sqrt(new_second / numbers.second_correction + self.eps_root)
+        direction = (new_first / numbers.first_correction) / (size + self.eps)
+        update = -numbers.rate * (direction + self.weight_decay * x)
+        update = update + numbers.pull * error
+        return new_first.astype(first.dtype), new_second, x + update

@@ -1,0 +1,173 @@
+"""The fused step: that of the transformation, and its kernel interpreted."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import cage_jax as cage
+from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.pallas import tiles, tpu
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+RULES = cage.Rules(
+    [
+        ("layers/kernel", cage.quest(4)),
+        ("groups", cage.int4(group_size=32)),
+        ("rows", cage.int8(axis=-1)),
+        ("small", cage.int4()),
+        (".*", None),
+    ]
+)
+STEPS = 100
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_too(monkeypatch):
+    monkeypatch.setattr(tiles, "_SMALLEST", 2**13)
+
+
+@pytest.fixture
+def params(rng):
+    shapes = {
+        "layers": {"kernel": (2, 128, 128), "norm": (2, 128)},
+        "groups": (128, 128),
+        "rows": (64, 256),
+        "small": (8, 8),
+        "bias": (3,),
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def optimizer(rules=RULES, **changes):
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, STEPS, 1e-3)
+    strength = cage.silence_then_ramp(STEPS, 10.0, 0.5)
+    options = {"b2": 0.95, "weight_decay": 0.1, "mask": decays} | changes
+    return cage.cage_adamw(rate, rules, strength, **options)
+
+
+def decays(params):
+    return jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+
+
+def gradients(params, count):
+    return jax.tree.map(lambda x: jnp.cos(3 * x + count), params)
+
+
+def forms(tx):
+    """A step, fused and not."""
+
+    def unfused(gradient, state, params):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(tx.fused_step), jax.jit(unfused)
+
+
+def run(steps, tx, params):
+    state = tx.init(params)
+    for count, step in enumerate(steps):
+        params, state = step(gradients(params, count), state, params)
+    return params, state
+
+
+def assert_near(found, expected, tolerance=1e-6):
+    """By the norm of each array."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        ours, theirs = np.float64(ours), np.float64(theirs)
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mu_dtype": jnp.bfloat16}, {"mask": None}])
+def test_a_hundred_steps_are_those_of_the_transformation(params, changes):
+    fused, unfused = forms(tx := optimizer(**changes))
+    expected = run([unfused] * STEPS, tx, params)
+    found = run([fused] * STEPS, tx, params)
+    tolerance = 1e-3 if "mu_dtype" in changes else 1e-6  # bfloat16 has 8 bits
+    assert_near(found, expected, tolerance)
+    # Each goes on from the other's state.
+    mixed = run([fused, unfused] * (STEPS // 2), tx, params)
+    assert_near(mixed, expected, tolerance)
+    moved = np.abs(expected[0]["groups"] - params["groups"]).max()
+    assert moved > 0.05
+
+
+PLAIN = {
+    "nesterov": {"nesterov": True},
+    "frozen scales": {"freeze_scale": True},
+    "statistics": {"statistics": True},
+    "an array as weight decay": {"weight_decay": jnp.float32(0.1)},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_a_fused_form_it_is_the_transformation(params, name):
+    fused, unfused = forms(tx := optimizer(**PLAIN[name]))
+    steps = 10
+    assert_near(run([fused] * steps, tx, params), run([unfused] * steps, tx, params))
+    with pytest.raises(ValueError, match=r"`groups`: `implementation` must be None or"):
+        tx.fused_step(params, tx.init(params), params, implementation="pallas")
+
+
+def test_trees_of_any_kind(params, rng):
+    tx = optimizer(cage.Rules([(".*", cage.int4(group_size=32))]), mask=None)
+    for tree in (params["groups"], [params["groups"]], {"a": (params["groups"],)}):
+        fused, unfused = forms(tx)
+        assert_near(run([fused] * 3, tx, tree), run([unfused] * 3, tx, tree))
+
+
+def test_a_state_of_another_optimizer_is_refused(params):
+    tx = optimizer()
+    for other in (optax.adamw(1e-3), optax.chain(optax.clip(1.0), optimizer())):
+        with pytest.raises(ValueError, match="`state` must be that of this optimizer"):
+            tx.fused_step(params, other.init(params), params)
+    with pytest.raises(ValueError, match=r"`implementation` must be one of .*'gpu'"):
+        tx.fused_step(params, tx.init(params), params, implementation="gpu")
+
+
+QUANTIZERS = {
+    "channels": cage.quest(4),
+    "channels without a rotation": cage.int8(),
+    "groups": cage.int4(group_size=32),
+    "groups in a rotation": cage.int4(group_size=64, hadamard=128),
+}
+
+
+@pytest.mark.parametrize("pull", [0.0, -0.05])
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_kernel(name, axis, pull, rng):
+    """Of several blocks along a group and across them, and of a stack."""
+    quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
+    shape = (2, 384, 128) if axis == -2 else (2, 128, 384)
+    cut = tiles.tiles_of(quantizer, shape, jnp.float32, block_bytes=2**16)
+    gradient, first, second, x = rng.normal(size=(4, *shape)).astype(np.float32)
+    second = np.abs(second)
+    adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
+    numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
+    arrays = [jnp.asarray(array) for array in (gradient, first, second, x)]
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        found = tpu.adamw_step(*arrays, numbers, tiles=cut, adamw=adamw)
+    m = 0.1 * np.float64(gradient) + 0.9 * first
+    v = 0.05 * np.float64(gradient) ** 2 + 0.95 * second
+    error = np.float64(cage.quantization_error(arrays[-1], quantizer))
+    update = -1e-2 * (m / 0.3 / (np.sqrt(v / 0.2) + 1e-8) + 0.1 * x) + pull * error
+    for ours, expected in zip(found[:2], (m, v)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    # One at a tie may go to the other level, and with it all that it is rotated with.
+    near = np.abs(found[2] - (x + update)) < 2e-6
+    assert near.mean() > (0.99 if quantizer.hadamard else 1 - 1e-9)
