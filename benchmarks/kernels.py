@@ -149,14 +149,17 @@ def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
 
 
-def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
-    """Units moved, the kernels by name, and seconds to compile."""
+def array(shape: tuple[int, int], dtype: str, chip: str) -> jax.ShapeDtypeStruct:
+    """An abstract array on a chip."""
     (device, *_) = topologies.get_topology_desc(
         platform="tpu", topology_name=CHIPS[chip]
     ).devices
-    x = jax.ShapeDtypeStruct(
-        case.shape, case.dtype, sharding=SingleDeviceSharding(device)
-    )
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
+    """Units moved, the kernels by name, and seconds to compile."""
+    x = array(case.shape, case.dtype, chip)
     start, unit = time.perf_counter(), x.size * jnp.dtype(x.dtype).itemsize
     program = lowered(case, x, implementation).compile()
     text = program.as_text()

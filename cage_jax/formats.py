@@ -168,7 +168,8 @@ class Integer(Format):
         elif self.ties == "away":
             size = jnp.abs(x)
             whole = jnp.floor(size)
-            rounded = jnp.sign(x) * (whole + jnp.floor(2 * (size - whole)))
+            rounded = whole + jnp.floor(2 * (size - whole))
+            rounded = select(lax.lt(x, x.dtype.type(0)), -rounded, rounded)
         else:
             x = clamp(x, self.low - 1, self.high + 1)
             # Codes in a file begin at 0. The clip above keeps compilers from

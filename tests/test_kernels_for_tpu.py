@@ -1,7 +1,9 @@
 """Kernels compiled for TPU: what they move, and that they are in the program."""
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 import kernels
 import pytest
 
+import cage_jax as cage
+from cage_jax import formats, scale_types, scales
+
+HERE = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import json, kernels, sys
@@ -20,23 +26,87 @@ print(json.dumps([
 """
 
 
-@pytest.mark.skipif(
+COMPILE = """
+import json, kernels, sys
+import test_kernels_for_tpu as here
+from cage_jax.pallas import tiles
+
+tiles._SMALLEST = 0
+for chip in sys.argv[1:]:
+    for quantizer, shape in here.every():
+        case = kernels.Case(quantizer, "forward and backward")
+        kernels.lowered(case, kernels.array(shape, "float32", chip), "pallas").compile()
+print(json.dumps(len(list(here.every()))))
+"""
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the extra `tpu` is missing"
 )
-def test_they_move_the_least_and_no_copy(request):
-    chips = ["v5e", "v6e"]
-    if request.config.getoption("--all-chips"):
-        chips += ["v4", "v5p"]
+
+
+def every():
+    """Quantizers that kernels are made for, each with a shape."""
+    for group, axis in itertools.product((2, 20, 48, 160, 192, 512), (-2, -1)):
+        block = 32 if group % 32 == 0 else None
+        quantizer = cage.int4(group_size=group, axis=axis, hadamard=block)
+        long = math.lcm(group, 128)
+        if axis == -1 and long > 512:
+            continue
+        yield quantizer, (long, 256) if axis == -2 else (160, long)
+    for length, axis in itertools.product((96, 352, 5632), (-2, -1)):
+        quantizer = cage.quest(4, axis=axis, hadamard=32, gradient="trust")
+        if axis == -2 or length % 128 == 0:
+            yield quantizer, (length, 256) if axis == -2 else (96, length)
+    numbers = [formats.MidRise(1), formats.MidRise(8), formats.Integer(8, narrow=False)]
+    numbers += [formats.Integer(4, ties=ties) for ties in ("away", "up")]
+    numbers += [
+        formats.Float(name) for name in ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
+    ]
+    for number in numbers:
+        for scale_type in (
+            scale_types.Full(),
+            scale_types.PowerOfTwo("down"),
+            scale_types.PowerOfTwo("up"),
+            scale_types.Float8(tensor_divisor=False),
+        ):
+            scale = scales.AbsMax(0.9)
+            yield (
+                cage.Quantizer(
+                    number,
+                    scale,
+                    group_size=32,
+                    scale_type=scale_type,
+                    gradient="clip",
+                ),
+                (256, 256),
+            )
+
+
+def on(chips, script):
+    """What a script prints last, as JSON."""
     # A process of its own: libtpu says much, and stays.
+    paths = [str(ROOT / "benchmarks"), str(HERE)]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *chips],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+        [sys.executable, "-c", script, *chips],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+def test_every_quantizer_with_a_kernel_compiles():
+    assert on(["v5e"], COMPILE) == len(list(every()))
+
+
+@needs_libtpu
+def test_they_move_the_least_and_no_copy(request):
+    chips = ["v5e", "v6e"]
+    if request.config.getoption("--all-chips"):
+        chips += ["v4", "v5p"]
+    found = on(chips, SCRIPT)
     cases = [case for _ in chips for case in kernels.CASES]
     for case, each in zip(cases, found, strict=True):
         assert case.least <= each["units"] < 1.05 * case.least, case
