@@ -476,7 +476,7 @@ class MinMax(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         # The range of a float offset need not hold zero.
         initial = 0 if self.zero_point else None
-        highest = _infinite_if_nan(x, x)
+        highest = select(lax.ne(x, x), jnp.inf, x)  # as in `_largest`
         top = jnp.max(highest, axis=axes, keepdims=True, initial=initial)
         bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
         end = 2 * format.half_range
@@ -668,14 +668,13 @@ def _grid(stored):
 
 
 def _largest(x, axes):
-    sizes = _infinite_if_nan(lax.abs(x), x)
+    # XLA for CPU drops NaN from the maximum of a large array. As whole numbers, those
+    # of NaN are above that of infinity.
+    word = np.dtype(f"int{8 * x.dtype.itemsize}")
+    infinity = np.array(np.inf, x.dtype).view(word)[()]
+    bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
+    sizes = lax.bitcast_convert_type(bits, x.dtype)
     return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
-
-
-def _infinite_if_nan(value, x):
-    """For a maximum: XLA for CPU drops NaN from those of large arrays."""
-    # Not `eq`, which `divide` has: compilers would keep it in memory for both.
-    return select(lax.ne(x, x), jnp.inf, value)
 
 
 def _positive(power):

@@ -50,7 +50,7 @@ def test_it_trains_as_one_device(found, standard_promotion):
         params, tx = found["first_params"](), found["tx"]
         state = tx.init(params)
         for number in range(3):
-            keys = jax.random.split(jax.random.key(number), 2)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(number), 0), 2)
             x = jax.random.normal(keys[0], (64, 128))
             y = jax.random.normal(keys[1], (64, 8))
             params, state, value = jax.jit(found["train_step"])(params, state, x, y)
