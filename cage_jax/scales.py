@@ -673,7 +673,9 @@ def _largest(x, axes):
     word = np.dtype(f"int{8 * x.dtype.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(word)[()]
     bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
-    sizes = lax.bitcast_convert_type(bits, x.dtype)
+    # Others stay as they are, for their gradient to be refused by those who must.
+    infinite = lax.bitcast_convert_type(bits, x.dtype)
+    sizes = lax.select(lax.ne(x, x), infinite, lax.abs(x))
     return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
 
 
