@@ -21,7 +21,7 @@ from jax import lax
 
 from cage_jax.exact import divide, power_below, rounded
 from cage_jax.formats import Format, Integer
-from cage_jax.operations import clamp, finite, select
+from cage_jax.operations import clamp, finite
 from cage_jax.scale_types import FULL, Full, ScaleType, step
 
 
@@ -476,8 +476,7 @@ class MinMax(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         # The range of a float offset need not hold zero.
         initial = 0 if self.zero_point else None
-        highest = select(lax.ne(x, x), jnp.inf, x)  # as in `_largest`
-        top = jnp.max(highest, axis=axes, keepdims=True, initial=initial)
+        top = jnp.max(_infinite_if_nan(x), axis=axes, keepdims=True, initial=initial)
         bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
         end = 2 * format.half_range
         # Where the difference is no number, that of the quotients is.
@@ -668,15 +667,20 @@ def _grid(stored):
 
 
 def _largest(x, axes):
-    # XLA for CPU drops NaN from the maximum of a large array. As whole numbers, those
-    # of NaN are above that of infinity.
+    sizes = _infinite_if_nan(lax.abs(x))
+    return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
+
+
+def _infinite_if_nan(x):
+    """For a maximum: XLA for CPU drops NaN from those of large arrays.
+
+    Without an infinity for each element, which a loop would be handed as an array.
+    """
     word = np.dtype(f"int{8 * x.dtype.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(word)[()]
+    # As whole numbers, those of NaN are above that of infinity.
     bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
-    # Others stay as they are, for their gradient to be refused by those who must.
-    infinite = lax.bitcast_convert_type(bits, x.dtype)
-    sizes = lax.select(lax.ne(x, x), infinite, lax.abs(x))
-    return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
+    return lax.select(lax.ne(x, x), lax.bitcast_convert_type(bits, x.dtype), x)
 
 
 def _positive(power):
