@@ -8,6 +8,7 @@ with the same state.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.pallas.dispatch import Implementation, check_implementation, either
+from cage_jax.pallas.dispatch import (
+    Implementation,
+    Kernels,
+    check_implementation,
+    either,
+)
 from cage_jax.pallas.kernels import adamw_step
 from cage_jax.paths import flatten_with_paths
 from cage_jax.quantization import grid_at
@@ -115,9 +121,15 @@ def _step(fused, update, gradients, state, params, implementation):
     after = {}
     if chosen:
         numbers = _numbers(fused, adam, others, cage_state)
-        for place, (quantizer, adamw) in chosen.items():
-            arrays = [tree[place] for tree in each] + [leaves[place]]
-            after[place] = _stepped(quantizer, adamw, arrays, numbers, implementation)
+        for place, (quantizer, adamw, kernels) in chosen.items():
+            arrays = *(tree[place] for tree in each), leaves[place]
+            after[place] = either(
+                partial(_stepped, quantizer, adamw),
+                kernels,
+                *arrays,
+                numbers,
+                implementation=implementation,
+            )
 
     def without(values):
         return structure.unflatten(
@@ -144,7 +156,7 @@ def _step(fused, update, gradients, state, params, implementation):
 
 
 def _chosen(fused, gradients, state, params, implementation):
-    """By place among the leaves the quantizer and AdamW of those with a kernel."""
+    """By place among the leaves the quantizer, AdamW and kernels, if there are any."""
     (adam, *_), cage_state = state
     quantized = fused.rules.quantized(params)
     paths, leaves, structure = flatten_with_paths(params)
@@ -157,16 +169,18 @@ def _chosen(fused, gradients, state, params, implementation):
             continue
         quantizer, x = quantized[path][0], leaves[place]
         gradient, first, second = (tree[place] for tree in others)
+        kernels = Kernels()
         if (
             plain
             and fused.adamw is not None
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None
-            and adamw_step(quantizer, x, first, fused.adamw)
         ):
             decay = fused.adamw.weight_decay if decays[place] else 0.0
             adamw = dataclasses.replace(fused.adamw, weight_decay=decay)
-            chosen[place] = quantizer, adamw
+            kernels = adamw_step(quantizer, x, first, adamw)
+        if kernels:
+            chosen[place] = quantizer, adamw, kernels
         elif implementation == "pallas":
             raise ValueError(
                 f"`{path}`: `implementation` must be None or 'xla' where a parameter "
@@ -217,16 +231,10 @@ def _check_state(state):
         )
 
 
-def _stepped(quantizer, adamw, arrays, numbers, implementation):
+def _stepped(quantizer, adamw, gradient, first, second, x, numbers):
     """The moments and the parameter after a step."""
-
-    def step(gradient, first, second, x, numbers):
-        # The pull, unknown to compilers, is the condition.
-        active, grid, turned_back = fit_if(numbers.pull != 0, x, quantizer, None)
-        error = error_from(x, quantizer, grid, turned_back)
-        error = jnp.where(active, error, 0)
-        return adamw.step(gradient, first, second, x, error, numbers)
-
-    _, first, _, x = arrays
-    kernels = adamw_step(quantizer, x, first, adamw)
-    return either(step, kernels, *arrays, numbers, implementation=implementation)
+    # The pull, unknown to compilers, is the condition.
+    active, grid, turned_back = fit_if(numbers.pull != 0, x, quantizer, None)
+    error = error_from(x, quantizer, grid, turned_back)
+    error = jnp.where(active, error, 0)
+    return adamw.step(gradient, first, second, x, error, numbers)
