@@ -59,7 +59,13 @@ class Case(NamedTuple):
     """
 
     quantizer: cage.Quantizer
-    what: Literal["forward", "forward and backward", "step"] = "forward"
+    what: Literal[
+        "forward",
+        "forward and backward",
+        "step",
+        "step, error after the update",
+        "step, statistics",
+    ] = "forward"
     dtype: str = "float32"
 
     @property
@@ -72,17 +78,30 @@ class Case(NamedTuple):
         """Units that any program moves.
 
         A value is read and written, twice with a mask; a step reads the gradient, the
-        parameter and its moments, and writes the last three.
+        parameter and its moments, and writes the last three; statistics read and write
+        codes.
         """
+        if self.is_step:
+            return 7.5 if self.what == "step, statistics" else 7.0
         mask = 2 / jnp.dtype(self.dtype).itemsize
-        return {"forward": 2.0, "forward and backward": 4 + mask, "step": 7.0}[
-            self.what
-        ]
+        return 2.0 if self.what == "forward" else 4 + mask
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is one of AdamW with CAGE."""
+        return self.what.startswith("step")
+
+    @property
+    def in_place(self) -> float:
+        """Units that are written where they were read."""
+        if not self.is_step:
+            return 0.0
+        return 3.25 if self.what == "step, statistics" else 3.0
 
     @property
     def kernels(self) -> list[str]:
         """The names of those that do it."""
-        if self.what == "step":
+        if self.is_step:
             return ["cage_adamw_step"]
         backward = ["cage_masked_gradient"] * (self.what != "forward")
         return ["cage_fake_quant", *backward]
@@ -114,6 +133,8 @@ CASES = [
     Case(cage.int4(group_size=128), "step"),
     Case(_last(cage.int4(group_size=32)), "step"),
     Case(cage.int8(), "step"),
+    Case(cage.quest(4), "step, error after the update"),
+    Case(cage.quest(4), "step, statistics"),
 ]
 
 
@@ -127,12 +148,19 @@ def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any
         value, back = jax.vjp(forward, x)
         return value, *back(cotangent)
 
-    if case.what != "step":
+    if not case.is_step:
         args = (x,) if case.what == "forward" else (x, x)
         return jax.jit(forward if case.what == "forward" else both).lower(*args)
 
     rules = cage.Rules([(".*", case.quantizer)])
-    tx = cage.cage_adamw(1e-3, rules, cage.silence_then_ramp(100))
+    after = case.what == "step, error after the update"
+    tx = cage.cage_adamw(
+        1e-3,
+        rules,
+        cage.silence_then_ramp(100),
+        placement="post_step" if after else "decoupled",
+        statistics=case.what == "step, statistics",
+    )
 
     def step(params, state, gradient):
         if implementation == "pallas":

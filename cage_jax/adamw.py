@@ -1,4 +1,4 @@
-"""AdamW of one parameter as a function of arrays, with an error to pull it by."""
+"""AdamW of one parameter as a function of arrays."""
 
 import dataclasses
 from typing import NamedTuple
@@ -42,17 +42,15 @@ class AdamW:
         first: jax.Array,
         second: jax.Array,
         x: jax.Array,
-        error: jax.Array | float,
         numbers: StepNumbers,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The moments and the parameter after a step.
+        """The moments after a step, and the update.
 
         Args:
           gradient: float32, like all arrays here but for `first`.
           first: the first moment, float32 or bfloat16.
           second: the second moment.
           x: the parameter.
-          error: its quantization error, or 0.
           numbers: those of the step.
         """
         # As of Optax compilers make: the number in the moment's dtype, the product not.
@@ -62,5 +60,4 @@ class AdamW:
         size = lax.sqrt(new_second / numbers.second_correction + self.eps_root)
         direction = (new_first / numbers.first_correction) / (size + self.eps)
         update = -numbers.rate * (direction + self.weight_decay * x)
-        update = update + numbers.pull * error
-        return new_first.astype(first.dtype), new_second, x + update
+        return new_first.astype(first.dtype), new_second, update

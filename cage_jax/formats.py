@@ -185,19 +185,19 @@ class Integer(Format):
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _whole(value - self._middle).astype(self.code_dtype)
+        return _whole(value - self.middle).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8).astype(dtype) + self._middle
+        return codes.astype(jnp.int8).astype(dtype) + self.middle
 
     def to_index(self, codes):
-        return _low_bits(codes, self.bits, self._middle)
+        return _low_bits(codes, self.bits, self.middle)
 
     def from_index(self, index):
-        return _from_low_bits(index, self.bits, self._middle).astype(self.code_dtype)
+        return _from_low_bits(index, self.bits, self.middle).astype(self.code_dtype)
 
     @property
-    def _middle(self):
+    def middle(self) -> int:
         """The value of code 0."""
         return 0 if self.signed else 2 ** (self.bits - 1)
 
@@ -256,16 +256,21 @@ class MidRise(Format):
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _whole(value - 0.5).astype(self.code_dtype)
+        return _whole(value - self.middle).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8).astype(dtype) + 0.5
+        return codes.astype(jnp.int8).astype(dtype) + self.middle
 
     def to_index(self, codes):
         return _low_bits(codes, self.bits)
 
     def from_index(self, index):
         return _from_low_bits(index, self.bits).astype(self.code_dtype)
+
+    @property
+    def middle(self) -> float:
+        """The value of code 0."""
+        return 0.5
 
     @property
     def gaussian_clip(self) -> float:

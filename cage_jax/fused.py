@@ -28,6 +28,7 @@ from cage_jax.quantization import grid_at
 from cage_jax.rounding import error_from
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule, value_at
+from cage_jax.statistics import Seen, seen
 from cage_jax.transform import CageState, fit_if
 
 
@@ -41,6 +42,7 @@ class FusedStep:
       learning_rate: a number or a schedule.
       adamw: the other numbers, or None where an option has no fused form.
       mask: which parameters decay, as in `optax.adamw`.
+      at_updated: whether the error is that of the updated weights, as in `post_step`.
     """
 
     rules: Rules
@@ -48,6 +50,7 @@ class FusedStep:
     learning_rate: ScalarOrSchedule
     adamw: AdamW | None
     mask: Any | Callable | None
+    at_updated: bool
 
 
 class FusedAdamW(optax.GradientTransformationExtraArgs):
@@ -81,9 +84,10 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         for the last places. On a TPU, on one device or inside of a `shard_map`, each
         large parameter that is quantized is one kernel, which reads its gradient,
         moments and values once and writes moments and values once; all else is as in
-        `update`. No fused form have `nesterov`, `freeze_scale`, `statistics`, a weight
-        decay that is an array, parameters, gradients and second moments other than
-        float32, and the quantizers that `fake_quant` has no kernel for.
+        `update`. No fused form have `nesterov`, `freeze_scale`, a weight decay that is
+        an array, parameters, gradients and second moments other than float32, the
+        quantizers that `fake_quant` has no kernel for, and with `statistics` formats
+        other than integers and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.
@@ -116,18 +120,22 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
 def _step(fused, update, gradients, state, params, implementation):
     chosen = _chosen(fused, gradients, state, params, implementation)
     (adam, *others), cage_state = state
-    _, leaves, structure = flatten_with_paths(params)
+    paths, leaves, structure = flatten_with_paths(params)
     each = [structure.flatten_up_to(tree) for tree in (gradients, adam.mu, adam.nu)]
     after = {}
     if chosen:
         numbers = _numbers(fused, adam, others, cage_state)
         for place, (quantizer, adamw, kernels) in chosen.items():
             arrays = *(tree[place] for tree in each), leaves[place]
+            codes = None
+            if cage_state.statistics is not None:
+                codes = cage_state.statistics.previous_codes[paths[place]]
             after[place] = either(
-                partial(_stepped, quantizer, adamw),
+                partial(_stepped, quantizer, adamw, fused.at_updated),
                 kernels,
                 *arrays,
                 numbers,
+                codes,
                 implementation=implementation,
             )
 
@@ -138,7 +146,13 @@ def _step(fused, update, gradients, state, params, implementation):
 
     gradient, first, second = map(without, each)
     rest = (adam._replace(mu=first, nu=second), *others), cage_state
-    updates, ((adam, *others), cage_state) = update(gradient, rest, without(leaves))
+    measured = {}
+    if cage_state.statistics is not None:
+        for place, (_, _, _, codes, sums) in after.items():
+            measured[paths[place]] = Seen(sums[0], sums[1], sums[2], sums[3], codes)
+    updates, ((adam, *others), cage_state) = update(
+        gradient, rest, without(leaves), seen_elsewhere=measured
+    )
 
     def merged(tree, which):
         parts = structure.flatten_up_to(tree)
@@ -160,7 +174,6 @@ def _chosen(fused, gradients, state, params, implementation):
     (adam, *_), cage_state = state
     quantized = fused.rules.quantized(params)
     paths, leaves, structure = flatten_with_paths(params)
-    plain = cage_state.grids is None and cage_state.statistics is None
     others = [structure.flatten_up_to(tree) for tree in (gradients, adam.mu, adam.nu)]
     decays = _decays(fused, params)
     chosen = {}
@@ -171,14 +184,21 @@ def _chosen(fused, gradients, state, params, implementation):
         gradient, first, second = (tree[place] for tree in others)
         kernels = Kernels()
         if (
-            plain
+            cage_state.grids is None
             and fused.adamw is not None
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None
         ):
             decay = fused.adamw.weight_decay if decays[place] else 0.0
             adamw = dataclasses.replace(fused.adamw, weight_decay=decay)
-            kernels = adamw_step(quantizer, x, first, adamw)
+            kernels = adamw_step(
+                quantizer,
+                x,
+                first,
+                adamw,
+                at_updated=fused.at_updated,
+                measured=cage_state.statistics is not None,
+            )
         if kernels:
             chosen[place] = quantizer, adamw, kernels
         elif implementation == "pallas":
@@ -206,10 +226,13 @@ def _numbers(fused, adam, others, cage_state):
     ]
     count = schedules[0].count if schedules else cage_state.cage_count
     level = value_at(fused.strength, cage_state.cage_count)
+    pulled = cage_state.cage_count
+    if fused.at_updated:
+        pulled = optax.safe_increment(pulled)
     steps = optax.safe_increment(adam.count)
     numbers = (
         value_at(fused.learning_rate, count),
-        -value_at(fused.learning_rate, cage_state.cage_count) * level,
+        -value_at(fused.learning_rate, pulled) * level,
         1 - fused.adamw.b1**steps,
         1 - fused.adamw.b2**steps,
     )
@@ -231,10 +254,16 @@ def _check_state(state):
         )
 
 
-def _stepped(quantizer, adamw, gradient, first, second, x, numbers):
-    """The moments and the parameter after a step."""
+def _stepped(quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes):
+    """What `pallas.tpu.adamw_step` gives."""
+    first, second, update = adamw.step(gradient, first, second, x, numbers)
+    point = x + update if at_updated else x
     # The pull, unknown to compilers, is the condition.
-    active, grid, turned_back = fit_if(numbers.pull != 0, x, quantizer, None)
-    error = error_from(x, quantizer, grid, turned_back)
-    error = jnp.where(active, error, 0)
-    return adamw.step(gradient, first, second, x, error, numbers)
+    active, grid, turned_back = fit_if(numbers.pull != 0, point, quantizer, None)
+    error = error_from(point, quantizer, grid, turned_back)
+    pull = numbers.pull * jnp.where(active, error, 0)
+    after = first, second, x + (update + pull)
+    if codes is None:
+        return after
+    *sums, codes = seen(quantizer, point, update, None, codes)
+    return *after, codes, jnp.stack(sums)

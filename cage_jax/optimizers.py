@@ -1,7 +1,7 @@
 """Ready-made optimizers with the CAGE correction in the right place."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optax
 
@@ -9,7 +9,9 @@ from cage_jax.adamw import AdamW
 from cage_jax.fused import FusedAdamW, FusedStep
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule
-from cage_jax.transform import decoupled
+from cage_jax.transform import decoupled, post_step
+
+Placement = Literal["decoupled", "post_step"]
 
 
 def cage_adamw(
@@ -25,6 +27,7 @@ def cage_adamw(
     mask: Any | Callable | None = None,
     *,
     nesterov: bool = False,
+    placement: Placement = "decoupled",
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> FusedAdamW:
@@ -41,6 +44,8 @@ def cage_adamw(
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
         `optax.adamw`; the paper uses b1=0.9, b2=0.95, weight_decay=0.1. `mask` says
         which parameters decay.
+      placement: "decoupled" for the error at the weights before the step, "post_step"
+        for the order of the authors' PyTorch code; see the functions of these names.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
@@ -72,7 +77,14 @@ def cage_adamw(
         mask=mask,
         nesterov=nesterov,
     )
-    transformation = decoupled(
+    if placement not in get_args(Placement):
+        raise ValueError(
+            f"`placement` must be one of {get_args(Placement)}; got {placement!r}. Use "
+            f"'decoupled', the paper's default; for the coupled form use "
+            f"optax.chain(cage(rules, strength), optax.adamw(learning_rate))."
+        )
+    place = decoupled if placement == "decoupled" else post_step
+    transformation = place(
         adamw,
         rules,
         strength,
@@ -84,7 +96,10 @@ def cage_adamw(
     known = not nesterov and all(isinstance(n, (int, float)) for n in numbers)
     fused = AdamW(*numbers) if known else None
     return FusedAdamW(
-        transformation, FusedStep(rules, strength, learning_rate, fused, mask)
+        transformation,
+        FusedStep(
+            rules, strength, learning_rate, fused, mask, placement == "post_step"
+        ),
     )
 
 

@@ -16,10 +16,9 @@ Where the correction goes::
 wrong sign and size, and nothing at that place can tell.
 """
 
-import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -27,12 +26,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.quantization import (
-    check_grid_given,
-    grid_at,
-    quantization_error,
-    quantize,
-)
+from cage_jax.quantization import check_grid_given, grid_at
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.rules import Rules
 from cage_jax.scales import Grid, compute_dtype
@@ -42,33 +36,7 @@ from cage_jax.schedules import (
     check_strength,
     value_at,
 )
-
-
-class CageStatistics(NamedTuple):
-    """What the correction saw at the last step; float32 scalars but for the last two.
-
-    Read them with `optax.tree_utils.tree_get(state, "codes_flipped")`.
-
-    Attributes:
-      correction_strength: lambda.
-      relative_error_mean: of ||e|| / ||x||, the mean over the quantized parameters.
-      relative_error_max: of the same, the maximum.
-      correction_ratio: norm of the correction over the norm of the update it is added
-        to, over all quantized parameters; 0 while silent.
-      codes_flipped: share of the codes that differ from the step before.
-      norm_drift: relative change of the parameters' norm since the pull began.
-      reference_norm: the norm when the pull began.
-      previous_codes: the codes at this step, each a byte, int8, by path.
-    """
-
-    correction_strength: jax.Array
-    relative_error_mean: jax.Array
-    relative_error_max: jax.Array
-    correction_ratio: jax.Array
-    codes_flipped: jax.Array
-    norm_drift: jax.Array
-    reference_norm: jax.Array
-    previous_codes: dict[str, jax.Array]
+from cage_jax.statistics import CageStatistics, Seen, first, gathered, seen
 
 
 class CageState(NamedTuple):
@@ -341,10 +309,17 @@ def _correction(
         return CageState(
             cage_count=jnp.zeros([], jnp.int32),
             grids=_unknown(grids) if freeze_scale else None,
-            statistics=_first_statistics(quantized) if statistics else None,
+            statistics=first(quantized) if statistics else None,
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        seen_elsewhere: Mapping[str, Seen] | None = None,
+        **extra_args,
+    ):
         del extra_args
         _check_params(params)
         count = state.cage_count
@@ -354,14 +329,14 @@ def _correction(
         # The count, unknown to compilers, keeps the condition of a constant strength.
         active = (level != 0) & (count >= 0)
         coefficient = factor(count) * level
-        seen, kept = {}, {}
+        points, kept = {}, {}
 
         def correct(path, quantizer, x, update):
             nonlocal active
             if update is None:
                 return None
             x = point(x, update)
-            seen[path] = (quantizer, x, update)
+            points[path] = (quantizer, x, update)
             if silent:
                 return update
             frozen = grid_at(path, params, None)  # learned
@@ -378,7 +353,15 @@ def _correction(
         grids = state.grids | kept if freeze_scale else None
         measured = state.statistics
         if statistics:
-            measured = _measure(seen, grids, level, coefficient, measured, params)
+            each = {}
+            for path, (quantizer, x, update) in points.items():
+                grid = grid_at(path, params, None)
+                if grid is None and grids is not None:
+                    grid = grids[path]
+                before = measured.previous_codes[path]
+                each[path] = seen(quantizer, x, update, grid, before)
+            each |= seen_elsewhere or {}
+            measured = gathered(each, level, coefficient, measured)
         return updates, CageState(optax.safe_increment(count), grids, measured)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -428,71 +411,3 @@ def _check_grids(name, quantized):
 def _unknown(grids):
     # Like fitted ones, so that they are sharded as those that take their place.
     return jax.tree.map(jnp.zeros_like, grids)
-
-
-# --- statistics ----------------------------------------------------------------------
-
-
-def _first_statistics(quantized):
-    zero = jnp.zeros([], jnp.float32)
-    return CageStatistics(
-        *(zero,) * 6,
-        reference_norm=_norm(x for _, x in quantized.values()),
-        previous_codes={
-            path: _bytes(x, quantizer, fit_grid(x, quantizer))
-            for path, (quantizer, x) in quantized.items()
-        },
-    )
-
-
-def _bytes(x, quantizer, grid):
-    """The codes of the nearest values, each in a byte, to be compared."""
-    codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)
-    return lax.bitcast_convert_type(codes.codes.astype(codes.byte_dtype), jnp.int8)
-
-
-def _measure(seen, grids, level, coefficient, before, params):
-    """The statistics of a step.
-
-    `seen` has by path the quantizer, the weights where the error is taken, and their
-    update before the correction; `before` are the statistics of the step before.
-    """
-    level, coefficient = jnp.float32(level), jnp.float32(coefficient)
-    errors, ratios, codes = [], [], {}
-    flipped, total = jnp.zeros([], jnp.float32), 0
-    for path, (quantizer, x, _) in seen.items():
-        grid = grid_at(path, params, None)
-        if grid is None and grids is not None:
-            grid = grids[path]
-        errors.append(_norm([quantization_error(x, quantizer, grid=grid)]))
-        ratios.append(_ratio(errors[-1], _norm([x])))
-        codes[path] = _bytes(x, quantizer, grid)
-        flipped += jnp.sum(
-            codes[path] != before.previous_codes[path], dtype=jnp.float32
-        )
-        total += x.size
-    relative = jnp.stack(ratios) if ratios else jnp.zeros([1], jnp.float32)
-    norm = _norm(x for _, x, _ in seen.values())
-    began = before.correction_strength != 0
-    reference = jnp.where(began, before.reference_norm, norm)
-    correction = jnp.abs(coefficient) * _norm(errors)
-    return CageStatistics(
-        correction_strength=level,
-        relative_error_mean=jnp.mean(relative),
-        relative_error_max=jnp.max(relative),
-        correction_ratio=_ratio(correction, _norm(u for _, _, u in seen.values())),
-        codes_flipped=flipped / max(total, 1),
-        norm_drift=_ratio(norm - reference, reference),
-        reference_norm=reference,
-        previous_codes={**before.previous_codes, **codes},
-    )
-
-
-def _ratio(part, whole):
-    """`part / whole`, 0 where `whole` is 0."""
-    return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
-
-
-def _norm(arrays):
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays]
-    return jnp.sqrt(sum(squares, start=jnp.zeros([], jnp.float32)))

@@ -111,7 +111,7 @@ def test_they_move_the_least_and_no_copy(request):
     for case, each in zip(cases, found, strict=True):
         assert case.least <= each["units"] < 1.05 * case.least, case
         assert each["kernels"] == case.kernels
-        assert each["in place"] == pytest.approx(3 * (case.what == "step"), abs=1e-4)
+        assert each["in place"] == pytest.approx(case.in_place, abs=1e-4)
 
 
 def test_the_record_and_its_table(monkeypatch):

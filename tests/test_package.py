@@ -68,6 +68,7 @@ LAYERS = [
     ["rotation", "activations"],
     ["kv_cache", "diagnostics"],
     ["flax", "qwix"],
+    ["statistics"],
     ["transform"],
     ["fused"],
     ["optimizers"],

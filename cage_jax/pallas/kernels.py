@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.formats import Integer, MidRise
 from cage_jax.pallas.dispatch import Kernels
 from cage_jax.pallas.tiles import tiles_of
 from cage_jax.quantizers import Quantizer
@@ -50,13 +51,24 @@ def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
 
 
 def adamw_step(
-    quantizer: Quantizer, x: jax.Array, first: jax.Array, adamw: AdamW
+    quantizer: Quantizer,
+    x: jax.Array,
+    first: jax.Array,
+    adamw: AdamW,
+    *,
+    at_updated: bool,
+    measured: bool,
 ) -> Kernels:
-    """From the arguments of a step, as `AdamW.step` has them, to its results."""
+    """From the arguments of a step to its results, as `pallas.tpu` has them."""
     # Seven arrays come and go, where two or three do otherwise.
-    tiles = tiles_of(quantizer, x.shape, x.dtype, block_bytes=2**18)
+    kept = 2 if at_updated else 1
+    tiles = tiles_of(quantizer, x.shape, x.dtype, block_bytes=2**18, kept=kept)
     if tiles is None or first.dtype not in (jnp.float32, jnp.bfloat16):
         return Kernels()
+    if measured and not (
+        tiles.exact and isinstance(quantizer.format, Integer | MidRise)
+    ):
+        return Kernels()  # what lies beyond the array would be added up
 
     def on_tpu(
         gradient: jax.Array,
@@ -64,11 +76,20 @@ def adamw_step(
         second: jax.Array,
         x: jax.Array,
         numbers: StepNumbers,
+        previous: jax.Array | None,
     ):
         from cage_jax.pallas import tpu
 
         return tpu.adamw_step(
-            gradient, first, second, x, numbers, tiles=tiles, adamw=adamw
+            gradient,
+            first,
+            second,
+            x,
+            numbers,
+            previous,
+            tiles=tiles,
+            adamw=adamw,
+            at_updated=at_updated,
         )
 
     return Kernels(tpu=on_tpu)

@@ -68,6 +68,12 @@ class Tiles:
         )
 
     @property
+    def exact(self) -> bool:
+        """Whether no block reaches beyond the array."""
+        across = 2 - self.along
+        return self.shape[across + 1] % self.block[across] == 0
+
+    @property
     def length(self) -> int:
         """Of the axis of the groups."""
         return self.shape[self.along]
@@ -86,7 +92,12 @@ class Tiles:
 
 
 def tiles_of(
-    quantizer: Quantizer, shape: tuple[int, ...], dtype, block_bytes: int = 2**20
+    quantizer: Quantizer,
+    shape: tuple[int, ...],
+    dtype,
+    *,
+    block_bytes: int = 2**20,
+    kept: int = 1,
 ) -> Tiles | None:
     """Those of an array that is quantized, or None where it is not for a kernel.
 
@@ -95,6 +106,8 @@ def tiles_of(
       shape: of the array.
       dtype: of the array.
       block_bytes: the most that a block has of an array of float32.
+      kept: how many float32 numbers a kernel keeps of each element of groups that are
+        all of an axis.
     """
     if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
         return None
@@ -114,7 +127,7 @@ def tiles_of(
     if strip % unit or strip > _LARGEST_STRIP or length % strip:
         return None
     across = min(LANES, (rows, columns)[2 - along])
-    if whole and 4 * length * across > _KEPT_BYTES:
+    if whole and 4 * kept * length * across > _KEPT_BYTES:
         return None
     most = max(1, block_bytes // (4 * strip * LANES))
     strips = max(n for n in range(1, most + 1) if length // strip % n == 0)

@@ -6,6 +6,7 @@ such parts, and rounded values are such numbers.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -56,13 +57,14 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
         quantizer = tiles.quantizer
 
         def write(strip):
-            _store(value_ref, strip.number, strip.value(), tiles)
+            _store(value_ref, strip.number, strip.restored(strip.values()), tiles)
             if masked:
                 passing = passes(strip.rotated, quantizer, strip.grid)
                 passing = jnp.where(passing, jnp.int32(1), jnp.int32(0))
                 _store(mask_ref, strip.number, passing, tiles)
 
-        _quantized(x_ref, matrix_ref, scratch, tiles, write, keep_rotated=True)
+        read = partial(_strip, x_ref, tiles=tiles)
+        _quantized(read, matrix_ref, scratch, tiles, write, keep_rotated=True)
 
     found = _call(
         kernel,
@@ -116,10 +118,12 @@ def adamw_step(
     second: jax.Array,
     x: jax.Array,
     numbers: StepNumbers,
+    previous: jax.Array | None,
     *,
     tiles: Tiles,
     adamw: AdamW,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    at_updated: bool,
+) -> tuple:
     """A step of AdamW with the pull to the grid, in place where the arrays are donated.
 
     Args:
@@ -128,49 +132,116 @@ def adamw_step(
       second: the second moment.
       x: the parameter, which `tiles` was made for.
       numbers: those of the step.
+      previous: the codes at the step before, int8, for statistics; None for none.
       tiles: how all are cut.
       adamw: the optimizer.
+      at_updated: whether the error is that of the updated parameter.
 
     Returns:
-      The moments and the parameter after the step.
+      The moments and the parameter after the step; for statistics also the codes, and
+      the sums of squares of the error, of the parameter where that is taken, and of the
+      update, and how many codes differ, float32 (4,).
     """
+    codes = [] if previous is None else [previous]
+    measured = previous is not None
 
-    def kernel(numbers_ref, x_ref, *refs):
-        *read, matrix_ref = refs[:4]
-        written, scratch = refs[4:7], refs[7:]
+    def kernel(numbers_ref, x_ref, gradient_ref, *refs):
         numbers = StepNumbers(
             *(numbers_ref[i] for i in range(len(StepNumbers._fields)))
         )
+        left: Any = iter(refs)
+        for_statistics: Any = left if measured else itertools.repeat(None)
+        moments = next(left), next(left)
+        previous_ref = next(for_statistics)
+        matrix_ref = next(left)
+        moments_after, x_after_ref = (next(left), next(left)), next(left)
+        codes_ref, sums_ref = next(for_statistics), next(for_statistics)
+        rest_ref = next(left) if at_updated else None
+        scratch = list(left)
+        begin = pl.program_id(3) * tiles.strips if tiles.whole else 0
 
-        def step(i, x, error):
-            gradient, first, second = (_strip(ref, i, tiles) for ref in read)
-            after = adamw.step(gradient, first, second, x, error, numbers)
-            for ref, strip in zip(written, after, strict=True):
+        def add(row, part):
+            rows = lax.broadcasted_iota(jnp.int32, sums_ref.shape, 0)
+            sums_ref[...] += jnp.where(rows == row, jnp.sum(part, keepdims=True), 0)
+
+        def update_of(i, x):
+            """That of a strip, after its moments are stored."""
+            gradient = _strip(gradient_ref, i, tiles)
+            first, second = (_strip(ref, i, tiles) for ref in moments)
+            *new, update = adamw.step(gradient, first, second, x, numbers)
+            for ref, strip in zip(moments_after, new, strict=True):
                 _store(ref, i, strip, tiles)
+            if measured:
+                add(2, jnp.square(update))
+            return update
+
+        def read(i):
+            x = _strip(x_ref, i, tiles)
+            if not at_updated:
+                return x
+            update = update_of(i, x)
+            updated = x + update
+            # What rounding took away. With it all that is added is added at once, as by
+            # `apply_updates`: otherwise both forms are apart by more each step.
+            _store(rest_ref, begin + i, update - (updated - x), tiles)
+            return updated
+
+        def write(i, x, correction):
+            rest = _strip(rest_ref, begin + i, tiles) if at_updated else update_of(i, x)
+            _store(x_after_ref, i, x + (rest + correction), tiles)
 
         def pulled(strip):
-            step(strip.number, strip.kept, strip.kept - strip.value())
+            values = strip.values()
+            error = strip.kept - strip.restored(values)
+            if measured:
+                codes = _bytes(values, tiles.quantizer)
+                flipped = codes != _strip(previous_ref, strip.number, tiles)
+                _store(codes_ref, strip.number, codes, tiles)
+                add(0, jnp.square(error))
+                add(1, jnp.square(strip.kept))
+                add(3, jnp.where(flipped, 1.0, 0.0))
+                error = jnp.where(numbers.pull != 0, error, 0)
+            write(strip.number, strip.kept, numbers.pull * error)
 
-        @pl.when(numbers.pull != 0)
-        def _():
-            _quantized(x_ref, matrix_ref, scratch, tiles, pulled, keep_rotated=False)
+        def with_error():
+            _quantized(read, matrix_ref, scratch, tiles, pulled, keep_rotated=False)
+
+        if measured:
+
+            @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+            def _():
+                sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
+
+            with_error()
+            return
+        pl.when(numbers.pull != 0)(with_error)
 
         @pl.when(numbers.pull == 0)
         def _():
-            _plain(x_ref, scratch, tiles, lambda i, x: step(i, x, 0.0))
+            _plain(read, scratch, tiles, lambda i, x: write(i, x, 0.0))
 
-    return _call(
+    kept = tiles.kept if tiles.whole else tiles.block
+    rest = [pltpu.VMEM(kept, jnp.float32)] if at_updated else []
+    # The moments are written where the update is found: once for each block.
+    early = gradient, first, second
+    found = _call(
         kernel,
         tiles,
         "adamw_step",
         numbers=jnp.stack(numbers),
-        first=(x,),
-        last=(gradient, first, second),
-        dtypes=(first.dtype, second.dtype, x.dtype),
-        scratch=_kept(tiles),
-        # The moments and the parameter, behind the numbers and the gradient.
-        aliases={3: 0, 4: 1, 1: 2},
+        first=(x, *early) if at_updated else (x,),
+        last=(*codes,) if at_updated else (*early, *codes),
+        early=2 if at_updated else 0,
+        dtypes=(first.dtype, second.dtype, x.dtype, *(code.dtype for code in codes)),
+        sums=measured,
+        scratch=[*rest, *_kept(tiles)],
+        # Each replaces its own, behind the numbers and the gradient.
+        aliases={3: 0, 4: 1, 1: 2} | ({5: 3} if measured else {}),
     )
+    if not measured:
+        return found
+    *after, sums = found
+    return *after, jnp.sum(sums, axis=(0, 1))[:4, 0]
 
 
 def _call(
@@ -181,7 +252,9 @@ def _call(
     numbers=None,
     first,
     last=(),
+    early=0,
     dtypes,
+    sums=False,
     scratch=(),
     aliases=None,
 ):
@@ -190,13 +263,16 @@ def _call(
     Args:
       kernel: gets references to `numbers`, if any, to the blocks of `first` and
         `last`, to the matrix of the rotation (None without one), to the blocks of the
-        results, and to `scratch`.
+        results, to one of 8 rows for sums over blocks, and to `scratch`.
       tiles: the blocks.
       name: of the kernel in a program.
       numbers: a vector.
       first: the arrays that are read in the first pass.
       last: those that are read in the last pass.
-      dtypes: of the results, which are written in the last pass.
+      early: how many of the results are written in the first pass; the others are in
+        the last one.
+      dtypes: of the results.
+      sums: whether there are sums; each block across the groups has its own.
       scratch: memory that stays from one block to the next.
       aliases: from the place of an argument to that of the result that replaces it.
     """
@@ -221,6 +297,15 @@ def _call(
     elements = math.prod(shape)
     moved = [*(array.dtype.itemsize for array in (*first, *last))]
     moved += (jnp.dtype(dtype).itemsize for dtype in dtypes)
+    written = [pl.BlockSpec(block, in_first)] * early
+    written += [pl.BlockSpec(block, in_last)] * (len(dtypes) - early)
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+    if sums:
+        tile = None, None, 8, LANES
+        written.append(
+            pl.BlockSpec(tile, lambda stack, across, *_: (stack, across, 0, 0))
+        )
+        shapes.append(jax.ShapeDtypeStruct((*tiles.grid[:2], 8, LANES), jnp.float32))
     read = len(scalars) + len(first) + len(last)
     products = 0 if matrix is None else 2 * (_PARTS + 1) * len(matrix)
 
@@ -238,8 +323,8 @@ def _call(
             *[pl.BlockSpec(block, in_last)] * len(last),
             *fixed,
         ],
-        out_specs=[pl.BlockSpec(block, in_last)] * len(dtypes),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes],
+        out_specs=written,
+        out_shape=shapes,
         scratch_shapes=list(scratch),
         input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(
@@ -256,7 +341,11 @@ def _call(
         *(array.reshape(shape) for array in (*first, *last)),
         *([] if matrix is None else [matrix]),
     )
-    return tuple(each.reshape(first[-1].shape) for each in found)
+    like = first[-1].shape
+    return (
+        *(each.reshape(like) for each in found[: len(dtypes)]),
+        *found[len(dtypes) :],
+    )
 
 
 def _matrix(tiles):
@@ -289,10 +378,13 @@ class _Quantized(NamedTuple):
     rotate: Callable
     quantizer: Quantizer
 
-    def value(self) -> jax.Array:
-        """The strip quantized and dequantized, float32."""
+    def values(self) -> jax.Array:
+        """In units of the grid and rounded, float32."""
+        return round_in_basis(self.rotated, self.quantizer, self.grid)
+
+    def restored(self, values: jax.Array) -> jax.Array:
+        """The strip quantized and dequantized, float32, from `values`."""
         quantizer, shape = self.quantizer, self.rotated.shape
-        values = round_in_basis(self.rotated, quantizer, self.grid)
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
         parts = 1 if scaled_last(quantizer, shape) else _PARTS
 
@@ -314,11 +406,11 @@ def _kept(tiles):
     return [pltpu.VMEM(tiles.kept, jnp.float32), per_group, per_group]
 
 
-def _quantized(x_ref, matrix_ref, scratch, tiles, then, *, keep_rotated):
+def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
     """Calls `then` with each strip of the last pass as `_Quantized`.
 
     Args:
-      x_ref: a block of the array.
+      read: gives a strip of the array by number, and is called once for each.
       matrix_ref: that of the rotation, or None.
       scratch: as `_kept` gives it.
       tiles: the blocks.
@@ -330,7 +422,7 @@ def _quantized(x_ref, matrix_ref, scratch, tiles, then, *, keep_rotated):
     rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles)
 
     def strip_at(i):
-        return _strip(x_ref, i, tiles).astype(jnp.float32)
+        return read(i).astype(jnp.float32)
 
     def each(act, start):
         return lax.fori_loop(0, tiles.strips, act, start)
@@ -388,21 +480,24 @@ def _quantized(x_ref, matrix_ref, scratch, tiles, then, *, keep_rotated):
         each(use, 0)
 
 
-def _plain(x_ref, scratch, tiles, then):
-    """Calls `then` with the number of each strip of the last pass, and the strip."""
+def _plain(read, scratch, tiles, then):
+    """Calls `then` with the number of each strip of the last pass, and the strip.
+
+    With arguments as for `_quantized`.
+    """
 
     def each(act):
         lax.fori_loop(0, tiles.strips, lambda i, carry: act(i) or carry, 0)
 
     if not tiles.whole:
-        each(lambda i: then(i, _strip(x_ref, i, tiles)))
+        each(lambda i: then(i, read(i)))
         return
     kept_ref, number = scratch[0], pl.program_id(2)
     first = pl.program_id(3) * tiles.strips
 
     @pl.when(number == 0)
     def _():
-        each(lambda i: _store(kept_ref, first + i, _strip(x_ref, i, tiles), tiles))
+        each(lambda i: _store(kept_ref, first + i, read(i), tiles))
 
     @pl.when(number == 1)
     def _():
@@ -412,6 +507,12 @@ def _plain(x_ref, scratch, tiles, then):
 def _poison(x, axes):
     """0, or NaN where something is not finite, whatever a maximum makes of that."""
     return jnp.sum(x - x, axis=axes, keepdims=True)
+
+
+def _bytes(values, quantizer):
+    """The codes of rounded values as `encode` gives them, int32."""
+    values = jnp.where(jnp.isnan(values), 0, values - quantizer.format.middle)
+    return values.astype(jnp.int32)
 
 
 def _strip(ref, i, tiles):
