@@ -9,11 +9,13 @@ with the same state.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from cage_jax.adamw import AdamW, StepNumbers
 from cage_jax.pallas.dispatch import (
@@ -28,6 +30,7 @@ from cage_jax.quantization import grid_at
 from cage_jax.rounding import error_from
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule, value_at
+from cage_jax.shards import Shards, shards_of
 from cage_jax.statistics import Seen, seen
 from cage_jax.transform import CageState, fit_if
 
@@ -125,19 +128,12 @@ def _step(fused, update, gradients, state, params, implementation):
     after = {}
     if chosen:
         numbers = _numbers(fused, adam, others, cage_state)
-        for place, (quantizer, adamw, kernels) in chosen.items():
+        for place, one in chosen.items():
             arrays = *(tree[place] for tree in each), leaves[place]
             codes = None
             if cage_state.statistics is not None:
                 codes = cage_state.statistics.previous_codes[paths[place]]
-            after[place] = either(
-                partial(_stepped, quantizer, adamw, fused.at_updated),
-                kernels,
-                *arrays,
-                numbers,
-                codes,
-                implementation=implementation,
-            )
+            after[place] = one.step(arrays, codes, numbers, implementation)
 
     def without(values):
         return structure.unflatten(
@@ -169,6 +165,48 @@ def _step(fused, update, gradients, state, params, implementation):
     return params, ((adam, *others), cage_state)
 
 
+class _Chosen(NamedTuple):
+    """How a parameter steps that there are kernels for.
+
+    Attributes:
+      default: the step without.
+      kernels: of what a device has.
+      shards: on which each does it by itself, or None.
+    """
+
+    default: Callable
+    kernels: Kernels
+    shards: Shards | None
+
+    def step(self, arrays, codes, numbers, implementation):
+        """What `default` gives for its gradient, moments, values and codes."""
+
+        def local(arrays, codes, numbers):
+            found = either(
+                self.default,
+                self.kernels,
+                *arrays,
+                numbers,
+                codes,
+                implementation=implementation,
+            )
+            if self.shards is None or codes is None:
+                return found
+            *after, sums = found
+            return *after, lax.psum(sums, jax.tree.leaves(tuple(self.shards.spec)))
+
+        if self.shards is None:
+            return local(arrays, codes, numbers)
+        spec = self.shards.spec
+        out = (spec,) * 3 if codes is None else (*(spec,) * 4, P())
+        return jax.shard_map(
+            local,
+            mesh=self.shards.mesh,
+            in_specs=(spec, spec, P()),
+            out_specs=out,
+        )(arrays, codes, numbers)
+
+
 def _chosen(fused, gradients, state, params, implementation):
     """By place among the leaves the quantizer, AdamW and kernels, if there are any."""
     (adam, *_), cage_state = state
@@ -188,19 +226,26 @@ def _chosen(fused, gradients, state, params, implementation):
             and fused.adamw is not None
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None
+            and len(
+                {jax.typeof(array).sharding for array in (gradient, first, second, x)}
+            )
+            == 1
         ):
             decay = fused.adamw.weight_decay if decays[place] else 0.0
             adamw = dataclasses.replace(fused.adamw, weight_decay=decay)
+            shards = shards_of(x, quantizer.pieces(x.shape))
             kernels = adamw_step(
                 quantizer,
-                x,
-                first,
+                x.shape if shards is None else shards.shape,
+                x.dtype,
+                first.dtype,
                 adamw,
                 at_updated=fused.at_updated,
                 measured=cage_state.statistics is not None,
             )
         if kernels:
-            chosen[place] = quantizer, adamw, kernels
+            default = partial(_stepped, quantizer, adamw, fused.at_updated)
+            chosen[place] = _Chosen(default, kernels, shards)
         elif implementation == "pallas":
             raise ValueError(
                 f"`{path}`: `implementation` must be None or 'xla' where a parameter "

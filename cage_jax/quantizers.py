@@ -247,6 +247,11 @@ class Quantizer:
             groups[axis % ndim] = length if size is None else size
         return dict(sorted(groups.items()))
 
+    def pieces(self, shape: tuple[int, ...]) -> dict[int, int]:
+        """`groups`, as many together as a rotation mixes."""
+        groups = self.groups(shape).items()
+        return {axis: math.lcm(size, self.hadamard or 1) for axis, size in groups}
+
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales: that of `x`, a shared axis counting its groups."""
         groups = self.groups(shape)

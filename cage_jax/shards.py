@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -29,6 +29,36 @@ def across_shards(function: Callable, x: jax.Array, sizes: Mapping[int, int]) ->
     out = jax.tree.map(spec, like)
     with jax.sharding.use_abstract_mesh(sharding.mesh):
         return jax.sharding.auto_axes(function, out_sharding=out)(x)
+
+
+class Shards(NamedTuple):
+    """What a program says of where an array is.
+
+    Attributes:
+      mesh: the devices.
+      spec: how they divide the array.
+      shape: of what one of them has.
+    """
+
+    mesh: AbstractMesh
+    spec: P
+    shape: tuple[int, ...]
+
+
+def shards_of(x: jax.Array, sizes: Mapping[int, int]) -> Shards | None:
+    """Explicit shards of which each has whole pieces of these sizes, else None.
+
+    Then what is done with each piece can be done in a `shard_map`.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
+        return None
+    devices = devices_along(sharding, x.ndim)
+    shape = tuple(length // count for length, count in zip(x.shape, devices))
+    if any(shape[axis] % size for axis, size in sizes.items()):
+        return None
+    return Shards(mesh, sharding.spec, shape)
 
 
 def devices_along(sharding: NamedSharding, ndim: int) -> list[int]:

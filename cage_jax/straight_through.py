@@ -21,12 +21,32 @@ from cage_jax.rounding import (
     position_of,
     restore,
 )
+from cage_jax.shards import shards_of
+
+
+def straight_through(quantizer, x, grid, noise, implementation=None):
+    """`x` quantized and dequantized; its gradients are the quantizer's."""
+    shards = shards_of(x, quantizer.pieces(x.shape))
+    if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
+        return _compiled(quantizer, implementation, x, grid, noise)
+
+    def local(x):
+        return _compiled(quantizer, implementation, x, None, None)
+
+    # A kernel cannot be partitioned, but runs on each shard.
+    return jax.shard_map(
+        local, mesh=shards.mesh, in_specs=shards.spec, out_specs=shards.spec
+    )(x)
+
+
+def _has_kernel(quantizer, shape, x, grid, noise):
+    x = jax.ShapeDtypeStruct(shape, x.dtype)
+    return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False))
 
 
 # Under `jax.jit` a program with many arrays of one shape traces this once.
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def straight_through(quantizer, x, grid, noise, implementation=None):
-    """`x` quantized and dequantized; its gradients are the quantizer's."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(quantizer, implementation, x, grid, noise):
     return _straight_through(quantizer, implementation, x, grid, noise)
 
 

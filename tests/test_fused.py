@@ -223,8 +223,15 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array():
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
     def kernels(quantizer, shape, measured):
-        x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return adamw_step(quantizer, x, x, adamw, at_updated=False, measured=measured)
+        return adamw_step(
+            quantizer,
+            shape,
+            jnp.float32,
+            jnp.float32,
+            adamw,
+            at_updated=False,
+            measured=measured,
+        )
 
     rows = cage.int4(axis=-1, group_size=128)
     assert kernels(rows, (160, 256), False) and not kernels(rows, (160, 256), True)

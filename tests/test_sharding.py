@@ -1,6 +1,8 @@
 """Sharded parameters: the same values, stable types, and no gathered weight."""
 
+import dataclasses
 import math
+import re
 import warnings
 
 import chex
@@ -15,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax.tree_utils import tree_get
 
 import cage_jax as cage
+from cage_jax.pallas import tiles
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -350,3 +353,56 @@ def test_a_learned_scale_of_shards_has_the_gradient_of_the_whole(rng):
     chex.assert_trees_all_close(
         jax.device_get(got), jax.device_get(whole), rtol=1e-5, atol=1e-6
     )
+
+
+def kernels_in(function, *args):
+    """Names of those in the program for TPU."""
+    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
+    return set(re.findall(r'kernel_name = "(cage_\w+)"', lowered.as_text()))
+
+
+EXPLICIT = {
+    "rows": (cage.int4(group_size=32), P(("data", "model"), None), True),
+    "columns": (cage.quest(4), P(None, ("data", "model")), True),
+    "both": (cage.quest(4, hadamard=32, group_size=32), P("data", "model"), True),
+    "nowhere": (cage.int4(), P(None, None), True),
+    "a group is cut": (cage.int4(group_size=128), P(("data", "model"), None), False),
+    "a channel is cut": (cage.int4(), P("data", None), False),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_a_kernel_runs_on_each_explicit_shard(name, rng, monkeypatch):
+    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+    quantizer, spec, expected = EXPLICIT[name]
+    quantizer = dataclasses.replace(quantizer, gradient="clip")
+    weight = jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32)
+
+    def both(x):
+        value, back = jax.vjp(lambda x: cage.fake_quant(x, quantizer), x)
+        return value, *back(jnp.cos(value))
+
+    rules = cage.Rules([("w", quantizer)])
+    tx = cage.cage_adamw(1e-2, rules, 5.0, statistics=True)
+
+    def step(params, state):
+        gradients = jax.tree.map(jnp.sin, params)
+        return tx.fused_step(gradients, state, params)
+
+    whole = {"w": weight}
+    values = jax.jit(both)(weight)
+    stepped = jax.jit(step)(whole, tx.init(whole))
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        x = jax.device_put(weight, spec)
+        params = {"w": x}
+        state = jax.jit(tx.init)(params)
+        found, after = jax.jit(both)(x), jax.jit(step)(params, state)
+        assert found[0].sharding.spec == spec == after[0]["w"].sharding.spec
+        named = kernels_in(both, x), kernels_in(step, params, state)
+    assert named == (
+        ({"cage_fake_quant", "cage_masked_gradient"}, {"cage_adamw_step"})
+        if expected
+        else (set(), set())
+    )
+    chex.assert_trees_all_close(found, values, atol=1e-6)
+    chex.assert_trees_all_close(after, stepped, rtol=1e-5, atol=1e-6)

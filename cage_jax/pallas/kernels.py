@@ -52,8 +52,9 @@ def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
 
 def adamw_step(
     quantizer: Quantizer,
-    x: jax.Array,
-    first: jax.Array,
+    shape: tuple[int, ...],
+    dtype,
+    first_dtype,
     adamw: AdamW,
     *,
     at_updated: bool,
@@ -62,8 +63,8 @@ def adamw_step(
     """From the arguments of a step to its results, as `pallas.tpu` has them."""
     # Seven arrays come and go, where two or three do otherwise.
     kept = 2 if at_updated else 1
-    tiles = tiles_of(quantizer, x.shape, x.dtype, block_bytes=2**18, kept=kept)
-    if tiles is None or first.dtype not in (jnp.float32, jnp.bfloat16):
+    tiles = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
+    if tiles is None or first_dtype not in (jnp.float32, jnp.bfloat16):
         return Kernels()
     if measured and not (
         tiles.exact and isinstance(quantizer.format, Integer | MidRise)

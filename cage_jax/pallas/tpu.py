@@ -299,13 +299,17 @@ def _call(
     moved += (jnp.dtype(dtype).itemsize for dtype in dtypes)
     written = [pl.BlockSpec(block, in_first)] * early
     written += [pl.BlockSpec(block, in_last)] * (len(dtypes) - early)
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+    # Inside of a `shard_map`, the axes of the mesh along which results differ.
+    struct = partial(
+        jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(first[-1]).manual_axis_type
+    )
+    shapes = [struct(shape, dtype) for dtype in dtypes]
     if sums:
         tile = None, None, 8, LANES
         written.append(
             pl.BlockSpec(tile, lambda stack, across, *_: (stack, across, 0, 0))
         )
-        shapes.append(jax.ShapeDtypeStruct((*tiles.grid[:2], 8, LANES), jnp.float32))
+        shapes.append(struct((*tiles.grid[:2], 8, LANES), jnp.float32))
     read = len(scalars) + len(first) + len(last)
     products = 0 if matrix is None else 2 * (_PARTS + 1) * len(matrix)
 
