@@ -234,7 +234,8 @@ class _Inside:
         return 1.0 if name is None else min(1.0, self._read(name))
 
     def _read(self, name):
-        share = 0.0
+        # What a fusion hands on, another one around it reads.
+        share = 1.0 if name == self.instructions[-1].name else 0.0
         for user in self.instructions:
             for place, operand in enumerate(user.operands):
                 if operand == name:

@@ -173,3 +173,26 @@ def test_what_cannot_be_read_is_said():
     endless = TEXT.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match=r"must have loops that count up .* got w"):
         hlo.moved(endless)
+
+
+def test_a_fusion_inside_of_one_hands_on_what_it_reads():
+    text = """
+%inner (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %b = bf16[8,128]{1,0} bitcast(%p)
+}
+
+%outer (q: bf16[8,128], r: bf16[128,128]) -> f32[8,128] {
+  %q = bf16[8,128]{1,0} parameter(0)
+  %r = bf16[128,128]{1,0} parameter(1)
+  %f = bf16[8,128]{1,0} fusion(%q), kind=kLoop, calls=%inner
+  ROOT %c = f32[8,128]{1,0} convolution(%f, %r), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[8,128], w: bf16[128,128]) -> f32[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[128,128]{1,0} parameter(1)
+  ROOT %out = f32[8,128]{1,0} fusion(%x, %w), kind=kOutput, calls=%outer
+}
+"""
+    assert hlo.moved(text).memory == 2 * 8 * 128 + 2 * 128 * 128 + 4 * 8 * 128
