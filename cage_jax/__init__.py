@@ -42,6 +42,7 @@ from cage_jax.quantizers import Quantizer
 from cage_jax.rotation import choose_rotation
 from cage_jax.rules import Rules
 from cage_jax.schedules import dose, silence_then_constant, silence_then_ramp
+from cage_jax.serving import low_bit, low_bit_dot
 from cage_jax.transform import cage, decoupled, post_step
 
 __all__ = [
@@ -65,6 +66,8 @@ __all__ = [
     "int3",
     "int4",
     "int8",
+    "low_bit",
+    "low_bit_dot",
     "lsq",
     "mxfp4",
     "mxfp6",

@@ -101,6 +101,11 @@ class Format(abc.ABC):
         return next((s for s in steps if not (self.values % s).any()), None)
 
     @property
+    def of_zero_code(self) -> float | None:
+        """The value of code 0, where the values of others follow in steps of 1."""
+        return None
+
+    @property
     def symmetric(self) -> bool:
         """Whether `-v` is on the grid for every value `v` of it."""
         return bool(np.array_equal(self.values, -self.values[::-1]))
@@ -185,20 +190,21 @@ class Integer(Format):
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _whole(value - self.middle).astype(self.code_dtype)
+        return _whole(value - self.of_zero_code).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8).astype(dtype) + self.middle
+        return codes.astype(jnp.int8).astype(dtype) + self.of_zero_code
 
     def to_index(self, codes):
-        return _low_bits(codes, self.bits, self.middle)
+        return _low_bits(codes, self.bits, self.of_zero_code)
 
     def from_index(self, index):
-        return _from_low_bits(index, self.bits, self.middle).astype(self.code_dtype)
+        return _from_low_bits(index, self.bits, self.of_zero_code).astype(
+            self.code_dtype
+        )
 
     @property
-    def middle(self) -> int:
-        """The value of code 0."""
+    def of_zero_code(self) -> int:
         return 0 if self.signed else 2 ** (self.bits - 1)
 
     def __str__(self):
@@ -256,10 +262,10 @@ class MidRise(Format):
         return below, jnp.minimum(below + 1, self.high)
 
     def encode(self, value):
-        return _whole(value - self.middle).astype(self.code_dtype)
+        return _whole(value - self.of_zero_code).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
-        return codes.astype(jnp.int8).astype(dtype) + self.middle
+        return codes.astype(jnp.int8).astype(dtype) + self.of_zero_code
 
     def to_index(self, codes):
         return _low_bits(codes, self.bits)
@@ -268,8 +274,7 @@ class MidRise(Format):
         return _from_low_bits(index, self.bits).astype(self.code_dtype)
 
     @property
-    def middle(self) -> float:
-        """The value of code 0."""
+    def of_zero_code(self) -> float:
         return 0.5
 
     @property

@@ -134,7 +134,7 @@ def _step(eqn: JaxprEqn, origins):
         return [origins[0]], []
     if name == "scan":
         return _follow_scan(eqn, origins)
-    called = _called(eqn)
+    called = inner_program(eqn)
     if called is None:
         return [_join(origins)] * len(eqn.outvars), _opaque(eqn, origins)
     jaxpr, constants = called
@@ -196,7 +196,7 @@ def _join(origins) -> Origin:
     return tuple(paths)
 
 
-def _called(eqn):
+def inner_program(eqn):
     """The jaxpr and the constants of a plain call, or None."""
     if eqn.primitive.name not in _CALLS:
         return None
@@ -273,7 +273,7 @@ class _Run:
                 for name, entries in found.items():
                     records.setdefault(name, []).extend(entries)
             else:
-                outputs = _unchanged(eqn)(*read(eqn.invars))
+                outputs = unchanged(eqn)(*read(eqn.invars))
             environment.update(zip(eqn.outvars, outputs))
         return read(jaxpr.outvars), records
 
@@ -290,10 +290,10 @@ class _Run:
         name, side = self._wanted(product), _data_side(origins)
         replaced, record = self._visit(name, product, values[side], given.get(name))
         values[side] = replaced.astype(values[side].dtype)
-        return _unchanged(eqn)(*values), {name: [record]}
+        return unchanged(eqn)(*values), {name: [record]}
 
     def _call(self, eqn, origins, values, given):
-        jaxpr, constants = _called(eqn)
+        jaxpr, constants = inner_program(eqn)
         origins = [DATA] * len(constants) + origins
         return self._jaxpr(jaxpr, origins, [*constants, *values], given)
 
@@ -329,7 +329,7 @@ class _Run:
         return [*carry, *stacked], records
 
 
-def _unchanged(eqn):
+def unchanged(eqn):
     """An equation as a function of its inputs to the list of its outputs."""
     inputs = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
     about = DebugInfo(

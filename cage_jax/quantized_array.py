@@ -213,13 +213,19 @@ _without_gradient.defvjp(lambda number: (number, None), _refuse_gradient)
 def decoded(quantized: QuantizedArray) -> jax.Array:
     """The values of codes."""
     quantizer, dtype = quantized.quantizer, compute_dtype(quantized.dtype)
-    decode = functools.partial(quantizer.format.decode, dtype=dtype)
+    values = quantizer.format.decode(quantized.codes, dtype)
+    like = jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
+    return restore(values, quantizer, grid_of(quantized), like)
+
+
+def grid_of(quantized: QuantizedArray) -> Grid:
+    """The grid of codes, in the dtype of computation."""
+    dtype = compute_dtype(quantized.dtype)
     zero_point, offset = quantized.zero_point, quantized.offset
-    grid = Grid(
+    decode = quantized.quantizer.format.decode
+    return Grid(
         scale=quantized.scale.astype(dtype),
-        zero_point=None if zero_point is None else decode(zero_point),
+        zero_point=None if zero_point is None else decode(zero_point, dtype),
         offset=None if offset is None else offset.astype(dtype),
         tensor_divisor=quantized.tensor_divisor,
     )
-    like = jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
-    return restore(decode(quantized.codes), quantizer, grid, like)

@@ -48,12 +48,14 @@ CONTRACT = [
     "choose_rotation",
     "quantize_activations",
     "calibrate",
+    "low_bit",
+    "low_bit_dot",
 ]
 
 # Each module may import those of the lines above its own.
 LAYERS = [
     ["operations", "schedules", "shards", "paths", "products"],
-    ["adamw", "pallas.dispatch"],
+    ["adamw", "packing", "pallas.dispatch"],
     ["exact", "hadamard"],
     ["formats"],
     ["scale_types"],
@@ -66,7 +68,7 @@ LAYERS = [
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],
     ["rotation", "activations"],
-    ["kv_cache", "diagnostics"],
+    ["kv_cache", "diagnostics", "serving"],
     ["flax", "qwix"],
     ["statistics"],
     ["transform"],

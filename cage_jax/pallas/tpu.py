@@ -515,7 +515,7 @@ def _poison(x, axes):
 
 def _bytes(values, quantizer):
     """The codes of rounded values as `encode` gives them, int32."""
-    values = jnp.where(jnp.isnan(values), 0, values - quantizer.format.middle)
+    values = jnp.where(jnp.isnan(values), 0, values - quantizer.format.of_zero_code)
     return values.astype(jnp.int32)
 
 
