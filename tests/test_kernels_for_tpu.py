@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import kernels
+import low_bit
 import pytest
 
 import cage_jax as cage
@@ -130,3 +131,44 @@ def test_the_record_and_its_table(monkeypatch):
     rows = kernels.table(record)
     assert rows.cells[0] == [str(case), "2.00", "5.00", "2.20", "5.00", "2.20"]
     assert rows.cells[1][2:] == ["10"] * 4
+
+
+# --- products with codes, which need no kernel ----------------------------------------
+
+PRODUCTS = """
+import json, low_bit, sys
+print(json.dumps([
+    low_bit.counted(low_bit.CASES[int(number)], "v5e", "codes")["units"]
+    for number in sys.argv[1:]
+]))
+"""
+
+
+@needs_libtpu
+def test_products_with_codes_move_codes_alone():
+    asked = [
+        low_bit.Case(cage.int4(group_size=128), 1),
+        low_bit.Case(cage.int4(group_size=32)),
+        low_bit.Case(cage.quest(4)),
+        low_bit.Case(cage.int4(group_size=128), 8, low_bit.PER_TOKEN),
+    ]
+    found = on([str(low_bit.CASES.index(case)) for case in asked], PRODUCTS)
+    for case, units in zip(asked, found, strict=True):
+        assert 1 <= units < 1.05, case
+
+
+def test_the_record_of_products_and_its_table(monkeypatch):
+    units = {"bfloat16": 3.9, "dequantized": 15.8, "codes": 1.1}
+    monkeypatch.setattr(
+        low_bit, "counted", lambda _, __, form: {"units": units[form], "cycles": 79.4}
+    )
+    few, many = low_bit.CASES[0], low_bit.CASES[-1]
+    record = json.loads(json.dumps(low_bit.measure([few, many], ("v5e",))))
+    (excess,) = record["targets"]
+    assert not excess["met"] and excess["measured"] == pytest.approx(1.1)
+    rows = low_bit.table(record)
+    # 4 bits a weight, a scale a channel, inputs of 16 bits and outputs of 32.
+    least = (4096 * 131072 / 2 + 4 * 131072 + 8 * (2 * 4096 + 4 * 131072)) / 2**20
+    assert rows.cells[0][:2] == [str(few), f"{least:.1f}"]
+    assert rows.cells[0][2:] == ["3.90 (79)", "15.80 (79)", "1.10 (79)"]
+    assert len(rows.cells) == 2
