@@ -63,6 +63,7 @@ LAYERS = [
     ["quantizers"],
     ["presets", "pallas.tiles"],
     ["rounding", "report"],
+    ["pallas.strips"],
     ["pallas.tpu"],
     ["pallas.kernels"],
     ["rules", "straight_through", "quantized_array"],

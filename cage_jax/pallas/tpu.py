@@ -1,43 +1,25 @@
 """Kernels for TPU: one reads an array once and writes what comes of it once.
 
-What they compute on a strip is what `rounding` computes on an array. Only the rotation
-is theirs, since a matrix unit multiplies numbers of 16 bits: float32 numbers are three
-such parts, and rounded values are such numbers.
+What they compute on a strip is in `strips`.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.hadamard import hadamard_matrix
 from cage_jax.operations import times
+from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import LANES, Tiles
-from cage_jax.quantizers import Quantizer
-from cage_jax.rounding import (
-    apply_scale,
-    basis_factor,
-    fit_in_basis,
-    of_groups,
-    passes,
-    round_in_basis,
-    scaled_last,
-    to_elements,
-    turn_back,
-)
-from cage_jax.scales import Grid
-
-_PARTS = 3  # numbers of 8 bits of mantissa that a float32 number of 24 is the sum of
+from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
 
 
 def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
@@ -54,14 +36,11 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
 
     def kernel(x_ref, matrix_ref, value_ref, *refs):
         mask_ref, *scratch = refs if masked else (None, *refs)
-        quantizer = tiles.quantizer
 
-        def write(strip):
-            _store(value_ref, strip.number, strip.restored(strip.values()), tiles)
+        def write(i, strip):
+            _store(value_ref, i, strip.value(), tiles)
             if masked:
-                passing = passes(strip.rotated, quantizer, strip.grid)
-                passing = jnp.where(passing, jnp.int32(1), jnp.int32(0))
-                _store(mask_ref, strip.number, passing, tiles)
+                _store(mask_ref, i, strip.mask(), tiles)
 
         read = partial(_strip, x_ref, tiles=tiles)
         _quantized(read, matrix_ref, scratch, tiles, write, keep_rotated=True)
@@ -90,7 +69,7 @@ def masked_gradient(
     tiles = dataclasses.replace(tiles, whole=False)  # each block by itself
 
     def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
-        rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=_PARTS)
+        rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
         square = basis_factor(tiles.quantizer) ** 2
 
         def one(i, carry):
@@ -190,18 +169,18 @@ def adamw_step(
             rest = _strip(rest_ref, begin + i, tiles) if at_updated else update_of(i, x)
             _store(x_after_ref, i, x + (rest + correction), tiles)
 
-        def pulled(strip):
+        def pulled(i, strip):
             values = strip.values()
             error = strip.kept - strip.restored(values)
             if measured:
-                codes = _bytes(values, tiles.quantizer)
-                flipped = codes != _strip(previous_ref, strip.number, tiles)
-                _store(codes_ref, strip.number, codes, tiles)
+                codes = strip.codes(values)
+                flipped = codes != _strip(previous_ref, i, tiles)
+                _store(codes_ref, i, codes, tiles)
                 add(0, jnp.square(error))
                 add(1, jnp.square(strip.kept))
                 add(3, jnp.where(flipped, 1.0, 0.0))
                 error = jnp.where(numbers.pull != 0, error, 0)
-            write(strip.number, strip.kept, numbers.pull * error)
+            write(i, strip.kept, numbers.pull * error)
 
         def with_error():
             _quantized(read, matrix_ref, scratch, tiles, pulled, keep_rotated=False)
@@ -311,7 +290,7 @@ def _call(
         )
         shapes.append(struct((*tiles.grid[:2], 8, LANES), jnp.float32))
     read = len(scalars) + len(first) + len(last)
-    products = 0 if matrix is None else 2 * (_PARTS + 1) * len(matrix)
+    products = 0 if matrix is None else 2 * (PARTS + 1) * len(matrix)
 
     def run(*refs):
         if matrix is None:
@@ -357,49 +336,7 @@ def _matrix(tiles):
     block = tiles.quantizer.hadamard
     if block is None:
         return None
-    times = max(1, math.gcd(LANES, tiles.strip) // block)
-    whole = np.kron(np.eye(times), hadamard_matrix(block))
-    return jnp.asarray(whole, jnp.bfloat16)
-
-
-class _Quantized(NamedTuple):
-    """A strip and its grid.
-
-    Attributes:
-      number: of the strip in its block.
-      kept: the strip itself; None where it is rotated and was kept so.
-      rotated: the strip, up to the factor of the rotation.
-      grid: of its groups.
-      poison: 0 for each group, or NaN where something is not finite.
-      rotate: turns a strip, of so many `parts`.
-    """
-
-    number: jax.Array
-    kept: jax.Array | None
-    rotated: jax.Array
-    grid: Grid
-    poison: jax.Array
-    rotate: Callable
-    quantizer: Quantizer
-
-    def values(self) -> jax.Array:
-        """In units of the grid and rounded, float32."""
-        return round_in_basis(self.rotated, self.quantizer, self.grid)
-
-    def restored(self, values: jax.Array) -> jax.Array:
-        """The strip quantized and dequantized, float32, from `values`."""
-        quantizer, shape = self.quantizer, self.rotated.shape
-        # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
-        parts = 1 if scaled_last(quantizer, shape) else _PARTS
-
-        def back(values, _):
-            return self.rotate(values, parts=parts)
-
-        turned_back = turn_back(values, quantizer, self.grid, shape, back=back)
-        like = jax.ShapeDtypeStruct(shape, jnp.float32)
-        value = apply_scale(turned_back, quantizer, self.grid, like)
-        # Whatever a maximum or a clip makes of NaN.
-        return value + to_elements(self.poison, quantizer, shape)
+    return rotation(block, max(1, math.gcd(LANES, tiles.strip) // block))
 
 
 def _kept(tiles):
@@ -411,7 +348,7 @@ def _kept(tiles):
 
 
 def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
-    """Calls `then` with each strip of the last pass as `_Quantized`.
+    """Calls `then` with the number of each strip of the last pass, and the `Strip`.
 
     Args:
       read: gives a strip of the array by number, and is called once for each.
@@ -435,10 +372,10 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
 
         def one(i, carry):
             x = strip_at(i)
-            rotated = rotate(x, parts=_PARTS)
+            rotated = rotate(x, parts=PARTS)
             grid = fit_in_basis(rotated, quantizer, None)
-            poison = of_groups(_poison, rotated, quantizer)
-            then(_Quantized(i, x, rotated, grid, poison, rotate, quantizer))
+            poison = of_groups(poison_of, rotated, quantizer)
+            then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
             return carry
 
         each(one, 0)
@@ -451,12 +388,12 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
     def find(i, carry):
         found, poison = carry
         x = strip_at(i)
-        rotated = rotate(x, parts=_PARTS)
+        rotated = rotate(x, parts=PARTS)
         _store(kept_ref, first + i, rotated if keep_rotated else x, tiles)
         # As `fit_in_basis` does with all of it.
         sized = times(rotated, basis_factor(quantizer))
         part = scale.part(sized, (axis,), tiles.length)
-        return scale.joined(found, part), poison + _poison(rotated, (axis,))
+        return scale.joined(found, part), poison + poison_of(rotated, (axis,))
 
     @pl.when(number == 0)
     def _():
@@ -476,9 +413,9 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
 
         def use(i, carry):
             kept = _strip(kept_ref, first + i, tiles)
-            rotated = kept if keep_rotated else rotate(kept, parts=_PARTS)
+            rotated = kept if keep_rotated else rotate(kept, parts=PARTS)
             x = None if keep_rotated else kept
-            then(_Quantized(i, x, rotated, grid, poison, rotate, quantizer))
+            then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
             return carry
 
         each(use, 0)
@@ -508,17 +445,6 @@ def _plain(read, scratch, tiles, then):
         each(lambda i: then(i, _strip(kept_ref, first + i, tiles)))
 
 
-def _poison(x, axes):
-    """0, or NaN where something is not finite, whatever a maximum makes of that."""
-    return jnp.sum(x - x, axis=axes, keepdims=True)
-
-
-def _bytes(values, quantizer):
-    """The codes of rounded values as `encode` gives them, int32."""
-    values = jnp.where(jnp.isnan(values), 0, values - quantizer.format.of_zero_code)
-    return values.astype(jnp.int32)
-
-
 def _strip(ref, i, tiles):
     strip = ref[_place(i, tiles)]
     return strip.astype(jnp.float32).T if tiles.transposed else strip
@@ -541,21 +467,7 @@ def _rotate(x, *, matrix_ref, tiles, parts):
     matrix, axis = matrix_ref[...], tiles.quantizer.axis + 2
     size = len(matrix)
     pieces = [
-        _product(matrix, lax.slice_in_dim(x, i, i + size, axis=axis), axis, parts)
+        product(matrix, lax.slice_in_dim(x, i, i + size, axis=axis), axis, parts)
         for i in range(0, x.shape[axis], size)
     ]
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
-
-
-def _product(matrix, x, axis, parts):
-    def times_matrix(part):
-        left, right = (matrix, part) if axis == 0 else (part, matrix)
-        return lax.dot(left, right, preferred_element_type=jnp.float32)
-
-    total = None
-    for _ in range(parts):
-        part = x.astype(jnp.bfloat16)
-        x = x - part.astype(jnp.float32)
-        product = times_matrix(part)
-        total = product if total is None else total + product
-    return total
