@@ -133,3 +133,21 @@ def test_a_named_implementation_runs_or_raises():
         both(X, "cuda")
     with pytest.raises(ValueError, match="none for this quantizer and shape"):
         either(form(DEFAULT), Kernels(), {"x": X}, implementation="pallas")
+
+
+def test_what_was_not_measured_is_run_by_name_alone():
+    kernels = Kernels(tpu=form(TPU), cuda=form(CUDA), by_name=frozenset({"cuda"}))
+
+    def run(implementation):
+        def run(x):
+            return either(
+                form(DEFAULT), kernels, {"x": x}, implementation=implementation
+            )
+
+        return run
+
+    assert forms(run(None), X, platforms=["cuda"]) == {DEFAULT}
+    assert forms(run(None), X, platforms=["tpu"]) == {TPU}
+    assert forms(run("pallas"), X, platforms=["cuda"]) == {CUDA}
+    mapped = jax.vmap(run(None))
+    assert forms(mapped, X.reshape(2, 4), platforms=["cuda"]) == {DEFAULT}
