@@ -64,7 +64,7 @@ LAYERS = [
     ["presets", "pallas.tiles"],
     ["rounding", "report"],
     ["pallas.strips"],
-    ["pallas.tpu"],
+    ["pallas.tpu", "pallas.gpu"],
     ["pallas.kernels"],
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],

@@ -1,16 +1,20 @@
 """Which kernels there are for an array and its quantizer.
 
 What launches them is imported when a program is compiled for their platform: it takes
-longer than all the rest of this package.
+longer than all the rest of this package. Those for GPU were not timed on one yet, so
+they are run by name alone.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.adamw import AdamW
 from cage_jax.formats import Integer, MidRise
 from cage_jax.pallas.dispatch import Kernels
-from cage_jax.pallas.tiles import tiles_of
+from cage_jax.pallas.tiles import Tiles, tiles_for_gpu, tiles_of
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid
 
@@ -24,30 +28,24 @@ def fake_quant(
     masked: bool,
 ) -> Kernels:
     """For `(x, grid, noise)` to the values, and with `masked` to a mask, int8, too."""
-    tiles = tiles_of(quantizer, x.shape, x.dtype)
-    if tiles is None or grid is not None or noise is not None:
+    if grid is not None or noise is not None:
         return Kernels()
 
-    def on_tpu(x, grid, noise):
-        from cage_jax.pallas import tpu
+    def kernel(module, tiles):
+        return lambda x, grid, noise: module.fake_quant(x, tiles=tiles, masked=masked)
 
-        return tpu.fake_quant(x, tiles=tiles, masked=masked)
-
-    return Kernels(tpu=on_tpu)
+    tiles = tiles_of(quantizer, x.shape, x.dtype)
+    return _kernels(kernel, tiles, tiles_for_gpu(quantizer, x.shape, x.dtype))
 
 
 def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
     """For `(mask, cotangent)`, with such a mask, to the gradient."""
-    tiles = tiles_of(quantizer, cotangent.shape, cotangent.dtype)
-    if tiles is None:
-        return Kernels()
 
-    def on_tpu(mask, cotangent):
-        from cage_jax.pallas import tpu
+    def kernel(module, tiles):
+        return lambda *arrays: module.masked_gradient(*arrays, tiles=tiles)
 
-        return tpu.masked_gradient(mask, cotangent, tiles=tiles)
-
-    return Kernels(tpu=on_tpu)
+    like = quantizer, cotangent.shape, cotangent.dtype
+    return _kernels(kernel, tiles_of(*like), tiles_for_gpu(*like))
 
 
 def adamw_step(
@@ -61,36 +59,45 @@ def adamw_step(
     measured: bool,
 ) -> Kernels:
     """From the arguments of a step to its results, as `pallas.tpu` has them."""
+    if first_dtype not in (jnp.float32, jnp.bfloat16):
+        return Kernels()
     # Seven arrays come and go, where two or three do otherwise.
     kept = 2 if at_updated else 1
-    tiles = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
-    if tiles is None or first_dtype not in (jnp.float32, jnp.bfloat16):
-        return Kernels()
-    if measured and not (
-        tiles.exact and isinstance(quantizer.format, Integer | MidRise)
-    ):
-        return Kernels()  # what lies beyond the array would be added up
+    for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
+    for_gpu = tiles_for_gpu(quantizer, shape, dtype)
+    if measured:
+        for_gpu = None
+        whole_numbers = isinstance(quantizer.format, Integer | MidRise)
+        if not (whole_numbers and for_tpu and for_tpu.exact):
+            for_tpu = None  # what lies beyond the array would be added up
+    if at_updated and for_gpu and for_gpu.whole:
+        for_gpu = None  # all four arrays would be read twice
 
-    def on_tpu(
-        gradient: jax.Array,
-        first: jax.Array,
-        second: jax.Array,
-        x: jax.Array,
-        numbers: StepNumbers,
-        previous: jax.Array | None,
-    ):
-        from cage_jax.pallas import tpu
-
-        return tpu.adamw_step(
-            gradient,
-            first,
-            second,
-            x,
-            numbers,
-            previous,
-            tiles=tiles,
-            adamw=adamw,
-            at_updated=at_updated,
+    def kernel(module, tiles):
+        return partial(
+            module.adamw_step, tiles=tiles, adamw=adamw, at_updated=at_updated
         )
 
-    return Kernels(tpu=on_tpu)
+    return _kernels(kernel, for_tpu, for_gpu)
+
+
+def _kernels(
+    kernel: Callable[..., Callable], for_tpu: Tiles | None, for_gpu: Tiles | None
+) -> Kernels:
+    """`kernel(module, tiles)` of each platform that there are tiles for."""
+
+    def on_tpu(*args):
+        from cage_jax.pallas import tpu
+
+        return kernel(tpu, for_tpu)(*args)
+
+    def on_gpu(*args):
+        from cage_jax.pallas import gpu
+
+        return kernel(gpu, for_gpu)(*args)
+
+    return Kernels(
+        tpu=on_tpu if for_tpu else None,
+        cuda=on_gpu if for_gpu else None,
+        by_name=frozenset({"cuda"}),
+    )

@@ -21,6 +21,9 @@ _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
 # What a kernel may hold of groups longer than a block; each chip has twice that.
 _KEPT_BYTES = 2**23
+# The longest row that a GPU holds at once, and the fewest neighbours it reads well.
+_LONGEST_ROW = 2**13
+_SECTOR = 16
 # Below that an array stays on the chip, and one program more costs more than it saves.
 _SMALLEST = 2**18
 
@@ -156,3 +159,55 @@ def _suits(quantizer, dtype):
         and quantizer.hadamard_seed is None
         and quantizer.rounding == "nearest"
     )
+
+
+def tiles_for_gpu(
+    quantizer: Quantizer, shape: tuple[int, ...], dtype, elements: int = 2**12
+) -> Tiles | None:
+    """Those of an array for kernels that compute on strips of a power of two.
+
+    A group that is all of an axis is one strip, where it is short enough, or is passed
+    over twice in one block. The second pass reads memory again but where what was read
+    is in a cache: the compiler's form does the same where nothing is rotated, so that
+    columns are left to it then.
+
+    Args:
+      quantizer: of the array.
+      shape: of the array.
+      dtype: of the array.
+      elements: of a strip.
+
+    Returns:
+      Tiles that are never transposed; None where the array is not for a kernel.
+    """
+    if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
+        return None
+    ((axis, group),) = quantizer.groups(shape).items()
+    if axis < len(shape) - 2:
+        return None
+    stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+    along = axis - len(shape) + 3
+    length, width = (rows, columns) if along == 1 else (columns, rows)
+    rotation = quantizer.hadamard or 1
+    unit = rotation if group == length else math.lcm(group, rotation)
+    most = _LONGEST_ROW if along == 2 and group == length else LANES
+    strip = min(_power_of_two(length), max(most, unit))
+    whole = group == length and strip < length
+    across = min(_power_of_two(width), max(1, elements // strip))
+    if strip % unit or unit & (unit - 1) or (whole and along == 1 and rotation == 1):
+        return None
+    if strip * across < elements // 2 or (along == 1 and across < _SECTOR):
+        return None
+    strips = length // strip
+    if not whole:  # the matrix is read once for several strips
+        strips = math.gcd(strips, 8) if quantizer.hadamard else 1
+    block = (strips * strip, across) if along == 1 else (across, strips * strip)
+    own = dataclasses.replace(
+        quantizer, axis=along - 3, group_size=None if group >= strip else group
+    )
+    return Tiles(own, (stack, rows, columns), along, block, strip, whole, False)
+
+
+def _power_of_two(n):
+    """The largest that divides it."""
+    return n & -n

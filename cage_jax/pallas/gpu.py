@@ -1,0 +1,352 @@
+"""Kernels for GPU, by way of Triton: one program for each block of an array.
+
+What they compute on a strip is in `strips`; a strip stays in registers. Triton divides
+and takes roots approximately, and its lowering has no rounding: those are instructions
+of the machine here, but where a kernel is interpreted.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Literal
+
+from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.operations import times
+from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
+from cage_jax.pallas.tiles import Tiles
+from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
+
+# Of IEEE 754, to nearest; those of rounding have no other form.
+_INSTRUCTIONS = {
+    lax.div_p: "div.rn.f32 $0, $1, $2;",
+    lax.sqrt_p: "sqrt.rn.f32 $0, $1;",
+    lax.round_p: "cvt.rni.f32.f32 $0, $1;",
+}
+_PER_WARP = 512
+
+
+def fake_quant(
+    x: jax.Array, *, tiles: Tiles, masked: bool, interpret: bool = False
+) -> Any:
+    """`x` quantized and dequantized.
+
+    Args:
+      x: the array that `tiles` was made for.
+      tiles: how it is cut.
+      masked: whether to tell where the gradient passes.
+      interpret: whether it is run as a program of `jax.numpy`.
+
+    Returns:
+      The values, like `x`; if `masked`, these and the mask, int8 of 1 and 0.
+    """
+    exactly = _exactly(interpret)
+
+    def kernel(x_ref, matrix_ref, *written):
+        strip_of = _strip_of(x_ref, matrix_ref, tiles, exactly)
+
+        def found(x):
+            strip = strip_of(x)
+            return (strip.value(), strip.mask()) if masked else (strip.value(),)
+
+        _each(exactly(found), (x_ref,), written, tiles)
+
+    dtypes = (x.dtype, jnp.int8) if masked else (x.dtype,)
+    found = _call(kernel, tiles, "fake_quant", (x,), dtypes, interpret=interpret)
+    return found if masked else found[0]
+
+
+def masked_gradient(
+    mask: jax.Array, cotangent: jax.Array, *, tiles: Tiles, interpret: bool = False
+) -> jax.Array:
+    """What passes of a cotangent: rotated, masked, rotated back.
+
+    Args:
+      mask: int8, as `fake_quant` gives it.
+      cotangent: an array like the quantized one.
+      tiles: how both are cut.
+      interpret: whether it is run as a program of `jax.numpy`.
+    """
+
+    def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
+        rotate = _rotation(matrix_ref, tiles)
+        square = basis_factor(tiles.quantizer) ** 2
+
+        def passed(mask, cotangent):
+            gradient = rotate(cotangent.astype(jnp.float32), parts=_parts(cotangent))
+            gradient = jnp.where(mask.astype(jnp.int32) != 0, gradient, 0)
+            return (rotate(gradient, parts=PARTS) * square,)
+
+        _each(passed, (mask_ref, cotangent_ref), (gradient_ref,), tiles)
+
+    arrays, dtypes = (mask, cotangent), (cotangent.dtype,)
+    (gradient,) = _call(
+        kernel, tiles, "masked_gradient", arrays, dtypes, interpret=interpret
+    )
+    return gradient
+
+
+def adamw_step(
+    gradient: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    x: jax.Array,
+    numbers: StepNumbers,
+    previous: None = None,
+    *,
+    tiles: Tiles,
+    adamw: AdamW,
+    at_updated: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A step of AdamW with the pull to the grid, in place where the arrays are donated.
+
+    Args:
+      gradient: that of the parameter.
+      first: the first moment.
+      second: the second moment.
+      x: the parameter, which `tiles` was made for.
+      numbers: those of the step.
+      previous: None; there are no statistics.
+      tiles: how all are cut.
+      adamw: the optimizer.
+      at_updated: whether the error is that of the updated parameter, of groups that a
+        strip has whole.
+      interpret: whether it is run as a program of `jax.numpy`.
+
+    Returns:
+      The moments and the parameter after the step.
+    """
+    exactly = _exactly(interpret)
+
+    def kernel(*refs):
+        *read, numbers_ref, matrix_ref = refs[:6]
+        numbers = StepNumbers(*(numbers_ref[i] for i in range(len(numbers_ref))))
+
+        def step(error_of):
+            def after(gradient, first, second, x):
+                *moments, update = adamw.step(gradient, first, second, x, numbers)
+                error = error_of(x + update if at_updated else x)
+                return *moments, x + (update + numbers.pull * error)
+
+            _each(exactly(after), read, refs[6:], tiles)
+
+        @pl.when(numbers.pull != 0)
+        def _():
+            strip_of = _strip_of(read[-1], matrix_ref, tiles, exactly)
+            step(lambda x: x - strip_of(x).value())
+
+        @pl.when(numbers.pull == 0)
+        def _():
+            step(lambda x: 0.0)
+
+    return _call(
+        kernel,
+        tiles,
+        "adamw_step",
+        (gradient, first, second, x),
+        (first.dtype, second.dtype, x.dtype),
+        numbers=jnp.stack(numbers),
+        aliases={1: 0, 2: 1, 3: 2},
+        interpret=interpret,
+    )
+
+
+def _call(
+    kernel, tiles, name, arrays, dtypes, *, numbers=None, aliases=None, interpret
+):
+    """Runs a kernel over all blocks.
+
+    Args:
+      kernel: gets references to the blocks of `arrays`, to `numbers`, if any, to the
+        matrix of the rotation (None without one), and to the blocks of the results.
+      tiles: the blocks.
+      name: of the kernel in a program.
+      arrays: those that are cut.
+      dtypes: of the results.
+      numbers: a vector.
+      aliases: from the place of an argument to that of the result that replaces it.
+      interpret: whether it is run as a program of `jax.numpy`.
+    """
+    stack, rows, columns = tiles.shape
+    height, width = tiles.block
+    matrix = _matrix(tiles)
+    fixed = [each for each in (numbers, matrix) if each is not None]
+    read = len(arrays) + len(fixed)
+    block = pl.BlockSpec((None, height, width), lambda j, i, k: (k, i, j))
+
+    def run(*refs):
+        if matrix is None:
+            refs = *refs[:read], None, *refs[read:]
+        kernel(*refs)
+
+    # Inside of a `shard_map`, the axes of the mesh along which results differ.
+    manual = jax.typeof(arrays[-1]).manual_axis_type
+    shapes = [
+        jax.ShapeDtypeStruct(tiles.shape, dtype, manual_axis_type=manual)
+        for dtype in dtypes
+    ]
+    found = pl.pallas_call(
+        run,
+        # Neighbouring programs take neighbouring columns.
+        grid=(columns // width, rows // height, stack),
+        in_specs=[
+            *[block] * len(arrays),
+            *(
+                pl.BlockSpec(each.shape, lambda *_, n=each.ndim: (0,) * n)
+                for each in fixed
+            ),
+        ],
+        out_specs=[block] * len(dtypes),
+        out_shape=shapes,
+        input_output_aliases=aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(tiles), num_stages=1),
+        interpret=interpret,
+        name=f"cage_{name}",
+    )(*(array.reshape(tiles.shape) for array in arrays), *fixed)
+    return tuple(each.reshape(arrays[-1].shape) for each in found)
+
+
+def _warps(tiles):
+    height, width = tiles.block
+    elements = height * width // tiles.strips
+    return min(16, max(4, elements // _PER_WARP))
+
+
+def _matrix(tiles):
+    """That which rotates a column, or each part of a row."""
+    block = tiles.quantizer.hadamard
+    if block is None:
+        return None
+    return rotation(block, tiles.strip // block if tiles.along == 1 else 1)
+
+
+def _rotation(matrix_ref, tiles):
+    """Turns a strip, of so many `parts`."""
+    if matrix_ref is None:
+        return lambda x, parts: x
+    matrix = matrix_ref[...]
+
+    def rotate(x, parts):
+        if tiles.along == 1:
+            return product(matrix, x, 0, parts)
+        # As columns: the matrix unit takes them in fewer registers.
+        columns = x.reshape(-1, len(matrix)).T
+        return product(matrix, columns, 0, parts).T.reshape(x.shape)
+
+    return rotate
+
+
+def _parts(x):
+    return 1 if x.dtype == jnp.bfloat16 else PARTS
+
+
+def _strip_of(x_ref, matrix_ref, tiles, exactly):
+    """What makes of each strip of a block a `Strip`, with the grid of its groups."""
+    quantizer, rotate = tiles.quantizer, _rotation(matrix_ref, tiles)
+
+    def strip(x, found=None):
+        kept = x.astype(jnp.float32)
+        rotated = rotate(kept, parts=_parts(x))
+        if found is None:
+            grid = fit_in_basis(rotated, quantizer, None)
+            found = grid, of_groups(poison_of, rotated, quantizer)
+        return Strip(kept, rotated, *found, rotate, quantizer)
+
+    if not tiles.whole:
+        return strip
+    scale, axes = quantizer.scale, (tiles.along - 1,)
+
+    def one(i, carry):
+        def joined(x, found, poison):
+            rotated = rotate(x.astype(jnp.float32), parts=_parts(x))
+            # As `fit_in_basis` does with all of it.
+            sized = times(rotated, basis_factor(quantizer))
+            part = scale.part(sized, axes, tiles.length)
+            return scale.joined(found, part), poison + poison_of(rotated, axes)
+
+        return exactly(joined)(x_ref[_place(i, tiles)], *carry)
+
+    zeros = jnp.zeros(tiles.per_group, jnp.float32)
+    found, poison = lax.fori_loop(0, tiles.strips, one, (zeros, zeros))
+    grid = exactly(
+        partial(
+            scale.stored,
+            count=tiles.length,
+            format=quantizer.format,
+            scale_type=quantizer.scale_type,
+        )
+    )(found)
+    return partial(strip, found=(grid, poison))
+
+
+def _each(function, read, written, tiles):
+    """Writes what `function` makes of each strip of a block."""
+
+    def one(i, carry):
+        place = _place(i, tiles)
+        found = function(*(ref[place] for ref in read))
+        for ref, strip in zip(written, found, strict=True):
+            ref[place] = strip.astype(ref.dtype)
+        return carry
+
+    lax.fori_loop(0, tiles.strips, one, 0)
+
+
+def _place(i, tiles):
+    here = pl.ds(pl.multiple_of(i * tiles.strip, tiles.strip), tiles.strip)
+    return (here, slice(None)) if tiles.along == 1 else (slice(None), here)
+
+
+def _exactly(interpret: bool) -> Callable:
+    """Has a function's quotients, roots and roundings be those of the machine."""
+    if interpret:
+        return lambda function: function
+
+    def exactly(function):
+        def run(*args):
+            jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
+            found = _evaluated(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args))
+            return jax.tree.unflatten(jax.tree.structure(out), found)
+
+        return run
+
+    return exactly
+
+
+def _evaluated(jaxpr, consts, args):
+    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(variable):
+        return variable.val if isinstance(variable, Literal) else known[variable]
+
+    for equation in jaxpr.eqns:
+        values, params = [*map(read, equation.invars)], equation.params
+        inner = params.get("jaxpr", params.get("call_jaxpr"))
+        if equation.primitive in _INSTRUCTIONS:
+            found = [_instruction(equation, values)]
+        elif inner is not None:
+            found = _evaluated(inner.jaxpr, inner.consts, values)
+        else:
+            found = equation.primitive.bind(*values, **params)
+            found = found if equation.primitive.multiple_results else [found]
+        known.update(zip(equation.outvars, found, strict=True))
+    return [*map(read, jaxpr.outvars)]
+
+
+def _instruction(equation, values):
+    (out,) = equation.outvars
+    values = [jnp.broadcast_to(value, out.aval.shape) for value in values]
+    (found,) = plgpu.elementwise_inline_asm(
+        _INSTRUCTIONS[equation.primitive],
+        args=values,
+        constraints=",".join(["=f", *["f"] * len(values)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(out.aval.shape, out.aval.dtype)],
+    )
+    return found
