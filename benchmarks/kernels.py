@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 # Before jax is loaded: no TPU is looked for, and other processes may compile too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +25,7 @@ import optax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from kernel_cases import CASES_FOR_TPU, LONG, WIDE, Case
 from measurement import Rows
 from rich.console import Console
 
@@ -32,8 +33,6 @@ import cage_jax as cage
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
-# 1 GiB of float32: neither it nor its mask stays beside the matrix units of a chip.
-LONG, WIDE = 4096, 65536
 # That a kernel is shipped for: what XLA moves over what it moves.
 GAIN = 1.15
 EXCESS = 1.05
@@ -47,95 +46,6 @@ class Settings:
     """What to compile for."""
     tiny: bool = False
     """One case, to see that it works; nothing is written."""
-
-
-class Case(NamedTuple):
-    """What is compiled.
-
-    Attributes:
-      quantizer: of an array whose longer axis is not the one of the groups.
-      what: `fake_quant` alone, with its gradient, or a step of AdamW with CAGE.
-      dtype: of the array.
-    """
-
-    quantizer: cage.Quantizer
-    what: Literal[
-        "forward",
-        "forward and backward",
-        "step",
-        "step, error after the update",
-        "step, statistics",
-    ] = "forward"
-    dtype: str = "float32"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of the array."""
-        return (LONG, WIDE) if self.quantizer.axis == -2 else (WIDE, LONG)
-
-    @property
-    def least(self) -> float:
-        """Units that any program moves.
-
-        A value is read and written, twice with a mask; a step reads the gradient, the
-        parameter and its moments, and writes the last three; statistics read and write
-        codes.
-        """
-        if self.is_step:
-            return 7.5 if self.what == "step, statistics" else 7.0
-        mask = 2 / jnp.dtype(self.dtype).itemsize
-        return 2.0 if self.what == "forward" else 4 + mask
-
-    @property
-    def is_step(self) -> bool:
-        """Whether it is one of AdamW with CAGE."""
-        return self.what.startswith("step")
-
-    @property
-    def in_place(self) -> float:
-        """Units that are written where they were read."""
-        if not self.is_step:
-            return 0.0
-        return 3.25 if self.what == "step, statistics" else 3.0
-
-    @property
-    def kernels(self) -> list[str]:
-        """The names of those that do it."""
-        if self.is_step:
-            return ["cage_adamw_step"]
-        backward = ["cage_masked_gradient"] * (self.what != "forward")
-        return ["cage_fake_quant", *backward]
-
-    def __str__(self) -> str:
-        return f"{self.quantizer}, {self.dtype}, {self.what}"
-
-
-def _last(quantizer: cage.Quantizer) -> cage.Quantizer:
-    return dataclasses.replace(quantizer, axis=-1)
-
-
-CASES = [
-    Case(cage.quest(4)),
-    Case(cage.quest(4), "forward and backward"),
-    Case(cage.quest(4), dtype="bfloat16"),
-    Case(_last(cage.quest(4))),
-    Case(_last(cage.quest(4)), "forward and backward"),
-    Case(cage.int4(group_size=128, hadamard=128)),
-    Case(cage.int4(group_size=32)),
-    Case(_last(cage.int4(group_size=128))),
-    Case(_last(cage.int4(group_size=32))),
-    Case(cage.mxfp4()),
-    Case(_last(cage.mxfp4())),
-    Case(cage.int8()),
-    Case(_last(cage.int8())),
-    Case(cage.quest(4), "step"),
-    Case(_last(cage.quest(4)), "step"),
-    Case(cage.int4(group_size=128), "step"),
-    Case(_last(cage.int4(group_size=32)), "step"),
-    Case(cage.int8(), "step"),
-    Case(cage.quest(4), "step, error after the update"),
-    Case(cage.quest(4), "step, statistics"),
-]
 
 
 def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any:
@@ -269,9 +179,9 @@ def main() -> int:
     console = Console()
     settings = tyro.cli(Settings, description=__doc__)
     if settings.tiny:
-        record = measure(CASES[:1], settings.chips[:1])
+        record = measure(CASES_FOR_TPU[:1], settings.chips[:1])
     else:
-        record = measure(CASES, settings.chips)
+        record = measure(CASES_FOR_TPU, settings.chips)
     keep = not settings.tiny and settings.chips == Settings.chips
     measurement.finish(record, table(record), console, keep=keep)
     return 0

@@ -22,7 +22,7 @@ SCRIPT = """
 import json, kernels, sys
 print(json.dumps([
     kernels.counted(case, chip, "pallas")
-    for chip in sys.argv[1:] for case in kernels.CASES
+    for chip in sys.argv[1:] for case in kernels.CASES_FOR_TPU
 ]))
 """
 
@@ -108,7 +108,7 @@ def test_they_move_the_least_and_no_copy(request):
     if request.config.getoption("--all-chips"):
         chips += ["v4", "v5p"]
     found = on(chips, SCRIPT)
-    cases = [case for _ in chips for case in kernels.CASES]
+    cases = [case for _ in chips for case in kernels.CASES_FOR_TPU]
     for case, each in zip(cases, found, strict=True):
         assert case.least <= each["units"] < 1.05 * case.least, case
         assert each["kernels"] == case.kernels
@@ -123,7 +123,7 @@ def test_the_record_and_its_table(monkeypatch):
         return {"units": units[implementation], "kernels": kernel, "seconds": 10.0}
 
     monkeypatch.setattr(kernels, "counted", counted)
-    case = kernels.CASES[0]
+    case = kernels.CASES_FOR_TPU[0]
     record = json.loads(json.dumps(kernels.measure([case], ("v5e", "v6e"))))
     excess, gain = record["targets"]
     assert not excess["met"] and excess["measured"] == pytest.approx(1.1)

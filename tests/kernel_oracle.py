@@ -1,0 +1,106 @@
+"""What a kernel has to find, in float64 NumPy."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from cage_jax import scale_types, scales
+
+
+class Oracle:
+    """What the kernel has to find, in float64.
+
+    Attributes:
+      values: of the array.
+      step: the distance between two levels, for each element.
+      margin: of each element, how far it is from where it would be rounded otherwise,
+        in steps.
+      passes: where the gradient passes.
+      edge: how far each element is from where that changes, in steps.
+    """
+
+    def __init__(self, x, quantizer):
+        x = np.float64(x)
+        axis = quantizer.axis
+        (size,) = quantizer.groups(x.shape).values()
+        rotated = rotate(x, quantizer)
+        groups = in_groups(rotated, axis, size)
+        format = quantizer.format
+        stored = self._scales(groups, quantizer)
+        step = out_of_groups(np.broadcast_to(stored, groups.shape), axis, x.shape)
+        position = rotated / step
+        levels = format.values
+        middles = (levels[1:] + levels[:-1]) / 2
+        index = np.searchsorted(middles, position)
+        self.margin = np.abs(position[..., None] - middles).min(-1)
+        self.values = rotate(levels[index] * step, quantizer)
+        self.step = step
+        slack = format.edge if quantizer.gradient == "trust" else 0
+        low, high = format.low - slack, format.high + slack
+        self.passes = (low <= position) & (position <= high)
+        self.edge = np.minimum(np.abs(position - low), np.abs(position - high))
+
+    @staticmethod
+    def _scales(groups, quantizer):
+        format, rule = quantizer.format, quantizer.scale
+        size = np.abs(groups)
+        if isinstance(rule, scales.AbsMax):
+            scale = size.max(-1) * rule.clip / ((format.high - format.low) / 2)
+        elif isinstance(rule, scales.AbsMean):
+            scale = size.mean(-1) / format.values[format.values > 0][0]
+        else:
+            half = (format.high - format.low) / 2
+            scale = np.sqrt((size**2).mean(-1)) * format.gaussian_clip / half
+        kind = quantizer.scale_type
+        if isinstance(kind, scale_types.PowerOfTwo):
+            power = np.floor(np.log2(size.max(-1)))
+            scale = 2.0 ** (power - np.floor(np.log2(format.high)))
+        elif isinstance(kind, scale_types.Float8):
+            import ml_dtypes
+
+            scale = np.float64(np.float32(scale).astype(ml_dtypes.float8_e4m3fn))
+            scale = np.maximum(scale, 2.0**-9)
+        return scale[..., None]
+
+
+def rotate(x, quantizer):
+    if quantizer.hadamard is None:
+        return x
+    block = quantizer.hadamard
+    matrix = scipy.linalg.hadamard(block) / math.sqrt(block)
+    moved = np.moveaxis(x, quantizer.axis, -1)
+    parts = moved.reshape(*moved.shape[:-1], -1, block) @ matrix
+    return np.moveaxis(parts.reshape(moved.shape), -1, quantizer.axis)
+
+
+def in_groups(x, axis, size):
+    moved = np.moveaxis(x, axis, -1)
+    return moved.reshape(*moved.shape[:-1], -1, size)
+
+
+def out_of_groups(groups, axis, shape):
+    moved = list(shape)
+    moved.append(moved.pop(axis))
+    return np.moveaxis(groups.reshape(moved), -1, axis)
+
+
+def checked(x, quantizer, values, mask):
+    """The same values and mask, if they are what the quantizer makes of `x`."""
+    assert values.dtype == x.dtype and mask.dtype == jnp.int8
+    oracle = Oracle(x, quantizer)
+    # A sum of 128 float32 numbers, thrice in three parts: where an element is nearer
+    # than that to a tie, any neighbour will do.
+    decided = oracle.margin > 1e-5
+    assert decided.mean() > 0.95
+    error = np.abs(rotate(np.float64(values) - oracle.values, quantizer))
+    dtype = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-22
+    room = dtype * np.abs(oracle.values).max() * (12 if quantizer.hadamard else 1)
+    wrong = error > room + 1e-5 * oracle.step
+    assert not (wrong & decided).any()
+    assert (error <= 1.01 * np.diff(quantizer.format.values).max() * oracle.step
+            + room).all()  # fmt: skip
+    clear = oracle.edge > 1e-4
+    np.testing.assert_array_equal((mask != 0)[clear], oracle.passes[clear])
+    return values, mask
