@@ -14,11 +14,12 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test coverage lint format bench clean
+.PHONY: help demo test coverage test-cuda-aot lint format bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
 	@echo "make test      run the tests (EXTRAS=test,oracles for those that need PyTorch and others)"
 	@echo "make coverage  run them and count what they run, at least 95 %"
+	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
 	@echo "make lint      check format, style and types"
 	@echo "make bench     measure the figures of benchmarks/README.md (over an hour)"
 	@echo "make clean     remove the virtual environment and what the demo wrote"
@@ -45,6 +46,10 @@ test: $(call stamp,$(EXTRAS))
 coverage: $(call stamp,$(EXTRAS))
 	@echo "[coverage] running the tests and counting what they run; a sixth slower"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+test-cuda-aot: $(call stamp,test$(comma)cuda)
+	@echo "[test] compiling for an H200; half a minute"
+	@$(BIN)/python -m pytest tests/test_kernels_for_cuda.py
 
 lint: $(call stamp,test$(comma)lint)
 	@$(BIN)/ruff format --check .

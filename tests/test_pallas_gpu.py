@@ -162,12 +162,8 @@ def for_cuda(function, *args):
     """The program for a GPU that need not be here."""
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     # From JAX 0.11 on it is named by the mesh; before, it is this kind by default.
-    kind = {"device_kind": "NVIDIA H200", "num_cores": None}
-    if "platform" in (each.name for each in dataclasses.fields(AbstractDevice)):
-        kind["platform"] = "gpu"
-    with use_abstract_mesh(
-        AbstractMesh((), (), abstract_device=AbstractDevice(**kind))
-    ):
+    kind = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         traced = jax.jit(function).trace(*args)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -256,7 +256,8 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
         if found is None:
             grid = fit_in_basis(rotated, quantizer, None)
             found = grid, of_groups(poison_of, rotated, quantizer)
-        return Strip(kept, rotated, *found, rotate, quantizer)
+        grid, poison = found
+        return Strip(kept, rotated, grid, poison, rotate, quantizer)
 
     if not tiles.whole:
         return strip

@@ -97,10 +97,10 @@ def product(matrix: jax.Array, x: jax.Array, axis: int, parts: int) -> jax.Array
         left, right = (matrix, part) if axis == 0 else (part, matrix)
         return lax.dot(left, right, preferred_element_type=jnp.float32)
 
-    total = None
-    for _ in range(parts):
-        part = x.astype(jnp.bfloat16)
+    part = x.astype(jnp.bfloat16)
+    total = times_matrix(part)
+    for _ in range(parts - 1):
         x = x - part.astype(jnp.float32)
-        found = times_matrix(part)
-        total = found if total is None else total + found
+        part = x.astype(jnp.bfloat16)
+        total = total + times_matrix(part)
     return total

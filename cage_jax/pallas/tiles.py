@@ -21,9 +21,11 @@ _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
 # What a kernel may hold of groups longer than a block; each chip has twice that.
 _KEPT_BYTES = 2**23
-# The longest row that a GPU holds at once, and the fewest neighbours it reads well.
-_LONGEST_ROW = 2**13
+# What a program for GPU holds of rows, the fewest neighbours that it reads well, and
+# what its strips have else.
+_ROWS_HELD = 2**14
 _SECTOR = 16
+_STRIP = 2**12
 # Below that an array stays on the chip, and one program more costs more than it saves.
 _SMALLEST = 2**18
 
@@ -162,7 +164,7 @@ def _suits(quantizer, dtype):
 
 
 def tiles_for_gpu(
-    quantizer: Quantizer, shape: tuple[int, ...], dtype, elements: int = 2**12
+    quantizer: Quantizer, shape: tuple[int, ...], dtype, arrays: int = 2
 ) -> Tiles | None:
     """Those of an array for kernels that compute on strips of a power of two.
 
@@ -175,7 +177,7 @@ def tiles_for_gpu(
       quantizer: of the array.
       shape: of the array.
       dtype: of the array.
-      elements: of a strip.
+      arrays: of how many a kernel holds a strip.
 
     Returns:
       Tiles that are never transposed; None where the array is not for a kernel.
@@ -190,13 +192,13 @@ def tiles_for_gpu(
     length, width = (rows, columns) if along == 1 else (columns, rows)
     rotation = quantizer.hadamard or 1
     unit = rotation if group == length else math.lcm(group, rotation)
-    most = _LONGEST_ROW if along == 2 and group == length else LANES
+    most = _ROWS_HELD // arrays if along == 2 and group == length else LANES
     strip = min(_power_of_two(length), max(most, unit))
     whole = group == length and strip < length
-    across = min(_power_of_two(width), max(1, elements // strip))
+    across = min(_power_of_two(width), max(1, _STRIP // strip))
     if strip % unit or unit & (unit - 1) or (whole and along == 1 and rotation == 1):
         return None
-    if strip * across < elements // 2 or (along == 1 and across < _SECTOR):
+    if strip * across < _STRIP // 2 or (along == 1 and across < _SECTOR):
         return None
     strips = length // strip
     if not whole:  # the matrix is read once for several strips

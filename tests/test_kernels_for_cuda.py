@@ -1,0 +1,138 @@
+"""Kernels compiled for an H200: registers, what they move, and that they are there."""
+
+import json
+import subprocess
+import sys
+
+import cuda_aot
+import gpu
+import pytest
+from kernel_cases import CASES
+from test_kernels_for_tpu import ROOT
+
+import cage_jax as cage
+
+SCRIPT = """
+import json, pathlib, sys, tempfile
+import cuda_aot, gpu
+
+with tempfile.TemporaryDirectory() as folder:
+    usage = cuda_aot.watched(pathlib.Path(folder))
+    print(json.dumps([gpu.counted(case, usage, False) for case in gpu.CASES]))
+"""
+THROUGH_THE_OPTIMIZER = """
+import json, re
+import cuda_aot, jax, jax.numpy as jnp
+import cage_jax as cage
+
+tx = cage.cage_adamw(1e-3, cage.Rules([(".*", cage.quest(4))]), 1.0)
+params = {"x": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)}
+
+def step(params, state, gradient):
+    return tx.fused_step(gradient, state, params, implementation="pallas")
+
+state = jax.eval_shape(tx.init, params)
+program = cuda_aot.compiled(step, params, state, params, donated=(0, 1))
+print(json.dumps([
+    "cage_adamw_step" in program.as_text(),
+    program.memory_analysis().alias_size_in_bytes / 2**23,
+]))
+"""
+needs_plugin = pytest.mark.skipif(
+    cuda_aot.missing() is not None, reason=str(cuda_aot.missing())
+)
+
+
+def said(script):
+    """What a script prints last, as JSON."""
+    # A process of its own: the plugin registers itself where JAX starts.
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_plugin
+def test_every_kernel_fits_the_registers_and_moves_the_least():
+    for case, found in zip(CASES, said(SCRIPT), strict=True):
+        columns = case.quantizer.axis == -2 and case.quantizer.group_size is None
+        if columns and case.quantizer.hadamard is None:
+            assert found == {}, case  # left to the compiler
+            continue
+        assert found["kernels"] == sorted(case.kernels)
+        assert found["spilled"] == 0, case
+        assert found["registers"] <= 255
+        assert found["kernel units"] == pytest.approx(case.least, rel=1e-3), case
+        assert found["in place"] == pytest.approx(3 * (case.what == "step"), abs=1e-4)
+        assert found["read again"] <= (case.quantizer.group_size is None)
+
+
+@needs_plugin
+def test_a_fused_step_is_one_and_in_place():
+    there, in_place = said(THROUGH_THE_OPTIMIZER)
+    assert there and in_place == pytest.approx(3, abs=1e-3)
+
+
+def test_the_report_of_the_assembler_is_read(tmp_path, monkeypatch):
+    program = tmp_path / "ptxas"
+    program.write_text(
+        "#!/bin/sh\ncat >&2 <<'E'\n"
+        "ptxas info    : Compiling entry function 'cage_fake_quant' for 'sm_90a'\n"
+        "ptxas info    : Function properties for cage_fake_quant\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 99 registers, used 1 barriers\n"
+        "ptxas info    : Function properties for another\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 40 registers\nE\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=b")
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    usage = cuda_aot.watched(folder)
+    assert usage() == {}
+    subprocess.run([folder / "bin" / "ptxas"], check=True)
+    assert usage() == {"cage_fake_quant": cuda_aot.Usage(99, 28)}
+    assert usage() == {}
+
+
+def test_the_record_and_its_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu.measurement, "RESULTS", tmp_path)
+    assert gpu.main([]) == 1 and "must be run where there is a GPU" in (
+        capsys.readouterr().out
+    )
+    case = str(CASES[0])
+    figures = {
+        case: {"least": 2.0, "XLA units": 9.0, "kernel units": 2.0, "read again": 1.0}
+        | {"registers": 80, "spilled": 0}
+    }
+    rows = gpu.table(gpu.record(figures, None, {}))
+    assert rows.cells[0][:6] == [case, "2.00", "9.00", "2.00 + 1.00", "80", "0"]
+    assert set(rows.cells[0][6:]) == {"not measured"}
+    figures[case]["ms"] = {"XLA": 2.0, "kernel": 1.0}
+    made = gpu.record(figures, 0.5, {})
+    assert gpu.table(made).cells[0][6:] == ["2.000", "1.000", "", ""]
+    assert "0.500 of a copy" in made["title"]
+    (gain,) = made["targets"]
+    assert gain["met"] and gain["measured"] == 0.5
+
+
+def test_the_numerics_and_the_clock(capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    monkeypatch.setattr(gpu, "SMALL", (512, 512))
+    assert gpu.main(["--tiny"]) == 0
+    assert "nothing is written" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_noticed(monkeypatch):
+    case = CASES[6]
+    wrong = case._replace(quantizer=cage.int4(group_size=64))
+    monkeypatch.setattr(gpu, "kernel", lambda *_: gpu.xla(wrong))
+    with pytest.raises(AssertionError, match="agree with"):
+        gpu.check(case, interpret=True)
