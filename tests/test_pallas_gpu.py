@@ -142,7 +142,8 @@ FOR_TPU_ALONE = {
 NEITHER = {
     "another scale of the whole tensor": ((256, 128), cage.nvfp4(axis=-1)),
     "columns": ((256, 200), cage.int4(group_size=32)),
-    "a group": ((480, 128), cage.int4(group_size=48)),
+    "a group": ((1280, 128), cage.int4(group_size=160)),
+    "a group that leaves too few columns": ((1024, 128), cage.int4(group_size=512)),
     "rows in a rotation": ((100, 128), cage.quest(4, axis=-1)),
     # The compiler reads them as often.
     "columns without a rotation": ((1024, 128), cage.int4()),

@@ -22,12 +22,13 @@ from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
 from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
 
-# Of IEEE 754, to nearest; those of rounding have no other form.
+# As IEEE 754 has them, of float32; to the nearest even number.
 _INSTRUCTIONS = {
     lax.div_p: "div.rn.f32 $0, $1, $2;",
     lax.sqrt_p: "sqrt.rn.f32 $0, $1;",
     lax.round_p: "cvt.rni.f32.f32 $0, $1;",
 }
+# Elements of a strip, 16 for each thread: twice as many spill in a rotation.
 _PER_WARP = 512
 
 
