@@ -85,7 +85,8 @@ def xla(case: Case) -> Callable:
         # As the transformation does, which moves less than `quantization_error`.
         fitted = rounding.fit_for_error(x, case.quantizer)
         error = rounding.error_from(x, case.quantizer, *fitted)
-        return ADAMW.step(gradient, first, second, x, error, NUMBERS)
+        *moments, update = ADAMW.step(gradient, first, second, x, NUMBERS)
+        return *moments, x + (update + NUMBERS.pull * error)
 
     return {
         "forward": lambda x: (forward(x),),
@@ -106,8 +107,7 @@ def donated(case: Case) -> tuple[int, ...]:
 
 def cut(case: Case, shape: tuple[int, int]) -> tiles.Tiles | None:
     """Those of its arrays, with `shape`."""
-    held = 4 if case.what == "step" else 2
-    return tiles.tiles_for_gpu(case.quantizer, shape, jnp.dtype(case.dtype), held)
+    return tiles.tiles_for_gpu(case.quantizer, shape, jnp.dtype(case.dtype))
 
 
 def arrays(case: Case, shape: tuple[int, int], seed: int = 0) -> list[jax.Array]:

@@ -64,7 +64,7 @@ def adamw_step(
     # Seven arrays come and go, where two or three do otherwise.
     kept = 2 if at_updated else 1
     for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
-    for_gpu = tiles_for_gpu(quantizer, shape, dtype, arrays=4)
+    for_gpu = tiles_for_gpu(quantizer, shape, dtype)
     if measured:
         for_gpu = None
         whole_numbers = isinstance(quantizer.format, Integer | MidRise)

@@ -21,11 +21,9 @@ _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
 # What a kernel may hold of groups longer than a block; each chip has twice that.
 _KEPT_BYTES = 2**23
-# What a program for GPU holds of rows, the fewest neighbours that it reads well, and
-# what its strips have else.
-_ROWS_HELD = 2**14
-_SECTOR = 16
+# What a strip on a GPU has, or a row at most, and the fewest neighbours it reads well.
 _STRIP = 2**12
+_SECTOR = 16
 # Below that an array stays on the chip, and one program more costs more than it saves.
 _SMALLEST = 2**18
 
@@ -163,9 +161,7 @@ def _suits(quantizer, dtype):
     )
 
 
-def tiles_for_gpu(
-    quantizer: Quantizer, shape: tuple[int, ...], dtype, arrays: int = 2
-) -> Tiles | None:
+def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
     """Those of an array for kernels that compute on strips of a power of two.
 
     A group that is all of an axis is one strip, where it is short enough, or is passed
@@ -177,7 +173,6 @@ def tiles_for_gpu(
       quantizer: of the array.
       shape: of the array.
       dtype: of the array.
-      arrays: of how many a kernel holds a strip.
 
     Returns:
       Tiles that are never transposed; None where the array is not for a kernel.
@@ -192,7 +187,7 @@ def tiles_for_gpu(
     length, width = (rows, columns) if along == 1 else (columns, rows)
     rotation = quantizer.hadamard or 1
     unit = rotation if group == length else math.lcm(group, rotation)
-    most = _ROWS_HELD // arrays if along == 2 and group == length else LANES
+    most = _STRIP if along == 2 and group == length else LANES
     strip = min(_power_of_two(length), max(most, unit))
     whole = group == length and strip < length
     across = min(_power_of_two(width), max(1, _STRIP // strip))
