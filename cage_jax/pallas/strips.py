@@ -57,6 +57,7 @@ class Strip(NamedTuple):
     def codes(self, values: jax.Array) -> jax.Array:
         """Those of `values`, as `encode` gives them, int32."""
         zero_code = self.quantizer.format.of_zero_code
+        assert zero_code is not None  # there are no statistics of other formats
         return jnp.where(jnp.isnan(values), 0, values - zero_code).astype(jnp.int32)
 
     def restored(self, values: jax.Array) -> jax.Array:
