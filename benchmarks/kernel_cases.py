@@ -41,12 +41,13 @@ class Case(NamedTuple):
 
         A value is read and written, twice with a mask; a step reads the gradient, the
         parameter and its moments, and writes the last three; statistics read and write
-        codes.
+        codes. A scale of the whole tensor is found by reading it once more.
         """
         if self.is_step:
             return 7.5 if self.what == "step, statistics" else 7.0
         mask = 2 / jnp.dtype(self.dtype).itemsize
-        return 2.0 if self.what == "forward" else 4 + mask
+        found = 2.0 if self.what == "forward" else 4 + mask
+        return found + self.quantizer.scale_type.has_tensor_divisor
 
     @property
     def is_step(self) -> bool:
@@ -66,7 +67,8 @@ class Case(NamedTuple):
         if self.is_step:
             return ["cage_adamw_step"]
         backward = ["cage_masked_gradient"] * (self.what != "forward")
-        return ["cage_fake_quant", *backward]
+        first = self.quantizer.scale_type.has_tensor_divisor
+        return ["cage_fake_quant", *["cage_largest_bounds"] * first, *backward]
 
     def __str__(self) -> str:
         return f"{self.quantizer}, {self.dtype}, {self.what}"
@@ -96,9 +98,11 @@ CASES = [
     Case(_last(cage.int4(group_size=32)), "step"),
     Case(cage.int8(), "step"),
 ]
-# Steps that there is no kernel of for GPU.
+# What there is no kernel of for GPU.
 CASES_FOR_TPU = [
     *CASES,
+    Case(cage.nvfp4()),
+    Case(_last(cage.nvfp4())),
     Case(cage.quest(4), "step, error after the update"),
     Case(cage.quest(4), "step, statistics"),
 ]

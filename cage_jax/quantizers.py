@@ -248,7 +248,9 @@ class Quantizer:
         return dict(sorted(groups.items()))
 
     def pieces(self, shape: tuple[int, ...]) -> dict[int, int]:
-        """`groups`, as many together as a rotation mixes."""
+        """`groups`, as many together as a rotation mixes or a tensor's scale spans."""
+        if self.scale_type.has_tensor_divisor:
+            return {axis: shape[axis] for axis in self.tensor_axes(shape)}
         groups = self.groups(shape).items()
         return {axis: math.lcm(size, self.hadamard or 1) for axis, size in groups}
 

@@ -112,8 +112,8 @@ def basis_factor(quantizer):
     return 1.0 if quantizer.hadamard is None else quantizer.hadamard**-0.5
 
 
-def fit_in_basis(transformed, quantizer, grid):
-    """`fit_grid` of what `in_basis` gives."""
+def fit_in_basis(transformed, quantizer, grid, **known):
+    """`fit_grid` of what `in_basis` gives, with what is `known` to `fit`."""
     shape = transformed.shape
     if quantizer.scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no values; it must not pass unseen.
@@ -126,6 +126,7 @@ def fit_in_basis(transformed, quantizer, grid):
             quantizer.format,
             quantizer.scale_type,
             _tensor_axes(quantizer, shape),
+            **known,
         ),
         times(transformed, basis_factor(quantizer)),
         quantizer,

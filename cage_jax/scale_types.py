@@ -62,7 +62,12 @@ class ScaleType(abc.ABC):
 
     @abc.abstractmethod
     def store(
-        self, bound: jax.Array, range: float, format: Format, axes: tuple[int, ...]
+        self,
+        bound: jax.Array,
+        range: float,
+        format: Format,
+        axes: tuple[int, ...],
+        largest: jax.Array | None = None,
     ) -> StoredScale:
         """The stored scale of each group.
 
@@ -72,6 +77,7 @@ class ScaleType(abc.ABC):
           range: the end of the grid in units of the scale.
           format: the format of the codes.
           axes: those that a tensor spans.
+          largest: the largest finite bound of the only tensor, where it is known.
         """
 
 
@@ -79,7 +85,7 @@ class ScaleType(abc.ABC):
 class Full(ScaleType):
     """Scales as they are computed: float32, or float64 for float64 arrays."""
 
-    def store(self, bound, range, format, axes):
+    def store(self, bound, range, format, axes, largest=None):
         return StoredScale(_valid(_quotient(bound, range), format))
 
     def __str__(self):
@@ -113,7 +119,7 @@ class Narrow(ScaleType):
     def dtype(self):
         return jnp.dtype(self.name)
 
-    def store(self, bound, range, format, axes):
+    def store(self, bound, range, format, axes, largest=None):
         limits = jnp.finfo(self.dtype)
         ideal = _quotient(bound, range)
         if not self.unrounded:
@@ -172,7 +178,7 @@ class PowerOfTwo(ScaleType):
         # The largest values become 448, which goes to the next power of two.
         return not (self.rounding == "nearest" and format == Float("e4m3"))
 
-    def store(self, bound, range, format, axes):
+    def store(self, bound, range, format, axes, largest=None):
         if self.rounding == "up":
             ideal = _quotient(bound, range)
             power = power_below(ideal)
@@ -221,12 +227,14 @@ class Float8(ScaleType):
     def signed(self):
         return False
 
-    def store(self, bound, range, format, axes):
+    def store(self, bound, range, format, axes, largest=None):
         own = Float("e4m3")
         ideal, divisor = _quotient(bound, range), None
         if self.tensor_divisor:
-            finite = jnp.where(jnp.isfinite(bound), bound, 0)
-            largest = jnp.max(finite, axis=axes, keepdims=True, initial=0)
+            if largest is None:
+                largest = largest_of(bound, axes)
+            else:
+                largest = largest.reshape([1] * bound.ndim)
             # Below this the smallest step would be no normal number.
             largest = jnp.maximum(largest, 2.0**-105)
             # As PyTorch divides a number by a tensor, so that files agree to the bit;
@@ -242,6 +250,12 @@ class Float8(ScaleType):
 
     def __str__(self):
         return "e4m3 scales" + (" and one a tensor" if self.tensor_divisor else "")
+
+
+def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The largest finite bound along `axes`, which are kept with size 1; 0 of none."""
+    finite = jnp.where(jnp.isfinite(bound), bound, 0)
+    return jnp.max(finite, axis=axes, keepdims=True, initial=0)
 
 
 def step(scale: jax.Array, tensor_divisor: jax.Array | None) -> jax.Array:

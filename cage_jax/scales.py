@@ -155,15 +155,25 @@ class ReducedScale(ScaleRule):
     def end(self, format: Format) -> float:
         """In units of the scale."""
 
-    def stored(self, whole, count, format, scale_type=FULL, tensor_axes=()) -> Grid:
-        """The grid of groups whose number is known, with arguments as for `fit`."""
-        bound = self.bound(whole, count)
-        return _grid(scale_type.store(bound, self.end(format), format, tensor_axes))
+    def stored(
+        self, whole, count, format, scale_type=FULL, tensor_axes=(), largest=None
+    ) -> Grid:
+        """The grid of groups whose number is known, with arguments as for `fit`.
 
-    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        With that of `ScaleType.store`: `largest`, of the whole tensor.
+        """
+        bound, end = self.bound(whole, count), self.end(format)
+        return _grid(scale_type.store(bound, end, format, tensor_axes, largest))
+
+    def bounds(self, x, axes):
+        """What lies at `end`, of each group."""
+        count = _count(x, axes)
+        return self.bound(self.part(x, axes, count), count)
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=(), largest=None):
         count = _count(x, axes)
         whole = self.part(x, axes, count)
-        return self.stored(whole, count, format, scale_type, tensor_axes)
+        return self.stored(whole, count, format, scale_type, tensor_axes, largest)
 
 
 @dataclasses.dataclass(frozen=True)

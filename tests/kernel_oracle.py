@@ -60,8 +60,12 @@ class Oracle:
         elif isinstance(kind, scale_types.Float8):
             import ml_dtypes
 
-            scale = np.float64(np.float32(scale).astype(ml_dtypes.float8_e4m3fn))
-            scale = np.maximum(scale, 2.0**-9)
+            divisor = 1.0
+            if kind.has_tensor_divisor:  # one for each of the last two axes
+                axes = tuple(range(groups.ndim - 3, groups.ndim - 1))
+                divisor = 448 / scale.max(axes, keepdims=True)
+            scale = np.float32(scale * divisor).astype(ml_dtypes.float8_e4m3fn)
+            scale = np.maximum(np.float64(scale), 2.0**-9) / divisor
         return scale[..., None]
 
 

@@ -36,6 +36,8 @@ QUANTIZERS = {
         group_size=64,
         scale_type=scale_types.Float8(tensor_divisor=False),
     ),
+    "nvfp4": cage.nvfp4(),
+    "nvfp4 in a rotation": dataclasses.replace(cage.nvfp4(), hadamard=128),
 }
 EACH = [
     pytest.param(dataclasses.replace(quantizer, axis=axis), id=f"{name}, axis {axis}")
@@ -104,7 +106,7 @@ def test_bfloat16(name, rng):
     rows=st.sampled_from([128, 256, 384]),
     columns=st.sampled_from([128, 256, 640]),
     axis=st.sampled_from([-2, -1]),
-    name=st.sampled_from(["quest", "int4 channel", "int4 groups", "mxfp4"]),
+    name=st.sampled_from(["quest", "int4 channel", "int4 groups", "mxfp4", "nvfp4"]),
 )
 def test_shapes(stack, rows, columns, axis, name):
     rng = np.random.default_rng(rows + columns)
@@ -129,7 +131,9 @@ def test_the_gradient_of_a_mask(name, axis, rng):
     np.testing.assert_allclose(found, expected, atol=4e-6)
 
 
-@pytest.mark.parametrize("name", ["quest", "int4 channel", "int4 groups", "mxfp4"])
+@pytest.mark.parametrize(
+    "name", ["quest", "int4 channel", "int4 groups", "mxfp4", "nvfp4"]
+)
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_what_is_not_finite_makes_its_group_nan(name, axis, rng):
     quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
@@ -161,7 +165,14 @@ FALLS_BACK = {
     "a wide rotation": ((256, 128), cage.quest(4, hadamard=256)),
     "a codebook": ((256, 128), cage.nf4()),
     "zero points": ((256, 128), cage.int4(symmetric=False)),
-    "a scale of the whole tensor": ((256, 128), cage.nvfp4()),
+    "a scale of a tensor beyond which blocks reach": (
+        (160, 128),
+        cage.nvfp4(axis=-1),
+    ),
+    "a scale of the whole tensor, and channels": (
+        (1024, 128),
+        dataclasses.replace(cage.nvfp4(), group_size=None),
+    ),
     "float16 scales": ((256, 128), cage.q4_0()),
     "stochastic": ((256, 128), dataclasses.replace(cage.int4(), rounding="stochastic")),
 }

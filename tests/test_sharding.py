@@ -367,6 +367,7 @@ EXPLICIT = {
     "both": (cage.quest(4, hadamard=32, group_size=32), P("data", "model"), True),
     "nowhere": (cage.int4(), P(None, None), True),
     "a group is cut": (cage.int4(group_size=128), P(("data", "model"), None), False),
+    "a tensor is cut": (cage.nvfp4(), P("data", None), False),
     "a channel is cut": (cage.int4(), P("data", None), False),
 }
 

@@ -65,6 +65,8 @@ def adamw_step(
     kept = 2 if at_updated else 1
     for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
     for_gpu = tiles_for_gpu(quantizer, shape, dtype)
+    if quantizer.scale_type.has_tensor_divisor:
+        for_tpu = None  # all of a tensor would have to be read first
     if measured:
         for_gpu = None
         whole_numbers = isinstance(quantizer.format, Integer | MidRise)

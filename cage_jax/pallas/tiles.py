@@ -129,6 +129,8 @@ def tiles_of(
         strip = math.gcd(length, max(unit, LANES))
     if strip % unit or strip > _LARGEST_STRIP or length % strip:
         return None
+    if whole and quantizer.scale_type.has_tensor_divisor:
+        return None
     across = min(LANES, (rows, columns)[2 - along])
     if whole and 4 * kept * length * across > _KEPT_BYTES:
         return None
@@ -143,7 +145,10 @@ def tiles_of(
         axis=-2 if along == 1 or transposed else -1,
         group_size=None if whole or group == strip else group,
     )
-    return Tiles(own, (stack, rows, columns), along, block, strip, whole, transposed)
+    cut = Tiles(own, (stack, rows, columns), along, block, strip, whole, transposed)
+    if quantizer.scale_type.has_tensor_divisor and not cut.exact:
+        return None  # what lies beyond the array might be the largest
+    return cut
 
 
 def _suits(quantizer, dtype):
@@ -152,7 +157,6 @@ def _suits(quantizer, dtype):
         dtype in (jnp.float32, jnp.bfloat16)
         and isinstance(format, Integer | MidRise | Float)
         and isinstance(quantizer.scale, ReducedScale)
-        and not scale_type.has_tensor_divisor
         and not isinstance(scale_type, Narrow)
         and isinstance(quantizer.axis, int)
         and (quantizer.hadamard or 1) <= _LARGEST_ROTATION
@@ -180,7 +184,7 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
         return None
     ((axis, group),) = quantizer.groups(shape).items()
-    if axis < len(shape) - 2:
+    if axis < len(shape) - 2 or quantizer.scale_type.has_tensor_divisor:
         return None
     stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     along = axis - len(shape) + 3

@@ -20,6 +20,7 @@ from cage_jax.operations import times
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import LANES, Tiles
 from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
+from cage_jax.scale_types import largest_of
 
 
 def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
@@ -33,9 +34,15 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
     Returns:
       The values, like `x`; if `masked`, these and the mask, int8 of 1 and 0.
     """
+    largest = None
+    if tiles.quantizer.scale_type.has_tensor_divisor:
+        largest = _largest_bounds(x, tiles)
 
-    def kernel(x_ref, matrix_ref, value_ref, *refs):
+    def kernel(x_ref, largest_ref, matrix_ref, value_ref, *refs):
         mask_ref, *scratch = refs if masked else (None, *refs)
+        known = {}
+        if largest_ref is not None:
+            known["largest"] = largest_ref[:1, :1]
 
         def write(i, strip):
             _store(value_ref, i, strip.value(), tiles)
@@ -43,17 +50,45 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
                 _store(mask_ref, i, strip.mask(), tiles)
 
         read = partial(_strip, x_ref, tiles=tiles)
-        _quantized(read, matrix_ref, scratch, tiles, write, keep_rotated=True)
+        _quantized(read, matrix_ref, scratch, tiles, write, keep_rotated=True, **known)
 
     found = _call(
         kernel,
         tiles,
         "fake_quant",
         first=(x,),
+        of_stack=largest,
         dtypes=(x.dtype, jnp.int8) if masked else (x.dtype,),
         scratch=_kept(tiles),
     )
     return found if masked else found[0]
+
+
+def _largest_bounds(x, tiles):
+    """The largest bound of each matrix of a stack, (stack, 8, 128) of one number."""
+
+    def kernel(x_ref, _known_ref, matrix_ref, largest_ref):
+        rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
+        quantizer = tiles.quantizer
+
+        @pl.when(pl.program_id(3) == 0)
+        def _():
+            largest_ref[...] = jnp.zeros(largest_ref.shape, jnp.float32)
+
+        def one(i, carry):
+            rotated = rotate(_strip(x_ref, i, tiles).astype(jnp.float32))
+            sized = times(rotated, basis_factor(quantizer))
+            bounds = of_groups(quantizer.scale.bounds, sized, quantizer)
+            largest = largest_of(bounds, (0, 1))
+            largest_ref[...] = lax.max(
+                largest_ref[...], jnp.broadcast_to(largest, largest_ref.shape)
+            )
+            return carry
+
+        lax.fori_loop(0, tiles.strips, one, 0)
+
+    (found,) = _call(kernel, tiles, "largest_bounds", first=(x,), dtypes=(), sums=True)
+    return jnp.max(found, axis=1)
 
 
 def masked_gradient(
@@ -68,7 +103,7 @@ def masked_gradient(
     """
     tiles = dataclasses.replace(tiles, whole=False)  # each block by itself
 
-    def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
+    def kernel(mask_ref, cotangent_ref, _known_ref, matrix_ref, gradient_ref):
         rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
         square = basis_factor(tiles.quantizer) ** 2
 
@@ -132,6 +167,7 @@ def adamw_step(
         for_statistics: Any = left if measured else itertools.repeat(None)
         moments = next(left), next(left)
         previous_ref = next(for_statistics)
+        next(left)
         matrix_ref = next(left)
         moments_after, x_after_ref = (next(left), next(left)), next(left)
         codes_ref, sums_ref = next(for_statistics), next(for_statistics)
@@ -231,6 +267,7 @@ def _call(
     numbers=None,
     first,
     last=(),
+    of_stack=None,
     early=0,
     dtypes,
     sums=False,
@@ -241,13 +278,14 @@ def _call(
 
     Args:
       kernel: gets references to `numbers`, if any, to the blocks of `first` and
-        `last`, to the matrix of the rotation (None without one), to the blocks of the
-        results, to one of 8 rows for sums over blocks, and to `scratch`.
+        `last`, to `of_stack` and the matrix of the rotation (None without it), to the
+        blocks of the results, to one of 8 rows for sums over blocks, and to `scratch`.
       tiles: the blocks.
       name: of the kernel in a program.
       numbers: a vector.
       first: the arrays that are read in the first pass.
       last: those that are read in the last pass.
+      of_stack: an array of (stack, 8, 128), of which a block gets its own.
       early: how many of the results are written in the first pass; the others are in
         the last one.
       dtypes: of the results.
@@ -290,12 +328,15 @@ def _call(
         )
         shapes.append(struct((*tiles.grid[:2], 8, LANES), jnp.float32))
     read = len(scalars) + len(first) + len(last)
+    if of_stack is not None:
+        fixed.insert(0, pl.BlockSpec((None, 8, LANES), lambda i, *_: (i, 0, 0)))
     products = 0 if matrix is None else 2 * (PARTS + 1) * len(matrix)
 
     def run(*refs):
-        if matrix is None:
-            refs = *refs[:read], None, *refs[read:]
-        kernel(*refs)
+        others = iter(refs[read:])
+        stacked = None if of_stack is None else next(others)
+        rotating = None if matrix is None else next(others)
+        kernel(*refs[:read], stacked, rotating, *others)
 
     found = pl.pallas_call(
         run,
@@ -322,7 +363,7 @@ def _call(
     )(
         *([] if numbers is None else [numbers]),
         *(array.reshape(shape) for array in (*first, *last)),
-        *([] if matrix is None else [matrix]),
+        *(each for each in (of_stack, matrix) if each is not None),
     )
     like = first[-1].shape
     return (
@@ -347,7 +388,7 @@ def _kept(tiles):
     return [pltpu.VMEM(tiles.kept, jnp.float32), per_group, per_group]
 
 
-def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
+def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known):
     """Calls `then` with the number of each strip of the last pass, and the `Strip`.
 
     Args:
@@ -358,6 +399,7 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
       then: what is done with a strip.
       keep_rotated: whether the first pass keeps strips as they are rotated, so that the
         last one need not rotate them again.
+      known: what the scale rule need not find.
     """
     quantizer = tiles.quantizer
     rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles)
@@ -373,7 +415,7 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated):
         def one(i, carry):
             x = strip_at(i)
             rotated = rotate(x, parts=PARTS)
-            grid = fit_in_basis(rotated, quantizer, None)
+            grid = fit_in_basis(rotated, quantizer, None, **known)
             poison = of_groups(poison_of, rotated, quantizer)
             then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
             return carry
