@@ -84,13 +84,14 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         the donated memory by that order, and what is crossed has to be copied.
 
         The state is that of `update`: either goes on from the other's. Both agree but
-        for the last places. On a TPU, on one device or inside of a `shard_map`, each
-        large parameter that is quantized is one kernel, which reads its gradient,
-        moments and values once and writes moments and values once; all else is as in
-        `update`. No fused form have `nesterov`, `freeze_scale`, a weight decay that is
-        an array, parameters, gradients and second moments other than float32, the
-        quantizers that `fake_quant` has no kernel for, and with `statistics` formats
-        other than integers and mid-rise ones.
+        for the last places. On a TPU, on one device, inside of a `shard_map` or on
+        explicit shards of whole groups, each large parameter that is quantized is one
+        kernel, which reads its gradient, moments and values once and writes moments and
+        values once; all else is as in `update`. No fused form have `nesterov`,
+        `freeze_scale`, a weight decay that is an array, parameters, gradients and second
+        moments other than float32, scales of a whole tensor, the quantizers that
+        `fake_quant` has no kernel for, and with `statistics` formats other than
+        integers and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.

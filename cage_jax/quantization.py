@@ -70,8 +70,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
       key: of `jax.random`, needed for stochastic rounding and for nothing else; in a
         tree each parameter draws its own numbers from it.
       implementation: None for a kernel where the program is compiled for a platform
-        that has a faster one, and runs on one device or inside of a `shard_map`;
-        "xla" for none anywhere; "pallas" for the kernel, or an error where it cannot
+        that has a faster one, and runs on one device, inside of a `shard_map`, or on
+        explicit shards of whole groups; "xla" for none anywhere; "pallas" for the kernel, or an error where it cannot
         run. Kernels agree with the rest to the bit, but for sums (rotations, means)
         in another order: a value at a tie may go the other way.
 
