@@ -88,8 +88,8 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         explicit shards of whole groups, each large parameter that is quantized is one
         kernel, which reads its gradient, moments and values once and writes moments and
         values once; all else is as in `update`. No fused form have `nesterov`,
-        `freeze_scale`, a weight decay that is an array, parameters, gradients and second
-        moments other than float32, scales of a whole tensor, the quantizers that
+        `freeze_scale`, a weight decay that is an array, parameters, gradients and
+        second moments other than float32, scales of a whole tensor, the quantizers that
         `fake_quant` has no kernel for, and with `statistics` formats other than
         integers and mid-rise ones.
 

@@ -71,9 +71,10 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
         tree each parameter draws its own numbers from it.
       implementation: None for a kernel where the program is compiled for a platform
         that has a faster one, and runs on one device, inside of a `shard_map`, or on
-        explicit shards of whole groups; "xla" for none anywhere; "pallas" for the kernel, or an error where it cannot
-        run. Kernels agree with the rest to the bit, but for sums (rotations, means)
-        in another order: a value at a tie may go the other way.
+        explicit shards of whole groups; "xla" for none anywhere; "pallas" for the
+        kernel, or an error where it cannot run. Kernels agree with the rest to the bit,
+        but for sums (rotations, means) in another order: a value at a tie may go the
+        other way.
 
     Returns:
       An array, or a tree, like `x`.
