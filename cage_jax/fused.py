@@ -221,20 +221,17 @@ def _chosen(fused, gradients, state, params, implementation):
             continue
         quantizer, x = quantized[path][0], leaves[place]
         gradient, first, second = (tree[place] for tree in others)
+        shards = shards_of(x, quantizer.pieces(x.shape))
         kernels = Kernels()
         if (
             cage_state.grids is None
             and fused.adamw is not None
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None
-            and len(
-                {jax.typeof(array).sharding for array in (gradient, first, second, x)}
-            )
-            == 1
+            and (shards is None or _alike(gradient, first, second, x))
         ):
             decay = fused.adamw.weight_decay if decays[place] else 0.0
             adamw = dataclasses.replace(fused.adamw, weight_decay=decay)
-            shards = shards_of(x, quantizer.pieces(x.shape))
             kernels = adamw_step(
                 quantizer,
                 x.shape if shards is None else shards.shape,
@@ -254,6 +251,11 @@ def _chosen(fused, gradients, state, params, implementation):
                 f"Use None, for a kernel wherever there is one."
             )
     return chosen
+
+
+def _alike(*arrays):
+    """Whether all have the same shards."""
+    return len({jax.typeof(array).sharding.spec for array in arrays}) == 1
 
 
 def _decays(fused, params):

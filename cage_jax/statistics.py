@@ -10,6 +10,7 @@ from jax import lax
 
 from cage_jax.quantization import quantization_error, quantize
 from cage_jax.quantizers import Quantizer
+from cage_jax.rounding import fit_grid
 from cage_jax.scales import Grid
 
 
@@ -65,7 +66,7 @@ def first(quantized: Mapping[str, tuple[Quantizer, jax.Array]]) -> CageStatistic
         *(zero,) * 6,
         reference_norm=_root([squares(x) for _, x in quantized.values()]),
         previous_codes={
-            path: codes_of(x, quantizer, None)
+            path: codes_of(x, quantizer, fit_grid(x, quantizer))
             for path, (quantizer, x) in quantized.items()
         },
     )
