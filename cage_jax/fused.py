@@ -209,7 +209,7 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(fused, gradients, state, params, implementation):
-    """By place among the leaves the quantizer, AdamW and kernels, if there are any."""
+    """By place among the leaves how those step that there are kernels for."""
     (adam, *_), cage_state = state
     quantized = fused.rules.quantized(params)
     paths, leaves, structure = flatten_with_paths(params)

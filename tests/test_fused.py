@@ -239,6 +239,19 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array():
     assert not kernels(cage.mxfp4(), (256, 256), True)
 
 
+def test_a_step_that_gains_too_little_is_run_by_name_alone():
+    adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
+
+    def by_name(quantizer, at_updated=False):
+        shape, dtype = (512, 512), jnp.float32
+        options = {"at_updated": at_updated, "measured": False}
+        return adamw_step(quantizer, shape, dtype, dtype, adamw, **options).by_name
+
+    assert by_name(cage.int8()) == {"cuda", "tpu"}
+    assert by_name(cage.int8(), at_updated=True) == {"cuda"}
+    assert by_name(cage.quest(4)) == by_name(cage.int4(group_size=32)) == {"cuda"}
+
+
 def test_a_placement_that_is_none():
     with pytest.raises(ValueError, match=r"`placement` must be one of .*'coupled'"):
         optimizer(placement="coupled")

@@ -167,7 +167,7 @@ def adamw_step(
         for_statistics: Any = left if measured else itertools.repeat(None)
         moments = next(left), next(left)
         previous_ref = next(for_statistics)
-        next(left)
+        next(left)  # there is no number of the stack
         matrix_ref = next(left)
         moments_after, x_after_ref = (next(left), next(left)), next(left)
         codes_ref, sums_ref = next(for_statistics), next(for_statistics)
