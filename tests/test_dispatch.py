@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from cage_jax.pallas.dispatch import Kernels, either
 
 # Constants that tell the forms apart in a program's text.
-DEFAULT, TPU, CUDA = 1234.5, 2345.5, 3456.5
+DEFAULT, TPU, CUDA, XLA_TPU = NUMBERS = 1234.5, 2345.5, 3456.5, 4567.5
 
 
 def form(number):
@@ -26,7 +26,7 @@ def both(x, implementation=None):
 def forms(function, *args, platforms=("tpu",)):
     """Those in the program for platforms that need not be here."""
     text = export.export(jax.jit(function), platforms=platforms)(*args).mlir_module()
-    return {number for number in (DEFAULT, TPU, CUDA) if f"{number:e}"[:7] in text}
+    return {number for number in NUMBERS if f"{number:e}"[:7] in text}
 
 
 X = jnp.arange(8.0)
@@ -151,3 +151,26 @@ def test_what_was_not_measured_is_run_by_name_alone():
     assert forms(run("pallas"), X, platforms=["cuda"]) == {CUDA}
     mapped = jax.vmap(run(None))
     assert forms(mapped, X.reshape(2, 4), platforms=["cuda"]) == {DEFAULT}
+
+
+def test_a_platform_may_have_a_form_of_its_own_where_it_can_be_partitioned():
+    def run(implementation, **kernels):
+        kernels = Kernels(xla_tpu=form(XLA_TPU), pieces=4, **kernels)
+        return lambda x: either(
+            form(DEFAULT), kernels, {"x": x}, implementation=implementation
+        )
+
+    for name in (None, "xla"):
+        assert forms(run(name), X) == {XLA_TPU}
+        assert forms(run(name), X, platforms=["cuda"]) == {DEFAULT}
+    assert forms(run(None, tpu=form(TPU)), X) == {TPU}
+    assert forms(run("xla", tpu=form(TPU)), X) == {XLA_TPU}
+    with pytest.raises(ValueError, match="none for this quantizer and shape"):
+        forms(run("pallas"), X)
+    assert forms(jax.vmap(run(None)), X.reshape(2, 4)) == {XLA_TPU}
+
+    for devices, found in ((4, XLA_TPU), (8, DEFAULT)):
+        mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, P("d"))
+        partitioned = jax.jit(run(None, tpu=form(TPU)), in_shardings=sharding)
+        assert forms(partitioned, X) == {found}

@@ -24,20 +24,35 @@ _PLATFORMS = ("tpu", "cuda")
 class Kernels:
     """What computes the same as a function of `jax.numpy`, on one device.
 
+    True where there is a kernel.
+
     Attributes:
       tpu: a function of the same arguments and results, or None where there is none.
       cuda: likewise.
       by_name: platforms whose kernel is run only where "pallas" is asked for. A kernel
         is taken by itself only once it was measured on its platform and took at most
         1 / 1.15 of the time of the best form of `jax.numpy`.
+      xla_tpu: a function of `jax.numpy`, too, which a TPU does better; or None.
+      xla_cuda: likewise.
+      pieces: the numbers of devices over which a compiler may partition these are the
+        divisors of it; 0 for all.
     """
 
     tpu: Callable | None = None
     cuda: Callable | None = None
     by_name: frozenset[str] = frozenset()
+    xla_tpu: Callable | None = None
+    xla_cuda: Callable | None = None
+    pieces: int = 0
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in _PLATFORMS)
+
+    @property
+    def forms(self) -> dict[str, Callable | None]:
+        """All of these functions."""
+        names = (*_PLATFORMS, *(f"xla_{name}" for name in _PLATFORMS))
+        return {name: getattr(self, name) for name in names}
 
 
 def either(
@@ -50,15 +65,16 @@ def either(
 
     A kernel is taken where its platform is the one that is compiled for, and where the
     program runs on one device, or inside of a `shard_map` over all axes of the mesh;
-    `default` everywhere else, and where `kernels` has it run `by_name` alone.
-    Derivatives are those of `default`.
+    elsewhere, and where `kernels` has it run `by_name` alone, the form of `jax.numpy`
+    that suits the platform. Derivatives are those of `default`.
 
     Args:
       default: of `jax.numpy`; a compiler may partition it.
       kernels: traced where one of them is taken, not before.
       *args: trees of arrays.
-      implementation: "xla" for `default`; "pallas" for the kernel, or an error where
-        it cannot be taken; None for the kernel where it can and is known to be faster.
+      implementation: "xla" for a form of `jax.numpy`; "pallas" for the kernel, or an
+        error where it cannot be taken; None for the kernel where it can and is known to
+        be faster.
 
     Returns:
       What `default` returns.
@@ -70,7 +86,9 @@ def either(
     check_implementation(implementation)
     if implementation == "pallas" and not kernels:
         raise _impossible("there is none for this quantizer and shape")
-    if implementation == "xla" or not kernels:
+    if implementation == "xla":
+        kernels = dataclasses.replace(kernels, tpu=None, cuda=None)
+    if not any(kernels.forms.values()):
         return default(*args)
     leaves, structure = jax.tree.flatten(args)
 
@@ -85,11 +103,8 @@ def either(
         default=jaxpr,
         required=implementation == "pallas",
         by_name=kernels.by_name,
-        **{
-            name: kernel and flat(kernel)
-            for name in _PLATFORMS
-            for kernel in (getattr(kernels, name),)
-        },
+        pieces=kernels.pieces,
+        **{name: form and flat(form) for name, form in kernels.forms.items()},
     )
     return jax.tree.unflatten(jax.tree.structure(out), found)
 
@@ -124,10 +139,10 @@ def _shapes(*args, default, **_):
     return default.out_avals
 
 
-def _lower(context, *args, default, required, by_name, platform, **kernels):
-    kernel = kernels.get(platform)
-    manual = _is_manual(context.module_context.axis_context)
-    if kernel is not None and manual and (required or platform not in by_name):
+def _lower(context, *args, default, required, by_name, pieces, platform, **forms):
+    kernel = forms.get(platform)
+    devices = _devices(context.module_context.axis_context)
+    if kernel is not None and devices == 1 and (required or platform not in by_name):
         with warnings.catch_warnings():
             # Until Triton's lowering is gone, what replaces it is not in all versions.
             warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
@@ -138,14 +153,18 @@ def _lower(context, *args, default, required, by_name, platform, **kernels):
             if kernel is None
             else "the compiler partitions this program: wrap the call in a shard_map"
         )
-    return mlir.lower_fun(jaxpr_as_fun(default))(context, *args)
+    form = forms.get(f"xla_{platform}")
+    if form is None or pieces % devices:
+        form = jaxpr_as_fun(default)
+    return mlir.lower_fun(form)(context, *args)
 
 
-def _is_manual(context):
-    """Whether what is lowered runs on whole arrays, or on parts that it knows of."""
+def _devices(context):
+    """Over how many the compiler partitions what is lowered."""
     if isinstance(context, mlir.SPMDAxisContext):
-        return context.manual_axes == frozenset(context.mesh.axis_names)
-    return getattr(context, "num_devices", 1) == 1
+        manual = context.manual_axes == frozenset(context.mesh.axis_names)
+        return 1 if manual else context.mesh.size
+    return getattr(context, "num_devices", 1)
 
 
 mlir.register_lowering(_either_p, partial(_lower, platform="this platform"))
@@ -153,7 +172,7 @@ for _name in _PLATFORMS:
     mlir.register_lowering(_either_p, partial(_lower, platform=_name), platform=_name)
 
 
-def _batch(args, dimensions, *, default, required, by_name, **kernels):
+def _batch(args, dimensions, *, default, required, by_name, pieces, **forms):
     def mapped(function):
         return jax.vmap(function, in_axes=tuple(dimensions), out_axes=0)
 
@@ -162,7 +181,8 @@ def _batch(args, dimensions, *, default, required, by_name, **kernels):
         default=jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*args),
         required=required,
         by_name=by_name,
-        **{name: kernel and mapped(kernel) for name, kernel in kernels.items()},
+        pieces=pieces,
+        **{name: form and mapped(form) for name, form in forms.items()},
     )
     return found, [0] * len(found)
 
