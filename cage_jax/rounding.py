@@ -10,6 +10,7 @@ grid instead, so that it fuses with what comes before and after.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from jax import lax
 from cage_jax.exact import divide, rounded
 from cage_jax.hadamard import transform
 from cage_jax.operations import clamp, times
+from cage_jax.pallas.dispatch import Kernels, either
 from cage_jax.quantizers import Quantizer
-from cage_jax.scales import Grid, compute_dtype
+from cage_jax.scales import Grid, ReducedScale, compute_dtype
 from cage_jax.shards import across_shards
+from cage_jax.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
 
 _WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
 
@@ -119,18 +122,23 @@ def fit_in_basis(transformed, quantizer, grid, **known):
         # A learned scale that is not positive has no values; it must not pass unseen.
         grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
         return grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
-    fitted = of_groups(
-        lambda blocks, axes: quantizer.scale.fit(
-            blocks,
-            axes,
-            quantizer.format,
-            quantizer.scale_type,
-            _tensor_axes(quantizer, shape),
-            **known,
-        ),
-        times(transformed, basis_factor(quantizer)),
-        quantizer,
-    )
+    scale, format, scale_type = quantizer.scale, quantizer.format, quantizer.scale_type
+    sized = times(transformed, basis_factor(quantizer))
+    if isinstance(scale, ReducedScale):
+        count = math.prod(quantizer.groups(shape).values())
+        whole = reduce_groups(
+            functools.partial(scale.part, count=count), sized, quantizer
+        )
+        axes = quantizer.tensor_axes(shape)
+        fitted = scale.stored(whole, count, format, scale_type, axes, **known)
+    else:
+        axes = _tensor_axes(quantizer, shape)
+        alone = scale.ignores_zeros and not scale_type.has_tensor_divisor
+        fitted = (reduce_groups if alone else of_groups)(
+            lambda x, groups: scale.fit(x, groups, format, scale_type, axes),
+            sized,
+            quantizer,
+        )
     shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
     return fitted if grid is None else _kept(grid, fitted, shapes)
 
@@ -298,9 +306,19 @@ def of_groups(function, x, quantizer):
     return across_shards(whole, x, _split_axes(shape, quantizer))
 
 
+def reduce_groups(function, x, quantizer):
+    """`of_groups` of what stays the same where zeros are added to a group."""
+    tiled = functools.partial(reduce_in_tiles, function)
+    return either(
+        lambda x: of_groups(function, x, quantizer),
+        _in_tile_order(tiled, quantizer, x.shape, x),
+        x,
+    )
+
+
 def any_of_group(x, quantizer):
     """Whether anything in each group is true, with the shape of the scales."""
-    return of_groups(functools.partial(jnp.any, keepdims=True), x, quantizer)
+    return reduce_groups(functools.partial(jnp.any, keepdims=True), x, quantizer)
 
 
 def _in_groups(x, quantizer):
@@ -321,6 +339,14 @@ def _out_of_groups(per_group, quantizer, shape):
 
 def to_elements(per_group, quantizer, shape):
     """What each group has once, for each element of an array of `shape`."""
+    return either(
+        lambda per_group: _to_elements(per_group, quantizer, shape),
+        _in_tile_order(spread_in_tiles, quantizer, shape, per_group),
+        per_group,
+    )
+
+
+def _to_elements(per_group, quantizer, shape):
     split = _split_axes(shape, quantizer)
     spread = jnp.expand_dims(per_group, [_place(axis, split) for axis in split])
     whole = list(shape)
@@ -346,6 +372,17 @@ def _split_axes(shape, quantizer):
     """The size of a group along each axis that has several."""
     groups = quantizer.groups(shape)
     return {axis: size for axis, size in groups.items() if size != shape[axis]}
+
+
+def _in_tile_order(function, quantizer, shape, sharded):
+    """A form for TPU, where groups are parts of the last axis alone."""
+    size = _split_axes(shape, quantizer).get(len(shape) - 1)
+    if size is None or len(quantizer.groups(shape)) > 1 or quantizer.hadamard:
+        return Kernels()
+    pieces = tile_pieces(shape, size, jax.typeof(sharded).sharding)
+    if not pieces:
+        return Kernels()
+    return Kernels(xla_tpu=functools.partial(function, size=size), pieces=pieces)
 
 
 def _place(axis, split):

@@ -112,6 +112,11 @@ class ScaleRule(abc.ABC):
         return self.learned
 
     @property
+    def ignores_zeros(self) -> bool:
+        """Whether `fit` gives the same where zeros are added to each group."""
+        return False
+
+    @property
     def finds_values(self) -> bool:
         """Whether what it finds are the values themselves: a grid that cannot be kept.
 
@@ -230,6 +235,10 @@ class SignedMax(ScaleRule):
 
     @property
     def signed(self):
+        return True
+
+    @property
+    def ignores_zeros(self):
         return True
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
@@ -482,6 +491,10 @@ class MinMax(ScaleRule):
     @property
     def has_offset(self):
         return not self.zero_point
+
+    @property
+    def ignores_zeros(self):
+        return self.zero_point
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         # The range of a float offset need not hold zero.

@@ -32,7 +32,7 @@ STEPS = 100
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 2**13)
+    monkeypatch.setattr(tiles, "SMALLEST", 2**13)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ import json, kernels, sys
 import test_kernels_for_tpu as here
 from cage_jax.pallas import tiles
 
-tiles._SMALLEST = 0
+tiles.SMALLEST = 0
 for chip in sys.argv[1:]:
     for quantizer, shape in here.every():
         case = kernels.Case(quantizer, "forward and backward")

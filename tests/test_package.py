@@ -62,6 +62,7 @@ LAYERS = [
     ["scales"],
     ["quantizers"],
     ["presets", "pallas.tiles"],
+    ["tile_order"],
     ["rounding", "report"],
     ["pallas.strips"],
     ["pallas.tpu", "pallas.gpu"],

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+    monkeypatch.setattr(tiles, "SMALLEST", 0)
 
 
 def kernel(x, quantizer, masked=True):

@@ -48,7 +48,7 @@ EACH = [
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+    monkeypatch.setattr(tiles, "SMALLEST", 0)
 
 
 def interpreted():
@@ -190,6 +190,6 @@ def test_no_kernel_for_other_dtypes(dtype):
 
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 256 * 128 + 1)
+    monkeypatch.setattr(tiles, "SMALLEST", 256 * 128 + 1)
     assert tiles.tiles_of(cage.int4(), (256, 128), jnp.float32) is None
     assert tiles.tiles_of(cage.int4(), (2, 256, 128), jnp.float32) is not None

@@ -374,7 +374,7 @@ EXPLICIT = {
 
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_a_kernel_runs_on_each_explicit_shard(name, rng, monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+    monkeypatch.setattr(tiles, "SMALLEST", 0)
     quantizer, spec, expected = EXPLICIT[name]
     quantizer = dataclasses.replace(quantizer, gradient="clip")
     weight = jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from cage_jax.adamw import AdamW
 from cage_jax.formats import Integer, MidRise
 from cage_jax.pallas.dispatch import Kernels
-from cage_jax.pallas.tiles import Tiles, tiles_for_gpu, tiles_of
+from cage_jax.pallas.tiles import LANES, Tiles, tiles_for_gpu, tiles_of
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid
 
@@ -83,10 +83,17 @@ def adamw_step(
 
     found = _kernels(kernel, for_tpu, for_gpu)
     plain = quantizer.hadamard is None and not (at_updated or measured)
-    if plain and all(n == shape[axis] for axis, n in quantizer.groups(shape).items()):
-        # Of channels a compiler's step moves 8 copies, a kernel's 7: less than 1.15.
+    if plain and all(
+        _one_more(n, axis, shape) for axis, n in quantizer.groups(shape).items()
+    ):
+        # A compiler's step moves 8 copies, a kernel's 7: less than 1.15.
         found = dataclasses.replace(found, by_name=found.by_name | {"tpu"})
     return found
+
+
+def _one_more(size, axis, shape):
+    """Whether a compiler for TPU finds groups by reading an array once more."""
+    return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
 
 
 def _kernels(

@@ -25,7 +25,7 @@ _KEPT_BYTES = 2**23
 _STRIP = 2**12
 _SECTOR = 16
 # Below that an array stays on the chip, and one program more costs more than it saves.
-_SMALLEST = 2**18
+SMALLEST = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def tiles_of(
       kept: how many float32 numbers a kernel keeps of each element of groups that are
         all of an axis.
     """
-    if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
+    if len(shape) < 2 or math.prod(shape) < SMALLEST or not _suits(quantizer, dtype):
         return None
     if shape[-1] % LANES or shape[-2] % _SUBLANES:
         return None  # the compiler may lay it out otherwise, and would copy it
@@ -181,7 +181,7 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     Returns:
       Tiles that are never transposed; None where the array is not for a kernel.
     """
-    if len(shape) < 2 or math.prod(shape) < _SMALLEST or not _suits(quantizer, dtype):
+    if len(shape) < 2 or math.prod(shape) < SMALLEST or not _suits(quantizer, dtype):
         return None
     ((axis, group),) = quantizer.groups(shape).items()
     if axis < len(shape) - 2 or quantizer.scale_type.has_tensor_divisor:
