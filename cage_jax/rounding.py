@@ -375,14 +375,17 @@ def _split_axes(shape, quantizer):
 
 
 def _in_tile_order(function, quantizer, shape, sharded):
-    """A form for TPU, where groups are parts of the last axis alone."""
-    size = _split_axes(shape, quantizer).get(len(shape) - 1)
-    if size is None or len(quantizer.groups(shape)) > 1 or quantizer.hadamard:
+    """A form for TPU, where groups are parts of one of the last two axes alone."""
+    split = _split_axes(shape, quantizer)
+    if not split or len(quantizer.groups(shape)) > 1 or quantizer.hadamard:
         return Kernels()
-    pieces = tile_pieces(shape, size, jax.typeof(sharded).sharding)
+    ((axis, size),) = split.items()
+    axis -= len(shape)
+    pieces = tile_pieces(shape, axis, size, jax.typeof(sharded).sharding)
     if not pieces:
         return Kernels()
-    return Kernels(xla_tpu=functools.partial(function, size=size), pieces=pieces)
+    form = functools.partial(function, axis=axis, size=size)
+    return Kernels(xla_tpu=form, pieces=pieces)
 
 
 def _place(axis, split):
