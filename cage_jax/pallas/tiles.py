@@ -19,6 +19,9 @@ LANES = 128
 _SUBLANES = 32
 _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
+# What is computed for one part is waited for while others go on: the strips of 128 of a
+# rotated channel take a fifth longer.
+_LONG_STRIP = 256
 # What a kernel may hold of groups longer than a block; each chip has twice that.
 _KEPT_BYTES = 2**23
 # What a strip on a GPU has, or a row at most, and the fewest neighbours it reads well.
@@ -129,6 +132,9 @@ def tiles_of(
         strip = math.gcd(length, max(unit, LANES))
     if strip % unit or strip > _LARGEST_STRIP or length % strip:
         return None
+    if along == 1 or whole or group % LANES:  # else a row would have several groups
+        most = max(1, _LONG_STRIP // strip)
+        strip *= max(n for n in range(1, most + 1) if length // strip % n == 0)
     if whole and quantizer.scale_type.has_tensor_divisor:
         return None
     across = min(LANES, (rows, columns)[2 - along])
