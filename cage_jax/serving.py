@@ -5,7 +5,8 @@ With group `g` of the weights, its scale `s`, zero point `z` and offset `o`,
     x @ w = sum over g of s_g (x_g @ codes_g - z_g sum(x_g)) + o_g sum(x_g)
 
 so that memory is read for the codes alone: compilers widen them on their way into the
-product, but write weights that are scaled before it to memory.
+product, but write weights that are scaled before it to memory. So do kernels, which
+read scales as they are stored, too.
 """
 
 import dataclasses
@@ -22,6 +23,13 @@ from jax.extend.core import Literal
 
 from cage_jax.activations import arranged, check_rules, trace
 from cage_jax.formats import Format
+from cage_jax.pallas import kernels
+from cage_jax.pallas.dispatch import (
+    Implementation,
+    Kernels,
+    check_implementation,
+    either,
+)
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.products import inner_program, unchanged
 from cage_jax.quantization import dequantize, quantize
@@ -47,6 +55,7 @@ def low_bit_dot(
     inputs_quantizer: Quantizer | None = None,
     precision: Any = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The product of `inputs` with quantized weights, made from their codes.
 
@@ -59,6 +68,10 @@ def low_bit_dot(
     With groups shorter than half the rows of `inputs`, partial sums would be more than
     the weights: then these are dequantized and rounded to the dtype of `inputs`. So
     they are where a rotation is of an axis that is kept.
+
+    For TPU there is a kernel where rows of bfloat16 or float32 numbers are multiplied
+    with a matrix of integers or floats that share scales in groups along its first
+    axis. It is taken by itself, and dequantizes on the chip.
 
     Has no gradient in the codes; that of `inputs` is that of the product.
 
@@ -73,6 +86,7 @@ def low_bit_dot(
         scale for each sum and no zero point, and both the same rotation or none.
       precision: as of `jax.lax.dot_general`, for products of floats.
       preferred_element_type: of the result; None for the dtype of `inputs`.
+      implementation: "xla" or "pallas", as of `fake_quant`; None for the faster one.
 
     Returns:
       As `jax.lax.dot_general`: the axes of batches, the other ones of `inputs`, the
@@ -80,8 +94,8 @@ def low_bit_dot(
 
     Raises:
       TypeError: for weights without codes and inputs that are no floats.
-      ValueError: for axes that do not fit, and for inputs that `inputs_quantizer` does
-        not fit.
+      ValueError: for axes that do not fit, for inputs that `inputs_quantizer` does not
+        fit, and for "pallas" where no kernel can run.
 
     Example:
       >>> import cage_jax as cage
@@ -98,13 +112,18 @@ def low_bit_dot(
     inputs = jnp.asarray(inputs)
     numbers = _checked(inputs, weights, dimension_numbers)
     dtype = jnp.dtype(preferred_element_type or inputs.dtype)
-    product = _Product(weights, inputs.shape, numbers, precision)
+    product = _Product(weights, inputs.shape, numbers, precision, dtype, implementation)
     if inputs_quantizer is not None:
-        return _of_quantized_inputs(inputs, inputs_quantizer, product).astype(dtype)
-    return _of_floats(inputs, product).astype(dtype)
+        return _of_quantized_inputs(inputs, inputs_quantizer, product)
+    return _of_floats(inputs, product)
 
 
-def low_bit(function: Callable, rules: Rules | None = None) -> Callable:
+def low_bit(
+    function: Callable,
+    rules: Rules | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Callable:
     """`function` of codes in the place of parameters, multiplied as they are.
 
     Every product of a `QuantizedArray` with data becomes a `low_bit_dot`: in layers of
@@ -119,6 +138,7 @@ def low_bit(function: Callable, rules: Rules | None = None) -> Callable:
       rules: None, or those of which some have a quantizer for inputs: these are
         quantized, and where both are whole numbers multiplied as such. Scales that are
         calibrated or learned are not supported.
+      implementation: of each product, as of `low_bit_dot`.
 
     Returns:
       A function like `function`, whose first argument may have a `QuantizedArray` in
@@ -144,6 +164,7 @@ def low_bit(function: Callable, rules: Rules | None = None) -> Callable:
     """
     if rules is not None:
         check_rules(rules)
+    check_implementation(implementation)
 
     @functools.wraps(function)
     def run(params, *args, **kwargs):
@@ -161,7 +182,7 @@ def low_bit(function: Callable, rules: Rules | None = None) -> Callable:
             _Weights(leaf, path) if _is_quantized(leaf) else leaf
             for path, leaf in zip(paths, leaves)
         ]
-        found = _Run(rules).jaxpr(program.jaxpr, program.consts, values)
+        found = _Run(rules, implementation).jaxpr(program.jaxpr, program.consts, values)
         return jax.tree.unflatten(out, [_plain(each) for each in found])
 
     return run
@@ -177,6 +198,8 @@ class _Product(NamedTuple):
     inputs_shape: tuple[int, ...]
     numbers: DimensionNumbers
     precision: Any
+    dtype: jnp.dtype
+    implementation: Implementation | None
 
     @property
     def tokens(self) -> int:
@@ -206,7 +229,12 @@ def _of_floats(inputs, product):
     (contracted, _), _ = product.numbers
     weights, sizes = product.weights, product.sizes
     if sizes is None:
-        return _dot(inputs, dequantize(weights).astype(inputs.dtype), product)
+
+        def dequantized(inputs, weights):
+            values = dequantize(weights).astype(inputs.dtype)
+            return _dot(inputs, values, product).astype(product.dtype)
+
+        return _either(dequantized, inputs, product, scaled=True)
     quantizer = weights.quantizer
     if quantizer.hadamard is not None:
         # x @ (H w) = (H x) @ w, whichever of the axes it is.
@@ -217,7 +245,41 @@ def _of_floats(inputs, product):
     dtype = inputs.dtype
     if quantizer.format.of_zero_code is None and not _holds(quantizer.format, dtype):
         dtype = _widest(dtype, compute_dtype(weights.dtype))
-    return _of_numbers(inputs.astype(dtype), product, sizes)
+
+    def by_codes(inputs, weights):
+        own = product._replace(weights=weights)
+        return _of_numbers(inputs, own, sizes).astype(product.dtype)
+
+    return _either(by_codes, inputs.astype(dtype), product, scaled=False)
+
+
+def _either(default, inputs, product, *, scaled):
+    """`default`, or a kernel: for rows of floats with a matrix of codes."""
+    weights, found = product.weights, Kernels()
+    rotated = weights.quantizer.hadamard is not None
+    rows = product.numbers == (((inputs.ndim - 1,), (0,)), ((), ()))
+    fits = compute_dtype(weights.dtype) == jnp.float32 and not (scaled and rotated)
+    if rows and fits and _in_bfloat16(inputs.dtype, product.precision):
+        found = kernels.product(
+            weights.quantizer,
+            weights.shape,
+            inputs.shape,
+            product.dtype,
+            scaled=scaled,
+        )
+    return either(
+        default, found, inputs, weights, implementation=product.implementation
+    )
+
+
+def _in_bfloat16(dtype, precision):
+    """Whether a TPU multiplies such inputs in bfloat16."""
+    if dtype != jnp.float32:
+        return dtype == jnp.bfloat16
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    each = precision if isinstance(precision, tuple) else (precision,)
+    return all(one in (None, "default", lax.Precision.DEFAULT) for one in each)
 
 
 def _of_quantized_inputs(inputs, quantizer, product):
@@ -229,12 +291,19 @@ def _of_quantized_inputs(inputs, quantizer, product):
     whole = whole and _in_one_basis(codes, inputs, product)
     if sizes is None or unit is None or not whole:
         return _of_floats(back(dequantize(codes)), product)
-    found = _of_numbers(_whole(codes, unit), product, sizes)
+    whole = _whole(codes, unit)
+    found = either(
+        lambda whole: _of_numbers(whole, product, sizes),
+        Kernels(),
+        whole,
+        implementation=product.implementation,
+    )
     step = grid_of(codes).step * unit
     rest = [a for a in range(x.ndim) if a not in (*contracted, *batch)]
     step = jnp.transpose(step, (*batch, *rest, *contracted)).astype(found.dtype)
     kept = step.shape[: len(batch) + len(rest)]
-    return found * step.reshape(*kept, *[1] * (found.ndim - len(kept)))
+    found = found * step.reshape(*kept, *[1] * (found.ndim - len(kept)))
+    return found.astype(product.dtype)
 
 
 def _in_one_basis(codes, inputs, product):
@@ -462,8 +531,9 @@ class _Weights(NamedTuple):
 class _Run:
     """Runs jaxprs of which some values are `_Weights`."""
 
-    def __init__(self, rules):
+    def __init__(self, rules, implementation):
         self._rules = rules
+        self._implementation = implementation
 
     def jaxpr(self, jaxpr, constants, values):
         """The outputs."""
@@ -511,6 +581,7 @@ class _Run:
                 inputs_quantizer=quantizer,
                 precision=params["precision"],
                 preferred_element_type=params["preferred_element_type"],
+                implementation=self._implementation,
             )
         if not weights_first:
             return found

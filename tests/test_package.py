@@ -65,7 +65,7 @@ LAYERS = [
     ["tile_order"],
     ["rounding", "report"],
     ["pallas.strips"],
-    ["pallas.tpu", "pallas.gpu"],
+    ["pallas.tpu", "pallas.gpu", "pallas.products_tpu"],
     ["pallas.kernels"],
     ["rules", "straight_through", "quantized_array"],
     ["quantization"],

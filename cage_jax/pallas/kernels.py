@@ -6,6 +6,7 @@ they are run by name alone.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +16,13 @@ import jax.numpy as jnp
 from cage_jax.adamw import AdamW
 from cage_jax.formats import Integer, MidRise
 from cage_jax.pallas.dispatch import Kernels
-from cage_jax.pallas.tiles import LANES, Tiles, tiles_for_gpu, tiles_of
+from cage_jax.pallas.tiles import (
+    LANES,
+    Tiles,
+    product_tiles_of,
+    tiles_for_gpu,
+    tiles_of,
+)
 from cage_jax.quantizers import Quantizer
 from cage_jax.scales import Grid
 
@@ -94,6 +101,49 @@ def adamw_step(
 def _one_more(size, axis, shape):
     """Whether a compiler for TPU finds groups by reading an array once more."""
     return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
+
+
+def product(
+    quantizer: Quantizer,
+    shape: tuple[int, ...],
+    inputs_shape: tuple[int, ...],
+    dtype,
+    *,
+    scaled: bool,
+) -> Kernels:
+    """For `(inputs, weights)`, a `QuantizedArray`, to their product.
+
+    Args:
+      quantizer: of the weights (in, out).
+      shape: of the weights.
+      inputs_shape: (..., in).
+      dtype: of the product.
+      scaled: whether weights are scaled and rounded before they are multiplied.
+    """
+    tokens = math.prod(inputs_shape[:-1])
+    tiles = product_tiles_of(quantizer, shape, tokens, scaled=scaled)
+    if tiles is None:
+        return Kernels()
+
+    def on_tpu(inputs, weights):
+        from cage_jax.pallas import products_tpu
+
+        found = products_tpu.product(
+            inputs.reshape(tokens, -1),
+            weights.codes,
+            weights.scale,
+            weights.zero_point,
+            weights.offset,
+            weights.tensor_divisor,
+            tiles=tiles,
+            dtype=dtype,
+        )
+        return found.reshape(*inputs_shape[:-1], -1)
+
+    # A compiler's product moves as little with a scale for each channel, and partial
+    # sums of many tokens were not counted.
+    taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
+    return Kernels(tpu=on_tpu, by_name=frozenset() if taken else frozenset({"tpu"}))
 
 
 def _kernels(

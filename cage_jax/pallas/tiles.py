@@ -9,7 +9,7 @@ import math
 
 import jax.numpy as jnp
 
-from cage_jax.formats import Float, Integer, MidRise
+from cage_jax.formats import Float, Format, Integer, MidRise
 from cage_jax.quantizers import Quantizer
 from cage_jax.scale_types import Narrow
 from cage_jax.scales import ReducedScale
@@ -17,6 +17,8 @@ from cage_jax.scales import ReducedScale
 LANES = 128
 # Of 8-bit masks, which have the highest tiles.
 _SUBLANES = 32
+# Of 16-bit numbers.
+_HALF_SUBLANES = 16
 _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
 # What is computed for one part is waited for while others go on: the strips of 128 of a
@@ -27,6 +29,10 @@ _KEPT_BYTES = 2**23
 # What a strip on a GPU has, or a row at most, and the fewest neighbours it reads well.
 _STRIP = 2**12
 _SECTOR = 16
+# What a product holds of codes, inputs and outputs; each chip has a multiple of that.
+_CODES_BYTES = 2**20
+_INPUTS_BYTES = 2**23
+_OUTPUTS_BYTES = 2**21
 # Below that an array stays on the chip, and one program more costs more than it saves.
 SMALLEST = 2**18
 
@@ -218,3 +224,71 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
 def _power_of_two(n):
     """The largest that divides it."""
     return n & -n
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTiles:
+    """The blocks of a product of (tokens, in) with codes of (in, out).
+
+    A kernel takes all of `in` at once, and widens codes strip by strip.
+
+    Attributes:
+      format: of the codes.
+      group: how many of them along `in` share a scale.
+      tokens: the rows of a block of inputs.
+      out: the columns of a block of codes.
+      strip: its length along `in`.
+      scaled: whether weights are scaled and rounded to bfloat16 before they are
+        multiplied; otherwise the sums of each group are scaled.
+    """
+
+    format: Format
+    group: int
+    tokens: int
+    out: int
+    strip: int
+    scaled: bool
+
+    @property
+    def unit(self) -> float:
+        """That of which the kernel multiplies whole numbers."""
+        return 0.5 if self.format == Float("e2m1") else 1.0
+
+
+def product_tiles_of(
+    quantizer: Quantizer, shape: tuple[int, ...], tokens: int, *, scaled: bool
+) -> ProductTiles | None:
+    """Those of a product with quantized weights, or None where it is not for a kernel.
+
+    Args:
+      quantizer: of the weights.
+      shape: of the weights.
+      tokens: the rows of the inputs.
+      scaled: as in `ProductTiles`.
+    """
+    if len(shape) != 2 or math.prod(shape) < _SMALLEST or shape[1] % LANES:
+        return None
+    groups, format = quantizer.groups(shape), quantizer.format
+    shifted = quantizer.asymmetric or quantizer.scale.has_offset
+    if format.of_zero_code is None and (shifted or not isinstance(format, Float)):
+        return None
+    if shifted and quantizer.scale_type.has_tensor_divisor:
+        return None
+    length, group = shape[0], groups.get(0, 1)
+    if [*groups] != [0] or group % _HALF_SUBLANES or (LANES % group and group % LANES):
+        return None
+    strips = (n for n in (512, 256, LANES) if length % n == 0)
+    strip = next((n for n in strips if group % n == 0 or n % group == 0), None)
+    rows = _INPUTS_BYTES // (2 * length) // 8 * 8 if scaled else 256
+    rows = min(rows, 1024, math.ceil(tokens / 8) * 8)
+    fits = (
+        n
+        for n in (1024, 512, 256, LANES)
+        if shape[1] % n == 0
+        and quantizer.bits * length * n <= 8 * _CODES_BYTES
+        and 4 * rows * n <= _OUTPUTS_BYTES
+    )
+    out = next(fits, None)
+    if strip is None or out is None or rows == 0:
+        return None
+    return ProductTiles(format, group, rows, out, strip, scaled)

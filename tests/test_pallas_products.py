@@ -1,0 +1,209 @@
+"""The kernel that multiplies codes, interpreted, against float64 NumPy of the codes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from test_serving import kernel_of, oracle
+
+import cage_jax as cage
+from cage_jax import scale_types
+from cage_jax.pallas import kernels, products_tpu, tiles
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+IN, OUT = 768, 128
+QUANTIZERS = {
+    "int4 channel": cage.int4(),
+    "int4 groups of 128": cage.int4(group_size=128),
+    "int4 groups over strips": cage.int4(group_size=384),
+    "int4 zero point": cage.int4(symmetric=False, group_size=32),
+    "int8 zero point": cage.int8(symmetric=False, group_size=64),
+    "int2": cage.int2(group_size=64),
+    "midrise": dataclasses.replace(cage.quest(4, group_size=32), hadamard=None),
+    "mxfp4": cage.mxfp4(),
+    "mxfp6": cage.mxfp6(),
+    "mxfp8": cage.mxfp8("e5m2"),
+    "nvfp4": cage.nvfp4(),
+    "bfloat16 scales": dataclasses.replace(
+        cage.int4(group_size=32), scale_type=scale_types.Narrow("bfloat16")
+    ),
+    "q4_1": cage.q4_1(),
+    "q8_0": cage.q8_0(),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_too(monkeypatch):
+    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+
+
+@pytest.fixture(autouse=True)
+def bits_of_values(monkeypatch):
+    # The interpreter knows no references to bits.
+    monkeypatch.setattr(
+        products_tpu,
+        "_bits",
+        lambda ref, dtype, here: jax.lax.bitcast_convert_type(ref[here], dtype),
+    )
+
+
+def kernel(x, weights, *, scaled=False):
+    """What the kernel makes of it; reads out of bounds, races and gaps show."""
+    found = kernels.product(
+        weights.quantizer, weights.shape, x.shape, jnp.float32, scaled=scaled
+    )
+    params = pltpu.InterpretParams(
+        detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
+    )
+    with pltpu.force_tpu_interpret_mode(params):
+        return found.tpu(x, weights)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_sums_of_groups_are_scaled(name, rng):
+    weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
+    x = jnp.asarray(rng.normal(size=(5, IN)), jnp.bfloat16)
+    found = kernel(x, weights)
+    expected, size = oracle(x, weights)
+    # Sums of 768 numbers by 128, each rounded to float32, and a few of scales.
+    np.testing.assert_array_less(abs(found - expected), 24 * 2.0**-24 * size + 1e-30)
+
+
+@pytest.mark.parametrize("name", ["int4 groups of 128", "mxfp4", "nvfp4", "q4_1"])
+def test_of_many_tokens_scaled_weights_are_rounded(name, rng):
+    weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
+    x = jnp.asarray(rng.normal(size=(2, 40, IN)), jnp.bfloat16)
+    found = kernel(x, weights, scaled=True)
+    rounded = np.float64(cage.dequantize(weights).astype(jnp.bfloat16))
+    if weights.tensor_divisor is not None:  # which comes last
+        divisor = np.float64(weights.tensor_divisor)
+        whole = dataclasses.replace(weights, tensor_divisor=jnp.ones((1, 1)))
+        rounded = np.float64(cage.dequantize(whole).astype(jnp.bfloat16)) / divisor
+    size = abs(np.float64(x)) @ abs(rounded)
+    assert found.shape == (2, 40, OUT)
+    np.testing.assert_array_less(
+        abs(found - np.float64(x) @ rounded), 24 * 2.0**-24 * size
+    )
+
+
+def test_blocks_of_tokens(rng):
+    weights = kernel_of(cage.q4_1(), rng, (256, OUT))
+    x = jnp.asarray(rng.normal(size=(300, 256)), jnp.bfloat16)
+    expected, size = oracle(x, weights)
+    found = kernel(x, weights)
+    np.testing.assert_array_less(abs(found - expected), 24 * 2.0**-24 * size)
+
+
+def test_scales_that_are_no_numbers_make_their_group_nan(rng):
+    for name in ("int4 groups of 128", "mxfp4", "nvfp4", "q8_0"):
+        weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
+        scale = weights.scale.at[-1, 5].set(jnp.nan)
+        weights = dataclasses.replace(weights, scale=scale)
+        found = kernel(jnp.ones((8, IN), jnp.bfloat16), weights)
+        assert (np.isnan(found).any(0) == (np.arange(OUT) == 5)).all()
+
+
+# --- where it is taken ----------------------------------------------------------------
+
+
+def taken(quantizer, shape=(IN, OUT), x=None, implementation=None, **options):
+    """Whether a program for one TPU has the kernel."""
+    weights = jax.eval_shape(
+        lambda w: cage.quantize(w, quantizer), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    x = jax.ShapeDtypeStruct((8, shape[0]), jnp.bfloat16) if x is None else x
+
+    def product(x, weights):
+        return cage.low_bit_dot(x, weights, implementation=implementation, **options)
+
+    program = jax.jit(product).trace(x, weights).lower(lowering_platforms=("tpu",))
+    return "tpu_custom_call" in program.as_text()
+
+
+def test_it_is_taken_for_groups_by_itself():
+    groups = cage.int4(group_size=128)
+    assert taken(groups)
+    assert taken(groups, x=jax.ShapeDtypeStruct((2, 200, IN), jnp.float32))
+    assert not taken(groups, implementation="xla")
+    # XLA moves as little.
+    assert not taken(cage.int4()) and taken(cage.int4(), implementation="pallas")
+    few = jax.ShapeDtypeStruct((300, IN), jnp.bfloat16)
+    assert not taken(cage.int4(group_size=384), x=few)
+
+
+FALLS_BACK = {
+    "columns that are not laid out whole": (cage.int4(group_size=128), (IN, 200)),
+    "a stack": (cage.int4(group_size=128), (2, IN, OUT)),
+    "a tensor": (cage.int4(axis=None), (IN, OUT)),
+    "a scale for each input": (cage.int4(axis=-1, group_size=32), (IN, OUT)),
+    "tiles": (cage.int4(axis=(0, 1), group_size=(32, 8)), (IN, OUT)),
+    "short groups": (cage.int4(group_size=8), (IN, OUT)),
+    "groups beside 128": (cage.int4(group_size=48), (IN, OUT)),
+    "a codebook": (cage.nf4(), (IN, OUT)),
+    "too long for the chip": (cage.int8(group_size=128), (2**14, OUT)),
+}
+
+
+@pytest.mark.parametrize("name", FALLS_BACK)
+def test_what_no_kernel_is_for(name):
+    quantizer, shape = FALLS_BACK[name]
+    assert tiles.product_tiles_of(quantizer, shape, 8, scaled=False) is None
+
+
+def test_other_products_are_left_to_the_compiler():
+    groups = cage.int4(group_size=128)
+    x = jax.ShapeDtypeStruct((8, IN), jnp.float32)
+    assert taken(groups, x=x) and not taken(groups, x=x, precision="highest")
+    with jax.default_matmul_precision("highest"):
+        assert not taken(groups, x=x)
+    assert not taken(groups, x=jax.ShapeDtypeStruct((8, IN), jnp.float16))
+    assert not taken(groups, dimension_numbers=(((0,), (0,)), ((), ())),
+                     x=jax.ShapeDtypeStruct((IN, 8), jnp.bfloat16))  # fmt: skip
+    rotated = cage.quest(4, group_size=128)
+    assert taken(rotated)
+    many = jax.ShapeDtypeStruct((300, IN), jnp.bfloat16)
+    assert taken(groups, x=many) and not taken(rotated, x=many)
+    with pytest.raises(ValueError, match="there is none for this quantizer and shape"):
+        taken(cage.nf4(), implementation="pallas")
+    with pytest.raises(ValueError, match="there is none for this quantizer and shape"):
+        taken(groups, implementation="pallas", inputs_quantizer=cage.int8(axis=-1))
+
+
+def test_programs_take_it():
+    codes = jax.eval_shape(
+        lambda w: cage.quantize({"w": w}, cage.Rules([("w", cage.mxfp4())])),
+        jax.ShapeDtypeStruct((IN, OUT), jnp.float32),
+    )
+    x = jax.ShapeDtypeStruct((8, IN), jnp.bfloat16)
+    for implementation in (None, "xla"):
+        function = cage.low_bit(
+            lambda params, x: jnp.tanh(x @ params["w"]), implementation=implementation
+        )
+        program = jax.jit(function).trace(codes, x).lower(lowering_platforms=("tpu",))
+        assert ("tpu_custom_call" in program.as_text()) == (implementation is None)
+
+
+def test_devices(rng):
+    """A compiler that partitions gets its own form, a `shard_map` the kernel."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, columns = jax.P("x", None), jax.P(None, "x")
+    weights = kernel_of(cage.mxfp4(), rng, (IN, 8 * OUT))
+    x = jnp.asarray(rng.normal(size=(8, IN)), jnp.bfloat16)
+    for spec, of_weights in ((rows, jax.P()), (jax.P(), columns)):
+        out = columns if spec == jax.P() else rows
+        mapped = jax.shard_map(
+            cage.low_bit_dot,
+            mesh=mesh,
+            in_specs=(spec, of_weights),
+            out_specs=out,
+        )
+        text = jax.jit(mapped).trace(x, weights).lower(lowering_platforms=("tpu",))
+        assert "tpu_custom_call" in text.as_text()
+        places = [jax.NamedSharding(mesh, each) for each in (spec, of_weights)]
+        program = jax.jit(cage.low_bit_dot, in_shardings=tuple(places))
+        text = program.trace(x, weights).lower(lowering_platforms=("tpu",))
+        assert "tpu_custom_call" not in text.as_text()
