@@ -169,6 +169,8 @@ from cage_jax.pallas import tiles
 tiles._SMALLEST = 0
 for chip in sys.argv[1:]:
     for quantizer, (tokens, *shape), dtype in here.every_product():
+        if chip == "v4" and quantizer.format.code_dtype == jnp.int2:
+            continue  # it crashes
         x = kernels.array((tokens, shape[0]), dtype, chip)
         kernel = jax.ShapeDtypeStruct(shape, "float32")
         weights = jax.eval_shape(lambda w: cage.quantize(w, quantizer), kernel)

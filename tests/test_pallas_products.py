@@ -11,7 +11,7 @@ from test_serving import kernel_of, oracle
 
 import cage_jax as cage
 from cage_jax import scale_types
-from cage_jax.pallas import kernels, products_tpu, tiles
+from cage_jax.pallas import kernels, tiles
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -25,7 +25,6 @@ QUANTIZERS = {
     "int2": cage.int2(group_size=64),
     "midrise": dataclasses.replace(cage.quest(4, group_size=32), hadamard=None),
     "mxfp4": cage.mxfp4(),
-    "mxfp6": cage.mxfp6(),
     "mxfp8": cage.mxfp8("e5m2"),
     "nvfp4": cage.nvfp4(),
     "bfloat16 scales": dataclasses.replace(
@@ -39,16 +38,6 @@ QUANTIZERS = {
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
     monkeypatch.setattr(tiles, "_SMALLEST", 0)
-
-
-@pytest.fixture(autouse=True)
-def bits_of_values(monkeypatch):
-    # The interpreter knows no references to bits.
-    monkeypatch.setattr(
-        products_tpu,
-        "_bits",
-        lambda ref, dtype, here: jax.lax.bitcast_convert_type(ref[here], dtype),
-    )
 
 
 def kernel(x, weights, *, scaled=False):
@@ -129,6 +118,7 @@ def test_it_is_taken_for_groups_by_itself():
     assert taken(groups)
     assert taken(groups, x=jax.ShapeDtypeStruct((2, 200, IN), jnp.float32))
     assert not taken(groups, implementation="xla")
+    assert not taken(cage.int2(group_size=64))
     # XLA moves as little.
     assert not taken(cage.int4()) and taken(cage.int4(), implementation="pallas")
     few = jax.ShapeDtypeStruct((300, IN), jnp.bfloat16)

@@ -140,9 +140,10 @@ def product(
         )
         return found.reshape(*inputs_shape[:-1], -1)
 
-    # A compiler's product moves as little with a scale for each channel, and partial
-    # sums of many tokens were not counted.
+    # With a scale for each channel a compiler moves as little; sums of several blocks of
+    # tokens were not counted; codes of 2 bits crash the compiler for v4.
     taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
+    taken = taken and quantizer.format.code_dtype != jnp.int2
     return Kernels(tpu=on_tpu, by_name=frozenset() if taken else frozenset({"tpu"}))
 
 

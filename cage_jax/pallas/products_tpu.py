@@ -50,6 +50,9 @@ def product(
     start = tiles.format.of_zero_code or 0
     shifted = zero_point is not None or offset is not None or start != 0
     blocks = pl.cdiv(tokens, tiles.tokens)
+    inputs, codes, scale, zero_point, offset, tensor_divisor = _varying_alike(
+        inputs, codes, scale, zero_point, offset, tensor_divisor
+    )
     x = inputs.astype(jnp.bfloat16)
     x = jnp.pad(x, ((0, blocks * tiles.tokens - tokens), (0, 0)))
     x_block, of_groups = pl.BlockSpec((tiles.tokens, length), lambda i, j: (i, 0)), None
@@ -127,7 +130,9 @@ def product(
         out_specs=pl.BlockSpec(
             (min(tokens, tiles.tokens), tiles.out), lambda i, j: (i, j)
         ),
-        out_shape=jax.ShapeDtypeStruct((tokens, out), dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            (tokens, out), dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+        ),
         scratch_shapes=[
             per_group,
             per_group,
@@ -141,6 +146,18 @@ def product(
         ),
         name="cage_product",
     )(x, of_groups, tensor_divisor, codes, *stored)
+
+
+def _varying_alike(*arrays):
+    """Inside of a `shard_map`, all differ along the axes of the mesh that one does."""
+    present = [array for array in arrays if array is not None]
+    own = [jax.typeof(array).manual_axis_type.varying for array in present]
+    every = frozenset().union(*own)
+    cast = iter(
+        lax.pcast(array, tuple(every - axes), to="varying") if every - axes else array
+        for array, axes in zip(present, own)
+    )
+    return [None if array is None else next(cast) for array in arrays]
 
 
 def _in_rows(x, tiles):
@@ -173,13 +190,8 @@ def _scaled(codes, group, step_ref, shift_ref):
 def _widened(codes_ref, here, tiles):
     """A strip of codes in units, less that of code 0; bfloat16."""
     if tiles.format == Float("e2m1"):
-        return _halves(_bits(codes_ref, jnp.int4, here)).astype(jnp.bfloat16)
+        return _halves(pltpu.bitcast(codes_ref[here], jnp.int4)).astype(jnp.bfloat16)
     return codes_ref[here].astype(jnp.bfloat16)
-
-
-def _bits(ref, dtype, here):
-    """Those of floats that Mosaic does not load, or not everywhere."""
-    return ref.bitcast(dtype)[here]
 
 
 def _halves(codes):
@@ -211,7 +223,7 @@ def _numbers(ref, dtype):
     if dtype in (jnp.float32, jnp.bfloat16):
         return ref[...].astype(jnp.float32)
     info, width = ml_dtypes.finfo(dtype), 8 * dtype.itemsize
-    bits = ref[...] if width == 16 else _bits(ref, jnp.uint8, ...)
+    bits = ref[...] if width == 16 else pltpu.bitcast(ref[...], jnp.uint8)
     words = bits.astype(jnp.int32)
     size = words & (2 ** (info.nexp + info.nmant) - 1)
     signed = info.nexp + info.nmant < width
