@@ -184,10 +184,12 @@ def table(record: dict[str, Any]) -> Rows:
     """The table of a record."""
     chips = record["settings"]["chips"]
     header = ["case", "least, MiB"]
-    header += [f"{chip}, {form}" for chip in chips for form in FORMS]
+    one = next(iter(record["figures"].values()))["chips"][chips[0]]
+    forms = [form for form in FORMS if form in one]  # an older record has fewer
+    header += [f"{chip}, {form}" for chip in chips for form in forms]
     cells = []
     for case, each in record["figures"].items():
-        found = [each["chips"][chip][form] for chip in chips for form in FORMS]
+        found = [each["chips"][chip][form] for chip in chips for form in forms]
         cells.append([case, f"{each['least'] / 2**20:.1f}"])
         cells[-1] += [_cell(one) for one in found]
     return Rows(header, cells)

@@ -140,8 +140,8 @@ def product(
         )
         return found.reshape(*inputs_shape[:-1], -1)
 
-    # With a scale for each channel a compiler moves as little; sums of several blocks of
-    # tokens were not counted; codes of 2 bits crash the compiler for v4.
+    # With a scale for each channel a compiler moves as little. Sums of several blocks
+    # of tokens were not counted, and codes of 2 bits crash the compiler for v4.
     taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
     taken = taken and quantizer.format.code_dtype != jnp.int2
     return Kernels(tpu=on_tpu, by_name=frozenset() if taken else frozenset({"tpu"}))
