@@ -71,7 +71,8 @@ def low_bit_dot(
 
     For TPU there is a kernel where rows of bfloat16 or float32 numbers are multiplied
     with a matrix of integers or floats that share scales in groups along its first
-    axis. It is taken by itself, and dequantizes on the chip.
+    axis, and it dequantizes on the chip. It is taken by itself for codes of 4 or 8 bits
+    in more than one group.
 
     Has no gradient in the codes; that of `inputs` is that of the product.
 
