@@ -166,7 +166,7 @@ import jax.numpy as jnp
 import test_kernels_for_tpu as here
 from cage_jax.pallas import tiles
 
-tiles._SMALLEST = 0
+tiles.SMALLEST = 0
 for chip in sys.argv[1:]:
     for quantizer, (tokens, *shape), dtype in here.every_product():
         if chip == "v4" and quantizer.format.code_dtype == jnp.int2:

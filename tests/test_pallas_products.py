@@ -37,7 +37,7 @@ QUANTIZERS = {
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "_SMALLEST", 0)
+    monkeypatch.setattr(tiles, "SMALLEST", 0)
 
 
 def kernel(x, weights, *, scaled=False):

@@ -266,7 +266,7 @@ def product_tiles_of(
       tokens: the rows of the inputs.
       scaled: as in `ProductTiles`.
     """
-    if len(shape) != 2 or math.prod(shape) < _SMALLEST or shape[1] % LANES:
+    if len(shape) != 2 or math.prod(shape) < SMALLEST or shape[1] % LANES:
         return None
     groups, format = quantizer.groups(shape), quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
