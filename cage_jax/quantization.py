@@ -375,7 +375,10 @@ def _check_maker(quantized, quantizer, path):
 def _error_array(x, quantizer, grid, key=None):
     x = lax.stop_gradient(_checked(x, quantizer, grid, key, rounds=False))
     grid = lax.stop_gradient(grid)
-    return x - straight_through(quantizer, x, grid, None)
+    # A kernel and the difference move 5 copies on a TPU; what compilers make of both 3,
+    # and less as a part of what uses it, but 7 and more with a rotation.
+    implementation = "xla" if quantizer.hadamard is None else None
+    return x - straight_through(quantizer, x, grid, None, implementation)
 
 
 def _checked(x, quantizer, grid, key, rounds=True):

@@ -193,3 +193,14 @@ def test_small_arrays_are_left_to_the_compiler(monkeypatch):
     monkeypatch.setattr(tiles, "SMALLEST", 256 * 128 + 1)
     assert tiles.tiles_of(cage.int4(), (256, 128), jnp.float32) is None
     assert tiles.tiles_of(cage.int4(), (2, 256, 128), jnp.float32) is not None
+
+
+@pytest.mark.parametrize("name", ["quest", "int4 channel", "int4 groups", "mxfp4"])
+def test_the_error_takes_a_kernel_where_that_moves_less(name):
+    quantizer = QUANTIZERS[name]
+    x = jax.ShapeDtypeStruct((384, 128), jnp.float32)
+    assert tiles.tiles_of(quantizer, x.shape, x.dtype) is not None
+    function = jax.jit(lambda x: cage.quantization_error(x, quantizer))
+    text = function.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    # A difference is part of what compilers make, not of a kernel.
+    assert ("cage_fake_quant" in text) == (name == "quest")
