@@ -170,11 +170,13 @@ class _Chosen(NamedTuple):
     """How a parameter steps that there are kernels for.
 
     Attributes:
+      path: of the parameter.
       default: the step without.
       kernels: of what a device has.
       shards: on which each does it by itself, or None.
     """
 
+    path: str
     default: Callable
     kernels: Kernels
     shards: Shards | None
@@ -190,6 +192,7 @@ class _Chosen(NamedTuple):
                 numbers,
                 codes,
                 implementation=implementation,
+                path=self.path,
             )
             if self.shards is None or codes is None:
                 return found
@@ -243,7 +246,7 @@ def _chosen(fused, gradients, state, params, implementation):
             )
         if kernels:
             default = partial(_stepped, quantizer, adamw, fused.at_updated)
-            chosen[place] = _Chosen(default, kernels, shards)
+            chosen[place] = _Chosen(path, default, kernels, shards)
         elif implementation == "pallas":
             raise ValueError(
                 f"`{path}`: `implementation` must be None or 'xla' where a parameter "

@@ -68,7 +68,8 @@ def path_in_errors(path: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         # Subclasses, such as jax's for tracers, take other arguments than a text.
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"`{path}`: {error}" if path else str(error)) from error
+        text, parameter = str(error), f"`{path}`: " if path else ""
+        raise kind(text if text.startswith(parameter) else parameter + text) from error
 
 
 def _name(key) -> str:

@@ -280,7 +280,7 @@ def _apply(function, x, quantizer, grid, key=None):
             if key is not None and quantizer.rounding == "stochastic":
                 drawn = True
                 own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return function(leaf, quantizer, grid_at(path, x, grid), own)
+            return function(leaf, quantizer, grid_at(path, x, grid), own, path)
 
         result = quantizer.map(apply, x)
         if key is not None and not drawn:
@@ -345,13 +345,14 @@ def _is_quantized(leaf):
     return isinstance(leaf, QuantizedArray)
 
 
-def _fake_quant_array(x, quantizer, grid, key, implementation):
+def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):
     x = _checked(x, quantizer, grid, key)
     noise = _noise(x, quantizer, key)
-    return straight_through(quantizer, x, grid, noise, implementation)
+    return straight_through(quantizer, x, grid, noise, implementation, path)
 
 
-def _quantize_array(x, quantizer, grid, key):
+def _quantize_array(x, quantizer, grid, key, path=""):
+    del path  # what raises, does it here
     x = _checked(x, quantizer, grid, key)
     return encoded(x, quantizer, grid, _noise(x, quantizer, key))
 
@@ -372,7 +373,8 @@ def _check_maker(quantized, quantizer, path):
         )
 
 
-def _error_array(x, quantizer, grid, key=None):
+def _error_array(x, quantizer, grid, key=None, path=""):
+    del path
     x = lax.stop_gradient(_checked(x, quantizer, grid, key, rounds=False))
     grid = lax.stop_gradient(grid)
     # A kernel and the difference move 5 copies on a TPU; what compilers make of both 3,

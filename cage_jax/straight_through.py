@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.operations import select
-from cage_jax.pallas.dispatch import Kernels, either
+from cage_jax.pallas.dispatch import Kernels, either, kernel_required
 from cage_jax.pallas.kernels import fake_quant as fake_quant_kernels
 from cage_jax.pallas.kernels import masked_gradient as masked_gradient_kernels
 from cage_jax.rounding import (
@@ -24,14 +24,19 @@ from cage_jax.rounding import (
 from cage_jax.shards import shards_of
 
 
-def straight_through(quantizer, x, grid, noise, implementation=None):
+def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
     """`x` quantized and dequantized; its gradients are the quantizer's."""
     shards = shards_of(x, quantizer.pieces(x.shape))
-    if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
+
+    def local(x, grid=None, noise=None):
+        # Where nothing is traced the error comes at once, and the caller has the path.
+        if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
+            kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
+            x = kernel_required(kernels, x, path)
         return _compiled(quantizer, implementation, x, grid, noise)
 
-    def local(x):
-        return _compiled(quantizer, implementation, x, None, None)
+    if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
+        return local(x, grid, noise)
 
     # A kernel cannot be partitioned, but runs on each shard.
     return jax.shard_map(

@@ -201,6 +201,48 @@ def test_it_is_in_a_program_for_cuda_that_names_it(axis):
     assert not any(name in text for name in names)
 
 
+ONE_ALONE = {
+    "tpu": ((1024, 128), cage.int4()),
+    "cuda": ((2**16, 128), cage.quest(4)),
+}
+
+
+def lowered(function, platform, *args):
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("platform", ONE_ALONE)
+def test_a_parameter_without_a_kernel_on_a_platform_is_named(platform):
+    (other,) = set(ONE_ALONE) - {platform}
+    shape, quantizer = ONE_ALONE[platform]
+    fits = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    tree = {"a": fits, "b": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    rules = cage.Rules([("b/kernel", quantizer), ("a", cage.quest(4))])
+    tx = cage.cage_adamw(1e-3, rules, 1.0)
+
+    def step(x, gradient):
+        return tx.fused_step(gradient, tx.init(x), x, implementation="pallas")
+
+    def loss(x):
+        value = cage.fake_quant(x, rules, implementation="pallas")
+        return jnp.square(value["b"]["kernel"]).sum()
+
+    for function, *args in ((step, tree, tree), (loss, tree), (jax.grad(loss), tree)):
+        match = f"^`b/kernel`: `implementation` must .*there is none for {other}"
+        with pytest.raises(ValueError, match=match):
+            lowered(function, other, *args)
+        lowered(function, platform, *args)
+
+
+def test_a_parameter_is_named_once_where_nothing_is_traced():
+    x = {"b": {"kernel": jnp.ones((512, 512))}}
+    rules = cage.Rules([("b/kernel", cage.quest(4))])
+    match = "^`b/kernel`: `implementation` must .*there is none for this platform"
+    with pytest.raises(ValueError, match=match):
+        cage.fake_quant(x, rules, implementation="pallas")
+
+
 @pytest.mark.parametrize("quantizer", [cage.quest(4), cage.mxfp4()])
 def test_the_machine_divides_and_rounds(quantizer):
     """Triton's own quotients and roots are approximate, and it does not round."""

@@ -60,6 +60,7 @@ def either(
     kernels: Kernels,
     *args: Any,
     implementation: Implementation | None = None,
+    path: str = "",
 ) -> Any:
     """`default(*args)`, or what a kernel makes of them.
 
@@ -75,6 +76,7 @@ def either(
       implementation: "xla" for a form of `jax.numpy`; "pallas" for the kernel, or an
         error where it cannot be taken; None for the kernel where it can and is known to
         be faster.
+      path: of the parameter, for errors about it.
 
     Returns:
       What `default` returns.
@@ -85,7 +87,7 @@ def either(
     """
     check_implementation(implementation)
     if implementation == "pallas" and not kernels:
-        raise _impossible("there is none for this quantizer and shape")
+        raise _impossible(path, "there is none for this quantizer and shape")
     if implementation == "xla":
         kernels = dataclasses.replace(kernels, tpu=None, cuda=None)
     if not any(kernels.forms.values()):
@@ -104,9 +106,30 @@ def either(
         required=implementation == "pallas",
         by_name=kernels.by_name,
         pieces=kernels.pieces,
+        path=path,
         **{name: form and flat(form) for name, form in kernels.forms.items()},
     )
     return jax.tree.unflatten(jax.tree.structure(out), found)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 2))
+def kernel_required(kernels: Kernels, x: jax.Array, path: str) -> jax.Array:
+    """`x`, in programs that can take one of `kernels`; the error has the path.
+
+    So that `either` itself, without a path, is traced once for all arrays of a shape.
+    """
+    itself = Kernels(tpu=kernels.tpu and _itself, cuda=kernels.cuda and _itself)
+    return either(_itself, itself, x, implementation="pallas", path=path)
+
+
+@kernel_required.defjvp
+def _differentiate_required(kernels, path, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return kernel_required(kernels, x, path), tangent
+
+
+def _itself(x):
+    return x
 
 
 def check_implementation(implementation: Implementation | None) -> None:
@@ -118,10 +141,11 @@ def check_implementation(implementation: Implementation | None) -> None:
         )
 
 
-def _impossible(why):
+def _impossible(path, why):
+    parameter = f"`{path}`: " if path else ""
     return ValueError(
-        f"`implementation` must be None or 'xla' where no kernel can run; got "
-        f"'pallas', and {why}. Use None, for the kernel wherever it can run."
+        f"{parameter}`implementation` must be None or 'xla' where no kernel can run; "
+        f"got 'pallas', and {why}. Use None, for the kernel wherever it can run."
     )
 
 
@@ -139,7 +163,7 @@ def _shapes(*args, default, **_):
     return default.out_avals
 
 
-def _lower(context, *args, default, required, by_name, pieces, platform, **forms):
+def _lower(context, *args, default, required, by_name, pieces, path, platform, **forms):
     kernel = forms.get(platform)
     devices = _devices(context.module_context.axis_context)
     if kernel is not None and devices == 1 and (required or platform not in by_name):
@@ -149,9 +173,10 @@ def _lower(context, *args, default, required, by_name, pieces, platform, **forms
             return mlir.lower_fun(kernel)(context, *args)
     if required:
         raise _impossible(
+            path,
             f"there is none for {platform}"
             if kernel is None
-            else "the compiler partitions this program: wrap the call in a shard_map"
+            else "the compiler partitions this program: wrap the call in a shard_map",
         )
     form = forms.get(f"xla_{platform}")
     if form is None or pieces % devices:
@@ -172,7 +197,7 @@ for _name in _PLATFORMS:
     mlir.register_lowering(_either_p, partial(_lower, platform=_name), platform=_name)
 
 
-def _batch(args, dimensions, *, default, required, by_name, pieces, **forms):
+def _batch(args, dimensions, *, default, required, by_name, pieces, path, **forms):
     def mapped(function):
         return jax.vmap(function, in_axes=tuple(dimensions), out_axes=0)
 
@@ -182,6 +207,7 @@ def _batch(args, dimensions, *, default, required, by_name, pieces, **forms):
         required=required,
         by_name=by_name,
         pieces=pieces,
+        path=path,
         **{name: form and mapped(form) for name, form in forms.items()},
     )
     return found, [0] * len(found)
