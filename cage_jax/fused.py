@@ -81,7 +81,9 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
 
         Donate parameters and state in the order in which your step returns them, as in
         `train_step(params, state, ...) -> (params, state, ...)`: JAX gives the results
-        the donated memory by that order, and what is crossed has to be copied.
+        the donated memory by that order, and what is crossed has to be copied. What was
+        donated is gone: JAX raises an error where parameters or a state of before the
+        step are used again.
 
         The state is that of `update`: either goes on from the other's. Both agree but
         for the last places. On a TPU, on one device, inside of a `shard_map` or on
