@@ -88,22 +88,27 @@ def _times_matrix(x, axis):
 def _matrix_times(x, axis):
     """The product, its axis in place: one of two matrices for each index before it."""
     matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
-    shape, batch = (*x.shape[:axis], *matrix.shape), tuple(range(axis))
-    matrix = lax.broadcast_in_dim(
-        matrix, shape, (axis, axis + 1), out_sharding=_sharding_before(x, axis)
-    )
+    batch = tuple(range(axis))
     dimensions = (((axis + 1,), (axis,)), (batch, batch))
-    return lax.dot_general(matrix, x, dimensions, precision=lax.Precision.HIGHEST)
+    matrices = _for_each_before(matrix, x, axis)
+    return lax.dot_general(matrices, x, dimensions, precision=lax.Precision.HIGHEST)
 
 
-def _sharding_before(x, axis):
-    """That of the axes before `axis`, with two more; None where they are not sharded.
-
-    What is sharded as the compiler likes has none here.
-    """
+def _for_each_before(matrix, x, axis):
+    """A matrix for each index before `axis`, sharded as `x` is along those axes."""
+    shape, dimensions = (*x.shape[:axis], *matrix.shape), (axis, axis + 1)
     sharding = jax.typeof(x).sharding
     before = sharding.spec[:axis]
-    return NamedSharding(sharding.mesh, P(*before, None, None)) if any(before) else None
+    if not any(before):  # what is sharded as the compiler likes has none here
+        return lax.broadcast_in_dim(matrix, shape, dimensions)
+    # Outside of a mesh, JAX from 0.11 on takes no notice of `out_sharding`.
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return lax.broadcast_in_dim(
+            matrix,
+            shape,
+            dimensions,
+            out_sharding=NamedSharding(sharding.mesh, P(*before, None, None)),
+        )
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def _step(eqn: JaxprEqn, origins):
 
 
 def _follow_scan(eqn, origins):
-    program, carries = eqn.params["jaxpr"], eqn.params["num_carry"]
+    program, (_, carries) = eqn.params["jaxpr"], scan_counts(eqn)
     origins = _settled(eqn, origins)
     outputs, products = _follow(program.jaxpr, _with_constants(program, origins))
     inside = [p._replace(repeats=(eqn.params["length"], *p.repeats)) for p in products]
@@ -161,8 +161,8 @@ def _settled(eqn, origins):
 
 
 def _carried(eqn):
-    first = eqn.params["num_consts"]
-    return slice(first, first + eqn.params["num_carry"])
+    first, carries = scan_counts(eqn)
+    return slice(first, first + carries)
 
 
 def _opaque(eqn, origins):
@@ -194,6 +194,14 @@ def _join(origins) -> Origin:
             return DATA
         paths += [path for path in origin if path not in paths]
     return tuple(paths)
+
+
+def scan_counts(eqn):
+    """The numbers of constants and of carried values that lead a scan's operands."""
+    if "ft_in" in eqn.params:  # from JAX 0.12 on
+        constants, carry, _ = eqn.params["ft_in"].unpack()
+        return len(constants), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def inner_program(eqn):

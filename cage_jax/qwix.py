@@ -32,7 +32,7 @@ from jax.interpreters import batching
 
 from cage_jax.formats import Format
 from cage_jax.paths import flatten_with_paths
-from cage_jax.products import subjaxprs
+from cage_jax.products import scan_counts, subjaxprs
 from cage_jax.quantizers import Quantizer
 from cage_jax.rules import Rules
 from cage_jax.scale_types import FULL
@@ -725,10 +725,10 @@ def _step(eqn):
 
 
 def _after_scan(eqn, values, found):
-    program, constants = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
-    rows = constants + eqn.params["num_carry"]
+    program, (constants, carries) = eqn.params["jaxpr"].jaxpr, scan_counts(eqn)
+    rows = constants + carries
     # What is carried may become data.
-    carried = [_DATA] * eqn.params["num_carry"]
+    carried = [_DATA] * carries
     stacks = [
         value._replace(steps=(*value.steps, _ROW))
         if isinstance(value, _Value) and value.steps is not None

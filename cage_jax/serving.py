@@ -31,7 +31,7 @@ from cage_jax.pallas.dispatch import (
     either,
 )
 from cage_jax.paths import flatten_with_paths, path_in_errors
-from cage_jax.products import inner_program, unchanged
+from cage_jax.products import inner_program, scan_counts, unchanged
 from cage_jax.quantization import dequantize, quantize
 from cage_jax.quantized_array import QuantizedArray, grid_of
 from cage_jax.quantizers import Quantizer
@@ -591,8 +591,8 @@ class _Run:
         return jnp.moveaxis(found, range(-free, 0), range(batch, batch + free))
 
     def _scan(self, eqn, values):
-        params, first = eqn.params, eqn.params["num_consts"]
-        program, end = params["jaxpr"], first + eqn.params["num_carry"]
+        params, (first, carries) = eqn.params, scan_counts(eqn)
+        program, end = params["jaxpr"], first + carries
         constants, carry = values[:first], [_plain(v) for v in values[first:end]]
         paths = [v.path if isinstance(v, _Weights) else "" for v in values[end:]]
         rows = [_rows(value) for value in values[end:]]

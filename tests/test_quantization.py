@@ -30,6 +30,7 @@ from cage_jax import (
     with_grids,
 )
 from cage_jax.formats import Integer, MidRise
+from cage_jax.products import scan_counts
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.scales import AbsMax, Fixed, Gaussian, Grid, MinMax, SignedMax
 
@@ -516,7 +517,7 @@ def test_a_loop_is_handed_no_arrays_of_constants(quantizer):
 
     equations = jax.make_jaxpr(jax.grad(loss))(jnp.ones(KERNEL)).eqns
     loop = next(each for each in equations if each.primitive.name == "scan")
-    constants = loop.invars[: loop.params["num_consts"]]
+    constants = loop.invars[: scan_counts(loop)[0]]
     # The rotation's matrix is one, once for all turns.
     sizes = [each.aval.size for each in constants]
     assert all(size <= (quantizer.hadamard or 0) ** 2 for size in sizes), sizes
