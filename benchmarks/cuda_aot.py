@@ -108,4 +108,9 @@ def compiled(function: Callable, *args: Any, donated: tuple[int, ...] = ()) -> A
     # From JAX 0.11 on Triton's lowering asks the mesh for the GPU where there is none.
     kind = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
-        return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*args)
+    flags = os.environ.get("XLA_FLAGS", "")
+    folder = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", flags)
+    # Beside an installed `nvidia-cuda-nvcc`, JAX names that one's folder over the flag.
+    options = {"xla_gpu_cuda_data_dir": folder[1]} if folder else {}
+    return lowered.compile(compiler_options=options)
