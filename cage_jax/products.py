@@ -198,7 +198,7 @@ def _join(origins) -> Origin:
 
 def scan_counts(eqn):
     """The numbers of constants and of carried values that lead a scan's operands."""
-    if "ft_in" in eqn.params:  # from JAX 0.12 on
+    if "ft_in" in eqn.params:  # from JAX 0.11 on
         constants, carry, _ = eqn.params["ft_in"].unpack()
         return len(constants), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]
