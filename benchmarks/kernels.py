@@ -2,14 +2,20 @@
 
 Each case is compiled for one TPU chip, as XLA makes it of `jax.numpy` and with the
 kernel. A unit is one copy of the array: to read it and to write the result takes two,
-and a quarter more where a mask is written for the gradient. Nothing is run.
+and a quarter more where a mask is written for the gradient. Cycles are those that the
+compiler expects of its own programs, which wait for memory, and of kernels those of
+their instructions; with how long memory takes for what a kernel moves, by the same
+estimate, the longer of both is what to expect of it. Nothing is run.
 """
 
 import dataclasses
 import os
 import re
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 # Before jax is loaded: no TPU is looked for, and other processes may compile too.
@@ -17,6 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+import bundles
 import hlo
 import jax
 import jax.numpy as jnp
@@ -36,6 +43,8 @@ IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
 # That a kernel is shipped for: what XLA moves over what it moves.
 GAIN = 1.15
 EXCESS = 1.05
+# Cycles are given for so many numbers of an array.
+_NUMBERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Settings:
     """One case, to see that it works; nothing is written."""
 
 
-def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any:
+def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"] | None) -> Any:
     """What is compiled, for an abstract array."""
 
     def forward(x):
@@ -73,8 +82,8 @@ def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"]) -> Any
     )
 
     def step(params, state, gradient):
-        if implementation == "pallas":
-            return tx.fused_step(gradient, state, params, implementation="pallas")
+        if implementation != "xla":
+            return tx.fused_step(gradient, state, params, implementation=implementation)
         # "xla" of the fused step is this as well, but for the layout of its state.
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
@@ -95,55 +104,112 @@ def array(shape: tuple[int, int], dtype: str, chip: str) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 
-def counted(case: Case, chip: str, implementation: Literal["xla", "pallas"]):
-    """Units moved, the kernels by name, and seconds to compile."""
+def counted(
+    case: Case,
+    chip: str,
+    implementation: Literal["xla", "pallas"],
+    schedules: Callable[[], dict[str, bundles.Schedule]] | None = None,
+) -> dict[str, Any]:
+    """Units moved, the kernels by name, cycles, and seconds to compile.
+
+    Args:
+      case: what is compiled.
+      chip: for what.
+      implementation: which form of it.
+      schedules: gives those of kernels that were compiled, as `bundles.watched` does;
+        without them cycles are left out.
+    """
     x = array(case.shape, case.dtype, chip)
     start, unit = time.perf_counter(), x.size * jnp.dtype(x.dtype).itemsize
     program = lowered(case, x, implementation).compile()
     text = program.as_text()
-    return {
+    found = {
         "units": hlo.moved(text).memory / unit,
         "in place": program.memory_analysis().alias_size_in_bytes / unit,
         "kernels": sorted(set(re.findall(r"%(cage_\w+?)(?:\.\d+)? = ", text))),
         "seconds": time.perf_counter() - start,
     }
+    if schedules is not None:
+        own = schedules().values()
+        # A step has a branch without the pull, which is shorter.
+        branches = 2 if case.is_step and case.what != "step, statistics" else 1
+        cycles = _expected(text) + sum(each.cycles(branches) for each in own)
+        found["cycles"] = cycles * _NUMBERS / x.size
+    return found
+
+
+def copied(chip: str, dtype: str) -> float:
+    """Cycles that the compiler expects to read and write an array."""
+    x = array((LONG, WIDE), dtype, chip)
+    text = jax.jit(lambda x: x + x).lower(x).compile().as_text()
+    return _expected(text) * _NUMBERS / x.size
+
+
+def is_taken(case: Case, chip: str) -> bool:
+    """Whether a kernel is run where none is asked for."""
+    x = array(case.shape, case.dtype, chip)
+    return case.kernels[0] in lowered(case, x, None).as_text()
+
+
+def _expected(text):
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
 
 
 def measure(cases: list[Case], chips: tuple[str, ...]) -> dict[str, Any]:
     """The record of all cases."""
     console, figures = Console(), {}
-    for number, case in enumerate(cases, 1):
-        console.print(f"{number}/{len(cases)} {case}", highlight=False)
-        figures[str(case)] = {
-            "least": case.least,
-            "chips": {
-                chip: {name: counted(case, chip, name) for name in IMPLEMENTATIONS}
-                for chip in chips
-            },
-        }
-    by_chip = [
-        (each["least"], found["xla"]["units"], found["pallas"]["units"])
+    with tempfile.TemporaryDirectory() as folder:
+        schedules = bundles.watched(Path(folder))
+        for number, case in enumerate(cases, 1):
+            console.print(f"{number}/{len(cases)} {case}", highlight=False)
+            figures[str(case)] = {
+                "least": case.least,
+                "taken": is_taken(case, chips[0]),
+                "chips": {
+                    chip: {
+                        name: counted(case, chip, name, schedules)
+                        for name in IMPLEMENTATIONS
+                    }
+                    | {"copy": copied(chip, case.dtype)}
+                    for chip in chips
+                },
+            }
+    each_chip = [
+        (each, found["copy"], found["xla"], found["pallas"])
         for each in figures.values()
         for found in each["chips"].values()
     ]
+    taken = [rest for each, *rest in each_chip if each["taken"]]
     return {
         "name": "kernels",
         "benchmark": "kernels",
         "title": f"Copies of an array of {LONG * WIDE // 2**20} M numbers that are "
-        f"moved to and from memory, compiled and not run",
+        f"moved to and from memory, and in brackets cycles for {_NUMBERS} of them, "
+        f"compiled and not run",
         "environment": measurement.environment("libtpu"),
         "settings": {"chips": list(chips), "shape": [LONG, WIDE]},
         "figures": figures,
         "targets": [
             measurement.target(
                 "kernels, most of the least",
-                max(pallas / least for least, _, pallas in by_chip),
+                max(
+                    kernel["units"] / each["least"] for each, _, _, kernel in each_chip
+                ),
                 EXCESS,
                 ".3f",
             ),
             measurement.target(
-                "kernels, most of XLA",
-                max(pallas / xla for _, xla, pallas in by_chip),
+                "kernels that are run by themselves, most of what XLA moves",
+                max(kernel["units"] / xla["units"] for _, xla, kernel in taken),
+                1 / GAIN,
+                ".2f",
+            ),
+            measurement.target(
+                "kernels that are run by themselves, most of XLA's cycles",
+                max(
+                    max(kernel["cycles"], kernel["units"] / 2 * copy) / xla["cycles"]
+                    for copy, xla, kernel in taken
+                ),
                 1 / GAIN,
                 ".2f",
             ),
@@ -161,8 +227,15 @@ def table(record: dict[str, Any]) -> Rows:
         found = [
             each["chips"][chip][name] for chip in chips for name in IMPLEMENTATIONS
         ]
-        cells.append([case, f"{each['least']:.2f}"])
-        cells[-1] += [f"{one['units']:.2f}" for one in found]
+        cells.append([case if each["taken"] else f"{case} (by name alone)"])
+        cells[-1].append(f"{each['least']:.2f}")
+        cells[-1] += [f"{one['units']:.2f} ({one['cycles']:.0f})" for one in found]
+    cells.append(["(to read and write float32)", ""])
+    for chip in chips:
+        float32 = max(
+            each["chips"][chip]["copy"] for each in record["figures"].values()
+        )
+        cells[-1] += ["", f"({float32:.0f})"]
     cells.append(["seconds to compile all", ""])
     for chip in chips:
         for name in IMPLEMENTATIONS:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bundles
 import kernels
 import low_bit
 import pytest
@@ -116,21 +117,53 @@ def test_they_move_the_least_and_no_copy(request):
 
 
 def test_the_record_and_its_table(monkeypatch):
-    units = {"xla": 5.0, "pallas": 2.2}
+    units, cycles = {"xla": 5.0, "pallas": 2.2}, {"xla": 50.0, "pallas": 46.0}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")  # to have it back
 
-    def counted(case, chip, implementation):
+    def counted(case, chip, implementation, schedules):
         kernel = ["cage_fake_quant"] * (implementation == "pallas")
-        return {"units": units[implementation], "kernels": kernel, "seconds": 10.0}
+        return {
+            "units": units[implementation],
+            "cycles": cycles[implementation],
+            "kernels": kernel,
+            "seconds": 10.0,
+        }
 
     monkeypatch.setattr(kernels, "counted", counted)
+    monkeypatch.setattr(kernels, "copied", lambda chip, dtype: 20.0)
+    monkeypatch.setattr(kernels, "is_taken", lambda case, chip: True)
     case = kernels.CASES_FOR_TPU[0]
     record = json.loads(json.dumps(kernels.measure([case], ("v5e", "v6e"))))
-    excess, gain = record["targets"]
+    excess, gain, cycles_gain = record["targets"]
+    assert not cycles_gain["met"] and cycles_gain["measured"] == pytest.approx(46 / 50)
     assert not excess["met"] and excess["measured"] == pytest.approx(1.1)
     assert gain["met"] and gain["measured"] == pytest.approx(2.2 / 5)
     rows = kernels.table(record)
-    assert rows.cells[0] == [str(case), "2.00", "5.00", "2.20", "5.00", "2.20"]
-    assert rows.cells[1][2:] == ["10"] * 4
+    assert rows.cells[0] == [str(case), "2.00", *["5.00 (50)", "2.20 (46)"] * 2]
+    assert rows.cells[1][2:] == ["", "(20)"] * 2
+    assert rows.cells[2][2:] == ["10"] * 4
+
+
+SCHEDULE = """
+   0x1   :  { %3705 = sst [smem:[#allocation25_spill]] %s3692_s1 }
+   0xe LB: > { %s2549_s21 = sphi %s2622_s21, %s19_s21 }
+   0xf   : > { %v247_v2 = vld [vmem:[#allocation4] sm:$0x1] }
+  0x5b LB: >> { %s1880_s26 = sshll.u32 %s2561_s24, 7 }
+  0x5c   : >> { %p250_p1 = scmp.ge.s32.totalorder %s253_s24, 16 /* loop exit test */ }
+  0x5d   : >> { %252 = sbr.rel (!%p250_p1) target = $region107 }
+  0x5e PF: > { %s3731_s30 = sld [smem:[#allocation17_spill]] }
+  0x5f LB: >> { %p969_p10 = scmp.ge.s32.totalorder %s972_s1, 4 /* loop exit test */ }
+  0x60   : > { %p3647_p10 = scmp.ge.s32.totalorder %s19_s21, 50 /* loop exit test */ }
+  0x61   :  {} /* End region 4 :: End region 128 */
+"""
+
+
+def test_cycles_are_those_of_the_loops_that_run():
+    schedule = bundles.read(SCHEDULE)
+    assert schedule == (50, 4, ((3, 16), (1, 4)))
+    # Either loop runs in half of the steps; or the second one in none.
+    assert schedule.cycles() == 50 * (4 + (3 * 16 + 1 * 4) / 2)
+    assert schedule.cycles(branches=2) == 50 * (4 + 3 * 16)
 
 
 # --- products with codes --------------------------------------------------------------
