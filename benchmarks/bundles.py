@@ -5,11 +5,14 @@ in empty ones; waiting for memory is not in it. So this is the time that a kerne
 where memory is faster than that.
 """
 
+import multiprocessing
 import os
 import re
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _FILE = re.compile(r"-(cage_\w+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
 # Its address, what begins there (LB: the body of a loop), and in how many loops it is.
@@ -53,28 +56,37 @@ class Schedule(NamedTuple):
         return self.steps * (self.block + strips)
 
 
-def watched(folder: Path) -> Callable[[], dict[str, Schedule]]:
-    """Has the compiler write its schedules; to be called before libtpu is loaded.
+def schedules(compiled: Callable, calls: list[tuple]) -> list[dict[str, Schedule]]:
+    """Those of the kernels of this package, by their names, for each of several calls.
+
+    In a process of its own: the compiler writes a schedule of all that a process has it
+    compile, and of what are no kernels that takes minutes.
 
     Args:
-      folder: an empty one.
-
-    Returns:
-      A function that gives those of this package's kernels, by their names, that were
-      compiled since it was called last.
+      compiled: a function of a module, which compiles kernels.
+      calls: its arguments.
     """
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, mp_context=context) as process,
+    ):
+        return process.submit(_written, Path(folder), compiled, calls).result()
+
+
+def _written(folder: Path, compiled: Callable, calls: list[tuple[Any, ...]]):
+    # Read when libtpu is loaded, by the first of the calls.
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dump}"
-
-    def found():
-        schedules = {}
+    found = []
+    for call in calls:
+        compiled(*call)
+        found.append({})
         for path in folder.iterdir():
             if match := _FILE.search(path.name):
-                schedules[match[1]] = read(path.read_text())
+                found[-1][match[1]] = read(path.read_text())
             path.unlink()
-        return schedules
-
     return found
 
 

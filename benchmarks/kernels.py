@@ -12,10 +12,7 @@ import dataclasses
 import os
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 # Before jax is loaded: no TPU is looked for, and other processes may compile too.
@@ -105,43 +102,45 @@ def array(shape: tuple[int, int], dtype: str, chip: str) -> jax.ShapeDtypeStruct
 
 
 def counted(
-    case: Case,
-    chip: str,
-    implementation: Literal["xla", "pallas"],
-    schedules: Callable[[], dict[str, bundles.Schedule]] | None = None,
+    case: Case, chip: str, implementation: Literal["xla", "pallas"]
 ) -> dict[str, Any]:
-    """Units moved, the kernels by name, cycles, and seconds to compile.
+    """Units moved, the kernels by name, seconds to compile, and expected cycles.
 
-    Args:
-      case: what is compiled.
-      chip: for what.
-      implementation: which form of it.
-      schedules: gives those of kernels that were compiled, as `bundles.watched` does;
-        without them cycles are left out.
+    The compiler expects none of kernels.
     """
     x = array(case.shape, case.dtype, chip)
     start, unit = time.perf_counter(), x.size * jnp.dtype(x.dtype).itemsize
     program = lowered(case, x, implementation).compile()
     text = program.as_text()
-    found = {
+    return {
         "units": hlo.moved(text).memory / unit,
         "in place": program.memory_analysis().alias_size_in_bytes / unit,
         "kernels": sorted(set(re.findall(r"%(cage_\w+?)(?:\.\d+)? = ", text))),
         "seconds": time.perf_counter() - start,
+        "cycles": _expected(text) * _NUMBERS / x.size,
     }
-    if schedules is not None:
-        own = schedules().values()
+
+
+def cycles(cases: list[Case], chips: tuple[str, ...]) -> list[float]:
+    """Those of the kernels of each case, for one chip after the other."""
+    calls = [(case, chip) for case in cases for chip in chips]
+    found = []
+    for (case, _), each in zip(calls, bundles.schedules(_compiled, calls)):
         # A step has a branch without the pull, which is shorter.
         branches = 2 if case.is_step and case.what != "step, statistics" else 1
-        cycles = _expected(text) + sum(each.cycles(branches) for each in own)
-        found["cycles"] = cycles * _NUMBERS / x.size
+        whole = sum(schedule.cycles(branches) for schedule in each.values())
+        found.append(whole * _NUMBERS / (LONG * WIDE))
     return found
+
+
+def _compiled(case, chip):
+    return lowered(case, array(case.shape, case.dtype, chip), "pallas").compile()
 
 
 def copied(chip: str, dtype: str) -> float:
     """Cycles that the compiler expects to read and write an array."""
     x = array((LONG, WIDE), dtype, chip)
-    text = jax.jit(lambda x: x + x).lower(x).compile().as_text()
+    text = jax.jit(lambda x: x + x.dtype.type(1)).lower(x).compile().as_text()
     return _expected(text) * _NUMBERS / x.size
 
 
@@ -158,28 +157,22 @@ def _expected(text):
 def measure(cases: list[Case], chips: tuple[str, ...]) -> dict[str, Any]:
     """The record of all cases."""
     console, figures = Console(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        schedules = bundles.watched(Path(folder))
-        for number, case in enumerate(cases, 1):
-            console.print(f"{number}/{len(cases)} {case}", highlight=False)
-            figures[str(case)] = {
-                "least": case.least,
-                "taken": is_taken(case, chips[0]),
-                "chips": {
-                    chip: {
-                        name: counted(case, chip, name, schedules)
-                        for name in IMPLEMENTATIONS
-                    }
-                    | {"copy": copied(chip, case.dtype)}
-                    for chip in chips
-                },
+    console.print("schedules of all kernels", highlight=False)
+    schedules = iter(cycles(cases, chips))
+    for number, case in enumerate(cases, 1):
+        console.print(f"{number}/{len(cases)} {case}", highlight=False)
+        by_chip = {}
+        for chip in chips:
+            by_chip[chip] = {
+                name: counted(case, chip, name) for name in IMPLEMENTATIONS
             }
-    each_chip = [
-        (each, found["copy"], found["xla"], found["pallas"])
-        for each in figures.values()
-        for found in each["chips"].values()
-    ]
-    taken = [rest for each, *rest in each_chip if each["taken"]]
+            by_chip[chip]["pallas"]["cycles"] += next(schedules)
+            by_chip[chip]["copy"] = copied(chip, case.dtype)
+        figures[str(case)] = {
+            "least": case.least,
+            "taken": is_taken(case, chips[0]),
+            "chips": by_chip,
+        }
     return {
         "name": "kernels",
         "benchmark": "kernels",
@@ -189,32 +182,40 @@ def measure(cases: list[Case], chips: tuple[str, ...]) -> dict[str, Any]:
         "environment": measurement.environment("libtpu"),
         "settings": {"chips": list(chips), "shape": [LONG, WIDE]},
         "figures": figures,
-        "targets": [
-            measurement.target(
-                "kernels, most of the least",
-                max(
-                    kernel["units"] / each["least"] for each, _, _, kernel in each_chip
-                ),
-                EXCESS,
-                ".3f",
-            ),
-            measurement.target(
-                "kernels that are run by themselves, most of what XLA moves",
-                max(kernel["units"] / xla["units"] for _, xla, kernel in taken),
-                1 / GAIN,
-                ".2f",
-            ),
-            measurement.target(
-                "kernels that are run by themselves, most of XLA's cycles",
-                max(
-                    max(kernel["cycles"], kernel["units"] / 2 * copy) / xla["cycles"]
-                    for copy, xla, kernel in taken
-                ),
-                1 / GAIN,
-                ".2f",
-            ),
-        ],
+        "targets": _targets(figures),
     }
+
+
+def _targets(figures):
+    each_chip = [
+        (each, found["copy"], found["xla"], found["pallas"])
+        for each in figures.values()
+        for found in each["chips"].values()
+    ]
+    taken = [rest for each, *rest in each_chip if each["taken"]]
+    return [
+        measurement.target(
+            "kernels, most of the least",
+            max(kernel["units"] / each["least"] for each, _, _, kernel in each_chip),
+            EXCESS,
+            ".3f",
+        ),
+        measurement.target(
+            "kernels that are run by themselves, most of what XLA moves",
+            max(kernel["units"] / xla["units"] for _, xla, kernel in taken),
+            1 / GAIN,
+            ".2f",
+        ),
+        measurement.target(
+            "kernels that are run by themselves, most of XLA's cycles",
+            max(
+                max(kernel["cycles"], kernel["units"] / 2 * copy) / xla["cycles"]
+                for copy, xla, kernel in taken
+            ),
+            1 / GAIN,
+            ".2f",
+        ),
+    ]
 
 
 def table(record: dict[str, Any]) -> Rows:
