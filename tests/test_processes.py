@@ -13,10 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import processes
 import pytest
-import train_lm
 from checkpoints import newest
-from experiment import Settings
-from rich.console import Console
 
 EXAMPLES = Path(launch.__file__).parent
 FLAGS = ["--tiny", "--arms", "cage", "--steps", "20", "--strength", "300"]
@@ -45,13 +42,24 @@ def losses(out):
     return np.asarray(restored["losses"])
 
 
-def alone(out, **changes):
-    settings = Settings(
-        tiny=True, arms=("cage",), steps=20, strength=300.0, out=out, **changes
+def alone(out, devices, *flags):
+    """The losses of one process that has so many devices.
+
+    Not of this one, which has more: threads of a CPU, among which sums are divided, are
+    as many as devices at least.
+    """
+    flags = *FLAGS, "--out", str(out), "--devices", str(devices), *map(str, flags)
+    host = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train_lm.py", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": host},
+        timeout=PATIENCE,
+        check=False,
     )
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        (result,) = train_lm.run(settings, Console(quiet=True)).values()
-    return np.asarray(result.history.losses)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(out)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +75,7 @@ def alone(out, **changes):
 )
 def test_processes_train_as_one(processes, a_bits, devices, tmp_path):
     process = start(processes, "--out", tmp_path / "many", "--a-bits", a_bits)
-    expected = alone(tmp_path / "one", a_bits=a_bits, devices=devices)
+    expected = alone(tmp_path / "one", devices, "--a-bits", a_bits)
     printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, printed
     found = losses(tmp_path / "many")
