@@ -90,10 +90,10 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         explicit shards of whole groups, each large parameter that is quantized is one
         kernel, which reads its gradient, moments and values once and writes moments and
         values once; all else is as in `update`. No fused form have `nesterov`,
-        `freeze_scale`, a weight decay that is an array, parameters, gradients and
-        second moments other than float32, scales of a whole tensor, the quantizers that
-        `fake_quant` has no kernel for, and with `statistics` formats other than
-        integers and mid-rise ones.
+        `freeze_scale`, `curvature`, a weight decay that is an array, parameters,
+        gradients and second moments other than float32, scales of a whole tensor, the
+        quantizers that `fake_quant` has no kernel for, and with `statistics` formats
+        other than integers and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.
@@ -230,6 +230,7 @@ def _chosen(fused, gradients, state, params, implementation):
         kernels = Kernels()
         if (
             cage_state.grids is None
+            and cage_state.curvature is None
             and fused.adamw is not None
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from cage_jax.adamw import AdamW
+from cage_jax.curvature import Curvature
 from cage_jax.fused import FusedAdamW, FusedStep
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule
@@ -28,6 +29,7 @@ def cage_adamw(
     *,
     nesterov: bool = False,
     placement: Placement = "decoupled",
+    curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> FusedAdamW:
@@ -46,6 +48,7 @@ def cage_adamw(
         which parameters decay.
       placement: "decoupled" for the error at the weights before the step, "post_step"
         for the order of the authors' PyTorch code; see the functions of these names.
+      curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
@@ -89,6 +92,7 @@ def cage_adamw(
         rules,
         strength,
         learning_rate,
+        curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
@@ -110,6 +114,7 @@ def cage_sgd(
     momentum: float | None = None,
     nesterov: bool = False,
     *,
+    curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,6 +130,7 @@ def cage_sgd(
       rules: which parameters are quantized, and how.
       strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`.
       momentum, nesterov: as in `optax.sgd`.
+      curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
@@ -146,6 +152,7 @@ def cage_sgd(
         rules,
         strength,
         learning_rate,
+        curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
     )

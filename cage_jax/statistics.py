@@ -1,7 +1,7 @@
 """What the correction saw at a step: errors, codes that change, norms that drift."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -103,6 +103,7 @@ def gathered(
     level: jax.Array | float,
     coefficient: jax.Array | float,
     before: CageStatistics,
+    weighed: Iterable[jax.Array] = (),
 ) -> CageStatistics:
     """The statistics of a step.
 
@@ -111,6 +112,7 @@ def gathered(
       level: lambda.
       coefficient: what the error was multiplied with.
       before: the statistics of the step before.
+      weighed: the errors where they are weighted with a curvature.
     """
     parts = each.values()
     ratios = [_ratio(jnp.sqrt(one.error), jnp.sqrt(one.norm)) for one in parts]
@@ -118,7 +120,8 @@ def gathered(
     norm = _root(one.norm for one in parts)
     began = before.correction_strength != 0
     reference = jnp.where(began, before.reference_norm, norm)
-    correction = jnp.abs(jnp.float32(coefficient)) * _root(one.error for one in parts)
+    errors = [squares(error) for error in weighed] or [one.error for one in parts]
+    correction = jnp.abs(jnp.float32(coefficient)) * _root(errors)
     flipped = sum((one.flipped for one in parts), start=jnp.zeros([], jnp.float32))
     total = sum(one.codes.size for one in parts)
     codes = {path: one.codes for path, one in each.items()}

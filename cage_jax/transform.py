@@ -19,13 +19,14 @@ wrong sign and size, and nothing at that place can tell.
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.curvature import Curvature, Step
 from cage_jax.quantization import check_grid_given, grid_at
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.rules import Rules
@@ -48,17 +49,20 @@ class CageState(NamedTuple):
         scale 0 until the pull begins; pass it to `fake_quant` and `quantize` as
         `grid`. None otherwise.
       statistics: with `statistics`, those of the last step. None otherwise.
+      curvature: with `curvature`, the state of that. None otherwise.
     """
 
     cage_count: jax.Array
     grids: dict[str, Grid] | None
     statistics: CageStatistics | None
+    curvature: Any = None
 
 
 def cage(
     rules: Rules,
     strength: ScalarOrSchedule,
     *,
+    curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,6 +80,9 @@ def cage(
     Args:
       rules: which parameters are quantized, and how.
       strength: lambda, a number or a schedule from the step's count.
+      curvature: what the error is weighted with, of `cage_jax.curvature`; None for
+        nothing, the published form. Those that need more than gradients are given it by
+        `update`, such as `obj_fn=loss`.
       freeze_scale: keep the grid of each parameter as it is when the pull begins, so
         that a quantizer that is not idempotent does not walk. Give the forward pass
         and what is shipped the same: `fake_quant(params, rules, grid=grids)` and
@@ -108,6 +115,7 @@ def cage(
         strength,
         lambda count: 1.0,
         at_updated=False,
+        curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
@@ -119,6 +127,7 @@ def decoupled(
     strength: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
     *,
+    curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,6 +142,7 @@ def decoupled(
       rules: which parameters are quantized, and how.
       strength: lambda, a number or a schedule from the step's count.
       learning_rate: that of `inner`, a number or a schedule.
+      curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
@@ -161,6 +171,7 @@ def decoupled(
             strength,
             lambda count: -value_at(learning_rate, count),
             at_updated=False,
+            curvature=curvature,
             freeze_scale=freeze_scale,
             statistics=statistics,
         ),
@@ -173,6 +184,7 @@ def post_step(
     strength: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
     *,
+    curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -188,6 +200,7 @@ def post_step(
       strength: lambda, a number or a schedule from the step's count.
       learning_rate: that of `inner`, a number or a schedule. Under
         `optax.inject_hyperparams` it is this step's number, not the next one's.
+      curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
@@ -216,6 +229,7 @@ def post_step(
             strength,
             lambda count: -value_at(learning_rate, optax.safe_increment(count)),
             at_updated=True,
+            curvature=curvature,
             freeze_scale=freeze_scale,
             statistics=statistics,
         ),
@@ -231,6 +245,7 @@ def _after(name, inner, learning_rate, correction):
         )
     check_learning_rate(learning_rate)
     both = optax.chain(inner, correction)
+    first_of_both = optax.with_extra_args_support(inner)
 
     def init(params):
         state = both.init(params)
@@ -243,7 +258,19 @@ def _after(name, inner, learning_rate, correction):
 
     def update(updates, state, params=None, **extra_args):
         _check_params(params)  # before `inner` misses them in its own words
-        return both.update(updates, state, params, **extra_args)
+        gradients, (inner_state, cage_state) = updates, state
+        updates, inner_state = first_of_both.update(
+            updates, inner_state, params, **extra_args
+        )
+        updates, cage_state = correction.update(
+            updates,
+            cage_state,
+            params,
+            gradients=gradients,
+            inner_state=inner_state,
+            **extra_args,
+        )
+        return updates, (inner_state, cage_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -269,6 +296,7 @@ def _correction(
     factor: Callable,
     *,
     at_updated: bool,
+    curvature: Curvature | None,
     freeze_scale: bool,
     statistics: bool,
 ) -> optax.GradientTransformationExtraArgs:
@@ -310,6 +338,8 @@ def _correction(
             cage_count=jnp.zeros([], jnp.int32),
             grids=_unknown(grids) if freeze_scale else None,
             statistics=first(quantized) if statistics else None,
+            curvature=curvature
+            and curvature.init({path: x for path, (_, x) in quantized.items()}),
         )
 
     def update(
@@ -317,11 +347,14 @@ def _correction(
         state,
         params=None,
         *,
+        gradients=None,
+        inner_state=None,
         seen_elsewhere: Mapping[str, Seen] | None = None,
         **extra_args,
     ):
-        del extra_args
         _check_params(params)
+        if gradients is None:
+            gradients = updates  # nothing stands before the correction
         count = state.cage_count
         level = value_at(strength, count)
 
@@ -329,7 +362,12 @@ def _correction(
         # The count, unknown to compilers, keeps the condition of a constant strength.
         active = (level != 0) & (count >= 0)
         coefficient = factor(count) * level
-        points, kept = {}, {}
+        points, kept, errors = {}, {}, {}
+
+        def pulled(update, error):
+            pull = jnp.asarray(coefficient, error.dtype) * error
+            found = update.astype(error.dtype) + pull
+            return jnp.where(active, found.astype(update.dtype), update)
 
         def correct(path, quantizer, x, update):
             nonlocal active
@@ -345,11 +383,29 @@ def _correction(
             check_grid_given(quantizer, frozen)
             active, kept[path], turned_back = fit_if(active, x, quantizer, frozen)
             error = error_from(x, quantizer, kept[path], turned_back)
-            pulled = update.astype(error.dtype)
-            pulled += jnp.asarray(coefficient, error.dtype) * error
-            return jnp.where(active, pulled.astype(update.dtype), update)
+            if curvature is None:
+                return pulled(update, error)
+            errors[path] = error
+            return update
 
         updates = rules.map(correct, params, updates)
+        source = state.curvature
+        if curvature is not None:
+            step = Step(gradients, params, rules, inner_state, extra_args)
+            source = curvature.update(source, step)
+            if errors:
+                errors = lax.cond(
+                    active,
+                    lambda: curvature.weigh(errors, source, step),
+                    lambda: errors,
+                )
+            updates = rules.map(
+                lambda path, _, x, update: (
+                    pulled(update, errors[path]) if path in errors else update
+                ),
+                params,
+                updates,
+            )
         grids = state.grids | kept if freeze_scale else None
         measured = state.statistics
         if statistics:
@@ -361,8 +417,9 @@ def _correction(
                 before = measured.previous_codes[path]
                 each[path] = seen(quantizer, x, update, grid, before)
             each |= seen_elsewhere or {}
-            measured = gathered(each, level, coefficient, measured)
-        return updates, CageState(optax.safe_increment(count), grids, measured)
+            measured = gathered(each, level, coefficient, measured, errors.values())
+        count = optax.safe_increment(count)
+        return updates, CageState(count, grids, measured, source)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

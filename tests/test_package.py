@@ -72,7 +72,7 @@ LAYERS = [
     ["rotation", "activations"],
     ["kv_cache", "diagnostics", "serving"],
     ["flax", "qwix"],
-    ["statistics"],
+    ["statistics", "curvature"],
     ["transform"],
     ["fused"],
     ["optimizers"],

@@ -1,0 +1,342 @@
+"""Sources of curvature: their formulas, and what the correction makes of them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.tree_utils import tree_get
+
+import cage_jax as cage
+from cage_jax import curvature
+from cage_jax.hadamard import hadamard_matrix
+
+RULES = cage.Rules([(r"w", cage.int4())])
+# Sums in another order.
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+def rounded(x):
+    """Of int4, absmax along axis -2, in NumPy."""
+    scale = np.abs(x).max(0, keepdims=True) / 7
+    return np.round(x / scale) * scale
+
+
+@pytest.fixture
+def problem(rng):
+    """A quadratic of one matrix: H of its columns, the optimum, weights, the loss."""
+    factor = rng.normal(size=(8, 8))
+    h = factor @ factor.T / 8 + np.eye(8)
+    optimum, x = rng.normal(size=(2, 8, 3))
+    target = jnp.asarray(optimum, jnp.float32)
+    matrix = jnp.asarray(h, jnp.float32)
+
+    def loss(params):
+        away = cage.fake_quant(params, RULES)["w"] - target
+        return 0.5 * jnp.sum(away * (matrix @ away)) + jnp.sum(params["bias"] ** 2)
+
+    params = {"w": jnp.asarray(x, jnp.float32), "bias": jnp.ones(3)}
+    return h, optimum, params, loss
+
+
+def coupled(source, strength=1.0, **options):
+    """Of the pull alone: the learning rate is -1."""
+    return optax.chain(
+        cage.cage(RULES, strength, curvature=source, **options), optax.sgd(-1.0)
+    )
+
+
+def stepped(tx, params, loss, steps=1, **extra):
+    """The last updates and the state."""
+    state, gradient = tx.init(params), jax.grad(loss)(params)
+    for _ in range(steps):
+        updates, state = tx.update(gradient, state, params, obj_fn=loss, **extra)
+    return updates, state
+
+
+def test_with_the_hessian_the_gradient_is_that_of_full_precision(problem):
+    h, optimum, params, loss = problem
+    updates, _ = stepped(coupled(curvature.hessian()), params, loss)
+    x = np.asarray(params["w"], np.float64)
+    np.testing.assert_allclose(updates["w"], h @ (x - optimum), **CLOSE)
+    np.testing.assert_array_equal(updates["bias"], 2 * params["bias"])
+
+
+def test_a_diagonal_hessian_is_found_by_one_probe(problem):
+    _, optimum, params, _ = problem
+    d = np.linspace(0.5, 4, 24).reshape(8, 3)
+
+    def loss(params):
+        away = cage.fake_quant(params, RULES)["w"] - jnp.asarray(optimum, jnp.float32)
+        return 0.5 * jnp.sum(jnp.asarray(d, jnp.float32) * away**2)
+
+    updates, state = stepped(coupled(curvature.hutchinson()), params, loss)
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.99)
+    np.testing.assert_allclose(found, d, rtol=1e-5)
+    assert tree_get(state, "clamped") == 0
+    x = np.asarray(params["w"], np.float64)
+    np.testing.assert_allclose(updates["w"], d * (x - optimum), **CLOSE)
+
+
+def test_probes_of_a_full_hessian_average_to_its_diagonal(problem):
+    h, _, params, loss = problem
+    tx = coupled(curvature.hutchinson(decay=0.999))
+    gradient = jax.grad(loss)(params)
+
+    def step(state, _):
+        _, state = tx.update(gradient, state, params, obj_fn=loss)
+        return state, None
+
+    steps = 2000
+    state, _ = jax.lax.scan(step, tx.init(params), length=steps)
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.999**steps)
+    # A probe's variance is the sum of squares off the diagonal; the average is of about
+    # 760 of them.
+    spread = np.sqrt(((h - np.diag(np.diag(h))) ** 2).sum(1) / 760)
+    assert np.all(np.abs(found - np.diag(h)[:, None]) < 5 * spread[:, None])
+
+
+def test_a_rotated_parameter_has_its_diagonal_in_the_rotated_basis(rng):
+    rules = cage.Rules([(r"w", cage.quest(4, hadamard=32, gradient="identity"))])
+    rotation = np.asarray(hadamard_matrix(32)) / np.sqrt(32)
+    d = np.linspace(1, 3, 32)
+    h = jnp.asarray(rotation.T @ np.diag(d) @ rotation, jnp.float32)
+
+    def loss(params):
+        w = cage.fake_quant(params, rules)["w"]
+        return 0.5 * jnp.sum(w * jnp.matmul(h, w, precision="highest"))
+
+    params = {"w": jnp.asarray(rng.normal(size=(32, 2)), jnp.float32)}
+    tx = optax.chain(
+        cage.cage(rules, 1.0, curvature=curvature.hutchinson()), optax.sgd(-1.0)
+    )
+    updates, state = stepped(tx, params, loss)
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.99)
+    np.testing.assert_allclose(found, np.tile(d[:, None], 2), rtol=1e-4)
+    # And H e is what is added: the gradient is that of full precision.
+    x = np.asarray(params["w"], np.float64)
+    expected = rotation.T @ np.diag(d) @ rotation @ x
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fisher_averages_squares(problem, rng):
+    _, _, params, _ = problem
+    gradients = rng.normal(size=(3, 8, 3))
+    tx = coupled(curvature.fisher(examples=16, decay=0.9), strength=0.5)
+    state, mean = tx.init(params), 0
+    for g in gradients:
+        tree = {"w": jnp.asarray(g, jnp.float32), "bias": jnp.zeros(3)}
+        updates, state = tx.update(tree, state, params)
+        mean = 0.9 * mean + 0.1 * 16 * g**2
+    x = np.asarray(params["w"], np.float64)
+    h = mean / (1 - 0.9**3)
+    expected = gradients[-1] + 0.5 * h * (x - rounded(x))
+    np.testing.assert_allclose(updates["w"], expected, **CLOSE)
+
+
+def test_sampled_gradients_are_those_that_are_squared(problem, rng):
+    _, _, params, loss = problem
+    sampled = rng.normal(size=(8, 3))
+    tx = coupled(curvature.fisher(sampled=True))
+    tree = {"w": jnp.asarray(sampled, jnp.float32), "bias": jnp.zeros(3)}
+    _, state = stepped(tx, params, loss, sampled_gradients=tree)
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.99)
+    np.testing.assert_allclose(found, sampled**2, rtol=1e-5)
+
+
+def test_relative_weights_have_the_mean_one(problem):
+    _, _, params, loss = problem
+    g = np.asarray(jax.grad(loss)(params)["w"], np.float64)
+    x = np.asarray(params["w"], np.float64)
+    updates, _ = stepped(coupled(curvature.fisher(relative=True), 3.0), params, loss)
+    h = g**2 / (g**2).mean()
+    np.testing.assert_allclose(updates["w"], g + 3 * h * (x - rounded(x)), **CLOSE)
+
+
+def test_gauss_newton_is_that_of_the_outputs(problem, rng):
+    _, _, params, _ = problem
+    inputs = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+
+    # Each output has a weight of its own, so that the matrix is a diagonal.
+    def outputs(params):
+        return jnp.sin(3 * cage.fake_quant(params, RULES)["w"] * inputs)
+
+    def of_outputs(found):
+        return jnp.sum(jnp.cosh(found))
+
+    def loss(params):
+        return of_outputs(outputs(params))
+
+    extra = {"outputs_fn": outputs, "outputs_loss_fn": of_outputs}
+    _, state = stepped(coupled(curvature.gauss_newton()), params, loss, **extra)
+    a, w = np.asarray(inputs, np.float64), rounded(np.asarray(params["w"], np.float64))
+    expected = (3 * a * np.cos(3 * w * a)) ** 2 * np.cosh(np.sin(3 * w * a))
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.99)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kronecker_multiplies_from_both_sides(problem, rng):
+    _, _, params, _ = problem
+    gradients = rng.normal(size=(3, 8, 3))
+    tx = coupled(curvature.kronecker(examples=4, decay=0.9))
+    state, left, right = tx.init(params), 0, 0
+    for g in gradients:
+        tree = {"w": jnp.asarray(g, jnp.float32), "bias": jnp.zeros(3)}
+        updates, state = tx.update(tree, state, params)
+        left, right = 0.9 * left + 0.1 * g @ g.T, 0.9 * right + 0.1 * g.T @ g
+    x = np.asarray(params["w"], np.float64)
+    pull = 4 * left @ (x - rounded(x)) @ right / np.trace(left) / (1 - 0.9**3)
+    np.testing.assert_allclose(updates["w"], gradients[-1] + pull, **CLOSE)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_second_moment_is_that_of_the_optimizer(problem, relative):
+    _, _, params, loss = problem
+    source = curvature.second_moment(b2=0.95, relative=relative)
+    plain = optax.adamw(0.1, b2=0.95)
+    tx = cage.cage_adamw(0.1, RULES, 2.0, b2=0.95, curvature=source)
+    updates, state = stepped(tx, params, loss, steps=2)
+    expected, _ = stepped(optax.with_extra_args_support(plain), params, loss, steps=2)
+    g = np.asarray(jax.grad(loss)(params)["w"], np.float64)
+    x = np.asarray(params["w"], np.float64)
+    h = np.abs(g) / (np.abs(g).mean() if relative else 1)
+    pull = -0.1 * 2 * h * (x - rounded(x))
+    np.testing.assert_allclose(updates["w"] - expected["w"], pull, **CLOSE)
+    assert not jax.tree.leaves(state[1].curvature)
+
+
+def test_a_function_of_the_user(problem):
+    _, _, params, loss = problem
+
+    def signs(errors, step):
+        assert set(step.gradients) == {"w"}
+        return {path: jnp.sign(e) for path, e in errors.items()}
+
+    updates, _ = stepped(coupled(curvature.weighted(signs)), params, loss)
+    g = jax.grad(loss)(params)["w"]
+    x = np.asarray(params["w"], np.float64)
+    np.testing.assert_allclose(updates["w"], g + np.sign(x - rounded(x)), **CLOSE)
+
+
+def test_estimates_begin_and_come_when_they_should(problem):
+    _, _, params, loss = problem
+    tx = coupled(curvature.hutchinson(start=2, period=3))
+    state, counts = tx.init(params), []
+    gradient = jax.grad(loss)(params)
+    for _ in range(7):
+        updates, state = tx.update(gradient, state, params, obj_fn=loss)
+        counts.append(int(tree_get(state, "estimates")))
+        if counts[-1] == 0:  # as without a source
+            plain = optax.chain(cage.cage(RULES, 1.0), optax.sgd(-1.0))
+            expected, _ = plain.update(gradient, plain.init(params), params)
+            np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_what_is_negative_or_too_large_is_clamped_and_counted(problem):
+    _, _, params, _ = problem
+    d = np.ones((8, 3))
+    d[0, 0], d[1, 1] = -5, 1000
+
+    def estimate(step, key):
+        return {"w": jnp.asarray(d, jnp.float32)}
+
+    source = curvature.diagonal(estimate, largest=10)
+    zeros = {"w": jnp.zeros((8, 3)), "bias": jnp.zeros(3)}
+    tx = coupled(source)
+    updates, state = tx.update(zeros, tx.init(params), params)
+    assert tree_get(state, "clamped") == pytest.approx(2 / 24)
+    positive = np.maximum(d, 0)
+    x = np.asarray(params["w"], np.float64)
+    expected = np.minimum(positive, 10 * positive.mean()) * (x - rounded(x))
+    np.testing.assert_allclose(updates["w"], expected, **CLOSE)
+
+
+def test_an_overflow_is_left_out(problem):
+    _, _, params, _ = problem
+    tx = coupled(curvature.fisher(decay=0.5))
+    state = tx.init(params)
+    for value in (1.0, np.inf, 1.0):
+        tree = {"w": jnp.full((8, 3), value, jnp.float32), "bias": jnp.zeros(3)}
+        _, state = tx.update(tree, state, params)
+    np.testing.assert_array_equal(tree_get(state, "diagonal")["w"], 0.75)
+
+
+def test_while_silent_updates_pass_and_estimates_go_on(problem):
+    _, _, params, loss = problem
+    for strength in (0.0, lambda count: jnp.zeros([])):
+        tx = cage.cage(RULES, strength, curvature=curvature.fisher())
+        gradient = jax.grad(loss)(params)
+        updates, state = tx.update(gradient, tx.init(params), params)
+        chex.assert_trees_all_equal(updates, gradient)
+        assert tree_get(state, "estimates") == 1
+
+
+def test_statistics_have_the_norm_of_what_is_pulled(problem):
+    _, _, params, loss = problem
+    tx = cage.cage(RULES, 2.0, curvature=curvature.fisher(), statistics=True)
+    updates, state = stepped(tx, params, loss)
+    gradient = jax.grad(loss)(params)
+    pull = np.linalg.norm(updates["w"] - gradient["w"])
+    ratio = pull / np.linalg.norm(gradient["w"])
+    assert tree_get(state, "correction_ratio") == pytest.approx(ratio, rel=1e-4)
+
+
+PLACES = {
+    "coupled": lambda source: coupled(source, 0.1),
+    "decoupled": lambda source: cage.decoupled(
+        optax.adamw(0.1), RULES, 0.1, 0.1, curvature=source
+    ),
+    "post_step": lambda source: cage.post_step(
+        optax.adamw(0.1), RULES, 0.1, 0.1, curvature=source
+    ),
+    "sgd": lambda source: cage.cage_sgd(0.1, RULES, 0.1, curvature=source),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("place", PLACES)
+def test_every_placement_has_the_gradient_at_hand(place, problem):
+    _, _, params, loss = problem
+    tx = PLACES[place](curvature.fisher())
+    gradient = jax.grad(loss)(params)
+    _, state = jax.jit(tx.update)(gradient, tx.init(params), params)
+    found = tree_get(state, "diagonal")["w"] / (1 - 0.99)
+    np.testing.assert_allclose(found, np.square(gradient["w"]), rtol=1e-4)
+
+
+def test_what_is_missing_is_named(problem):
+    _, _, params, loss = problem
+    gradient = jax.grad(loss)(params)
+    for source, name in (
+        (curvature.hutchinson(), "obj_fn"),
+        (curvature.hessian(), "obj_fn"),
+        (curvature.gauss_newton(), "outputs_fn"),
+        (curvature.fisher(sampled=True), "sampled_gradients"),
+    ):
+        tx = coupled(source)
+        with pytest.raises(ValueError, match=f"`{name}` must be given to `update`"):
+            tx.update(gradient, tx.init(params), params)
+    tx = coupled(curvature.second_moment())
+    with pytest.raises(ValueError, match=r"must follow one optimizer .* got 0"):
+        tx.update(gradient, tx.init(params), params)
+    vectors = cage.Rules([(r"bias", cage.int4(axis=-1))])
+    with pytest.raises(ValueError, match=r"`bias`: a parameter must have two axes"):
+        cage.cage(vectors, 1.0, curvature=curvature.kronecker()).init(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"decay": 1.0}, "decay"),
+        ({"period": 0}, "period"),
+        ({"start": -1}, "start"),
+        ({"largest": 1.0}, "largest"),
+        ({"examples": 0}, "examples"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, name):
+    with pytest.raises(ValueError, match=f"`{name}` must"):
+        curvature.fisher(**options)
