@@ -76,7 +76,12 @@ LAYERS = [
     ["transform"],
     ["fused"],
     ["optimizers"],
-    ["__init__", "pallas.__init__"],
+    ["baselines.arguments"],
+    [
+        "baselines.averaging",
+        "baselines.oscillation",
+    ],
+    ["__init__", "pallas.__init__", "baselines.__init__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 FOLDER = pathlib.Path(cage_jax.__file__).parent

@@ -1,0 +1,89 @@
+"""What the methods ask of their arguments, and how they say so."""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from cage_jax.quantization import check_grid_given, grid_at
+from cage_jax.quantizers import Quantizer
+from cage_jax.rules import Rules
+from cage_jax.scales import Grid
+
+
+def check_rules(rules: Any) -> None:
+    """Raises for something else than Rules."""
+    if not isinstance(rules, Rules):
+        raise TypeError(
+            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
+            f"Rules([(pattern, quantizer), ...])."
+        )
+
+
+def check_params(params: Any) -> None:
+    """Raises where `update` was not given the parameters."""
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`, since what it does depends on them; "
+            "got None. Use tx.update(updates, state, params)."
+        )
+
+
+def check_number(
+    value: Any, name: str, remedy: str, most: float = math.inf, *, known: bool = False
+) -> None:
+    """Raises for a number outside of [0, most].
+
+    An array, which `optax.inject_hyperparams` makes of it, passes unless it must be
+    `known` where the program is traced.
+    """
+    if isinstance(value, (jax.Array, np.ndarray)) and not known:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
+    if not (math.isfinite(value) and 0 <= value <= most):
+        bound = "not negative" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"`{name}` must be finite and {bound}; got {value}. {remedy}")
+
+
+def check_steps(value: Any, name: str, least: int, remedy: str) -> None:
+    """Raises for something else than a number of steps of at least `least`.
+
+    An array passes, as in `check_number`.
+    """
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be an int; got {value!r}. {remedy}")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}. {remedy}")
+
+
+def quantized(rules: Rules, params: Any) -> dict[str, tuple[Quantizer, Any]]:
+    """`rules.quantized(params)`, with a warning where that is nothing."""
+    found = rules.quantized(params)
+    if not found:
+        warnings.warn(
+            f"no parameter is quantized by {rules}, so there is nothing to do. Print "
+            f"rules.report(params) to see the paths.",
+            stacklevel=3,
+        )
+    return found
+
+
+def check_own_codes(quantizer: Quantizer, method: str) -> None:
+    """Raises where a weight has no code that is its alone."""
+    if quantizer.hadamard is not None or quantizer.scale.finds_values:
+        raise ValueError(
+            f"`rules` must give each weight a code of its own for `{method}`, which a "
+            f"rotation does not; got {quantizer}. Use one with hadamard=None."
+        )
+
+
+def grid_beside(path: str, quantizer: Quantizer, params: Any) -> Grid | None:
+    """The grid that `with_grids` put beside a parameter, or None."""
+    grid = grid_at(path, params, None)
+    check_grid_given(quantizer, grid)
+    return grid

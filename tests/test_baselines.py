@@ -1,0 +1,248 @@
+"""The rivals, each against its formula in NumPy, and what Optax expects of them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.tree_utils import tree_get
+
+import cage_jax as cage
+from cage_jax import baselines
+from cage_jax.formats import Integer
+from cage_jax.scales import Fixed
+
+GROUP = 4
+STEP = 0.25
+RULES = cage.Rules([(r".*kernel", cage.int4(group_size=GROUP))])
+CLIPPED = cage.Quantizer(Integer(4), Fixed(STEP), gradient="clip")
+# The grid ends at 7 * STEP, which normal numbers of deviation 1 exceed.
+CLIPPED_RULES = cage.Rules([(r".*kernel", CLIPPED)])
+ROTATED = cage.Quantizer(Integer(4), Fixed(STEP), hadamard=8, gradient="clip")
+# Both sides in float64: what is left is rounding in another order of operations.
+FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
+
+
+def scales(x):
+    """Of int4, absmax over groups of 4 along axis -2, in NumPy; for each weight."""
+    largest = np.abs(x.reshape(-1, GROUP, x.shape[-1])).max(1)
+    return largest.repeat(GROUP, 0) / 7
+
+
+def rounded(x):
+    return np.round(x / scales(x)) * scales(x)
+
+
+def rounded_and_clipped(x):
+    return np.clip(np.round(x / STEP), -7, 7) * STEP
+
+
+def hadamard(size=8):
+    """Orthonormal, by Sylvester's construction."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(size)
+
+
+@pytest.fixture
+def tree(rng):
+    """Draws parameters or gradients, in NumPy."""
+
+    def draw(dtype=np.float64):
+        kernel, bias = rng.normal(size=(8, 3)), rng.normal(size=3)
+        return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+
+    return draw
+
+
+def arrays(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def apply(params, updates):
+    """`optax.apply_updates`, for which None is no update."""
+    return jax.tree.map(
+        lambda x, update: x if update is None else x + update,
+        params,
+        updates,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def train(tx, params, gradients):
+    """The parameters and the state after each step."""
+    params = arrays(params)
+    state, trajectory, states = tx.init(params), [], []
+    for gradient in gradients:
+        updates, state = tx.update(arrays(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+        states.append(state)
+    return trajectory, states
+
+
+# --- averaging -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 2, 9])
+@pytest.mark.parametrize("decay", [0.0, 0.7, 0.999, 1.0])
+def test_the_average_is_weighted_by_powers_of_the_decay(x64, tree, decay, start):
+    gradients = [tree() for _ in range(6)]
+    tx = optax.chain(optax.sgd(0.1), baselines.averaging(decay, start=start))
+    trajectory, states = train(tx, tree(), gradients)
+    plain, _ = train(optax.sgd(0.1), trajectory[0], gradients[1:])
+    chex.assert_trees_all_equal(trajectory[1:], plain)
+    for n, state in enumerate(states, 1):
+        kept = trajectory[:n][min(start, n - 1) :]
+        powers = np.array([decay**i for i in range(len(kept))][::-1])
+        weights = powers / powers.sum()
+        want = jax.tree.map(
+            lambda *leaves, weights=weights: sum(
+                w * np.asarray(leaf) for w, leaf in zip(weights, leaves)
+            ),
+            *kept,
+        )
+        # expm1 of the product of a logarithm, for powers near 1.
+        chex.assert_trees_all_close(baselines.averaged(state), want, rtol=1e-10)
+
+
+def test_the_average_of_narrow_weights_is_wide():
+    tx = baselines.averaging(0.999)
+    params = {"kernel": jnp.ones(4, jnp.bfloat16), "steps": jnp.arange(2)}
+    state = tx.init(params)
+    for _ in range(100):
+        updates = {"kernel": jnp.full(4, 1 / 128, jnp.bfloat16), "steps": None}
+        updates, state = tx.update(updates, state, params)
+        params = apply(params, updates)
+    average = baselines.averaged(state)
+    assert average["kernel"].dtype == jnp.float32
+    weights = 0.999 ** np.arange(100)[::-1]
+    want = np.sum(weights * (1 + np.arange(1, 101) / 128)) / weights.sum()
+    np.testing.assert_allclose(average["kernel"], want, rtol=1e-5)  # float32 sums
+    chex.assert_trees_all_equal(average["steps"], jnp.arange(2))
+
+
+def test_the_state_must_have_one_average():
+    params = jnp.ones(3)
+    two = optax.chain(baselines.averaging(), baselines.averaging()).init(params)
+    for state, count in ((optax.sgd(0.1).init(params), 0), (two, 2)):
+        with pytest.raises(ValueError, match=f"one average; got {count}"):
+            baselines.averaged(state)
+
+
+# --- dampening -----------------------------------------------------------------------
+
+
+def test_dampening_pulls_within_the_grid_alone(x64, tree):
+    params, gradient, strength = tree(), tree(), 0.3
+    x = params["kernel"]
+    assert (np.abs(x) > 7 * STEP).any()
+    clipped = np.clip(x, -7 * STEP, 7 * STEP)
+    inside = clipped == x
+    want = gradient["kernel"] - 2 * strength * (rounded_and_clipped(x) - x) * inside
+    tx = baselines.dampening(CLIPPED_RULES, strength)
+    updates, _ = tx.update(arrays(gradient), tx.init(arrays(params)), arrays(params))
+    chex.assert_trees_all_close(updates["kernel"], want, **FLOAT64)
+    chex.assert_trees_all_equal(updates["bias"], gradient["bias"])
+
+
+def test_dampening_of_a_rotated_weight_clips_in_its_basis(x64, rng):
+    x = 1.5 * rng.normal(size=(8, 3))
+    turned = hadamard() @ x
+    inside = np.abs(turned) <= 7 * STEP
+    assert 0 < inside.mean() < 1
+    wrong = (turned - rounded_and_clipped(turned)) * inside
+    tx = baselines.dampening(cage.Rules([(".*", ROTATED)]), 0.5)
+    x = jnp.asarray(x)
+    updates, _ = tx.update(jnp.zeros_like(x), tx.init(x), x)
+    chex.assert_trees_all_close(updates, hadamard().T @ wrong, **FLOAT64)
+
+
+def test_dampening_is_coupled_cage_of_twice_the_strength(x64, tree):
+    params, gradients = tree(), [tree() for _ in range(5)]
+    strength = baselines.cosine_ramp(5, peak=0.8)
+    ours = optax.chain(baselines.dampening(RULES, strength), optax.sgd(0.1))
+    twice = cage.cage(RULES, lambda count: 2 * strength(count))
+    got, _ = train(ours, params, gradients)
+    want, _ = train(optax.chain(twice, optax.sgd(0.1)), params, gradients)
+    chex.assert_trees_all_close(got, want, **FLOAT64)
+    plain, _ = train(optax.sgd(0.1), params, gradients)
+    assert abs(plain[-1]["kernel"] - got[-1]["kernel"]).max() > 1e-3
+
+
+def test_the_ramp_is_half_a_cosine(x64):
+    ramp = baselines.cosine_ramp(8)
+    for count in range(12):
+        want = 0.1 * (1 - np.cos(np.pi * min(count / 8, 1))) / 2
+        np.testing.assert_allclose(ramp(count), want, rtol=1e-12)
+
+
+# --- freezing ------------------------------------------------------------------------
+
+
+def frozen_by_numpy(x, moves, threshold, momentum):
+    """The weights and which are frozen, after each step, weight by weight."""
+    x = x.copy()
+    codes, n = np.clip(np.round(x / STEP), -7, 7), x.size
+    average, previous = codes.ravel().copy(), codes.ravel().copy()
+    direction, frequency, pinned = np.zeros(n), np.zeros(n), np.full(n, np.nan)
+    for t, move in enumerate(moves):
+        x = x + move
+        flat = x.ravel()
+        for i in range(n):
+            code = np.clip(np.round(flat[i] / STEP), -7, 7)
+            if not np.isnan(pinned[i]):
+                flat[i] = pinned[i] * STEP
+                continue
+            turn = np.sign(code - previous[i])
+            back = turn != 0 and turn == -direction[i]
+            frequency[i] = momentum * back + (1 - momentum) * frequency[i]
+            direction[i] = turn or direction[i]
+            previous[i] = code
+            if frequency[i] > threshold(t):
+                pinned[i] = np.round(average[i])
+                flat[i] = pinned[i] * STEP
+            else:
+                average[i] = momentum * code + (1 - momentum) * average[i]
+        x = flat.reshape(x.shape)
+        yield x, ~np.isnan(pinned).reshape(x.shape)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_freezing_pins_what_oscillates_to_its_average(x64, tree, rng, scheduled):
+    momentum = 0.2
+    threshold = (lambda t: 0.4 - 0.01 * float(t)) if scheduled else (lambda t: 0.35)
+    params = tree()
+    moves = [0.15 * rng.normal(size=(8, 3)) for _ in range(30)]
+    tx = baselines.freezing(
+        CLIPPED_RULES, threshold if scheduled else 0.35, momentum=momentum
+    )
+    gradients = [{"kernel": move, "bias": np.ones(3)} for move in moves]
+    trajectory, states = train(tx, params, gradients)
+    want = list(frozen_by_numpy(params["kernel"], moves, threshold, momentum))
+    assert 0.1 < want[-1][1].mean() < 0.95
+    assert want[5][1].sum() < want[-1][1].sum()
+    for reached, state, (x, frozen) in zip(trajectory, states, want):
+        chex.assert_trees_all_equal(
+            np.asarray(tree_get(state, "frozen")["kernel"]), frozen
+        )
+        chex.assert_trees_all_close(reached["kernel"], x, **FLOAT64)
+    chex.assert_trees_all_close(trajectory[-1]["bias"], params["bias"] + 30, **FLOAT64)
+
+
+def test_a_frozen_weight_goes_with_its_grid(x64):
+    # The largest weight sets the scale; the others keep their codes on it.
+    tx = baselines.freezing(RULES, 0.0, momentum=0.5)
+    x = jnp.array([[7.0], [2.4], [1.0], [0.0]])
+    moves = [[0, 0.2, 0, 0], [0, -0.2, 0, 0], [7.0, 0.3, 0.0, 0.0]]
+    moves = [{"kernel": np.array(move)[:, None]} for move in moves]
+    trajectory, states = train(tx, {"kernel": x}, moves)
+    frozen = [np.asarray(state.frozen["kernel"]).ravel().tolist() for state in states]
+    assert frozen[0] == [False] * 4
+    assert frozen[1:] == [[False, True, False, False]] * 2
+    # The average of 2, 3 is 2.5 and goes to the even code, 2.
+    got = [np.asarray(reached["kernel"]).ravel() for reached in trajectory]
+    np.testing.assert_allclose(got[1], [7, 2, 1, 0], rtol=1e-12)
+    np.testing.assert_allclose(got[2], [14, 4, 1, 0], rtol=1e-12)
