@@ -246,3 +246,192 @@ def test_a_frozen_weight_goes_with_its_grid(x64):
     got = [np.asarray(reached["kernel"]).ravel() for reached in trajectory]
     np.testing.assert_allclose(got[1], [7, 2, 1, 0], rtol=1e-12)
     np.testing.assert_allclose(got[2], [14, 4, 1, 0], rtol=1e-12)
+
+
+# --- EWGS ----------------------------------------------------------------------------
+
+
+def test_ewgs_scales_the_gradient_by_the_distance(x64, tree):
+    params, g, delta = tree(), tree()["kernel"], 0.7
+    x = params["kernel"]
+
+    def loss(params):
+        return jnp.sum(baselines.ewgs(params, CLIPPED_RULES, delta)["kernel"] * g)
+
+    # Laid on [0, 1], as in the paper.
+    low, width = -7 * STEP, 14 * STEP
+    unit = np.clip((x - low) / width, 0, 1)
+    unit_rounded = np.round(14 * unit) / 14
+    inside = np.abs(x) <= 7 * STEP
+    assert 0 < inside.mean() < 1
+    want = inside * g * (1 + delta * np.sign(g) * (unit - unit_rounded))
+    gradient = jax.grad(loss)(arrays(params))
+    chex.assert_trees_all_close(gradient["kernel"], want, **FLOAT64)
+    chex.assert_trees_all_equal(gradient["bias"], np.zeros(3))
+
+
+def test_ewgs_of_a_rotated_weight_scales_in_its_basis(x64, rng):
+    x, g = 1.5 * rng.normal(size=(8, 3)), rng.normal(size=(8, 3))
+    rules = cage.Rules([(".*", ROTATED)])
+
+    def loss(x):
+        return jnp.sum(baselines.ewgs(x, rules, 0.7) * g)
+
+    turned, turned_g = hadamard() @ x, hadamard() @ g
+    inside = np.abs(turned) <= 7 * STEP
+    distance = (turned - rounded_and_clipped(turned)) / (14 * STEP)
+    want = inside * turned_g * (1 + 0.7 * np.sign(turned_g) * distance)
+    gradient = jax.grad(loss)(jnp.asarray(x))
+    chex.assert_trees_all_close(gradient, hadamard().T @ want, **FLOAT64)
+
+
+def test_ewgs_without_delta_is_fake_quant(tree):
+    variables = cage.with_grids(
+        arrays(tree(np.float32)), rules := cage.Rules([(".*kernel", cage.lsq(3))])
+    )
+
+    def loss(quantize):
+        return lambda x: jnp.sum(jnp.sin(quantize(x)["params"]["kernel"]))
+
+    def with_delta(delta):
+        return loss(lambda x: baselines.ewgs(x, rules, delta))
+
+    want = jax.value_and_grad(loss(lambda x: cage.fake_quant(x, rules)))(variables)
+    got = jax.value_and_grad(with_delta({"kernel": 0.0}))
+    chex.assert_trees_all_equal(got(variables), want)
+    # With it the learned grid gets the same gradient, the weights another.
+    gradient = jax.grad(with_delta(0.9))(variables)
+    chex.assert_trees_all_equal(gradient["grids"], want[1]["grids"])
+    other, same = gradient["params"], want[1]["params"]
+    assert abs(other["kernel"] - same["kernel"]).max() > 1e-3
+
+
+def test_delta_is_the_curvature_over_the_gradient(x64, tree, rng, key):
+    params = {name: tree() for name in ("a", "b", "c", "d")}
+    x = {name: part["kernel"] for name, part in params.items()}
+    curvature = {name: rng.uniform(1, 2, size=(8, 3)) for name in x}
+    curvature["b"] *= -1  # the mean is not positive
+    curvature["d"] *= 0
+
+    def loss(params):
+        parts = [
+            jnp.sum(curvature[name] / 2 * params[name]["kernel"] ** 2) for name in x
+        ]
+        return sum(parts)
+
+    deltas = baselines.ewgs_delta(loss, arrays(params), RULES, key)
+    want = {}
+    for name, value in x.items():
+        # A diagonal Hessian makes Hutchinson's estimate exact.
+        width = 14 * scales(value)
+        gradient = width * curvature[name] * rounded(value)
+        mean = np.mean(width**2 * curvature[name])
+        want[f"{name}/kernel"] = max(mean, 0) / (3 * gradient.std() or 1)
+    assert want["a/kernel"] > 0.1
+    assert want["b/kernel"] == want["d/kernel"] == 0
+    chex.assert_trees_all_close(deltas, want, **FLOAT64)
+    baselines.ewgs(arrays(params), RULES, deltas)
+
+
+def test_delta_of_rotated_weights_is_that_of_their_basis(x64, rng):
+    x, root = rng.normal(size=(8, 1)), rng.normal(size=(8, 8))
+    hessian = root @ root.T
+    rules = cage.Rules([(".*", ROTATED)])
+
+    def loss(x):
+        return jnp.sum(x * (hessian @ x)) / 2
+
+    turned = hadamard() @ hessian @ hadamard().T
+    gradient = turned @ rounded_and_clipped(hadamard() @ x)
+    width = 14 * STEP
+    want = width * np.trace(turned) / 8 / (3 * gradient.std())
+    keys = jax.random.split(jax.random.key(0), 2000)
+    deltas = jax.vmap(lambda key: baselines.ewgs_delta(loss, x, rules, key)[""])(keys)
+    # The mean of 2000 estimates; no single one is below 0 here.
+    np.testing.assert_allclose(jnp.mean(deltas), want, rtol=0.05)
+
+
+# --- WinQ ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_interpolation_after_every_so_many_steps(x64, tree, every):
+    params, gradients = tree(), [tree() for _ in range(7)]
+    tx = optax.chain(optax.sgd(0.1), baselines.interpolation(RULES, 0.3, every=every))
+    trajectory, _ = train(tx, params, gradients)
+    x = params["kernel"]
+    for t, (gradient, reached) in enumerate(zip(gradients, trajectory), 1):
+        x = x - 0.1 * gradient["kernel"]
+        if t % every == 0:
+            x = 0.7 * x + 0.3 * rounded(x)
+        chex.assert_trees_all_close(reached["kernel"], x, **FLOAT64)
+
+
+def test_between_interpolations_updates_are_the_very_same(tree):
+    tx = baselines.interpolation(RULES, every=2)
+    params, updates = arrays(tree(np.float32)), arrays(tree(np.float32))
+    state = tx.init(params)
+    first, state = tx.update(updates, state, params)
+    second, _ = tx.update(updates, state, params)
+    chex.assert_trees_all_equal(first, updates)
+    assert (second["kernel"] != updates["kernel"]).any()
+
+
+def test_one_interpolation_a_step_is_post_step_cage_and_pv_tuning(x64, tree):
+    params, gradients = tree(), [tree() for _ in range(5)]
+    lr, strength = 0.05, 3.0
+    ours = optax.chain(
+        optax.sgd(lr), baselines.interpolation(RULES, lr * strength, every=1)
+    )
+    got, _ = train(ours, params, gradients)
+    want, _ = train(
+        cage.post_step(optax.sgd(lr), RULES, strength, lr), params, gradients
+    )
+    chex.assert_trees_all_close(got, want, **FLOAT64)
+    buffer, decay = params["kernel"], lr * strength  # PV-Tuning's
+    for gradient, reached in zip(gradients, got):
+        buffer = buffer - lr * gradient["kernel"]
+        buffer = (1 - decay) * buffer + decay * rounded(buffer)
+        chex.assert_trees_all_close(reached["kernel"], buffer, **FLOAT64)
+
+
+def test_noise_is_normal_and_rounded(key):
+    # A fine grid of which 5 deviations are within, around 0.
+    quantizer = cage.int8(scale=Fixed(0.04))
+    rules = cage.Rules([(r".*kernel", quantizer)])
+    params = {
+        "a": {"kernel": jnp.zeros((64, 64))},
+        "b": {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(3)},
+    }
+    noisy = baselines.noisy_fake_quant(params, rules, key, deviation=1.0)
+    assert noisy["b"]["bias"] is params["b"]["bias"]
+    a, b = (np.asarray(noisy[name]["kernel"]) for name in "ab")
+    for noise in (a, b):
+        np.testing.assert_allclose(noise / 0.04, np.round(noise / 0.04), atol=1e-4)
+        # Means over 4096 numbers, within 4 deviations.
+        assert abs(noise.mean()) < 0.07
+        assert abs(noise.std() - 1) < 0.05
+        assert abs((np.abs(noise) < 1).mean() - 0.6827) < 0.03
+    assert abs((a * b).mean()) < 0.07
+    again = baselines.noisy_fake_quant(params, rules, key, deviation=1.0)
+    chex.assert_trees_all_equal(again, noisy)
+    other = baselines.noisy_fake_quant(params, rules, jax.random.key(1), deviation=1.0)
+    assert (other["a"]["kernel"] != a).any()
+
+
+def test_the_gradient_is_that_at_the_noisy_weights(x64, key, tree):
+    params, g = arrays(tree()), tree()["kernel"]
+    fine = cage.Rules([(".*kernel", cage.int8(scale=Fixed(0.05)))])
+    noisy = baselines.noisy_fake_quant(params, fine, key, deviation=1.0)["kernel"]
+
+    def loss(params):
+        coarse = baselines.noisy_fake_quant(params, CLIPPED_RULES, key, deviation=1.0)
+        return jnp.sum(coarse["kernel"] * g)
+
+    gradient = np.asarray(jax.grad(loss)(params)["kernel"])
+    passes = gradient != 0
+    # Near the end of the grid the fine one does not tell.
+    clear = np.abs(np.abs(noisy) - 7 * STEP) > 0.05
+    assert (passes == (np.abs(noisy) <= 7 * STEP))[clear].all()
+    assert (passes != (np.abs(params["kernel"]) <= 7 * STEP)).any()
+    chex.assert_trees_all_equal(gradient[passes], g[passes])

@@ -79,7 +79,9 @@ LAYERS = [
     ["baselines.arguments"],
     [
         "baselines.averaging",
+        "baselines.ewgs",
         "baselines.oscillation",
+        "baselines.winq",
     ],
     ["__init__", "pallas.__init__", "baselines.__init__"],
 ]
