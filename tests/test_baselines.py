@@ -10,7 +10,7 @@ from optax.tree_utils import tree_get
 
 import cage_jax as cage
 from cage_jax import baselines
-from cage_jax.formats import Integer
+from cage_jax.formats import Float, Integer
 from cage_jax.scales import Fixed
 
 GROUP = 4
@@ -435,3 +435,135 @@ def test_the_gradient_is_that_at_the_noisy_weights(x64, key, tree):
     assert (passes == (np.abs(noisy) <= 7 * STEP))[clear].all()
     assert (passes != (np.abs(params["kernel"]) <= 7 * STEP)).any()
     chex.assert_trees_all_equal(gradient[passes], g[passes])
+
+
+# --- LOTION --------------------------------------------------------------------------
+
+
+def variance(x, levels):
+    """Of unbiased random rounding to the levels on both sides; 0 beyond them."""
+    above = levels[np.clip(np.searchsorted(levels, x), 1, len(levels) - 1)]
+    below = levels[np.clip(np.searchsorted(levels, x) - 1, 0, len(levels) - 2)]
+    within = np.clip(x, levels[0], levels[-1])
+    return (within - below) * (above - within)
+
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize(
+    ("format", "levels"),
+    [(Integer(4), np.arange(-7, 8)), (Float("e2m1"), np.unique([-FP4, FP4]))],
+    ids=str,
+)
+def test_lotion_adds_the_slope_of_the_variance(x64, tree, format, levels):
+    rules = cage.Rules([(".*kernel", cage.Quantizer(format, Fixed(STEP)))])
+    params, gradients, decay = tree(), [tree() for _ in range(4)], 0.9
+    tx = baselines.lotion(rules, lambda count: 0.8 + 0.1 * float(count), decay=decay)
+    state, fisher, x = tx.init(arrays(params)), 0.0, params["kernel"]
+    for t, gradient in enumerate(gradients):
+        updates, state = tx.update(arrays(gradient), state, arrays(params))
+        g = gradient["kernel"]
+        fisher = decay * fisher + (1 - decay) * g**2
+        h = 1e-6
+        ends = [variance(x + d, levels * STEP) for d in (-h, h)]
+        want = g + (0.8 + 0.1 * t) / 2 * fisher * (ends[1] - ends[0]) / (2 * h)
+        # A parabola: its central difference is exact but for cancellation.
+        chex.assert_trees_all_close(updates["kernel"], want, rtol=1e-8, atol=1e-8)
+        chex.assert_trees_all_equal(updates["bias"], gradient["bias"])
+        chex.assert_trees_all_close(tree_get(state, "fisher")["kernel"], fisher)
+    assert abs(want - g).max() > 1e-2
+
+
+def test_the_variance_is_that_of_the_paper(x64, rng):
+    # s**2 D (1 - D), whose slope by the weight is s (1 - 2 D).
+    x, g = rng.uniform(-1.7, 1.7, size=(8, 3)), np.ones((8, 3))
+    tx = baselines.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
+    updates, _ = tx.update(jnp.asarray(g), tx.init(jnp.asarray(x)), jnp.asarray(x))
+    above = x / STEP - np.floor(x / STEP)
+    chex.assert_trees_all_close(updates, g + STEP * (1 - 2 * above) / 2, **FLOAT64)
+
+
+def test_lotion_leaves_levels_and_what_lies_beyond_alone():
+    tx = baselines.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
+    x = jnp.array([[0.25], [-1.75], [1.75], [3.1], [-2.9], [0.0]])
+    updates, _ = tx.update(jnp.ones_like(x), tx.init(x), x)
+    chex.assert_trees_all_equal(updates, jnp.ones_like(x))
+
+
+# --- BinaryRelax and PARQ ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relaxation", [0.0, 0.3, 1.0])
+def test_binary_relax_mixes_weights_and_quantized(x64, tree, relaxation):
+    params, g = tree(), tree()["kernel"]
+    x = params["kernel"]
+    relaxed = baselines.binary_relax(arrays(params), CLIPPED_RULES, relaxation)
+    want = (1 - relaxation) * x + relaxation * rounded_and_clipped(x)
+    chex.assert_trees_all_close(relaxed["kernel"], want, **FLOAT64)
+
+    def loss(params):
+        relaxed = baselines.binary_relax(params, CLIPPED_RULES, relaxation)
+        return jnp.sum(relaxed["kernel"] * g)
+
+    # Unmasked, though the quantizer clips: the latent weights get all of it.
+    chex.assert_trees_all_equal(jax.grad(loss)(arrays(params))["kernel"], g)
+
+
+def parq_by_numpy(x, levels, inverse_slope):
+    place = np.searchsorted(levels, x)
+    below = levels[np.maximum(place - 1, 0)]
+    above = levels[np.minimum(place, len(levels) - 1)]
+    center = (below + above) / 2
+    return np.clip(center + (x - center) / inverse_slope, below, above)
+
+
+@pytest.mark.parametrize("inverse_slope", [1e-6, 0.2, 0.9])
+@pytest.mark.parametrize(
+    ("format", "levels"),
+    [(Integer(4), np.arange(-7, 8)), (Float("e2m1"), np.unique([-FP4, FP4]))],
+    ids=str,
+)
+def test_parq_is_a_staircase_with_ramps(x64, tree, format, levels, inverse_slope):
+    rules = cage.Rules([(".*kernel", cage.Quantizer(format, Fixed(STEP)))])
+    params, g = tree(), tree()["kernel"]
+
+    def ramp(params):
+        return baselines.parq(params, rules, inverse_slope)["kernel"]
+
+    want = parq_by_numpy(params["kernel"], levels * STEP, inverse_slope)
+    # The quotient by a small slope magnifies rounding.
+    chex.assert_trees_all_close(ramp(arrays(params)), want, rtol=1e-9, atol=1e-9)
+    gradient = jax.grad(lambda params: jnp.sum(ramp(params) * g))(arrays(params))
+    chex.assert_trees_all_equal(gradient["kernel"], g)
+
+
+@pytest.mark.parametrize("quantizer", [cage.int4(), ROTATED, cage.nf4(group_size=8)])
+def test_parq_begins_with_the_weights_and_ends_on_the_grid(rng, quantizer):
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    rules = cage.Rules([(".*", quantizer)])
+    chex.assert_trees_all_equal(baselines.parq(x, rules, 1.0), x)
+    chex.assert_trees_all_equal(
+        baselines.parq(x, rules, 0.0), cage.fake_quant(x, rules)
+    )
+
+
+def test_parq_of_a_rotated_weight_ramps_in_its_basis(x64, rng):
+    x = rng.normal(size=(8, 3))
+    ramped = baselines.parq(jnp.asarray(x), cage.Rules([(".*", ROTATED)]), 0.4)
+    want = parq_by_numpy(hadamard() @ x, np.arange(-7, 8) * STEP, 0.4)
+    chex.assert_trees_all_close(ramped, hadamard().T @ want, rtol=1e-9, atol=1e-9)
+
+
+def test_the_schedule_of_parq_is_a_mirrored_sigmoid(x64):
+    schedule = baselines.parq_schedule(50, start=10, steepness=6.0)
+
+    def sigmoid(share):
+        return 1 / (1 + np.exp(6 * (share - 0.5)))
+
+    for count in (0, 10, 11, 30, 49, 50, 90):
+        share = min(max((count - 10) / 40, 0), 1)
+        want = (sigmoid(share) - sigmoid(1)) / (sigmoid(0) - sigmoid(1))
+        np.testing.assert_allclose(schedule(count), want, rtol=1e-9, atol=1e-12)
+    assert schedule(50) == 0
+    assert schedule(10) == 1

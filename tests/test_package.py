@@ -80,7 +80,9 @@ LAYERS = [
     [
         "baselines.averaging",
         "baselines.ewgs",
+        "baselines.lotion",
         "baselines.oscillation",
+        "baselines.relaxation",
         "baselines.winq",
     ],
     ["__init__", "pallas.__init__", "baselines.__init__"],

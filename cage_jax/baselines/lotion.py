@@ -1,0 +1,123 @@
+"""LOTION: the loss that random rounding is expected to have, to second order."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cage_jax.baselines.arguments import (
+    check_number,
+    check_own_codes,
+    check_params,
+    check_rules,
+    grid_beside,
+    quantized,
+)
+from cage_jax.operations import clamp
+from cage_jax.paths import path_in_errors
+from cage_jax.rounding import fit_grid, position_of, to_elements
+from cage_jax.rules import Rules
+from cage_jax.scales import compute_dtype
+from cage_jax.schedules import ScalarOrSchedule, check_strength, value_at
+
+
+class LotionState(NamedTuple):
+    """State of `lotion`.
+
+    Attributes:
+      lotion_count: steps done, int32.
+      fisher: the running average of squared gradients, by path.
+    """
+
+    lotion_count: jax.Array
+    fisher: dict[str, jax.Array]
+
+
+def lotion(
+    rules: Rules, strength: ScalarOrSchedule = 1.0, *, decay: float = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `strength / 2 * sum(fisher * variance)` to the updates.
+
+    The variance is that of unbiased random rounding, `s**2 * D * (1 - D)` on a uniform
+    grid with steps of `s`, where a weight lies `D` steps above the level below it, and
+    `(x - below) * (above - x)` on any. `fisher` is the running average, from 0 on, of
+    the squared updates that come in. Scales and `fisher` are constants: the gradient
+    is `strength / 2 * fisher * (below + above - 2 * x)`, 0 at a level itself (where
+    the variance has its least value and a kink) and beyond the grid.
+
+    It belongs in front of any optimizer. The gradients should be those at the weights
+    as they are, without `fake_quant` in the loss: what is added stands for it. Computed
+    in float32; the updates keep their dtype.
+
+    Args:
+      rules: which parameters are quantized, and how; without rotation.
+      strength: a number, or a schedule from the step's count.
+      decay: of the running average.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind or out of range; in `init`
+        for a quantizer with a rotation; in `update` without `params`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> tx = baselines.lotion(rules, decay=0.5)
+      >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.125]])}
+      >>> gradients = {"kernel": jnp.full((3, 1), 2.0)}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates["kernel"].ravel().tolist()
+      [2.0, 2.0, 2.25]
+
+    Source: LOTION, arXiv 2510.08757.
+    """
+    check_rules(rules)
+    check_strength(strength)
+    check_number(decay, "decay", "The paper uses 0.999.", most=1)
+
+    def init(params):
+        fisher = {}
+        for path, (quantizer, x) in quantized(rules, params).items():
+            with path_in_errors(path):
+                check_own_codes(quantizer, "lotion")
+            fisher[path] = jnp.zeros_like(x, compute_dtype(x.dtype))
+        return LotionState(jnp.zeros([], jnp.int32), fisher)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        level = value_at(strength, state.lotion_count)
+        fisher = dict(state.fisher)
+
+        def add(path, quantizer, x, update):
+            if update is None:
+                return None
+            x = lax.stop_gradient(x.astype(compute_dtype(x.dtype)))
+            gradient = update.astype(x.dtype)
+            before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
+            fisher[path] = before + share * (jnp.square(gradient) - before)
+            slope = _variance_slope(x, quantizer, grid_beside(path, quantizer, params))
+            pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
+            return (gradient + pull).astype(update.dtype)
+
+        updates = rules.map(add, params, updates)
+        return updates, LotionState(optax.safe_increment(state.lotion_count), fisher)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _variance_slope(x, quantizer, grid):
+    """The derivative of the variance of random rounding, by each weight."""
+    grid = fit_grid(x, quantizer, grid)
+    format = quantizer.format
+    position = clamp(position_of(x, quantizer, grid), format.low, format.high)
+    below, above = format.neighbours(position)
+    slope = jnp.where(position == below, 0.0, below + above - 2 * position)
+    return slope * to_elements(grid.step, quantizer, x.shape)
