@@ -567,3 +567,75 @@ def test_the_schedule_of_parq_is_a_mirrored_sigmoid(x64):
         np.testing.assert_allclose(schedule(count), want, rtol=1e-9, atol=1e-12)
     assert schedule(50) == 0
     assert schedule(10) == 1
+
+
+# --- EfQAT and ZeroQAT ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_rows_of_largest_weights_are_trained(x64, rng, share):
+    rules = cage.Rules([("a", cage.int4()), ("b", cage.int4(axis=-1)), (".*", None)])
+    shapes = {"a": (8, 3), "b": (4, 6), "bias": (3,)}
+    params = {name: -rng.uniform(0.5, 1, size=shape) for name, shape in shapes.items()}
+    gradients = [  # what is trained shrinks, and others are the largest
+        {name: -rng.uniform(0.1, 0.2, size=shape) for name, shape in shapes.items()}
+        for _ in range(7)
+    ]
+    tx = optax.chain(optax.sgd(1.0), baselines.trained_rows(rules, share, every=3))
+    trajectory, _ = train(tx, params, gradients)
+    x, seen = dict(params), set()
+    for t, (gradient, reached) in enumerate(zip(gradients, trajectory)):
+        if t % 3 == 0:
+            columns, rows = np.abs(x["a"]).mean(0), np.abs(x["b"]).mean(1)
+            order = np.argsort(-np.concatenate([columns, rows]))
+            mask = np.zeros(7, bool)
+            mask[order[: int(np.ceil(share * 7))]] = True
+            seen.add(tuple(mask))
+        x["a"] = x["a"] - gradient["a"] * mask[None, :3]
+        x["b"] = x["b"] - gradient["b"] * mask[3:, None]
+        x["bias"] = x["bias"] - gradient["bias"]
+        chex.assert_trees_all_close(reached, x, **FLOAT64)
+    assert share != 0.4 or len(seen) > 1
+
+
+def test_two_points_give_the_slope_along_a_direction(x64, tree, key):
+    params, radius = tree() | {"count": np.arange(3)}, 0.3
+    weight = tree()["kernel"]
+    seen = []
+
+    def loss(params):
+        quantized = cage.fake_quant(params, CLIPPED_RULES)
+        seen.append(params)
+        return jnp.sum(weight * quantized["kernel"] ** 2) + jnp.sum(params["bias"] ** 3)
+
+    def by_numpy(x):
+        kernel = np.sum(weight * rounded_and_clipped(x["kernel"]) ** 2)
+        return kernel + np.sum(x["bias"] ** 3)
+
+    value, gradient = baselines.two_point_gradient(
+        loss, arrays(params), key, radius=radius
+    )
+    chex.assert_trees_all_equal(gradient.pop("count"), np.zeros(3, int))
+    names = ("kernel", "bias")
+    points = [{name: np.asarray(x[name]) for name in names} for x in seen]
+    u = {name: (points[0][name] - params[name]) / radius for name in names}
+    for name in names:
+        middle = (points[0][name] + points[1][name]) / 2
+        chex.assert_trees_all_close(middle, params[name], **FLOAT64)
+    losses = [by_numpy(point) for point in points]
+    slope = (losses[0] - losses[1]) / (2 * radius)
+    assert abs(slope) > 0.1
+    want = {name: slope * u[name] for name in names}
+    chex.assert_trees_all_close(gradient, want, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(value, sum(losses) / 2, rtol=1e-11)
+
+
+def test_the_mean_of_two_point_gradients_is_the_gradient(key):
+    slope = jnp.array([2.0, -1.0, 0.5])
+
+    def gradient(key):
+        return baselines.two_point_gradient(lambda x: x @ slope, jnp.ones(3), key)[1]
+
+    mean = jax.vmap(gradient)(jax.random.split(key, 20_000)).mean(0)
+    # Deviations of about 3 over the root of their number, and float32 differences.
+    np.testing.assert_allclose(mean, slope, atol=0.1)

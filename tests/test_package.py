@@ -79,11 +79,13 @@ LAYERS = [
     ["baselines.arguments"],
     [
         "baselines.averaging",
+        "baselines.efqat",
         "baselines.ewgs",
         "baselines.lotion",
         "baselines.oscillation",
         "baselines.relaxation",
         "baselines.winq",
+        "baselines.zeroth_order",
     ],
     ["__init__", "pallas.__init__", "baselines.__init__"],
 ]

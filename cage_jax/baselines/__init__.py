@@ -1,11 +1,20 @@
-"""Rivals and relatives of CAGE, as pieces that compose with it and with Optax."""
+"""Rivals and relatives of CAGE, as pieces that compose with it and with Optax.
+
+Driven by the same `Rules`. Those that change gradients or weights are transformations:
+`dampening` and `lotion` in front of an optimizer, `freezing`, `interpolation`,
+`trained_rows` and `averaging` behind it. Those that change the forward pass take the
+place of `fake_quant`: `ewgs`, `noisy_fake_quant`, `binary_relax`, `parq`. And
+`two_point_gradient` takes that of `jax.value_and_grad`.
+"""
 
 from cage_jax.baselines.averaging import averaged, averaging
+from cage_jax.baselines.efqat import trained_rows
 from cage_jax.baselines.ewgs import ewgs, ewgs_delta
 from cage_jax.baselines.lotion import lotion
 from cage_jax.baselines.oscillation import cosine_ramp, dampening, freezing
 from cage_jax.baselines.relaxation import binary_relax, parq, parq_schedule
 from cage_jax.baselines.winq import interpolation, noisy_fake_quant
+from cage_jax.baselines.zeroth_order import two_point_gradient
 
 __all__ = [
     "averaged",
@@ -21,4 +30,6 @@ __all__ = [
     "noisy_fake_quant",
     "parq",
     "parq_schedule",
+    "trained_rows",
+    "two_point_gradient",
 ]
