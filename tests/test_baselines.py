@@ -1,5 +1,7 @@
 """The rivals, each against its formula in NumPy, and what Optax expects of them."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -86,7 +88,7 @@ def train(tx, params, gradients):
 # --- averaging -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [0, 2, 9])
+@pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("decay", [0.0, 0.7, 0.999, 1.0])
 def test_the_average_is_weighted_by_powers_of_the_decay(x64, tree, decay, start):
     gradients = [tree() for _ in range(6)]
@@ -518,7 +520,7 @@ def parq_by_numpy(x, levels, inverse_slope):
     return np.clip(center + (x - center) / inverse_slope, below, above)
 
 
-@pytest.mark.parametrize("inverse_slope", [1e-6, 0.2, 0.9])
+@pytest.mark.parametrize("inverse_slope", [1e-6, 0.4])
 @pytest.mark.parametrize(
     ("format", "levels"),
     [(Integer(4), np.arange(-7, 8)), (Float("e2m1"), np.unique([-FP4, FP4]))],
@@ -639,3 +641,292 @@ def test_the_mean_of_two_point_gradients_is_the_gradient(key):
     mean = jax.vmap(gradient)(jax.random.split(key, 20_000)).mean(0)
     # Deviations of about 3 over the root of their number, and float32 differences.
     np.testing.assert_allclose(mean, slope, atol=0.1)
+
+
+# --- what Optax expects of the transformations ---------------------------------------
+
+BUILD = {
+    "averaging": lambda rules: baselines.averaging(),
+    "dampening": lambda rules: baselines.dampening(rules, 0.3),
+    "freezing": lambda rules: baselines.freezing(rules, 0.1, momentum=0.3),
+    "interpolation": lambda rules: baselines.interpolation(rules, every=2),
+    "lotion": lambda rules: baselines.lotion(rules, 2.0, decay=0.5),
+    "trained_rows": lambda rules: baselines.trained_rows(rules, 0.5, every=2),
+}
+each = pytest.mark.parametrize("name", list(BUILD))
+of_rules = pytest.mark.parametrize("name", [n for n in BUILD if n != "averaging"])
+
+
+def steps(tx, params, gradients, count=5, jit=False):
+    state = tx.init(params)
+    update = jax.jit(tx.update) if jit else tx.update
+    for _ in range(count):
+        updates, state = update(gradients, state, params)
+        params = apply(params, updates)
+    return params, state
+
+
+def assert_close(a, b):
+    # The same float32 formula compiled in another program: the last bits may differ.
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_extra_arguments_and_params(name, tree):
+    tx = BUILD[name](RULES)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    state = tx.init(params)
+    chex.assert_trees_all_equal(
+        tx.update(gradients, state, params, value=1.0),
+        tx.update(gradients, state, params),
+    )
+    with pytest.raises(ValueError, match=r"`params` must be given.*Use tx\.update"):
+        tx.update(gradients, state)
+
+
+@each
+def test_jit_and_scan_agree_and_the_state_is_stable(name, tree):
+    tx = BUILD[name](RULES)
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    gradients = jax.tree.map(lambda g: 0.1 * g, gradients)
+    want = steps(tx, params, gradients)
+    assert jax.tree.map(jax.typeof, want[1]) == jax.tree.map(
+        jax.typeof, tx.init(params)
+    )
+    assert_close(steps(tx, params, gradients, jit=True), want)
+
+    @jax.jit
+    def scanned(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=5)[0]
+
+    assert_close(scanned(params), want)
+
+
+@each
+def test_parameters_and_state_can_be_donated(name, tree):
+    tx = BUILD[name](RULES)
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    want, _ = steps(tx, params, gradients, count=2)
+
+    def step(params, state):
+        updates, state = tx.update(gradients, state, params)
+        return apply(params, updates), state
+
+    step, state = jax.jit(step, donate_argnums=(0, 1)), tx.init(params)
+    first = params["kernel"]
+    for _ in range(2):
+        params, state = step(params, state)
+    assert first.is_deleted()
+    assert_close(params, want)
+
+
+@pytest.mark.parametrize(
+    ("function", "numbers"),
+    [
+        (baselines.dampening, {"strength": 0.3}),
+        (baselines.freezing, {"threshold": 0.1, "momentum": 0.3}),
+        (baselines.interpolation, {"share": 0.3, "every": 2}),
+        (baselines.lotion, {"strength": 2.0, "decay": 0.5}),
+    ],
+)
+def test_numbers_can_be_injected(function, numbers, tree):
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    tx = optax.inject_hyperparams(function)(RULES, **numbers)
+    got, state = steps(tx, params, gradients, jit=True)
+    assert set(numbers) <= set(state.hyperparams)
+    assert_close(got, steps(function(RULES, **numbers), params, gradients)[0])
+
+
+@each
+def test_updates_keep_their_dtype(name, tree):
+    tx = BUILD[name](RULES)
+    params, gradients = (
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree()) for _ in range(2)
+    )
+    state = tx.init(params)
+    for _ in range(2):
+        updates, after = tx.update(gradients, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        state = after
+
+
+@each
+def test_none_leaves_and_masks(name, tree):
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    want, _ = steps(BUILD[name](RULES), params, gradients)
+    got, _ = steps(
+        BUILD[name](RULES), {**params, "gone": None}, {**gradients, "gone": None}
+    )
+    assert got.pop("gone") is None
+    chex.assert_trees_all_equal(got, want)
+    # Without an update a parameter stays.
+    params = {**params, "still": {"kernel": params["kernel"]}}
+    got, _ = steps(BUILD[name](RULES), params, {**gradients, "still": {"kernel": None}})
+    chex.assert_trees_all_equal(got.pop("still"), {"kernel": params["kernel"]})
+    chex.assert_trees_all_equal(got, want)
+    mask = {"kernel": True, "bias": True, "still": {"kernel": False}}
+    masked = optax.masked(BUILD[name](RULES), mask)
+    gradients = {**gradients, "still": {"kernel": jnp.ones((8, 3))}}
+    got, _ = steps(masked, params, gradients, count=1)
+    moved = {"kernel": params["kernel"] + 1}
+    chex.assert_trees_all_equal(got.pop("still"), moved)
+
+
+@of_rules
+def test_unmatched_parameters_are_untouched(name, tree):
+    tx = BUILD[name](RULES)
+    params, gradients = arrays(tree(np.float32)), arrays(tree(np.float32))
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    assert updates["bias"] is gradients["bias"]
+    with pytest.warns(UserWarning, match="no parameter is quantized"):
+        tx.init({"weights": jnp.ones((8, 3))})
+
+
+@each
+def test_learned_grids_are_found_beside_the_parameters(name, tree):
+    rules = cage.Rules([(r".*kernel", cage.lsq(3))])
+    tx = BUILD[name](rules)
+    params = arrays(tree(np.float32))
+    variables = cage.with_grids(params, rules)
+    zeros = jax.tree.map(jnp.zeros_like, variables)
+    updates, _ = steps(tx, variables, zeros, count=2)
+    chex.assert_trees_all_equal(updates["grids"], variables["grids"])
+    if name in ("averaging", "trained_rows"):  # which quantize nothing
+        return
+    with pytest.raises(ValueError, match="kernel`: `grid` must be given for a learned"):
+        tx.update(params, tx.init(params), params)
+
+
+# --- what takes the place of fake_quant ----------------------------------------------
+
+FORWARD = {
+    "ewgs": lambda x, rules: baselines.ewgs(x, rules, 0.5),
+    "noisy_fake_quant": lambda x, rules: baselines.noisy_fake_quant(
+        x, rules, jax.random.key(0)
+    ),
+    "binary_relax": lambda x, rules: baselines.binary_relax(x, rules, 0.5),
+    "parq": lambda x, rules: baselines.parq(x, rules, 0.5),
+}
+forward = pytest.mark.parametrize("name", list(FORWARD))
+
+
+@forward
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_keeps_dtypes_and_what_is_unmatched(name, dtype, tree):
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree()) | {"gone": None}
+
+    def apply(params):
+        return FORWARD[name](params, RULES)
+
+    values = apply(params)
+    assert values["bias"] is params["bias"]
+    assert values["gone"] is None
+    chex.assert_trees_all_equal_shapes_and_dtypes(values, params)
+    assert_close(jax.jit(apply)(params)["kernel"], values["kernel"])
+    gradient = jax.grad(lambda x: jnp.sum(apply(x)["kernel"]))(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
+
+
+@forward
+def test_forward_takes_grids(name, tree):
+    rules = cage.Rules([(r".*kernel", cage.lsq(3))])
+    params = arrays(tree(np.float32))
+    variables = cage.with_grids(params, rules)
+    values = FORWARD[name](variables, rules)
+    chex.assert_trees_all_equal(values["grids"], variables["grids"])
+    with pytest.raises(ValueError, match="`kernel`: `grid` must be given for a learn"):
+        FORWARD[name](params, rules)
+
+
+# --- bad input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda rules: baselines.dampening(rules, 1.0),
+        lambda rules: baselines.freezing(rules, 0.1),
+        lambda rules: baselines.interpolation(rules),
+        lambda rules: baselines.lotion(rules),
+        lambda rules: baselines.trained_rows(rules, 0.5, every=1),
+        *(
+            lambda rules, f=f: f({"kernel": jnp.ones((8, 3))}, rules)
+            for f in FORWARD.values()
+        ),
+    ],
+)
+def test_something_else_than_rules(call):
+    with pytest.raises(TypeError, match=r"`rules` must be Rules; got list.*Rules\(\["):
+        call([(".*", cage.int4())])
+
+
+PARAMS = {"kernel": np.ones((8, 3), np.float32)}
+BAD = {
+    "strength": lambda v: baselines.dampening(RULES, v),
+    "threshold": lambda v: baselines.freezing(RULES, v),
+    "momentum": lambda v: baselines.freezing(RULES, 0.1, momentum=v),
+    "share": lambda v: (
+        baselines.interpolation(RULES, v)
+        if isinstance(v, str)
+        else baselines.trained_rows(RULES, v, every=1)
+    ),
+    "every": lambda v: baselines.interpolation(RULES, every=v),
+    "radius": lambda v: baselines.two_point_gradient(
+        jnp.sum, PARAMS, jax.random.key(0), radius=v
+    ),
+    "decay": lambda v: baselines.averaging(v),
+    "start": lambda v: baselines.averaging(start=v),
+    "delta": lambda v: baselines.ewgs(PARAMS, RULES, v),
+    "deviation": lambda v: baselines.noisy_fake_quant(
+        PARAMS, RULES, jax.random.key(0), deviation=v
+    ),
+    "relaxation": lambda v: baselines.binary_relax(PARAMS, RULES, v),
+    "inverse_slope": lambda v: baselines.parq(PARAMS, RULES, v),
+    "total_steps": lambda v: baselines.cosine_ramp(v),
+    "peak": lambda v: baselines.cosine_ramp(10, v),
+    "steepness": lambda v: baselines.parq_schedule(10, steepness=v),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_numbers(name):
+    for value, kind in ((-1, ValueError), ("1", TypeError), (True, TypeError)):
+        with pytest.raises(kind, match=rf"^`{name}` must be .*got {value!r}\. [A-Z]"):
+            BAD[name](value)
+
+
+def test_bounds():
+    for name in ("momentum", "share", "decay", "relaxation", "inverse_slope"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be .* \[0, 1\]; got 2"):
+            BAD[name](2)
+    for name in ("decay", "share"):  # which decide what is traced
+        with pytest.raises(TypeError, match=f"`{name}` must be a number; got Array"):
+            BAD[name](jnp.float32(0.5))
+    for name in ("steepness", "radius"):
+        with pytest.raises(ValueError, match=f"`{name}` must be positive; got 0"):
+            BAD[name](0)
+    with pytest.raises(ValueError, match="`total_steps` must be at least 11; got 10"):
+        baselines.parq_schedule(10, start=10)
+    with pytest.raises(ValueError, match=r"^`kernel`: `delta` must have an entry"):
+        baselines.ewgs(PARAMS, RULES, {"other": 1.0})
+
+
+@pytest.mark.parametrize("name", ["freezing", "lotion"])
+def test_a_rotation_is_refused_where_codes_are_counted(name):
+    tx = BUILD[name](cage.Rules([(".*", ROTATED)]))
+    with pytest.raises(ValueError, match=f"^`kernel`: .*`{name}`.*hadamard=None"):
+        tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("name", baselines.__all__)
+def test_every_name_has_an_example_and_a_source(name):
+    documentation = inspect.getdoc(getattr(baselines, name))
+    assert "Example:\n  >>> " in documentation
+    assert "Source: " in documentation or name == "averaged"
