@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import cage_jax as cage
+from cage_jax import curvature as curvature_sources
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -97,6 +98,8 @@ PROBLEMS = (
 WEIGHTS = 128
 PEAK_RATE = {"sgd": 0.1, "adam": 0.01}
 STRENGTHS = {"CAGE 10/.8": (10.0, 0.8), "CAGE 3/.5": (3.0, 0.5)}
+# Of strength 1 from half of the steps on, coupled; nothing is tuned.
+SOURCES = ("diag(H)", "Hutchinson", "H e")
 
 
 def hessians(problem: Problem, seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,23 +140,43 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
         offset = cage.fake_quant(x, quantizer) - optimum
         return jnp.sum(offset * (curvature @ offset)) / 2
 
-    def train(strength):
-        if problem.optimizer == "sgd":
-            tx = cage.cage_sgd(rate, rules, strength)
-        else:
-            tx = cage.cage_adamw(rate, rules, strength, weight_decay=0.0)
+    def optimizer(strength, source, curvature):
+        if source is None and problem.optimizer == "sgd":
+            return cage.cage_sgd(rate, rules, strength)
+        if source is None:
+            return cage.cage_adamw(rate, rules, strength, weight_decay=0.0)
 
+        def known(errors, step):
+            return {"x": jnp.diagonal(curvature)[:, None] * errors["x"]}
+
+        sources = {
+            "diag(H)": partial(curvature_sources.weighted, known),
+            "Hutchinson": curvature_sources.hutchinson,
+            "H e": curvature_sources.hessian,
+        }
+        inner = optax.sgd(rate) if problem.optimizer == "sgd" else optax.adam(rate)
+        return optax.chain(
+            cage.cage(rules, strength, curvature=sources[source]()), inner
+        )
+
+    def train(strength, source=None):
         @jax.jit
         @jax.vmap
         def one(key, curvature, optimum):
+            tx = optimizer(strength, source, curvature)
+
+            def of_params(params):
+                return loss(params["x"], curvature, optimum)
+
             def step(carry, number):
                 params, state, average = carry
                 noise = jax.random.normal(
                     jax.random.fold_in(key, number), optimum.shape
                 )
-                gradient = jax.grad(loss)(params["x"], curvature, optimum)
+                gradient = jax.grad(of_params)(params)["x"]
                 gradient = {"x": gradient + problem.noise * noise}
-                updates, state = tx.update(gradient, state, params)
+                extra = {} if source is None else {"obj_fn": of_params}
+                updates, state = tx.update(gradient, state, params, **extra)
                 params = optax.apply_updates(params, updates)
                 share = jnp.where(number >= steps - averaged, 1 / averaged, 0.0)
                 return (params, state, average + share * params["x"]), None
@@ -172,7 +195,37 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
     losses = {"STE": ste}
     for name, (peak, silence) in STRENGTHS.items():
         losses[name], *_ = train(cage.silence_then_ramp(steps, peak, silence))
-    return losses | {"rounded optimum": rounded, "averaged STE": average}
+    strength = cage.silence_then_constant(steps, 1.0, 0.5)
+    for source in SOURCES:
+        losses[f"{source}, 1/.5"], *_ = train(strength, source)
+    losses |= {"rounded optimum": rounded, "averaged STE": average}
+    each = zip(*hessians(problem, seeds))
+    losses["coordinate descent"] = np.array([descended(quantizer, *h) for h in each])
+    return losses
+
+
+def descended(
+    quantizer: cage.Quantizer, curvature: np.ndarray, optimum: np.ndarray
+) -> float:
+    """The loss where no change of one code by one improves it, from the nearest values.
+
+    The scale is that of the optimum.
+    """
+    h, target = np.float64(curvature), np.float64(optimum[:, 0])
+    scale = float(cage.quantize(jnp.asarray(optimum), quantizer).scale.item())
+    values = scale * np.sort(quantizer.format.values)
+    codes = np.abs(target[:, None] - values).argmin(1)
+    while True:
+        away = values[codes] - target
+        changes = np.full((2, len(codes)), np.inf)
+        moved = [np.clip(codes + sign, 0, len(values) - 1) for sign in (-1, 1)]
+        for place, to in enumerate(moved):
+            by = values[to] - values[codes]
+            changes[place] = by * (h @ away) + by**2 * np.diag(h) / 2
+        place, weight = np.unravel_index(changes.argmin(), changes.shape)
+        if changes[place, weight] > -1e-12:
+            return float(away @ h @ away / 2)
+        codes[weight] = moved[place][weight]
 
 
 def quadratic(
@@ -204,13 +257,10 @@ def quadratic(
         for optimizer, peak_rate in PEAK_RATE.items()
     }
     targets = [
-        measurement.target(
-            f"{figure['problem']}: loss of CAGE 3/.5 as a share of STE's",
-            figure["arms"]["CAGE 3/.5"]["share"],
-            0.75,
-        )
+        target
         for figure in figures
         if figure["problem"] == str(TARGET)
+        for target in _quadratic_targets(figure)
     ]
     return {
         "name": "effect_quadratic",
@@ -223,12 +273,34 @@ def quadratic(
             "weights": WEIGHTS,
             "peak_learning_rate": PEAK_RATE,
             "start": "the exact optimum",
-            "strengths": STRENGTHS,
+            "strengths": STRENGTHS | dict.fromkeys(SOURCES, (1.0, 0.5)),
             "doses": doses,
         },
         "figures": figures,
         "targets": targets,
     }
+
+
+def _quadratic_targets(figure):
+    share = {name: arm["share"] for name, arm in figure["arms"].items()}
+    plain = min(share[name] for name in STRENGTHS)
+    return [
+        measurement.target(f"{figure['problem']}: loss of {text}", found, bound)
+        for text, found, bound in (
+            ("CAGE 3/.5 as a share of STE's", share["CAGE 3/.5"], 0.75),
+            ("diag(H), 1/.5 as a share of STE's", share["diag(H), 1/.5"], 0.62),
+            (
+                "diag(H), 1/.5 as a share of the better CAGE's",
+                share["diag(H), 1/.5"] / plain,
+                0.92,
+            ),
+            (
+                "H e, 1/.5 as a share of coordinate descent's",
+                share["H e, 1/.5"] / share["coordinate descent"],
+                1.15,
+            ),
+        )
+    ]
 
 
 def _dose(peak_rate, peak, silence, steps) -> float:
@@ -454,7 +526,7 @@ _ROWS: dict[str, Callable[[Any], Rows]] = {
     "effect_images": _paired_rows,
 }
 PLAN = {
-    "quadratic": "9 quadratics, 3 trainings of 1500 steps a seed: 2 minutes",
+    "quadratic": "9 quadratics, 6 trainings of 1500 steps a seed: 5 minutes",
     "digits": "digits at 3 widths, 10 trainings of 2000 steps a seed: a minute",
     "lm": "a language model, 6 arms, 3 seeds: half an hour (resumes when stopped)",
     "images": "4 models, 5 trainings of 500 steps a seed: an hour (resumes, too)",

@@ -133,8 +133,14 @@ def test_two_noiseless_steps_are_the_recursion_written_out():
 def test_the_quadratic_record():
     found = effect.quadratic(seeds=2, steps=20, problems=(effect.TARGET,))
     (figure,) = found["figures"]
-    (each,) = found["targets"]
-    assert each["measured"] == figure["arms"]["CAGE 3/.5"]["share"]
+    share = {name: arm["share"] for name, arm in figure["arms"].items()}
+    plain, diagonal, of_cage, product = (each["measured"] for each in found["targets"])
+    assert plain == share["CAGE 3/.5"] and diagonal == share["diag(H), 1/.5"]
+    better = min(share["CAGE 3/.5"], share["CAGE 10/.8"])
+    assert of_cage == pytest.approx(diagonal / better)
+    descent = share["coordinate descent"]
+    assert product == pytest.approx(share["H e, 1/.5"] / descent)
+    assert descent < share["rounded optimum"]
     assert figure["arms"]["STE"]["share"] == 1 and figure["arms"]["STE"]["wins"] == 0
     count = np.arange(20)
     rate = 0.1 * (0.1 + 0.9 * (1 + np.cos(np.pi * count / 20)) / 2)

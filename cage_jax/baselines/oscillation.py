@@ -77,7 +77,7 @@ def dampening(
       >>> updates["kernel"].ravel().tolist()
       [-0.0, -0.0, -0.125]
 
-    Source: Nagel et al., arXiv 2203.11086, section 4.1.
+    Source: Nagel et al., arXiv 2203.11086.
     """
     check_rules(rules)
     check_strength(strength)
@@ -207,7 +207,7 @@ def freezing(
       >>> int(optax.tree_utils.tree_get(state, "frozen")["kernel"].sum())
       0
 
-    Source: Nagel et al., arXiv 2203.11086, algorithm 1.
+    Source: Nagel et al., arXiv 2203.11086.
     """
     check_rules(rules)
     check_strength(threshold, "threshold")
