@@ -40,7 +40,7 @@ demo: $(call stamp,demo)
 	@$(BIN)/python examples/demo.py
 
 test: $(call stamp,$(EXTRAS))
-	@echo "[test] running the tests; about 40 minutes on two cores"
+	@echo "[test] running the tests; half an hour on two cores"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(call stamp,$(EXTRAS))
