@@ -207,12 +207,12 @@ def diagonal(
         # Nothing is known before the first estimate.
         known = state.estimates > 0
         debias = 1 - decay ** state.estimates.astype(jnp.float32)
-        found = {}
+        found, quantizers = {}, step.quantizers
         for path, error in errors.items():
             h = _clamped(state.diagonal[path], largest)
             h = h / (jnp.mean(h) if relative else debias)
             h = jnp.where(known & jnp.isfinite(h), h, 1.0).astype(error.dtype)
-            quantizer = step.quantizers[path]
+            quantizer = quantizers[path]
             square = basis_factor(quantizer) ** 2
             weighed = back_from_basis(h * in_basis(error, quantizer), quantizer)
             found[path] = weighed * square
@@ -272,12 +272,12 @@ def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curva
 
     def estimate(step, key):
         del key
-        gradients = step.gradients
+        gradients, quantizers = step.gradients, step.quantizers
         if sampled:
             tree = step.extra("sampled_gradients", "those at labels of the model")
             gradients = step.by_path(tree)
         return {
-            path: examples * jnp.square(_turned(g, step.quantizers[path]))
+            path: examples * jnp.square(_turned(g, quantizers[path]))
             for path, g in gradients.items()
         }
 
@@ -533,16 +533,15 @@ def _inner(one, other):
 
 def _probed(product, step, key):
     """Z * (H z) of random signs z, in the basis of the quantizers."""
-    signs, vectors = {}, {}
+    signs, vectors, quantizers = {}, {}, step.quantizers
     for i, (path, g) in enumerate(step.gradients.items()):
-        quantizer, own = step.quantizers[path], jax.random.fold_in(key, i)
+        quantizer, own = quantizers[path], jax.random.fold_in(key, i)
         signs[path] = jax.random.rademacher(own, g.shape, jnp.float32)
         back = back_from_basis(signs[path], quantizer)
         vectors[path] = back * basis_factor(quantizer)
     products = product(step, vectors)
     return {
-        path: z * _turned(products[path], step.quantizers[path])
-        for path, z in signs.items()
+        path: z * _turned(products[path], quantizers[path]) for path, z in signs.items()
     }
 
 
