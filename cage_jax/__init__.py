@@ -39,9 +39,15 @@ from cage_jax.quantization import (
     with_grids,
 )
 from cage_jax.quantizers import Quantizer
+from cage_jax.recommendation import recommended
 from cage_jax.rotation import choose_rotation
 from cage_jax.rules import Rules
-from cage_jax.schedules import dose, silence_then_constant, silence_then_ramp
+from cage_jax.schedules import (
+    dose,
+    ramp_to_dose,
+    silence_then_constant,
+    silence_then_ramp,
+)
 from cage_jax.serving import low_bit, low_bit_dot
 from cage_jax.transform import cage, decoupled, post_step
 
@@ -82,6 +88,8 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quest",
+    "ramp_to_dose",
+    "recommended",
     "silence_then_constant",
     "silence_then_ramp",
     "ternary",

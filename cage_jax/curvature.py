@@ -6,8 +6,9 @@ gradient is `H e`, of strength 1 and nothing to tune. Here are sources of that, 
 gradient at hand to the exact product, for `curvature=` of the corrections.
 
 A source is three functions, as an optimizer of Optax is two. Estimates of a diagonal
-are kept by path, in float32, in the shape of the parameter (hence sharded like it) and
-in the basis in which it is quantized: with a rotation, of the rotated weights.
+are kept by path, in float32, in the shape of the parameter (hence sharded like it), or
+of its rows and columns, and in the basis in which it is quantized: with a rotation, of
+the rotated weights.
 """
 
 import functools
@@ -106,6 +107,18 @@ class Curvature(NamedTuple):
     weigh: Callable[[dict[str, jax.Array], Any, Step], dict[str, jax.Array]]
 
 
+class Factors(NamedTuple):
+    """Means of a diagonal; it is taken to be their product over the mean of one.
+
+    Attributes:
+      rows: of shape (..., rows).
+      columns: of shape (..., columns).
+    """
+
+    rows: jax.Array
+    columns: jax.Array
+
+
 class DiagonalState(NamedTuple):
     """An average of estimates.
 
@@ -118,7 +131,7 @@ class DiagonalState(NamedTuple):
 
     steps: jax.Array
     estimates: jax.Array
-    diagonal: dict[str, jax.Array]
+    diagonal: dict[str, jax.Array | Factors]
     clamped: jax.Array
 
 
@@ -150,6 +163,7 @@ def diagonal(
     period: int = 1,
     start: int = 0,
     relative: bool = False,
+    factored: bool = False,
     largest: float = 100.0,
     seed: int = 0,
 ) -> Curvature:
@@ -161,26 +175,41 @@ def diagonal(
       decay: of the exponential average, which is debiased.
       period: how many steps go by from one estimate to the next one.
       start: the step of the first estimate; before it errors are not weighted.
-      relative: weigh with `h / mean(h)` of each parameter: what is pulled in all stays
-        the same, and goes where the curvature is.
-      largest: times the mean of a parameter, the most that a weight of it may have;
-        what is negative counts as 0. `clamped` in the state tells how many were.
+      relative: weigh with `h / mean(h)`, the mean being that of all quantized weights:
+        what is pulled in all stays the same, and goes where the curvature is.
+      factored: keep no more of estimates than the means of their rows and columns, the
+        last two axes, which are far less noisy. Vectors are kept whole.
+      largest: times the mean, the most that a weight may have: the mean of its
+        parameter, or of all if `relative`. What is negative counts as 0. `clamped` in
+        the state tells how many were.
       seed: of the keys.
 
     Returns:
-      A source with a `DiagonalState`: 4 bytes for each quantized weight.
+      A source with a `DiagonalState`: 4 bytes for each quantized weight, or for each
+      row and each column.
 
     Raises:
       ValueError: for numbers out of range.
     """
     _check(decay, period, start, largest)
 
+    def kept_of(h):
+        if not factored or h.ndim < 2:
+            return h
+        return Factors(jnp.mean(h, -1), jnp.mean(h, -2))
+
+    def average(before, new):
+        mean = decay * before + (1 - decay) * new
+        # One overflow must not stay for ever.
+        return jnp.where(jnp.isfinite(mean), mean, before)
+
     def init(params):
         return DiagonalState(
             steps=jnp.zeros([], jnp.int32),
             estimates=jnp.zeros([], jnp.int32),
             diagonal={
-                path: jnp.zeros_like(x, jnp.float32) for path, x in params.items()
+                path: kept_of(jnp.zeros_like(x, jnp.float32))
+                for path, x in params.items()
             },
             clamped=jnp.zeros([], jnp.float32),
         )
@@ -188,12 +217,16 @@ def diagonal(
     def update(state, step):
         def averaged():
             key = jax.random.fold_in(jax.random.key(seed), state.steps)
-            new, means = estimate(step, key), {}
-            for path, before in state.diagonal.items():
-                mean = decay * before + (1 - decay) * new[path].astype(jnp.float32)
-                # One overflow must not stay for ever.
-                means[path] = jnp.where(jnp.isfinite(mean), mean, before)
-            return state.estimates + 1, means, _share_clamped(means, largest)
+            new = estimate(step, key)
+            means = {
+                path: jax.tree.map(
+                    average, before, kept_of(new[path].astype(jnp.float32))
+                )
+                for path, before in state.diagonal.items()
+            }
+            found = {path: _whole(mean) for path, mean in means.items()}
+            clamped = _clamped(found, largest, relative)
+            return state.estimates + 1, means, _share_changed(found, clamped)
 
         def kept():
             return state.estimates, state.diagonal, state.clamped
@@ -206,11 +239,14 @@ def diagonal(
     def weigh(errors, state, step):
         # Nothing is known before the first estimate.
         known = state.estimates > 0
-        debias = 1 - decay ** state.estimates.astype(jnp.float32)
+        unit = 1 - decay ** state.estimates.astype(jnp.float32)
+        weights = {path: _whole(state.diagonal[path]) for path in errors}
+        weights = _clamped(weights, largest, relative)
+        if relative:
+            unit = _mean(weights)
         found, quantizers = {}, step.quantizers
         for path, error in errors.items():
-            h = _clamped(state.diagonal[path], largest)
-            h = h / (jnp.mean(h) if relative else debias)
+            h = weights[path] / unit
             h = jnp.where(known & jnp.isfinite(h), h, 1.0).astype(error.dtype)
             quantizer = quantizers[path]
             square = basis_factor(quantizer) ** 2
@@ -234,17 +270,39 @@ def _check(decay, period, start, largest):
         raise ValueError(f"`largest` must be above 1; got {largest}. Use 100.")
 
 
-def _clamped(h, largest):
-    positive = jnp.maximum(h, 0)
-    return jnp.minimum(positive, largest * jnp.mean(positive))
+def _whole(kept):
+    """The diagonal of what was kept of it."""
+    if not isinstance(kept, Factors):
+        return kept
+    # Two negative means have no positive product.
+    rows, columns = (jnp.maximum(means, 0) for means in kept)
+    total = jnp.mean(columns, -1)[..., None, None]
+    product = rows[..., :, None] * columns[..., None, :]
+    return product / jnp.where(total == 0, 1, total)
 
 
-def _share_clamped(means, largest):
-    differs = [
-        jnp.sum(h != _clamped(h, largest), dtype=jnp.float32) for h in means.values()
-    ]
-    total = sum(h.size for h in means.values())
-    return sum(differs, start=jnp.float32(0)) / max(total, 1)
+def _clamped(diagonals, largest, relative):
+    positive = {path: jnp.maximum(h, 0) for path, h in diagonals.items()}
+    whole = _mean(positive) if relative else None
+    return {
+        path: jnp.minimum(h, largest * (jnp.mean(h) if whole is None else whole))
+        for path, h in positive.items()
+    }
+
+
+def _mean(arrays):
+    """That of all entries of all arrays."""
+    sums = [jnp.sum(x, dtype=jnp.float32) for x in arrays.values()]
+    return sum(sums, start=jnp.float32(0)) / max(_entries(arrays), 1)
+
+
+def _share_changed(before, after):
+    differs = {path: before[path] != x for path, x in after.items()}
+    return _mean(differs)
+
+
+def _entries(arrays):
+    return sum(x.size for x in arrays.values())
 
 
 def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curvature:
@@ -302,12 +360,14 @@ def second_moment(b2: float = 0.999, *, relative: bool = False) -> Curvature:
         adam = _adam_state(step.inner_state)
         found = {}
         for path, v in step.by_path(adam.nu).items():
-            h = jnp.sqrt(v / (1 if relative else 1 - b2 ** adam.count.astype(v.dtype)))
-            h = h / jnp.mean(h) if relative else h
-            found[path] = jnp.where(jnp.isfinite(h), h, 1)
+            found[path] = jnp.sqrt(v / (1 - b2 ** adam.count.astype(v.dtype)))
+        unit = _mean(found) if relative else 1
+        weights = {path: h / unit for path, h in found.items()}
         return {
-            path: found[path].astype(error.dtype) * error
-            for path, error in errors.items()
+            path: jnp.where(jnp.isfinite(h), h, 1).astype(errors[path].dtype)
+            * errors[path]
+            for path, h in weights.items()
+            if path in errors
         }
 
     return weighted(function)

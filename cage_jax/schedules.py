@@ -92,6 +92,61 @@ def silence_then_constant(
     return schedule
 
 
+def ramp_to_dose(
+    learning_rate: ScalarOrSchedule,
+    total_steps: int,
+    dose: float = 0.7,
+    silence: float = 0.5,
+    power: float = 3.0,
+) -> Schedule:
+    """Strength 0 at first, then a ramp whose height gives a dose.
+
+    With r = (count + 1) / total_steps: 0 while r <= silence, then
+    peak * ((r - silence) / (1 - silence)) ** power, and the peak such that the sum of
+    learning rate times strength is `dose`: what is right for one learning rate, number
+    of steps and floor is for others.
+
+    Args:
+      learning_rate: that of the optimizer, a number or a schedule from the step's
+        count.
+      total_steps: length of the training in optimizer steps.
+      dose: the sum of learning rate times strength, see `cage_jax.dose`.
+      silence: the share of the training without correction, in [0, 1).
+      power: 1 for a line; 3 leaves most of the pull to the end.
+
+    Returns:
+      A schedule from the step's count (from 0) to the strength.
+
+    Raises:
+      TypeError, ValueError: for arguments out of range, and for a learning rate of 0
+        all the while that there is a pull.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> strength = cage.ramp_to_dose(1e-3, 1000)
+      >>> round(cage.dose(1e-3, strength, 1000), 4)
+      0.7
+    """
+    ramp = silence_then_ramp(total_steps, 1.0, silence)
+    for name, value in (("dose", dose), ("power", power)):
+        _check_nonnegative(value, name, f"Use ramp_to_dose(lr, steps, {name}=1.0)")
+    check_learning_rate(learning_rate)
+
+    def shape(count):
+        return ramp(count) ** power
+
+    counts = jnp.arange(total_steps)
+    total = jnp.sum(_values(learning_rate, counts) * _values(shape, counts))
+    if not isinstance(total, jax.core.Tracer) and not total > 0:
+        raise ValueError(
+            f"`learning_rate` must be positive in some step after the silence, for "
+            f"there to be a dose; its sum there is {float(total):g}. Give that of the "
+            f"optimizer."
+        )
+    peak = dose / total
+    return lambda count: peak * shape(count)
+
+
 def dose(
     learning_rate: ScalarOrSchedule, strength: ScalarOrSchedule, total_steps: int
 ) -> float:
@@ -123,14 +178,11 @@ def dose(
     _check_total_steps(total_steps)
     counts = jnp.arange(total_steps)
 
-    def values(schedule):
-        if not callable(schedule):
-            return np.asarray(schedule, np.float64)
-        return np.asarray(jax.vmap(schedule)(counts), np.float64)
-
-    total = float(
-        np.sum(np.broadcast_to(values(learning_rate) * values(strength), total_steps))
+    rates, strengths = (
+        np.asarray(_values(schedule, counts), np.float64)
+        for schedule in (learning_rate, strength)
     )
+    total = float(np.sum(rates * strengths))
     if total > _LARGEST_DOSE:
         warnings.warn(
             f"the dose is {total:.3g}, above {_LARGEST_DOSE:g}, where CAGE was seen to "
@@ -138,6 +190,13 @@ def dose(
             stacklevel=2,
         )
     return total
+
+
+def _values(schedule, counts):
+    """Those of a schedule or a number, one a step."""
+    if not callable(schedule):
+        return jnp.full(counts.shape, schedule, jnp.result_type(float))
+    return jax.vmap(schedule)(counts)
 
 
 def check_strength(strength, name: str = "strength") -> None:

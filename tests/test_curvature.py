@@ -254,6 +254,137 @@ def test_what_is_negative_or_too_large_is_clamped_and_counted(problem):
     np.testing.assert_allclose(updates["w"], expected, **CLOSE)
 
 
+def test_relative_weights_share_one_dose(problem, rng):
+    """The mean is that of all parameters, and so is what is too large."""
+    _, _, params, _ = problem
+    rules = cage.Rules([(r"w|v", cage.int4())])
+    weights = {"w": params["w"], "v": jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)}
+    d = {"w": np.ones((8, 3)), "v": np.full((5, 2), 8.0)}
+    d["w"][0, 0], d["v"][1, 1] = -5, 1000
+
+    def estimate(step, key):
+        return {path: jnp.asarray(h, jnp.float32) for path, h in d.items()}
+
+    source = curvature.diagonal(estimate, relative=True, largest=2)
+    tx = optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(-1.0))
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    updates, state = tx.update(zeros, tx.init(weights), weights)
+    assert tree_get(state, "clamped") == pytest.approx(2 / 34)
+    positive = {path: np.maximum(h, 0) for path, h in d.items()}
+    mean = sum(h.sum() for h in positive.values()) / 34
+    clamped = {path: np.minimum(h, 2 * mean) for path, h in positive.items()}
+    mean = sum(h.sum() for h in clamped.values()) / 34
+    for path, h in clamped.items():
+        x = np.asarray(weights[path], np.float64)
+        np.testing.assert_allclose(
+            updates[path], h / mean * (x - rounded(x)), **CLOSE, err_msg=path
+        )
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_factors_are_means_of_rows_and_columns(rng, relative):
+    """Of each matrix of a stack; of a product they are the whole of it."""
+    quantizers = {"w": cage.int4(), "v": cage.int4(axis=-1)}
+    rules = cage.Rules(list(quantizers.items()))
+    params = {"w": rng.normal(size=(2, 8, 3)), "v": rng.normal(size=(5,))}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    d = {"w": rng.uniform(1, 2, size=(2, 8, 3)), "v": rng.uniform(1, 2, size=(5,))}
+    d["w"][0, :, 0] = -1  # a column with a negative mean
+
+    def estimate(step, key):
+        return {path: jnp.asarray(h, jnp.float32) for path, h in d.items()}
+
+    source = curvature.diagonal(estimate, factored=True, relative=relative)
+    tx = optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(-1.0))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zeros, tx.init(params), params)
+    kept = tree_get(state, "diagonal")
+    assert [x.shape for x in jax.tree.leaves(kept)] == [(5,), (2, 8), (2, 3)]
+    rows = np.maximum(d["w"].mean(-1), 0)
+    columns = np.maximum(d["w"].mean(-2), 0)
+    product = np.einsum("nr,nc->nrc", rows, columns)
+    h = {"w": product / columns.mean(-1)[:, None, None], "v": d["v"]}
+    unit = sum(x.sum() for x in h.values()) / 53 if relative else 1
+    for path in params:
+        error = cage.quantization_error(params[path], quantizers[path])
+        expected = h[path] / unit * np.asarray(error, np.float64)
+        np.testing.assert_allclose(updates[path], expected, **CLOSE, err_msg=path)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_factors_lie_as_the_parameter_does(rng):
+    """Rows and columns on the axes of a mesh, and the same figures as on one device."""
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"))
+    x, g = rng.normal(size=(2, 32, 8))
+    source = curvature.fisher(factored=True, relative=True, largest=3.0)
+    tx = cage.cage_adamw(0.1, RULES, 1.0, curvature=source)
+
+    def updated(place):
+        params = {"w": place(jnp.asarray(x, jnp.float32))}
+        gradient = {"w": place(jnp.asarray(g, jnp.float32))}
+        state = jax.jit(tx.init)(params)
+        return jax.jit(tx.update)(gradient, state, params)
+
+    sharding = jax.NamedSharding(mesh, jax.P("rows", "columns"))
+    with jax.set_mesh(mesh):
+        found, state = updated(lambda array: jax.device_put(array, sharding))
+    expected, _ = updated(lambda array: array)
+    np.testing.assert_allclose(found["w"], expected["w"], **CLOSE)
+    factors = tree_get(state, "diagonal")["w"]
+    assert factors.rows.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, jax.P("rows")), 1
+    )
+    assert factors.columns.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, jax.P("columns")), 1
+    )
+
+
+@pytest.mark.parametrize("source", [curvature.hutchinson, curvature.hessian])
+def test_products_over_shards_are_those_of_one_device(problem, source):
+    _, _, params, loss = problem
+    mesh = jax.make_mesh((8,), ("rows",))
+
+    def updated(place):
+        weights = {"w": place(params["w"]), "bias": params["bias"]}
+        tx = coupled(source())
+
+        @jax.jit
+        def step(weights):
+            state = tx.init(weights)
+            gradient = jax.grad(loss)(weights)
+            return tx.update(gradient, state, weights, obj_fn=loss)
+
+        return step(weights)
+
+    sharding = jax.NamedSharding(mesh, jax.P("rows"))
+    found, state = updated(lambda array: jax.device_put(array, sharding))
+    expected, _ = updated(lambda array: array)
+    np.testing.assert_allclose(found["w"], expected["w"], **CLOSE)
+    for kept in jax.tree.leaves(tree_get(state, "diagonal", {})):
+        assert kept.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_is_recommended_has_its_dose_and_costs_rows_and_columns(problem):
+    _, _, params, loss = problem
+    rate = optax.cosine_decay_schedule(0.1, 100)
+    chosen = cage.recommended(rate, 100)
+    assert cage.dose(rate, chosen["strength"], 100) == pytest.approx(0.7, rel=1e-5)
+    tx = cage.cage_adamw(rate, RULES, **chosen)
+    state = tx.init(params)
+    kept = jax.tree.leaves(tree_get(state, "diagonal"))
+    assert sum(x.size for x in kept) == 8 + 3
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(100):
+        params, state = step(params, state)
+    assert tree_get(state, "estimates") == 100
+
+
 def test_an_overflow_is_left_out(problem):
     _, _, params, _ = problem
     tx = coupled(curvature.fisher(decay=0.5))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cage_jax import dose, silence_then_constant, silence_then_ramp
+from cage_jax import dose, ramp_to_dose, silence_then_constant, silence_then_ramp
 from cage_jax.schedules import check_learning_rate, check_strength
 
 EPS = float(np.finfo(np.float32).eps)
@@ -224,3 +224,49 @@ def test_checks(check, name):
             check(bad)
     with pytest.raises(TypeError, match=rf"^`{name}` must be .*got None\. Use "):
         check(None)
+
+
+# --- a ramp to a dose -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_a_ramp_to_a_dose_by_hand(power):
+    steps, silence = 200, 0.5
+    rate = optax.cosine_decay_schedule(0.1, steps, 0.1)
+    strength = ramp_to_dose(rate, steps, 0.7, silence, power)
+    r = np.arange(1, steps + 1) / steps
+    shape = np.maximum((r - silence) / (1 - silence), 0) ** power
+    decay = 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+    rates = 0.1 * (0.9 * decay + 0.1)
+    expected = 0.7 / np.sum(rates * shape) * shape
+    found = [float(strength(count)) for count in range(steps)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert float(strength(steps + 5)) == pytest.approx(expected[-1])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_dose_for_a_learning_rate_that_is_traced():
+    @jax.jit
+    def last(floor):
+        rate = optax.cosine_decay_schedule(0.1, 50, floor)
+        return ramp_to_dose(rate, 50)(49)
+
+    rate = optax.cosine_decay_schedule(0.1, 50, 0.25)
+    assert float(last(0.25)) == pytest.approx(float(ramp_to_dose(rate, 50)(49)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dose": -1.0}, "`dose` must be finite and not negative; got -1.0"),
+        ({"power": math.nan}, "`power` must be finite and not negative; got nan"),
+        ({"silence": 1.0}, r"`silence` must be in \[0, 1\); got 1.0"),
+        ({"total_steps": 0}, "`total_steps` must be positive; got 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive in some step"),
+    ],
+)
+def test_what_cannot_be_a_dose_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ramp_to_dose(**{"learning_rate": 0.1, "total_steps": 10} | arguments)
