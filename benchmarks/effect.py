@@ -36,6 +36,7 @@ import train_lm
 Part = Literal["quadratic", "digits", "lm", "images"]
 # A seed of the language model takes ten minutes, one of the others a second.
 LM_SEEDS = 3
+LM_ARMS: dict[str, str] = train_lm.ARMS | {"recommended": "CAGE, recommended"}
 # Of images a training takes minutes; it is shorter than the example's own.
 IMAGE_SEEDS, IMAGE_STEPS = 3, 500
 IMAGE_MODELS = (("resnet", 4), ("resnet", 2), ("vit", 4), ("vit", 2))
@@ -98,8 +99,13 @@ PROBLEMS = (
 WEIGHTS = 128
 PEAK_RATE = {"sgd": 0.1, "adam": 0.01}
 STRENGTHS = {"CAGE 10/.8": (10.0, 0.8), "CAGE 3/.5": (3.0, 0.5)}
-# Of strength 1 from half of the steps on, coupled; nothing is tuned.
-SOURCES = ("diag(H)", "Hutchinson", "H e")
+# Of strength 1, coupled, from a share of the steps on; nothing is tuned.
+SOURCES = {
+    "diag(H), 1/.5": ("diag(H)", 0.5),
+    "diag(H), 1/0": ("diag(H)", 0.0),
+    "Hutchinson, 1/.5": ("Hutchinson", 0.5),
+    "H e, 1/.5": ("H e", 0.5),
+}
 
 
 def hessians(problem: Problem, seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,10 +147,13 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
         return jnp.sum(offset * (curvature @ offset)) / 2
 
     def optimizer(strength, source, curvature):
+        chosen: dict[str, Any] = {"strength": strength}
+        if source == "recommended":
+            chosen, source = cage.recommended(rate, steps), None
         if source is None and problem.optimizer == "sgd":
-            return cage.cage_sgd(rate, rules, strength)
+            return cage.cage_sgd(rate, rules, **chosen)
         if source is None:
-            return cage.cage_adamw(rate, rules, strength, weight_decay=0.0)
+            return cage.cage_adamw(rate, rules, **chosen, weight_decay=0.0)
 
         def known(errors, step):
             return {"x": jnp.diagonal(curvature)[:, None] * errors["x"]}
@@ -195,9 +204,10 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
     losses = {"STE": ste}
     for name, (peak, silence) in STRENGTHS.items():
         losses[name], *_ = train(cage.silence_then_ramp(steps, peak, silence))
-    strength = cage.silence_then_constant(steps, 1.0, 0.5)
-    for source in SOURCES:
-        losses[f"{source}, 1/.5"], *_ = train(strength, source)
+    for name, (source, silence) in SOURCES.items():
+        strength = cage.silence_then_constant(steps, 1.0, silence)
+        losses[name], *_ = train(strength, source)
+    losses["recommended"], *_ = train(None, "recommended")
     losses |= {"rounded optimum": rounded, "averaged STE": average}
     each = zip(*hessians(problem, seeds))
     losses["coordinate descent"] = np.array([descended(quantizer, *h) for h in each])
@@ -262,6 +272,14 @@ def quadratic(
         if figure["problem"] == str(TARGET)
         for target in _quadratic_targets(figure)
     ]
+    shares = [figure["arms"]["recommended"]["share"] for figure in figures]
+    targets.append(
+        measurement.target(
+            "loss of the recommended one as a share of STE's, the worst problem",
+            max(shares),
+            1.0,
+        )
+    )
     return {
         "name": "effect_quadratic",
         "benchmark": "effect",
@@ -273,7 +291,8 @@ def quadratic(
             "weights": WEIGHTS,
             "peak_learning_rate": PEAK_RATE,
             "start": "the exact optimum",
-            "strengths": STRENGTHS | dict.fromkeys(SOURCES, (1.0, 0.5)),
+            "strengths": STRENGTHS
+            | {name: (1.0, silence) for name, (_, silence) in SOURCES.items()},
             "doses": doses,
         },
         "figures": figures,
@@ -297,6 +316,11 @@ def _quadratic_targets(figure):
             (
                 "H e, 1/.5 as a share of coordinate descent's",
                 share["H e, 1/.5"] / share["coordinate descent"],
+                1.15,
+            ),
+            (
+                "diag(H), 1/0 as a share of coordinate descent's",
+                share["diag(H), 1/0"] / share["coordinate descent"],
                 1.15,
             ),
         )
@@ -327,15 +351,57 @@ DIGITS_TARGETS = {4: -0.002, 3: -0.005, 2: -0.012}
 
 
 def digits(seeds: int, steps: int = 2000, bits=(4, 3, 2)) -> dict[str, Any]:
-    """CAGE against the other arms on scikit-learn's digits, see examples/digits.py."""
+    """CAGE against the other arms on scikit-learn's digits, see examples/digits.py.
+
+    As published and as recommended, with the learning rate to 10 % and to 0.
+    """
     settings = digits_example.Settings(bits=tuple(bits), seeds=seeds, steps=steps)
-    results = digits_example.run(settings)
+    runs = {
+        (recommended, floor): digits_example.run(
+            dataclasses.replace(settings, recommended=recommended, floor=floor)
+        )
+        for recommended in (False, True)
+        for floor in (settings.floor, 0.0)
+    }
+    results = runs[False, settings.floor]
     figures, targets = [], []
     for width, arms in results.items():
         paired = digits_example.compare(arms)
         name = f"W{width}A{width}"
-        figures.append({"bits": width} | _paired(name, arms))
+        ours = runs[True, settings.floor][width]
+        to_zero = {
+            arm: _differences(run[width], "ste")
+            for arm, run in (("cage", runs[False, 0.0]), ("ours", runs[True, 0.0]))
+        }
+        against = {
+            "recommended": _differences(ours, "ste"),
+            "recommended_averaged": _differences(ours, "averaged"),
+            "recommended_cage": ours["cage"].train_loss - arms["cage"].train_loss,
+            "cage_to_zero": to_zero["cage"],
+            "recommended_to_zero": to_zero["ours"],
+        }
+        figures.append(
+            {"bits": width}
+            | _paired(name, arms)
+            | {
+                key: digits_example.estimate(values)._asdict()
+                for key, values in against.items()
+            }
+        )
+        best = digits_example.estimate(to_zero["ours"])
         targets += [
+            measurement.target(
+                f"{name}: paired t of the recommended one - STE, rate to 0",
+                best.mean / best.error,
+                -5.0,
+                "+.1f",
+            ),
+            measurement.target(
+                f"{name}: train loss, the recommended one - CAGE",
+                float(np.mean(against["recommended_cage"])),
+                0.0,
+                "+.4f",
+            ),
             measurement.target(
                 f"{name}: train loss, CAGE - STE",
                 paired.train_loss.mean,
@@ -359,6 +425,11 @@ def digits(seeds: int, steps: int = 2000, bits=(4, 3, 2)) -> dict[str, Any]:
     }
 
 
+def _differences(arms, other) -> np.ndarray:
+    """The train loss of CAGE less that of another arm, seed by seed."""
+    return arms["cage"].train_loss - arms[other].train_loss
+
+
 def _paired(name: str, arms) -> dict[str, Any]:
     """CAGE against the other arms, for a record."""
     return {
@@ -377,6 +448,13 @@ def _paired_rows(record) -> Rows:
         return format(digits_example.Estimate(**value), form)
 
     def column(figure):
+        ours = {
+            "recommended - STE": "recommended",
+            "recommended - CAGE": "recommended_cage",
+            "recommended - averaged STE": "recommended_averaged",
+            "recommended - STE, both to 0": "recommended_to_zero",
+            "CAGE - STE, both to 0": "cage_to_zero",
+        }
         return {
             "STE": f"{figure['ste_loss']:.4f}",
             "CAGE": f"{figure['cage_loss']:.4f}",
@@ -387,7 +465,7 @@ def _paired_rows(record) -> Rows:
             "CAGE - STE, rate to 0": show(figure["ste0"]),
             "test loss, CAGE - STE": show(figure["test_loss"]),
             "test accuracy, CAGE - STE": show(figure["test_accuracy"], "+.2%"),
-        }
+        } | {name: show(figure[key]) for name, key in ours.items() if key in figure}
 
     columns = [column(figure) for figure in record["figures"]]
     names = [figure["name"] for figure in record["figures"]]
@@ -452,13 +530,30 @@ def lm(seeds: int, steps: int | None = None) -> dict[str, Any]:
         if steps is not None:  # a trial
             settings = dataclasses.replace(settings, size="tiny")
         results = train_lm.run(settings, console)
-        losses.append({arm: result.loss for arm, result in results.items()})
+        ours = train_lm.run(
+            dataclasses.replace(
+                settings, arms=("cage",), recommended=True, out=out / "recommended"
+            ),
+            console,
+        )
+        losses.append(
+            {arm: result.loss for arm, result in results.items()}
+            | {"recommended": ours["cage"].loss}
+        )
     settings = settings.resolved()
 
-    def against(arm):
-        return [each["cage"] - each[arm] for each in losses]
+    def against(arm, ours="cage"):
+        return [each[ours] - each[arm] for each in losses]
 
-    delta = against("ste")
+    def compared(arm, ours):
+        if arm == ours:
+            return {"difference": None, "wins": None}
+        differences = against(arm, ours)
+        wins = sum(difference < 0 for difference in differences)
+        return {"difference": _estimate(differences), "wins": wins}
+
+    delta, best = against("ste"), against("ste", "recommended")
+    averaged = against("averaged", "recommended")
     gap = np.mean([each["ste"] - each["full"] for each in losses])
     return {
         "name": "effect_lm",
@@ -477,17 +572,30 @@ def lm(seeds: int, steps: int | None = None) -> dict[str, Any]:
             {
                 "arm": arm,
                 "loss": _estimate([each[arm] for each in losses]),
-                "cage_minus_arm": None if arm == "cage" else _estimate(against(arm)),
-                "wins": None if arm == "cage" else sum(d < 0 for d in against(arm)),
+                "cage": compared(arm, "cage"),
+                "recommended": compared(arm, "recommended"),
             }
-            for arm in train_lm.ARMS
+            for arm in LM_ARMS
         ],
         "recovered": float(-np.mean(delta) / gap),
+        "recovered_recommended": float(-np.mean(best) / gap),
         "targets": [
             measurement.target(
                 "mean of CAGE minus STE", float(np.mean(delta)), -0.002, ".4f"
             ),
             measurement.target("seeds not won", sum(d >= 0 for d in delta), 0, "d"),
+            measurement.target(
+                "twice the gain of CAGE, less that of the recommended one",
+                float(np.mean(best) - 2 * np.mean(delta)),
+                0.0,
+                "+.4f",
+            ),
+            measurement.target(
+                "seeds in which the recommended one is not below averaged STE",
+                sum(difference >= 0 for difference in averaged),
+                0,
+                "d",
+            ),
         ],
     }
 
@@ -503,18 +611,22 @@ def _lm_rows(record) -> Rows:
             return ""
         return f"{value['mean']:{form}} ± {value['error']:.4f}"
 
+    def compared(found):
+        wins = found["wins"]
+        difference = show(found["difference"], "+.4f")
+        return [difference, "" if wins is None else f"{wins}/{len(record['losses'])}"]
+
     cells = [
         [
-            train_lm.ARMS[figure["arm"]],
+            LM_ARMS[figure["arm"]],
             show(figure["loss"], ".4f"),
-            show(figure["cage_minus_arm"], "+.4f"),
-            ""
-            if figure["wins"] is None
-            else f"{figure['wins']}/{len(record['losses'])}",
+            *compared(figure["cage"]),
+            *compared(figure["recommended"]),
         ]
         for figure in record["figures"]
     ]
-    return Rows(["arm", "validation loss", "CAGE - arm", "CAGE wins"], cells)
+    names = ["CAGE - arm", "wins", "recommended - arm", "wins"]
+    return Rows(["arm", "validation loss", *names], cells)
 
 
 # --- all parts ------------------------------------------------------------------------
@@ -526,9 +638,9 @@ _ROWS: dict[str, Callable[[Any], Rows]] = {
     "effect_images": _paired_rows,
 }
 PLAN = {
-    "quadratic": "9 quadratics, 6 trainings of 1500 steps a seed: 5 minutes",
-    "digits": "digits at 3 widths, 10 trainings of 2000 steps a seed: a minute",
-    "lm": "a language model, 6 arms, 3 seeds: half an hour (resumes when stopped)",
+    "quadratic": "9 quadratics, 8 trainings of 1500 steps a seed: 5 minutes",
+    "digits": "digits at 3 widths, 40 trainings of 2000 steps a seed: five minutes",
+    "lm": "a language model, 7 arms, 3 seeds: 40 minutes (resumes when stopped)",
     "images": "4 models, 5 trainings of 500 steps a seed: an hour (resumes, too)",
 }
 

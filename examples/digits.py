@@ -66,6 +66,8 @@ class Settings:
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
     """Share of the steps without correction."""
+    recommended: bool = False
+    """CAGE as cage_jax recommends it, in place of --strength and --silence."""
     floor: float = 0.1
     """Share of the peak learning rate at which the cosine ends."""
     json: Path | None = None
@@ -79,7 +81,7 @@ class Settings:
         chosen = {name: n for name, n in sizes.items() if getattr(self, name) is None}
         settings = dataclasses.replace(self, **chosen)
         program.check(settings, LIMITS)
-        return settings
+        return program.with_recommended(settings)
 
 
 LIMITS = (
@@ -194,19 +196,28 @@ def learning_rate(settings: Settings, floor) -> optax.Schedule:
     return optax.cosine_decay_schedule(LEARNING_RATE, settings.steps, floor)
 
 
-def strength(settings: Settings, peak) -> Callable:
-    """Silence, then a line up to `peak`, which may be traced."""
-    ramp = cage.silence_then_ramp(settings.steps, 1.0, settings.silence)
-    return lambda count: peak * ramp(count)
+def correction(settings: Settings, floor, share) -> dict[str, Any]:
+    """The strength, times `share`, which may be traced, and the curvature, if any."""
+    if settings.recommended:
+        rate = learning_rate(settings, floor)
+        whole = cage.recommended(rate, settings.steps, silence=settings.silence)
+    else:
+        ramp = cage.silence_then_ramp(
+            settings.steps, settings.strength, settings.silence
+        )
+        whole = {"strength": ramp}
+    return whole | {"strength": lambda count: share * whole["strength"](count)}
 
 
-def optimizer(settings: Settings, how: Quantization, floor, peak):
-    """AdamW with the CAGE correction; with `peak` 0 it is plain AdamW to the bit."""
+def optimizer(settings: Settings, how: Quantization, floor, share):
+    """AdamW with the CAGE correction; with `share` 0 it is plain AdamW to the bit."""
     rate = learning_rate(settings, floor)
     adamw = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.01}
     if how.inputs is None:
         return optax.adamw(rate, **adamw)
-    return cage.cage_adamw(rate, how.rules, strength(settings, peak), **adamw)
+    return cage.cage_adamw(
+        rate, how.rules, **correction(settings, floor, share), **adamw
+    )
 
 
 class Start(NamedTuple):
@@ -231,7 +242,7 @@ def start(settings: Settings, images: int) -> Start:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def train(
-    settings: Settings, bits: int | None, data: Data, begin: Start, floors, peaks
+    settings: Settings, bits: int | None, data: Data, begin: Start, floors, shares
 ):
     """All arms and seeds of one bit width in a single scan.
 
@@ -241,7 +252,7 @@ def train(
       data: to train on.
       begin: initial parameters and batches of each seed.
       floors: where the cosine of each arm ends, of shape (arms,).
-      peaks: of CAGE's strength in each arm, of shape (arms,); 0 for plain STE.
+      shares: of CAGE's strength in each arm, of shape (arms,); 0 for plain STE.
 
     Returns:
       The last parameters and the average of the last ones, (arms, seeds, ...) each.
@@ -249,8 +260,8 @@ def train(
     how = quantization(bits)
     averaged = max(1, round(AVERAGED_SHARE * settings.steps))
 
-    def one(begin, floor, peak):
-        tx = optimizer(settings, how, floor, peak)
+    def one(begin, floor, share):
+        tx = optimizer(settings, how, floor, share)
 
         def step(carry, inputs):
             params, state, average = carry
@@ -270,7 +281,7 @@ def train(
         return params, average
 
     seeds = jax.vmap(one, in_axes=(0, None, None))
-    return jax.vmap(seeds, in_axes=(None, 0, 0))(begin, floors, peaks)
+    return jax.vmap(seeds, in_axes=(None, 0, 0))(begin, floors, shares)
 
 
 class Scores(NamedTuple):
@@ -322,19 +333,19 @@ def run(settings: Settings, tell: Callable[[str], None] = lambda text: None) -> 
         return jax.tree.map(lambda x: x[number], tree)
 
     tell("full precision")
-    fixed = dataclasses.replace(settings, json=None, bits=(), strength=0.0)
+    fixed = dataclasses.replace(settings, json=None, bits=())
     floor = settings.floor
     once = (jnp.array([floor]), jnp.array([0.0]))
     full = arm(0, train(fixed, None, train_data, begin, *once)[0])
     results: Results = {}
     for bits in settings.bits:
         tell(f"W{bits}A{bits}")
-        # Floors and strengths are data here, so that one compilation serves all arms.
+        # Floors and shares are data here, so that one compilation serves all arms.
         # Under `vmap` both branches of the silent phase are computed, which a network
         # of this size hardly notices.
         floors = jnp.array([floor, 0.0, floor])
-        peaks = jnp.array([0.0, 0.0, settings.strength])
-        last, average = train(fixed, bits, train_data, begin, floors, peaks)
+        shares = jnp.array([0.0, 0.0, 1.0])
+        last, average = train(fixed, bits, train_data, begin, floors, shares)
         results[bits] = {
             "full": scores_of(full, None),
             "ptq": scores_of(full, bits),
@@ -352,7 +363,7 @@ def dose_of(settings: Settings) -> tuple[float, str]:
         warnings.simplefilter("always")
         dose = cage.dose(
             learning_rate(settings, settings.floor),
-            strength(settings, settings.strength),
+            correction(settings, settings.floor, 1.0)["strength"],
             settings.steps,
         )
     return dose, " ".join(str(warning.message) for warning in caught)
@@ -479,6 +490,7 @@ def record(settings: Settings, results: Results) -> dict[str, Any]:
             "steps": settings.steps,
             "strength": settings.strength,
             "silence": settings.silence,
+            "recommended": settings.recommended,
             "floor": settings.floor,
             "dose": dose_of(settings)[0],
         },

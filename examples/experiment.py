@@ -87,6 +87,8 @@ class Settings:
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
     """Share of the steps without correction."""
+    recommended: bool = False
+    """CAGE as cage_jax recommends it, in place of --strength and --silence."""
     distill: bool = False
     """Learn as LLM-QAT: from the end of full precision on, its logits, its own text."""
     stochastic: bool = False
@@ -128,6 +130,7 @@ class Settings:
         }
         settings = dataclasses.replace(self, size=name, **chosen)
         program.check(settings, LIMITS)
+        settings = program.with_recommended(settings)
         if self.distill and set(self.arms) <= {"full", "ptq"}:
             raise ValueError(
                 f"`--distill` must have an arm that is trained quantized; got --arms "
@@ -254,30 +257,34 @@ class Experiment:
         settings = self.settings
         return lm.learning_rate(settings.learning_rate, settings.steps, floor)
 
-    def strength(self) -> Callable:
-        """CAGE's strength over the steps."""
+    def correction(self) -> dict[str, Any]:
+        """CAGE's strength over the steps, and its curvature, if any."""
         settings = self.settings
-        return cage.silence_then_ramp(
+        if settings.recommended:
+            rate = self.learning_rate(settings.floor)
+            return cage.recommended(rate, settings.steps, silence=settings.silence)
+        strength = cage.silence_then_ramp(
             settings.steps, settings.strength, settings.silence
         )
+        return {"strength": strength}
 
     def dose(self) -> float:
         """The sum of learning rate times strength."""
         rate = self.learning_rate(self.settings.floor)
-        return cage.dose(rate, self.strength(), self.settings.steps)
+        return cage.dose(rate, self.correction()["strength"], self.settings.steps)
 
-    def _optimizer(self, strength, floor):
-        return self.model.optimizer(self.learning_rate(floor), strength)
+    def _optimizer(self, floor, **correction):
+        return self.model.optimizer(self.learning_rate(floor), **correction)
 
     def _segments(self) -> list[Segment]:
         """The stretches that the arms need, a parent before its children."""
         steps, floor = self.settings.steps, self.settings.floor
+        correction = self.correction()
         branch = int(self.settings.silence * steps)
-        plain, pulled = (
-            self._optimizer(0.0, floor),
-            self._optimizer(self.strength(), floor),
-        )
-        full = Segment("full", 0, steps, False, plain)
+        pulled = self._optimizer(floor, **correction)
+        # What leads to the branch keeps the state of the curvature, too.
+        plain = self._optimizer(floor, **correction | {"strength": 0.0})
+        full = Segment("full", 0, steps, False, self._optimizer(floor, strength=0.0))
         teacher = full if self.settings.distill else None
         taught = partial(Segment, quantized=True, teacher=teacher)
         trunk = taught("trunk", 0, branch, optimizer=plain)
@@ -289,7 +296,9 @@ class Experiment:
             "ste": [trunk, ste],
             "averaged": [trunk, ste],
             "cage": [trunk, pull],
-            "ste0": [taught("ste0", 0, steps, optimizer=self._optimizer(0.0, 0.0))],
+            "ste0": [
+                taught("ste0", 0, steps, optimizer=self._optimizer(0.0, strength=0.0))
+            ],
         }
         chosen = [
             segment

@@ -161,10 +161,15 @@ class LanguageModel:
         return params, optimizer.init(params)
 
     def optimizer(
-        self, learning_rate: optax.Schedule, strength: float | Callable
+        self,
+        learning_rate: optax.Schedule,
+        strength: float | Callable,
+        curvature: Any = None,
     ) -> optax.GradientTransformationExtraArgs:
         """AdamW with CAGE behind clipping, as the paper has it; norms do not decay."""
-        adamw = partial(cage.cage_adamw, rules=self.rules, strength=strength)
+        adamw = partial(
+            cage.cage_adamw, rules=self.rules, strength=strength, curvature=curvature
+        )
         return optimizer_of(adamw, learning_rate)
 
 

@@ -1,6 +1,7 @@
 """How the programs here start, check their flags, and end."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -96,6 +97,25 @@ FLOOR = Limit(
 OUT = Limit(
     "out", lambda out: out.is_dir() or not out.exists(), "a folder", "Name another."
 )
+
+
+# What `cage_jax.recommended` has.
+RECOMMENDED_SILENCE = 0.5
+
+
+def with_recommended(settings: Any) -> Any:
+    """The settings, with --recommended with the silence that belongs to it."""
+    if not settings.recommended:
+        return settings
+    own = {field.name: field.default for field in dataclasses.fields(settings)}
+    silences = own["silence"], RECOMMENDED_SILENCE
+    if settings.strength != own["strength"] or settings.silence not in silences:
+        raise ValueError(
+            f"`--recommended` must come without --strength and --silence, which it "
+            f"would ignore; got {settings.strength:g} and {settings.silence:g}. Leave "
+            f"one of them out."
+        )
+    return dataclasses.replace(settings, silence=RECOMMENDED_SILENCE)
 
 
 def check(settings: Any, limits: Iterable[Limit]) -> None:

@@ -134,12 +134,16 @@ def test_the_quadratic_record():
     found = effect.quadratic(seeds=2, steps=20, problems=(effect.TARGET,))
     (figure,) = found["figures"]
     share = {name: arm["share"] for name, arm in figure["arms"].items()}
-    plain, diagonal, of_cage, product = (each["measured"] for each in found["targets"])
+    plain, diagonal, of_cage, product, descended, worst = (
+        each["measured"] for each in found["targets"]
+    )
     assert plain == share["CAGE 3/.5"] and diagonal == share["diag(H), 1/.5"]
     better = min(share["CAGE 3/.5"], share["CAGE 10/.8"])
     assert of_cage == pytest.approx(diagonal / better)
     descent = share["coordinate descent"]
     assert product == pytest.approx(share["H e, 1/.5"] / descent)
+    assert descended == pytest.approx(share["diag(H), 1/0"] / descent)
+    assert worst == share["recommended"]
     assert descent < share["rounded optimum"]
     assert figure["arms"]["STE"]["share"] == 1 and figure["arms"]["STE"]["wins"] == 0
     count = np.arange(20)
@@ -152,15 +156,26 @@ def test_the_quadratic_record():
 
 
 def test_the_digits_record(monkeypatch, rng):
+    drawn = {}
+
     def run(settings):
         draw = rng.normal(size=(len(digits.ARMS), 3, settings.seeds))
-        arms = zip(digits.ARMS, (digits.Scores(*each) for each in draw))
-        return {4: dict(arms)}
+        arms = dict(zip(digits.ARMS, (digits.Scores(*each) for each in draw)))
+        drawn[settings.recommended, settings.floor] = arms
+        return {4: arms}
 
     monkeypatch.setattr(digits, "run", run)
     found = effect.digits(seeds=5, steps=20, bits=(4,))
     (figure,) = found["figures"]
-    delta, wins = found["targets"]
+    t, best, delta, wins = found["targets"]
+    ours, to_zero = drawn[True, 0.1], drawn[True, 0.0]
+    differences = to_zero["cage"].train_loss - to_zero["ste"].train_loss
+    error = np.std(differences, ddof=1) / np.sqrt(5)
+    assert t["measured"] == pytest.approx(np.mean(differences) / error)
+    published = drawn[False, 0.1]["cage"].train_loss
+    assert best["measured"] == pytest.approx(
+        np.mean(ours["cage"].train_loss - published)
+    )
     assert delta["bound"] == -0.002 and wins["bound"] == 0
     losses = found["seed_by_seed"]["W4A4"]
     differences = np.subtract(losses["cage"]["train_loss"], losses["ste"]["train_loss"])
