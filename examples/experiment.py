@@ -33,6 +33,8 @@ ARMS: dict[Arm, str] = {
     "ste0": "STE, learning rate to 0",
     "cage": "CAGE",
 }
+# Of the steps, at most: the last ones of "averaged".
+AVERAGED_SHARE = 0.2
 # In a run, evenly spread over its steps.
 EVALUATIONS = 40
 VALIDATION_BATCHES = 16
@@ -364,7 +366,10 @@ class Experiment:
             )
             average = state.average
             if segment.averages:
-                weight = 1 / (step - segment.start + 1).astype(jnp.float32)
+                steps = self.settings.steps
+                first = max(segment.start, steps - int(AVERAGED_SHARE * steps))
+                count = jnp.maximum(step - first + 1, 1)
+                weight = 1 / count.astype(jnp.float32)
                 average = jax.tree.map(
                     lambda a, x: a + weight * (x - a), average, params
                 )

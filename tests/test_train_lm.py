@@ -108,6 +108,20 @@ def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
     assert pulled.distance[-1] < ste.distance[-1]
 
 
+def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbed):
+    """Straight-through arms are those of any other run, to the bit."""
+    changes = {"strength": 10.0, "recommended": True}
+    found = train_lm.run(settings(tmp_path, **changes), CONSOLE)
+    ste, pulled = found["ste"].history, found["cage"].history
+    chex.assert_trees_all_equal(found["ste"].params, undisturbed["ste"].params)
+    np.testing.assert_array_equal(ste.losses[:11], pulled.losses[:11])
+    assert not np.array_equal(ste.losses[11:], pulled.losses[11:])
+    experiment = Experiment(settings(tmp_path, **changes).resolved())
+    assert experiment.dose() == pytest.approx(0.7, rel=1e-4)
+    with pytest.raises(ValueError, match="`--recommended` must come without --str"):
+        settings(tmp_path, strength=3.0, recommended=True).resolved()
+
+
 def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
     iterates = []
     original = Experiment.step_of
