@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import curvature_cost
 import digits
 import effect
 import import_time
@@ -325,6 +326,27 @@ def test_the_record_of_train_steps(monkeypatch):
     assert ratios["compiling 8 layers with everything, to full precision"] == (
         compiled["W4A4 KV4 CAGE, active"][0] / compiled["full precision"][0]
     )
+
+
+def test_the_record_of_curvature(monkeypatch):
+    # Those that the target is of, one without a state, and one that is given gradients.
+    names = ["second_moment", "fisher, sampled", "hutchinson", "gauss_newton"]
+    sources = {name: curvature_cost.SOURCES[name] for name in names}
+    monkeypatch.setattr(curvature_cost, "SOURCES", sources)
+    made = curvature_cost.measure("tiny", rounds=1, periods=(10,))
+    figures = made["figures"]
+    assert figures["STE"]["to STE"] == figures["CAGE"]["to CAGE"] == 1
+    kept = {figure["source"]: figure["bytes"] for figure in figures.values()}
+    assert kept["CAGE"] == kept["second_moment"] == 0
+    for name in names[1:]:
+        # A float32 each, and the counts.
+        assert 4 < kept[name] < 4.01
+    (target,) = made["targets"]
+    products = [figures[f"{name}, period 10"] for name in names[2:]]
+    assert target["measured"] == min(each["to CAGE"] for each in products)
+    rows = curvature_cost.table(json.loads(json.dumps(made)))
+    assert [cells[0] for cells in rows.cells] == ["STE", "CAGE", *names]
+    assert all(len(cells) == len(rows.header) for cells in rows.cells)
 
 
 def test_the_record_of_sharded_steps():
