@@ -120,6 +120,9 @@ HUTCHINSON, GAUSS_NEWTON = "hutchinson", "gauss_newton"
 SOURCES: dict[str, Source] = {
     "second_moment": Source(partial(curvature.second_moment, 0.95), has_period=False),
     "fisher, relative": Source(partial(curvature.fisher, relative=True)),
+    "fisher, recommended": Source(
+        partial(curvature.fisher, relative=True, factored=True, largest=3.0)
+    ),
     "fisher, sampled": Source(
         partial(curvature.fisher, sampled=True, relative=True), extra=sampled_gradients
     ),
@@ -169,7 +172,9 @@ class Training:
         adamw = partial(
             cage.cage_adamw,
             rules=model.rules,
-            strength=experiment.strength() if strength is None else strength,
+            strength=experiment.correction()["strength"]
+            if strength is None
+            else strength,
             curvature=source.make(**options) if source else None,
         )
         # Clipped, and skipped where it is not finite: both hand on what `update` is
