@@ -75,7 +75,7 @@ LAYERS = [
     ["kv_cache", "diagnostics", "serving"],
     ["flax", "qwix"],
     ["statistics", "curvature"],
-    ["transform", "recommendation"],
+    ["transform", "recommendation", "weightings"],
     ["fused"],
     ["optimizers"],
     ["baselines.arguments"],
