@@ -248,13 +248,16 @@ def diagonal(
         for path, error in errors.items():
             h = weights[path] / unit
             h = jnp.where(known & jnp.isfinite(h), h, 1.0).astype(error.dtype)
-            quantizer = quantizers[path]
-            square = basis_factor(quantizer) ** 2
-            weighed = back_from_basis(h * in_basis(error, quantizer), quantizer)
-            found[path] = weighed * square
+            found[path] = weighed(h, error, quantizers[path])
         return found
 
     return Curvature(init, update, weigh)
+
+
+def weighed(weights: jax.Array, error: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """An error times weights that belong to the basis of its quantizer."""
+    turned = back_from_basis(weights * in_basis(error, quantizer), quantizer)
+    return turned * basis_factor(quantizer) ** 2
 
 
 def _check(decay, period, start, largest):

@@ -15,18 +15,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.curvature import Arrays, Curvature, Step, weighted
+from cage_jax.curvature import Arrays, Curvature, Step, weighed, weighted
 from cage_jax.operations import clamp
 from cage_jax.paths import path_in_errors
 from cage_jax.quantization import check_grid_given, grid_at
 from cage_jax.quantizers import Quantizer
-from cage_jax.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_in_basis,
-    in_basis,
-    position_of,
-)
+from cage_jax.rounding import fit_in_basis, in_basis, position_of
 from cage_jax.scales import Grid, compute_dtype
 from cage_jax.statistics import codes_of
 
@@ -208,9 +202,8 @@ def _weighed(
     mean = sum(totals, start=jnp.float32(0)) / count
     found, quantizers = {}, step.quantizers
     for path, error in errors.items():
-        quantizer, score = quantizers[path], scores[path]
+        score = scores[path]
         share = jnp.where(mean > 0, score / mean.astype(score.dtype), 1.0)
         weight = ((share + floor) / (1 + floor)).astype(error.dtype)
-        turned = back_from_basis(weight * in_basis(error, quantizer), quantizer)
-        found[path] = turned * basis_factor(quantizer) ** 2
+        found[path] = weighed(weight, error, quantizers[path])
     return found
