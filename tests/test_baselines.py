@@ -643,6 +643,67 @@ def test_the_mean_of_two_point_gradients_is_the_gradient(key):
     np.testing.assert_allclose(mean, slope, atol=0.1)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("quantizer", [CLIPPED, ROTATED], ids=["plain", "rotated"])
+def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer, beta):
+    params, weight = tree(), tree()["kernel"]
+    rules, seen = cage.Rules([(r".*kernel", quantizer)]), []
+    turn = np.eye(8) if quantizer is CLIPPED else hadamard()
+
+    def loss(params):
+        if not isinstance(params["kernel"], jax.core.Tracer):
+            seen.append(params)
+        quantized = cage.fake_quant(params, rules)
+        return jnp.sum(weight * quantized["kernel"]) + jnp.sum(params["bias"] ** 3)
+
+    def by_numpy(x):
+        kernel = turn.T @ rounded_and_clipped(turn @ x["kernel"])
+        return np.sum(weight * kernel) + np.sum(x["bias"] ** 3)
+
+    value, gradient = baselines.fogzo(loss, arrays(params), rules, key, beta=beta)
+    np.testing.assert_allclose(value, by_numpy(params), rtol=1e-11)
+    np.testing.assert_allclose(gradient["bias"], 3 * params["bias"] ** 2, rtol=1e-11)
+    above, below = ({k: np.asarray(x) for k, x in each.items()} for each in seen)
+    chex.assert_trees_all_close((above["bias"], below["bias"]), (params["bias"],) * 2)
+    middle = (above["kernel"] + below["kernel"]) / 2
+    np.testing.assert_allclose(middle, params["kernel"], rtol=1e-11)
+    epsilon = STEP / (2 * np.sqrt(3))
+    v = turn @ (above["kernel"] - params["kernel"]) / epsilon
+    slope = (by_numpy(above) - by_numpy(below)) / (2 * epsilon)
+    want = slope * (turn.T @ v)
+    np.testing.assert_allclose(gradient["kernel"], want, rtol=1e-8, atol=1e-9)
+    # The gate of the clip is that of the weights, in the basis.
+    g = (turn @ weight) * (np.abs(turn @ params["kernel"]) <= 7 * STEP)
+    g = g / np.linalg.norm(g)
+    seen.clear()
+    baselines.fogzo(loss, arrays(params), rules, key, beta=0.0)  # the draw alone
+    u = turn @ (np.asarray(seen[0]["kernel"]) - params["kernel"]) / epsilon
+    assert np.sqrt(3) / 2 < np.abs(u).max() <= np.sqrt(3)
+    along, across = np.sqrt(beta) * g, np.sqrt(1 - beta) * u
+    assert min(np.abs(v - across - s * along).max() for s in (-1, 1)) < 1e-9
+
+
+def test_the_mean_of_fogzo_without_a_guide(key):
+    """12 times the integral of d from the distance to the threshold to half a step.
+
+    The mean of that over a cell is 1: rounding, smoothed, is the identity.
+    """
+    slope = jnp.array([[2.0, -1.0, 0.5]])
+    params = {"kernel": jnp.array([[0.1, 0.3, -0.7]])}
+    distance = np.array([0.1, 0.3, 0.3])
+    expected = 6 * (0.25 - distance**2) * np.asarray(slope)
+
+    def gradient(key):
+        def loss(params):
+            return jnp.sum(slope * cage.fake_quant(params, CLIPPED_RULES)["kernel"])
+
+        found = baselines.fogzo(loss, params, CLIPPED_RULES, key, beta=0.0, samples=2)
+        return found[1]["kernel"]
+
+    mean = jax.vmap(gradient)(jax.random.split(key, 20_000)).mean(0)
+    np.testing.assert_allclose(mean, expected, atol=0.1)
+
+
 # --- what Optax expects of the transformations ---------------------------------------
 
 BUILD = {
@@ -880,6 +941,9 @@ BAD = {
     "every": lambda v: baselines.interpolation(RULES, every=v),
     "radius": lambda v: baselines.two_point_gradient(
         jnp.sum, PARAMS, jax.random.key(0), radius=v
+    ),
+    "beta": lambda v: baselines.fogzo(
+        lambda x: jnp.sum(x["kernel"]), PARAMS, RULES, jax.random.key(0), beta=v
     ),
     "decay": lambda v: baselines.averaging(v),
     "start": lambda v: baselines.averaging(start=v),

@@ -4,7 +4,7 @@ Driven by the same `Rules`. Those that change gradients or weights are transform
 `dampening` and `lotion` in front of an optimizer, `freezing`, `interpolation`,
 `trained_rows` and `averaging` behind it. Those that change the forward pass take the
 place of `fake_quant`: `ewgs`, `noisy_fake_quant`, `binary_relax`, `parq`. And
-`two_point_gradient` takes that of `jax.value_and_grad`.
+`two_point_gradient` and `fogzo` take that of `jax.value_and_grad`.
 """
 
 from cage_jax.baselines.averaging import averaged, averaging
@@ -14,7 +14,7 @@ from cage_jax.baselines.lotion import lotion
 from cage_jax.baselines.oscillation import cosine_ramp, dampening, freezing
 from cage_jax.baselines.relaxation import binary_relax, parq, parq_schedule
 from cage_jax.baselines.winq import interpolation, noisy_fake_quant
-from cage_jax.baselines.zeroth_order import two_point_gradient
+from cage_jax.baselines.zeroth_order import fogzo, two_point_gradient
 
 __all__ = [
     "averaged",
@@ -24,6 +24,7 @@ __all__ = [
     "dampening",
     "ewgs",
     "ewgs_delta",
+    "fogzo",
     "freezing",
     "interpolation",
     "lotion",
