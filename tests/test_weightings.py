@@ -321,6 +321,11 @@ def test_what_is_no_number_stays_with_its_group(rng):
     for source in SOURCES.values():
         updates, _ = pulled(rules, source(), narrow({"w": x}), steps=2)
         assert np.isfinite(updates["w"]).all(0).tolist() == [True, False, True]
+    updates, _ = pulled(rules, weightings.by_distance(), narrow({"w": x}))
+    error, away = placed("int4", x[:, [0, 2]])
+    mean = (1 - away).sum() / x.size  # the others have the weight 0
+    expected = (1 - away) / mean * error
+    np.testing.assert_allclose(updates["w"][:, np.array([0, 2])], expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
