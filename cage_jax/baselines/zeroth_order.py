@@ -170,7 +170,6 @@ def fogzo(
     total = {path: jnp.zeros_like(g) for path, g in guides.items()}
     for own in jax.random.split(key, samples):
         vectors = _guided(guides, norm, beta, own)
-
         losses = []
         for sign in (1, -1):
             away = {
@@ -178,7 +177,7 @@ def fogzo(
                 for path, v in vectors.items()
             }
             losses.append(loss(_moved(params, rules, away)))
-        slope = losses[0] - losses[1]
+        slope = (losses[0] - losses[1]) / 2
         for path, v in vectors.items():
             total[path] += slope.astype(v.dtype) * v / samples
 
