@@ -520,8 +520,9 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
             }
             for axis in (-2, -1)
         )
-        zero = jnp.zeros([], jnp.int32)
-        return KroneckerState(zero, zero, left, right)
+        # An array of its own each, for a state that is donated.
+        steps, estimates = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return KroneckerState(steps, estimates, left, right)
 
     def update(state, step):
         def averaged():

@@ -9,7 +9,7 @@ import pytest
 from optax.tree_utils import tree_get
 
 import cage_jax as cage
-from cage_jax import curvature
+from cage_jax import curvature, weightings
 from cage_jax.hadamard import hadamard_matrix
 
 RULES = cage.Rules([(r"w", cage.int4())])
@@ -383,6 +383,27 @@ def test_what_is_recommended_has_its_dose_and_costs_rows_and_columns(problem):
     for _ in range(100):
         params, state = step(params, state)
     assert tree_get(state, "estimates") == 100
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        curvature.fisher(),
+        curvature.fisher(factored=True, relative=True),
+        curvature.kronecker(),
+        weightings.by_flips(),
+    ],
+    ids=["diagonal", "factors", "kronecker", "flips"],
+)
+def test_a_state_can_be_donated(problem, source):
+    _, _, params, loss = problem
+    tx = coupled(source)
+    gradient = jax.grad(loss)(params)
+    step = jax.jit(
+        lambda state: tx.update(gradient, state, params)[1], donate_argnums=0
+    )
+    state = step(step(tx.init(params)))
+    assert tree_get(state, "cage_count") == 2
 
 
 def test_an_overflow_is_left_out(problem):
