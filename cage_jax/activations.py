@@ -22,7 +22,7 @@ from cage_jax.products import DATA, Origin, Product, find, map_inputs
 from cage_jax.quantization import fake_quant
 from cage_jax.quantizers import Quantizer
 from cage_jax.rounding import any_of_group, fit_grid
-from cage_jax.rules import Rules, unused_text
+from cage_jax.rules import Rules, check_rules, unused_text
 from cage_jax.scales import Grid
 
 INPUTS = "/inputs"  # behind a weight's path: where the grid of its input is kept
@@ -400,12 +400,3 @@ def _split(args, kwargs):
     arrays = [leaf for leaf, is_array in zip(leaves, kinds) if is_array]
     rest = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, kinds)]
     return arrays, _Static(structure, tuple(rest))
-
-
-def check_rules(rules: Any) -> None:
-    """Raises for what is no table of rules."""
-    if not isinstance(rules, Rules):
-        raise TypeError(
-            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
-            f"Rules([(pattern, quantizer, quantizer_of_inputs), ...])."
-        )

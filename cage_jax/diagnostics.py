@@ -12,7 +12,6 @@ import numpy as np
 from cage_jax.activations import (
     apart,
     arranged,
-    check_rules,
     input_path,
     quantize_input,
     run,
@@ -28,7 +27,7 @@ from cage_jax.quantization import (
 from cage_jax.quantizers import Quantizer
 from cage_jax.report import Row, table
 from cage_jax.rounding import fit_and_round, is_inside
-from cage_jax.rules import Rules, unused_text
+from cage_jax.rules import Rules, check_rules, unused_text
 
 _CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
 _DEAD = 0.5  # share of the levels that no value takes

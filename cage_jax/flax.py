@@ -14,13 +14,13 @@ import jax
 from flax import linen, nnx
 from jax import lax
 
-from cage_jax.activations import INPUTS, check_rules, quantize_input
+from cage_jax.activations import INPUTS, quantize_input
 from cage_jax.activations import calibrate as calibrate_function
 from cage_jax.activations import quantize_activations as quantize_function
 from cage_jax.diagnostics import ModelReport
 from cage_jax.diagnostics import report as report_of_function
 from cage_jax.quantizers import Quantizer
-from cage_jax.rules import INPUT_GRIDS, Rules
+from cage_jax.rules import INPUT_GRIDS, Rules, check_rules
 from cage_jax.scales import Grid
 
 

@@ -264,6 +264,15 @@ def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
     return grid[path]
 
 
+def needed_grid(
+    path: str, quantizer: Quantizer, x: Any, grid: Mapping[str, Grid] | None = None
+) -> Grid | None:
+    """`grid_at`; raises where that is None and the quantizer cannot do without."""
+    found = grid_at(path, x, grid)
+    check_grid_given(quantizer, found)
+    return found
+
+
 def _apply(function, x, quantizer, grid, key=None):
     if isinstance(quantizer, Rules):
         if quantizer.misses(x):

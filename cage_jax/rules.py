@@ -320,6 +320,15 @@ class Rules:
         return self
 
 
+def check_rules(rules: Any, remedy: str = "") -> None:
+    """Raises for something else than `Rules`."""
+    if not isinstance(rules, Rules):
+        raise TypeError(
+            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
+            f"Rules([(pattern, quantizer), ...]).{remedy}"
+        )
+
+
 def unused_text(pattern: str, paths: list[str]) -> str:
     """Why a pattern decides nothing, and what is near."""
     shadowed = [path for path in paths if re.fullmatch(pattern, path)]

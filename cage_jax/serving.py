@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
-from cage_jax.activations import arranged, check_rules, trace
+from cage_jax.activations import arranged, trace
 from cage_jax.formats import Format
 from cage_jax.pallas import kernels
 from cage_jax.pallas.dispatch import (
@@ -36,7 +36,7 @@ from cage_jax.quantization import dequantize, quantize
 from cage_jax.quantized_array import QuantizedArray, grid_of
 from cage_jax.quantizers import Quantizer
 from cage_jax.rounding import basis_factor, in_basis
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import compute_dtype
 
 DimensionNumbers = tuple[tuple, tuple]

@@ -29,7 +29,7 @@ from jax import lax
 from cage_jax.curvature import Curvature, Step
 from cage_jax.quantization import check_grid_given, grid_at
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
 from cage_jax.schedules import (
     ScalarOrSchedule,
@@ -257,7 +257,7 @@ def _after(name, inner, learning_rate, correction):
         return state
 
     def update(updates, state, params=None, **extra_args):
-        _check_params(params)  # before `inner` misses them in its own words
+        check_params(params)  # before `inner` misses them in its own words
         gradients, (inner_state, cage_state) = updates, state
         updates, inner_state = first_of_both.update(
             updates, inner_state, params, **extra_args
@@ -275,11 +275,12 @@ def _after(name, inner, learning_rate, correction):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_params(params):
+def check_params(params: Any) -> None:
+    """Raises where `update` was not given the parameters."""
     if params is None:
         raise ValueError(
-            "`params` must be given to `update`, since the correction is computed "
-            "from them; got None. Use tx.update(updates, state, params)."
+            "`params` must be given to `update`, since what it does depends on them; "
+            "got None. Use tx.update(updates, state, params)."
         )
 
 
@@ -305,13 +306,12 @@ def _correction(
     The factor is 1 or minus the learning rate; `at_updated` takes the error at
     `params + updates` rather than at `params`.
     """
-    if not isinstance(rules, Rules):
-        raise TypeError(
-            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
-            f"Rules([(pattern, quantizer), ...]). An optimizer is not an argument of "
-            f"`cage`: use optax.chain(cage(rules, strength), optimizer), or "
-            f"decoupled(optimizer, rules, strength, learning_rate)."
-        )
+    check_rules(
+        rules,
+        " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
+        "strength), optimizer), or decoupled(optimizer, rules, strength, "
+        "learning_rate).",
+    )
     check_strength(strength)
 
     def point(x, update):
@@ -352,7 +352,7 @@ def _correction(
         seen_elsewhere: Mapping[str, Seen] | None = None,
         **extra_args,
     ):
-        _check_params(params)
+        check_params(params)
         if gradients is None:
             gradients = updates  # nothing stands before the correction
         count = state.cage_count

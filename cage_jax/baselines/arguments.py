@@ -7,28 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cage_jax.quantization import check_grid_given, grid_at
 from cage_jax.quantizers import Quantizer
 from cage_jax.rules import Rules
-from cage_jax.scales import Grid
-
-
-def check_rules(rules: Any) -> None:
-    """Raises for something else than Rules."""
-    if not isinstance(rules, Rules):
-        raise TypeError(
-            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
-            f"Rules([(pattern, quantizer), ...])."
-        )
-
-
-def check_params(params: Any) -> None:
-    """Raises where `update` was not given the parameters."""
-    if params is None:
-        raise ValueError(
-            "`params` must be given to `update`, since what it does depends on them; "
-            "got None. Use tx.update(updates, state, params)."
-        )
 
 
 def check_number(
@@ -80,10 +60,3 @@ def check_own_codes(quantizer: Quantizer, method: str) -> None:
             f"`rules` must give each weight a code of its own for `{method}`, which a "
             f"rotation does not; got {quantizer}. Use one with hadamard=None."
         )
-
-
-def grid_beside(path: str, quantizer: Quantizer, params: Any) -> Grid | None:
-    """The grid that `with_grids` put beside a parameter, or None."""
-    grid = grid_at(path, params, None)
-    check_grid_given(quantizer, grid)
-    return grid

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cage_jax.baselines.arguments import check_number, check_params, check_steps
+from cage_jax.baselines.arguments import check_number, check_steps
 from cage_jax.scales import compute_dtype
+from cage_jax.transform import check_params
 
 
 class AveragingState(NamedTuple):

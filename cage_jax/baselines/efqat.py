@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.baselines.arguments import (
-    check_number,
-    check_params,
-    check_rules,
-    check_steps,
-    quantized,
-)
-from cage_jax.rules import Rules
+from cage_jax.baselines.arguments import check_number, check_steps, quantized
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import compute_dtype
+from cage_jax.transform import check_params
 
 
 class TrainedRowsState(NamedTuple):

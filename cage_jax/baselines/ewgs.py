@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cage_jax.baselines.arguments import check_number, check_rules
+from cage_jax.baselines.arguments import check_number
 from cage_jax.operations import clamp
 from cage_jax.quantization import fake_quant, grid_at
 from cage_jax.quantizers import Quantizer
@@ -21,7 +21,7 @@ from cage_jax.rounding import (
     position_of,
     to_elements,
 )
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
 
 

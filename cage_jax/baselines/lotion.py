@@ -7,20 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.baselines.arguments import (
-    check_number,
-    check_own_codes,
-    check_params,
-    check_rules,
-    grid_beside,
-    quantized,
-)
+from cage_jax.baselines.arguments import check_number, check_own_codes, quantized
 from cage_jax.operations import clamp
 from cage_jax.paths import path_in_errors
+from cage_jax.quantization import needed_grid
 from cage_jax.rounding import fit_grid, position_of, to_elements
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import compute_dtype
 from cage_jax.schedules import ScalarOrSchedule, check_strength, value_at
+from cage_jax.transform import check_params
 
 
 class LotionState(NamedTuple):
@@ -103,7 +98,7 @@ def lotion(
             gradient = update.astype(x.dtype)
             before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
             fisher[path] = before + share * (jnp.square(gradient) - before)
-            slope = _variance_slope(x, quantizer, grid_beside(path, quantizer, params))
+            slope = _variance_slope(x, quantizer, needed_grid(path, quantizer, params))
             pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
             return (gradient + pull).astype(update.dtype)
 

@@ -9,15 +9,12 @@ import optax
 from cage_jax.baselines.arguments import (
     check_number,
     check_own_codes,
-    check_params,
-    check_rules,
     check_steps,
-    grid_beside,
     quantized,
 )
 from cage_jax.operations import select
 from cage_jax.paths import path_in_errors
-from cage_jax.quantization import quantization_error
+from cage_jax.quantization import needed_grid, quantization_error
 from cage_jax.rounding import (
     back_from_basis,
     basis_factor,
@@ -27,9 +24,10 @@ from cage_jax.rounding import (
     is_inside,
     restore,
 )
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import compute_dtype
 from cage_jax.schedules import ScalarOrSchedule, Schedule, check_strength, value_at
+from cage_jax.transform import check_params
 
 
 class DampeningState(NamedTuple):
@@ -95,7 +93,7 @@ def dampening(
             if update is None:
                 return None
             x = x.astype(compute_dtype(x.dtype))
-            grid = grid_beside(path, quantizer, params)
+            grid = needed_grid(path, quantizer, params)
             pull = jnp.asarray(2 * level, x.dtype) * _error_within(x, quantizer, grid)
             return (update.astype(x.dtype) + pull).astype(update.dtype)
 
@@ -215,7 +213,7 @@ def freezing(
 
     def values_of(path, quantizer, x, params):
         x = x.astype(compute_dtype(x.dtype))
-        grid = grid_beside(path, quantizer, params)
+        grid = needed_grid(path, quantizer, params)
         values, _, grid = fit_and_round(jax.lax.stop_gradient(x), quantizer, grid)
         return values, grid
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.baselines.arguments import check_number, check_rules, check_steps
+from cage_jax.baselines.arguments import check_number, check_steps
 from cage_jax.operations import clamp
-from cage_jax.quantization import check_grid_given, grid_at, quantization_error
+from cage_jax.quantization import grid_at, needed_grid, quantization_error
 from cage_jax.rounding import fit_in_basis, in_basis, position_of, restore
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
 from cage_jax.schedules import Schedule
 
@@ -111,8 +111,7 @@ def parq(
     check_number(inverse_slope, "inverse_slope", "Let it go from 1 to 0.", most=1)
 
     def ramp(path, quantizer, x):
-        found = grid_at(path, params, grid)
-        check_grid_given(quantizer, found)
+        found = needed_grid(path, quantizer, params, grid)
         value = lax.stop_gradient(_ramped(x, quantizer, found, inverse_slope))
         return value + (x - lax.stop_gradient(x))
 

@@ -10,17 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.baselines.arguments import (
-    check_number,
-    check_params,
-    check_rules,
-    check_steps,
-    grid_beside,
-    quantized,
-)
-from cage_jax.quantization import fake_quant, quantization_error
-from cage_jax.rules import Rules
+from cage_jax.baselines.arguments import check_number, check_steps, quantized
+from cage_jax.quantization import fake_quant, needed_grid, quantization_error
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
+from cage_jax.transform import check_params
 
 
 def noisy_fake_quant(
@@ -140,7 +134,7 @@ def interpolation(
         def pull(path, quantizer, x, update):
             if update is None:
                 return None
-            grid = grid_beside(path, quantizer, params)
+            grid = needed_grid(path, quantizer, params)
             own = jnp.asarray(share, compute_dtype(x.dtype))
             return _pulled_if(count % every == 0, x, update, own, quantizer, grid)
 

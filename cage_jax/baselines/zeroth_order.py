@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cage_jax.baselines.arguments import check_number, check_rules, check_steps
-from cage_jax.quantization import check_grid_given, grid_at
+from cage_jax.baselines.arguments import check_number, check_steps
+from cage_jax.quantization import needed_grid
 from cage_jax.rounding import (
     back_from_basis,
     basis_factor,
@@ -17,7 +17,7 @@ from cage_jax.rounding import (
     in_basis,
     to_elements,
 )
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
 
 
@@ -155,8 +155,7 @@ def fogzo(
     units, guides = {}, {}
 
     def guide(path, quantizer, x, g):
-        given = grid_at(path, params, grid)
-        check_grid_given(quantizer, given)
+        given = needed_grid(path, quantizer, params, grid)
         fitted = fit_in_basis(in_basis(x, quantizer), quantizer, given)
         step = to_elements(fitted.step, quantizer, x.shape)
         units[path] = step * basis_factor(quantizer) / (2 * math.sqrt(3))
