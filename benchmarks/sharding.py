@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import layout
 import lm
-from llama import SIZES
+from sizes import SIZES
 
 DEVICES = (1, 2, 4, 8)
 BATCH = 8

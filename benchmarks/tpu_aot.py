@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import layout
 import lm
-from llama import SIZES
+from sizes import SIZES
 
 import cage_jax as cage
 

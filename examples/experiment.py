@@ -18,8 +18,8 @@ import program
 from batches import Batches, Source, Windows
 from flax import nnx
 from jax import lax
-from llama import SIZES
 from program import Limit
+from sizes import SIZES
 from tokens import load_tokens
 
 import cage_jax as cage

@@ -94,13 +94,6 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def by_tokens(x: jax.Array) -> jax.Array:
-    """`x` split along "data" by its first axis, where there is such a mesh."""
-    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
-        return x
-    return jax.lax.with_sharding_constraint(x, P("data"))
-
-
 def _spec(path, shape, mesh):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = next((axes for rule, axes in _SPECS if re.search(rule, name)), ())

@@ -11,9 +11,10 @@ import layout
 import optax
 from flax import nnx
 from jax import lax
-from llama import Llama, Size
+from sizes import Size
 
 import cage_jax as cage
+from cage_jax.llama import Llama
 
 
 class LanguageModel:
@@ -62,10 +63,9 @@ class LanguageModel:
         }
 
     def _model(self, inputs, kv):
+        config, dtype = self.size.config(self.vocabulary), self.size.dtype
         rngs = nnx.Rngs(self.seed)
-        return Llama(
-            self.size, vocabulary=self.vocabulary, inputs=inputs, kv=kv, rngs=rngs
-        )
+        return Llama(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
 
     def initial_params(self) -> Any:
         """The parameters of the seed."""

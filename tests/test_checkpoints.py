@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoints import Failed, RunFolder, newest, newest_in_words
-from llama import SIZES
+from sizes import SIZES
 
 import cage_jax as cage
 

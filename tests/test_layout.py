@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from llama import SIZES
+from sizes import SIZES
 
 import cage_jax as cage
 

@@ -56,7 +56,7 @@ CONTRACT = [
 
 # Each module may import those of the lines above its own.
 LAYERS = [
-    ["operations", "schedules", "shards", "paths", "products"],
+    ["operations", "schedules", "shards", "paths", "products", "llama_config"],
     ["adamw", "packing", "pallas.dispatch"],
     ["exact", "hadamard"],
     ["formats"],
@@ -73,7 +73,8 @@ LAYERS = [
     ["quantization"],
     ["rotation", "activations"],
     ["kv_cache", "diagnostics", "serving"],
-    ["flax", "qwix"],
+    ["flax", "qwix", "llama", "export.files", "export.model"],
+    ["export.safetensors_files", "export.tensors"],
     ["statistics", "curvature"],
     ["transform", "recommendation", "weightings"],
     ["fused"],
@@ -89,6 +90,7 @@ LAYERS = [
         "baselines.winq",
         "baselines.zeroth_order",
     ],
+    ["export.__init__"],
     ["__init__", "pallas.__init__", "baselines.__init__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

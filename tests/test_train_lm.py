@@ -15,12 +15,13 @@ import training
 from batches import Batches
 from experiment import ARMS, WRITTEN_AT_ONCE, Experiment, Settings
 from flax import nnx
-from llama import SIZES, Llama
 from lm import LanguageModel
 from outcome import Result, summary, verdict
 from rich.console import Console
+from sizes import SIZES
 
 import cage_jax as cage
+from cage_jax.llama import Llama
 
 CONSOLE = Console(quiet=True)
 
@@ -447,7 +448,7 @@ def test_codes_of_the_report_and_of_the_arrays_agree(undisturbed, tmp_path):
 @pytest.mark.parametrize("kv", [None, cage.int4(axis=-1)], ids=str)
 def test_decoding_is_the_forward_pass(kv):
     tokens = jax.random.randint(jax.random.key(1), (3, 10), 0, 256)
-    model = Llama(SIZES["tiny"], kv=kv, rngs=nnx.Rngs(0))
+    model = Llama(SIZES["tiny"].config(256), kv=kv, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
 
     @jax.jit

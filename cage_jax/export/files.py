@@ -1,0 +1,154 @@
+"""Files: written whole or not at all, and read as if they were hostile."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+_MOST_JSON = 64 * 2**20
+
+
+class MalformedFileError(ValueError):
+    """A file that is not what it should be: cut off, damaged, or made to do harm."""
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A place to write to that becomes `path` when all went well.
+
+    Raises:
+      FileExistsError: where there is something already, unless `overwrite`.
+    """
+    path = pathlib.Path(path)
+    _check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A folder to write to that becomes `path` when all went well.
+
+    Raises:
+      FileExistsError: where there is something already, unless `overwrite`; an empty
+        folder is nothing.
+    """
+    path = pathlib.Path(path)
+    _check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+        if path.exists():
+            old = pathlib.Path(
+                tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+            )
+            os.replace(path, old / path.name)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      MalformedFileError: for anything else.
+    """
+    path = pathlib.Path(path)
+    size = path.stat().st_size
+    if size > _MOST_JSON:
+        raise MalformedFileError(
+            f"{path.name} must have at most {_MOST_JSON} bytes; got {size}. Get the "
+            f"file again."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedFileError(
+            f"{path.name} must be JSON; got {error}. Get the file again."
+        ) from error
+    if not isinstance(content, dict):
+        raise MalformedFileError(
+            f"{path.name} must have an object; got {type(content).__name__}. Get the "
+            f"file again."
+        )
+    return content
+
+
+def inside(folder: Path, name: Any) -> pathlib.Path:
+    """The file of that name in a folder.
+
+    Raises:
+      MalformedFileError: for a name that leads elsewhere, or to no file.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(sign in name for sign in "/\\\0:")
+    ):
+        raise MalformedFileError(
+            f"the name of a shard must be that of a file beside it; got {name!r}. Get "
+            f"the folder again, from who made it."
+        )
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+        raise MalformedFileError(
+            f"{name} must be a file in the folder; got none. Get the folder again."
+        )
+    return path
+
+
+def _check_free(path, overwrite):
+    empty = path.is_dir() and not any(path.iterdir())
+    if (path.exists() or path.is_symlink()) and not overwrite and not empty:
+        raise FileExistsError(
+            f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
+            f"path."
+        )
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

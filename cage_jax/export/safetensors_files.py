@@ -1,0 +1,107 @@
+"""safetensors: arrays of any dtype by name, read where they lie in the file."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError, Path
+
+# By the names in files; those of one byte or more, in little-endian order.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_DIMENSIONS = 16
+
+
+def write(
+    path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays to one file.
+
+    Args:
+      path: of the file.
+      arrays: by name.
+      metadata: texts by name.
+
+    Raises:
+      TypeError: for an array whose dtype the format does not have, such as int4.
+    """
+    from safetensors import serialize_file
+
+    content = {}
+    for name, array in arrays.items():
+        array = np.asarray(array, order="C")
+        if array.dtype not in _NAMES:
+            raise TypeError(
+                f"`{name}`: an array must have a dtype that safetensors has; got "
+                f"{array.dtype}. Pack its codes into bytes first."
+            )
+        content[name] = {
+            "dtype": _TORCH_NAMES.get(array.dtype, array.dtype.name),
+            "shape": array.shape,
+            "data": array.tobytes(),
+        }
+    serialize_file(content, str(path), dict(metadata or {}))
+
+
+# What the library calls a dtype where NumPy has another name.
+_TORCH_NAMES = {np.dtype(np.bool_): "bool"}
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of one file by name, and its metadata.
+
+    The arrays are read-only and lie in the file: what is not looked at is not loaded.
+
+    Raises:
+      MalformedFileError: for a file that is cut off, damaged or made to do harm.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = pathlib.Path(path)
+    try:
+        # The library checks the header: lengths, gaps, overlaps, dtypes and shapes.
+        with safe_open(str(path), "np"):
+            pass
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise MalformedFileError(
+            f"{path.name} must be a safetensors file; got {error}. Get the file again."
+        ) from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    content = np.memmap(path, np.uint8, "r", offset=0)
+    arrays = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
+        if dtype is None or len(shape) > _MOST_DIMENSIONS:
+            raise MalformedFileError(
+                f"`{name}` in {path.name} must be of a dtype among {list(_DTYPES)} and "
+                f"of at most {_MOST_DIMENSIONS} dimensions; got {entry['dtype']}, "
+                f"{len(shape)}. Use a file with others."
+            )
+        begin, end = (8 + length + place for place in entry["data_offsets"])
+        part = np.asarray(content[begin:end])
+        arrays[name] = part.view(dtype).reshape(shape)
+    return arrays, metadata
