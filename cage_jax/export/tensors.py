@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cage_jax.export.folding import folded
 from cage_jax.llama_config import LlamaConfig
 from cage_jax.paths import flatten_with_paths
 from cage_jax.quantized_array import QuantizedArray, decoded
@@ -95,7 +96,8 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
     Args:
       codes: a tree with the paths and shapes of `config.shapes()`, of floats and
         `QuantizedArray`s: what `quantize` makes of parameters. Layers may also be each
-        for itself, with paths such as "layers/3/query/kernel".
+        for itself, with paths such as "layers/3/query/kernel". Rotations that fold
+        into the weights before are there, see `cage_jax.export.folding`.
       config: the model's dimensions.
 
     Raises:
@@ -107,7 +109,7 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
             f"`config` must be a LlamaConfig; got {type(config).__name__}. Use "
             f"LlamaConfig(vocabulary=..., ...), or LlamaConfig.from_huggingface(dict)."
         )
-    given = by_path(codes)
+    given = folded(by_path(codes), config)
     expected = {}
     for path, shape in config.shapes().items():
         place = PLACES[path]
