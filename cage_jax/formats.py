@@ -360,8 +360,16 @@ class Float(Format):
         return values.astype(self._type).view(np.uint8)
 
     def from_index(self, index):
-        values = np.asarray(index, np.uint8).view(self._type).astype(np.float32)
-        return jnp.asarray(values.astype(self.code_dtype))
+        index = jnp.asarray(index, jnp.uint8)
+        if self.bits != 6:
+            word = index.astype(f"uint{self.bits}")
+            return lax.bitcast_convert_type(word, self._type)
+        # As E4M3 has the bits, but for its exponents, which begin lower.
+        own, wide = ml_dtypes.finfo(self._type), ml_dtypes.finfo(self.code_dtype)
+        sign, size = index >> 5 << 7, (index & 31) << (wide.nmant - own.nmant)
+        values = lax.bitcast_convert_type(sign | size, self.code_dtype)
+        factor = 2.0 ** (int(own.minexp) - int(wide.minexp))
+        return (values.astype(jnp.float32) * factor).astype(self.code_dtype)
 
     def __str__(self):
         return f"fp{self.bits} {self.name}"

@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.bits import pack_bits, unpack_bits
+from cage_jax.formats import Format
 from cage_jax.quantizers import Quantizer
 from cage_jax.rounding import fit_and_round, restore
 from cage_jax.scales import Grid, compute_dtype
+
+_AT_ONCE = 2**18  # codes that are packed at a time: of them whole bytes are full
 
 
 @functools.partial(
@@ -74,14 +79,14 @@ class QuantizedArray:
         the lowest bit first and without gaps; then scales, offsets and the tensors'
         divisors in their own dtypes, little-endian.
         """
-        index = self.quantizer.format.to_index
-        numbers = [index(self.codes).ravel()]
-        if self.zero_point is not None:
-            numbers.append(index(self.zero_point).ravel())
-        bits = np.unpackbits(
-            np.concatenate(numbers)[:, None], axis=1, count=self.bits, bitorder="little"
-        )
-        parts = [np.packbits(bits, bitorder="little").tobytes()]
+        numbers = [
+            np.asarray(array).ravel()
+            for array in (self.codes, self.zero_point)
+            if array is not None
+        ]
+        # A copy of codes is made only where zero points go behind them.
+        codes = numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
+        parts = [packed(codes, self.quantizer.format).tobytes()]
         for array in (self.scale, self.offset, self.tensor_divisor):
             if array is not None:
                 parts.append(np.asarray(array).tobytes())
@@ -90,7 +95,7 @@ class QuantizedArray:
     @classmethod
     def from_bytes(
         cls,
-        data: bytes,
+        data: bytes | memoryview,
         quantizer: Quantizer,
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -117,44 +122,83 @@ class QuantizedArray:
           >>> bool((cage.dequantize(again) == cage.dequantize(quantized)).all())
           True
         """
-        dtype, wide = jnp.dtype(dtype), compute_dtype(dtype)
-        expected = -(-quantizer.storage_bits(shape, wide) // 8)
+        like = cls.abstract(quantizer, shape, dtype)
+        expected = like.nbytes
         if len(data) != expected:
             raise ValueError(
                 f"`data` must have {expected} bytes for shape {shape} and quantizer "
                 f"{quantizer}; got {len(data)}. Give the shape and the quantizer of "
                 f"the array that was packed."
             )
-        count, groups = math.prod(shape), quantizer.scale_shape(shape)
-        total = count + (math.prod(groups) if quantizer.asymmetric else 0)
+        count = math.prod(shape)
+        zeros = () if like.zero_point is None else like.zero_point.shape
+        total = count + (0 if like.zero_point is None else math.prod(zeros))
         place = -(-total * quantizer.bits // 8)
         packed = np.frombuffer(data, np.uint8, place)
-        bits = np.unpackbits(packed, count=total * quantizer.bits, bitorder="little")
-        index = np.packbits(
-            bits.reshape(total, quantizer.bits), axis=1, bitorder="little"
-        )[:, 0]
+        # What each number stands for; one byte each, as NumPy has narrow dtypes.
+        every = np.arange(2**quantizer.bits, dtype=np.uint8)
+        code_of = np.asarray(quantizer.format.from_index(every))
+        codes = np.empty(total, code_of.dtype)
+        for start in range(0, total, _AT_ONCE):
+            part = codes[start : start + _AT_ONCE]
+            first = start * quantizer.bits // 8
+            last = first - (-part.size * quantizer.bits // 8)
+            numbers = unpack_bits(packed[first:last], quantizer.bits, part.size)
+            part[...] = code_of[numbers]
 
-        def read(size, kind):
+        def read(like):
             nonlocal place
-            array = np.frombuffer(data, kind, math.prod(size), place).reshape(size)
+            if like is None:
+                return None
+            array = np.frombuffer(data, like.dtype, math.prod(like.shape), place)
             place += array.nbytes
-            return jnp.asarray(array)
+            return jnp.array(array.reshape(like.shape))
 
-        from_index = quantizer.format.from_index
-        scale_dtype = quantizer.scale_type.dtype or wide
+        return dataclasses.replace(
+            like,
+            codes=jnp.asarray(codes[:count].reshape(shape)),
+            zero_point=None
+            if like.zero_point is None
+            else jnp.asarray(codes[count:].reshape(zeros)),
+            scale=read(like.scale),
+            offset=read(like.offset),
+            tensor_divisor=read(like.tensor_divisor),
+        )
+
+    @classmethod
+    def abstract(
+        cls,
+        quantizer: Quantizer,
+        shape: tuple[int, ...],
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "QuantizedArray":
+        """The shapes and dtypes of what `quantize` gives.
+
+        Args:
+          quantizer: what makes the codes.
+          shape: of the array.
+          dtype: of the array before and after.
+
+        Returns:
+          One of `jax.ShapeDtypeStruct`s.
+
+        Raises:
+          ValueError: for a shape that the quantizer does not fit.
+        """
+        shape, wide = tuple(shape), compute_dtype(dtype)
+        groups = quantizer.scale_shape(shape)
+        of: Any = jax.ShapeDtypeStruct
+        scale = of(groups, quantizer.scale_type.dtype or wide)
+        code, asymmetric = quantizer.format.code_dtype, quantizer.asymmetric
         divided = quantizer.scale_type.has_tensor_divisor
         return cls(
-            codes=from_index(index[:count].reshape(shape)),
-            zero_point=from_index(index[count:].reshape(groups))
-            if quantizer.asymmetric
-            else None,
-            scale=read(groups, scale_dtype),
-            offset=read(groups, scale_dtype) if quantizer.scale.has_offset else None,
-            tensor_divisor=read(quantizer.tensor_shape(shape), wide)
-            if divided
-            else None,
+            codes=of(shape, code),
+            scale=scale,
+            zero_point=of(groups, code) if asymmetric else None,
+            offset=scale if quantizer.scale.has_offset else None,
+            tensor_divisor=of(quantizer.tensor_shape(shape), wide) if divided else None,
             quantizer=quantizer,
-            dtype=dtype,
+            dtype=jnp.dtype(dtype),
         )
 
     @property
@@ -168,6 +212,16 @@ class QuantizedArray:
     @property
     def _wide(self):
         return compute_dtype(self.dtype)
+
+
+def packed(codes: np.ndarray, format: Format) -> np.ndarray:
+    """The bits of codes one after another, uint8; in parts, for want of memory."""
+    codes = codes.ravel()
+    parts = [
+        pack_bits(format.to_index(codes[start : start + _AT_ONCE]), format.bits)
+        for start in range(0, codes.size, _AT_ONCE)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 
 # Compiled like `fake_quant`, so that a mean is summed in the same order.

@@ -135,6 +135,8 @@ class Quantizer:
             raise TypeError(
                 f"`hadamard_seed` must be an int or None; got {seed!r}. Use 0."
             )
+        if seed is not None and seed < 0:
+            raise ValueError(f"`hadamard_seed` must be at least 0; got {seed}. Use 0.")
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(
                 f"`hadamard` must be an int or None; got {block!r}. Use a power of two "

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
-from cage_jax import QuantizedArray, int4, quantize
+from cage_jax import QuantizedArray, int4, quantize, quantized_array
 from cage_jax.formats import Codebook, Integer, MidRise
 from cage_jax.scales import AbsMax, MinMax
 
@@ -177,3 +177,13 @@ def test_bytes_of_another_length(cut):
     data = data[:cut] if cut < 0 else data + b"0"
     with pytest.raises(ValueError, match=r"`data` must have 40 bytes.*got (39|41)"):
         QuantizedArray.from_bytes(data, int4(), (32, 2))
+
+
+def test_many_codes_are_packed_in_parts(monkeypatch, rng):
+    x = jnp.asarray(rng.standard_normal((64, 40)), jnp.float32)
+    quantizer = cage.int3(symmetric=False, group_size=32)
+    codes = quantize(x, quantizer)
+    whole = codes.to_bytes()
+    monkeypatch.setattr(quantized_array, "_AT_ONCE", 2**8)
+    assert codes.to_bytes() == whole
+    assert_same(QuantizedArray.from_bytes(whole, quantizer, x.shape), codes)

@@ -1,0 +1,209 @@
+"""Quantizers as JSON, and back.
+
+A description has the name of a class and those of its fields that are not as they are
+by default: then files stay readable, and a later version can add fields. So a default
+must never change. What is read can only be one of the classes below, of plain values.
+"""
+
+import dataclasses
+import inspect
+import sys
+import types
+from reprlib import repr as short
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError
+from cage_jax.formats import Codebook, Float, Format, Integer, MidRise
+from cage_jax.quantizers import Quantizer
+from cage_jax.scale_types import Float8, Full, Narrow, PowerOfTwo, ScaleType
+from cage_jax.scales import (
+    AbsMax,
+    AbsMean,
+    Calibrated,
+    Fixed,
+    Gaussian,
+    Learned,
+    MinMax,
+    Percentile,
+    ScaleRule,
+    Searched,
+    SignedMax,
+)
+
+_FORMATS = (Integer, MidRise, Float, Codebook)
+_RULES = (
+    AbsMax,
+    AbsMean,
+    Calibrated,
+    Fixed,
+    Gaussian,
+    Learned,
+    MinMax,
+    Percentile,
+    Searched,
+    SignedMax,
+)
+_SCALE_TYPES = (Full, Narrow, PowerOfTwo, Float8)
+CLASSES: dict[str, type] = {
+    kind.__name__: kind for kind in (Quantizer, *_FORMATS, *_RULES, *_SCALE_TYPES)
+}
+"""All that a description can be of, by name."""
+
+_MOST_LEVELS = 256  # of a codebook, which no other list is longer than
+_REMEDY = "Get the file again, or a newer version of cage_jax."
+
+
+def describe(quantizer: Quantizer) -> dict[str, Any]:
+    """A quantizer as JSON has it.
+
+    Args:
+      quantizer: of formats and scales of this library.
+
+    Returns:
+      The names of classes and their fields, nested.
+
+    Raises:
+      TypeError: for a quantizer with a format or scale that is defined elsewhere.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax.export.descriptions import describe
+      >>> description = describe(cage.int4(group_size=32))
+      >>> description["format"], description["group_size"]
+      ({'class': 'Integer', 'bits': 4}, 32)
+    """
+    return _described(quantizer)
+
+
+def _described(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return [_described(each) for each in value]
+    if not dataclasses.is_dataclass(value):
+        if isinstance(value, Format | ScaleRule | ScaleType):
+            raise _elsewhere(value)
+        return value
+    if CLASSES.get(type(value).__name__) is not type(value):
+        raise _elsewhere(value)
+    fields = {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != _default(field)
+    }
+    described = {name: _described(each) for name, each in fields.items()}
+    return {"class": type(value).__name__, **described}
+
+
+def _elsewhere(value):
+    return TypeError(
+        f"`quantizer` must be of classes of cage_jax, which a file can name; got "
+        f"{type(value).__name__} of {type(value).__module__}. Use a preset such as "
+        f"int4(), or dequantize the array and save its values."
+    )
+
+
+def _default(field):
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def quantizer_of(description: Any) -> Quantizer:
+    """The quantizer that `describe` described.
+
+    Args:
+      description: what JSON gave, of a file that nobody vouches for.
+
+    Returns:
+      A `Quantizer`.
+
+    Raises:
+      MalformedFileError: for anything that `describe` does not give.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax.export.descriptions import describe, quantizer_of
+      >>> quantizer_of(describe(cage.nvfp4())) == cage.nvfp4()
+      True
+    """
+    try:
+        return _built(description, Quantizer)
+    except RecursionError as error:
+        raise MalformedFileError(
+            f"the description of a quantizer must not be so deep. {_REMEDY}"
+        ) from error
+
+
+def _built(description, wanted):
+    """The object of a class, or of a subclass of it."""
+    if not isinstance(description, dict) or "class" not in description:
+        raise MalformedFileError(
+            f"the description of a {wanted.__name__} must have a 'class'; got "
+            f"{short(description)}. {_REMEDY}"
+        )
+    name = description["class"]
+    kind = CLASSES.get(name) if isinstance(name, str) else None
+    if kind is None or not issubclass(kind, wanted):
+        known = [name for name, each in CLASSES.items() if issubclass(each, wanted)]
+        raise MalformedFileError(
+            f"a {wanted.__name__} must be one of {known}; got {short(name)}: written "
+            f"by a newer version, or damaged. {_REMEDY}"
+        )
+    hints = get_type_hints(kind)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    given = {key: value for key, value in description.items() if key != "class"}
+    for key in given:
+        if key not in fields:
+            raise MalformedFileError(
+                f"the fields of {name} are {list(fields)}; got {short(key)}: written "
+                f"by a newer version, or damaged. {_REMEDY}"
+            )
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = _typed(value, fields[key])
+        except _Unsuited as error:
+            raise MalformedFileError(
+                f"`{key}` of {name} must be {error}; got {short(value)}. {_REMEDY}"
+            ) from error
+    try:
+        return kind(**values)
+    except MalformedFileError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedFileError(
+            f"{name} cannot be of what its description says: {error} {_REMEDY}"
+        ) from error
+
+
+class _Unsuited(Exception):  # noqa: N818 - it says what would suit
+    """A value that is not of its field's type."""
+
+
+def _typed(value, hint):
+    """The value of a field, from what JSON has for it."""
+    if inspect.isclass(hint) and issubclass(hint, Format | ScaleRule | ScaleType):
+        return _built(value, hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for each in args:
+            try:
+                return _typed(value, each)
+            except _Unsuited:
+                pass
+    elif origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list) and len(value) <= _MOST_LEVELS:
+            return tuple(_typed(each, args[0]) for each in value)
+    elif hint is float:
+        # Whole numbers too; no NaN, and none that is too large for a float.
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return value
+    elif type(value) is hint:  # so that a bool is no int
+        return value
+    raise _Unsuited(getattr(hint, "__name__", str(hint)))
