@@ -31,6 +31,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_DIMENSIONS = 16
+# What is read of it takes many times as much memory. Real ones have 0.1 MB.
+_MOST_HEADER = 4 * 2**20
 
 
 def write(
@@ -79,21 +81,24 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     path = pathlib.Path(path)
-    try:
-        # The library checks the header: lengths, gaps, overlaps, dtypes and shapes.
-        with safe_open(str(path), "np"):
-            pass
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise MalformedFileError(
-            f"{path.name} must be a safetensors file; got {error}. Get the file again."
-        ) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > _MOST_HEADER:
+            raise _malformed(path, f"a header of {length} bytes")
+        try:
+            # The library checks the header: lengths, gaps, overlaps, dtypes and shapes.
+            with safe_open(str(path), "np"):
+                pass
+        except (SafetensorError, ValueError, OverflowError) as error:
+            raise _malformed(path, error) from error
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    content = np.memmap(path, np.uint8, "r", offset=0)
+    metadata = header.pop("__metadata__", None) or {}
+    # A plain array: the parts of a memmap are as large as many a tensor.
+    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
     arrays = {}
     for name, entry in header.items():
+        if not isinstance(entry, dict):  # the library takes lists for objects too
+            raise _malformed(path, f"`{name}` as {type(entry).__name__}")
         shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
         if dtype is None or len(shape) > _MOST_DIMENSIONS:
             raise MalformedFileError(
@@ -102,6 +107,14 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 f"{len(shape)}. Use a file with others."
             )
         begin, end = (8 + length + place for place in entry["data_offsets"])
-        part = np.asarray(content[begin:end])
-        arrays[name] = part.view(dtype).reshape(shape)
+        try:
+            arrays[name] = content[begin:end].view(dtype).reshape(shape)
+        except ValueError as error:  # beside a size of 0 another can be anything
+            raise _malformed(path, f"`{name}` of shape {shape}") from error
     return arrays, metadata
+
+
+def _malformed(path, found):
+    return MalformedFileError(
+        f"{path.name} must be a safetensors file; got {found}. Get the file again."
+    )
