@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 # What a file may say at most: far above any model, far below what fills a memory.
-_MOST = 2**24
+_MOST, _MOST_LAYERS = 2**24, 2**12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,10 @@ class LlamaConfig:
         counts = ("vocabulary", "width", "hidden", "layers", "heads", "kv_heads")
         for name in (*counts, "context"):
             _check_count(name, getattr(self, name))
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(
+                f"`layers` must be at most {_MOST_LAYERS}; got {self.layers}."
+            )
         if self.head_size is None:
             if self.width % self.heads:
                 raise ValueError(
@@ -84,6 +88,10 @@ class LlamaConfig:
                 raise TypeError(f"`{name}` must be a number; got {value!r}.")
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be positive; got {value}.")
+
+        for token in (*self.eos, *(() if self.bos is None else (self.bos,))):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"`bos` and `eos` must be tokens; got {token!r}.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter by path; those of layers are stacked."""
@@ -134,6 +142,8 @@ class LlamaConfig:
                 f"are not read yet: load their parameters with their own library."
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"`config` must describe its rotation; got {rope!r}.")
         kind = rope.get("rope_type", rope.get("type", "default"))
         _check_supported("rope_type", kind, "default")
         _check_supported("hidden_act", config.get("hidden_act", "silu"), "silu")

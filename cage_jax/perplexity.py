@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax import llama
+from cage_jax.llama import logits as logits_of
 from cage_jax.llama_config import LlamaConfig
 
 
@@ -27,7 +27,7 @@ class Perplexity(NamedTuple):
 
     @property
     def value(self) -> float:
-        """e to the loss."""
+        """E to the loss."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -113,7 +113,7 @@ def perplexity(
 def _loss(config, options):
     @jax.jit
     def loss(params, tokens):
-        logits = llama.logits(params, tokens, config, **dict(options))[:, :-1]
+        logits = logits_of(params, tokens, config, **dict(options))[:, :-1]
         guessed = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
         return jnp.sum(jax.nn.logsumexp(logits, -1) - guessed)
 
@@ -157,7 +157,7 @@ def greedy(
     def run(params, text):
         def one_more(place, text):
             # What is behind `place` is not seen, for attention is causal.
-            logits = llama.logits(params, text, config, **options)
+            logits = logits_of(params, text, config, **options)
             last = lax.dynamic_index_in_dim(logits, place - 1, 1, keepdims=False)
             return text.at[:, place].set(jnp.argmax(last, -1).astype(text.dtype))
 

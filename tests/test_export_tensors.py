@@ -56,7 +56,9 @@ def test_logits_are_those_of_transformers(params, tied):
         expected = oracle(torch.from_numpy(tokens)).logits.numpy()
     logits = llama.logits(params, jnp.asarray(tokens), config)
     # Sums of 64 to 96 terms in another order, three layers of them.
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * abs(expected).max())
+    np.testing.assert_allclose(
+        logits, expected, rtol=0, atol=2e-5 * abs(expected).max()
+    )
 
 
 def test_config_there_and_back():
@@ -74,6 +76,9 @@ def test_config_there_and_back():
         ({"hidden_size": "many"}, "`width` must be an int"),
         ({"num_key_value_heads": 3}, "`kv_heads` must divide"),
         ({"rms_norm_eps": float("nan")}, "`norm_epsilon` must be positive"),
+        ({"num_hidden_layers": 10**6}, "`layers` must be at most 4096"),
+        ({"eos_token_id": {}}, "`eos` must be tokens"),
+        ({"rope_parameters": "plain"}, "must describe its rotation; got 'plain'"),
     ],
 )
 def test_config_refused(change, message):
@@ -206,7 +211,9 @@ def test_a_rotation_of_the_output_folds_into_the_values(block, kv_heads):
     plain = written(codes, config)
     output = plain["layers"]["output"]["kernel"]
     assert output.quantizer == cage.int4(group_size=32)
-    np.testing.assert_array_equal(output.codes, codes["layers"]["output"]["kernel"].codes)
+    np.testing.assert_array_equal(
+        output.codes, codes["layers"]["output"]["kernel"].codes
+    )
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 96)
     expected = llama.logits(cage.dequantize(codes), tokens, config)
     logits = llama.logits(cage.dequantize(plain), tokens, config)

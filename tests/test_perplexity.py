@@ -8,8 +8,8 @@ from cage_jax.llama_config import LlamaConfig
 
 pytest.importorskip("flax", reason="the model needs flax")
 
-from cage_jax import llama  # noqa: E402
-from cage_jax.perplexity import greedy, perplexity  # noqa: E402
+from cage_jax import llama
+from cage_jax.perplexity import greedy, perplexity
 
 CONFIG = LlamaConfig(vocabulary=50, width=32, hidden=64, layers=1, heads=2)
 PARAMS = llama.initial_params(CONFIG, seed=3)
@@ -47,7 +47,7 @@ def test_greedy():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="at least 2.* got 1 tokens"):
+    with pytest.raises(ValueError, match=r"at least 2.* got 1 tokens"):
         perplexity(PARAMS, [1], CONFIG)
     with pytest.raises(ValueError, match=r"must be in \[0, 50\).* got 3 to 50"):
         perplexity(PARAMS, [3, 50], CONFIG)

@@ -10,14 +10,17 @@ can.
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+
 from cage_jax.llama_config import LlamaConfig
 from cage_jax.quantized_array import QuantizedArray
 from cage_jax.rounding import basis_factor, in_basis
 
+Array = jax.Array | QuantizedArray
 OUTPUT, VALUE = "output/kernel", "value/kernel"
 
 
-def folded(arrays: Mapping[str, object], config: LlamaConfig) -> dict[str, object]:
+def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]:
     """The parameters, with rotations where they can be in the weights before.
 
     The model computes the same, up to the rounding of floats; codes and scales stay as

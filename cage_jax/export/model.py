@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from cage_jax.llama_config import LlamaConfig
+from cage_jax.quantized_array import QuantizedArray, decoded
 
 
 class Model(NamedTuple):
@@ -12,11 +15,31 @@ class Model(NamedTuple):
     Attributes:
       params: the parameters, a nested dict: codes as `QuantizedArray`s, the rest
         floats, with the paths of `config.shapes()`.
-      config: the model's dimensions.
+      config: the model's dimensions; None where the file is not of a Llama.
       tokenizer: the tokenizer's files by name, as transformers has them, such as
         "tokenizer.json"; empty where the model came without.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> from cage_jax.export.model import Model
+      >>> codes = {"kernel": cage.quantize(jnp.ones((32, 2)), cage.int4())}
+      >>> Model(codes, None, {}).floats()["kernel"].shape
+      (32, 2)
     """
 
     params: Any
-    config: LlamaConfig
+    config: LlamaConfig | None
     tokenizer: Mapping[str, bytes]
+
+    def floats(self) -> Any:
+        """The parameters, with the values of codes in their place."""
+        return jax.tree.map(
+            lambda leaf: decoded(leaf) if _is_codes(leaf) else leaf,
+            self.params,
+            is_leaf=_is_codes,
+        )
+
+
+def _is_codes(leaf):
+    return isinstance(leaf, QuantizedArray)

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cage_jax.export.folding import folded
+from cage_jax.export.folding import Array, folded
 from cage_jax.llama_config import LlamaConfig
 from cage_jax.paths import flatten_with_paths
 from cage_jax.quantized_array import QuantizedArray, decoded
 from cage_jax.quantizers import Quantizer
-
-Array = jax.Array | QuantizedArray
 
 
 class Place(NamedTuple):
