@@ -457,7 +457,7 @@ def ct_w8a8(*, axis: int = -2, scale_dtype: str = "float16") -> Quantizer:
       >>> print(cage.ct_w8a8())
       int8 full range absmax, axis -2, float16 scales, identity
 
-    Source: compressed-tensors, format `int-quantized`.
+    Source: compressed-tensors, INT8 of the scheme W8A8.
     """
     return _compressed_tensors(8, axis, None, True, scale_dtype)
 
