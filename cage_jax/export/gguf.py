@@ -1,0 +1,347 @@
+"""GGUF, for llama.cpp: a Llama in one file, of the very codes that were trained."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError, Path, new_file
+from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
+from cage_jax.export.gguf_files import read_content
+from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
+from cage_jax.export.model import Model
+from cage_jax.export.tensors import PLACES, Tensor, tensors, tree_of
+from cage_jax.llama_config import LlamaConfig
+
+_FLOAT_DTYPES = ("float32", "float16")
+
+
+def gguf(
+    codes: Any,
+    config: LlamaConfig,
+    path: Path,
+    *,
+    tokenizer: Mapping[str, bytes] | None = None,
+    float_dtype: Literal["float32", "float16"] = "float32",
+    name: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a GGUF file, which llama.cpp and what is built on it run.
+
+    Codes are written as they are, and so are their float16 scales: in blocks Q4_0, Q4_1
+    and Q8_0, which hold what the presets `q4_0`, `q4_1` and `q8_0` make. Other codes of
+    integers are held too if they are symmetric, in groups of 32 along the inputs and of
+    float16 scales, such as those of `ct_w4a16(group_size=32)`; those of 2 and 3 bits
+    take 4 bits in the file, those of 5 to 7 bits 8. What `read` makes of them has the
+    same values, and the quantizer of the preset.
+
+    The rows of queries and keys are put in another order, for llama.cpp rotates
+    neighbours where others rotate halves. It also rounds the inputs of layers that have
+    codes, to 8 bits in blocks of 32: on a CPU it computes what `llama.logits` does with
+    `inputs=q8_0(axis=-1)`.
+
+    Args:
+      codes: what `quantize` makes of parameters with the paths and shapes of
+        `config.shapes()`: codes of kernels along axis -2, of the embedding along axis
+        -1, and floats.
+      config: the model's dimensions.
+      path: of the file.
+      tokenizer: the files of a byte-level BPE by name, as bytes: "tokenizer.json" and
+        "tokenizer_config.json", which names the token that ends a text. With None the
+        file has no vocabulary: llama.cpp's library takes tokens by number, and its
+        server, which answers in text, loads such a file but ends at the first answer.
+      float_dtype: of what is no codes: "float32" or "float16"; norms are always
+        float32.
+      name: of the model; None for the file's.
+      overwrite: whether a file that is there may be replaced.
+
+    Raises:
+      FileExistsError: where there is something already, unless `overwrite`.
+      TypeError: for another `config`, and leaves that are neither codes nor floats.
+      ValueError: for codes, floats or a tokenizer that the format cannot hold; the
+        error names the parameter and what would fit.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import pathlib, tempfile
+      >>> from cage_jax import llama
+      >>> from cage_jax.export.gguf import gguf, read
+      >>> from cage_jax.llama_config import LlamaConfig
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=96, layers=2, heads=4)
+      >>> rules = cage.Rules(
+      ...     [
+      ...         (".*/embedding", cage.q8_0(axis=-1)),
+      ...         (".*/kernel", cage.q4_0()),
+      ...         (".*", None),
+      ...     ]
+      ... )
+      >>> codes = cage.quantize(llama.initial_params(config, seed=0), rules)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder, "model.gguf")
+      ...     gguf(codes, config, path)
+      ...     model = read(path)
+      >>> print(model.params["layers"]["query"]["kernel"].quantizer)
+      int4 full range signed max, group 32 of axis -2, float16 scales, identity
+
+    Source: ggml's `docs/gguf.md`; `convert_hf_to_gguf.py` of llama.cpp.
+    """
+    import gguf as ggml
+
+    if float_dtype not in _FLOAT_DTYPES:
+        raise ValueError(
+            f"`float_dtype` must be one of {_FLOAT_DTYPES}; got {float_dtype!r}. Use "
+            f"'float32'."
+        )
+    forms = [
+        (tensor.place, tensor.layer, _form(tensor, float_dtype))
+        for tensor in tensors(codes, config)
+    ]
+    metadata = _metadata(config, name or pathlib.Path(path).stem)
+    metadata |= metadata_of(tokenizer, config)
+    metadata["general.file_type"] = _file_type([form for *_, form in forms])
+    with new_file(path, overwrite=overwrite) as temporary:
+        writer = ggml.GGUFWriter(temporary, "llama")
+        try:
+            for key, value in metadata.items():
+                _add(writer, key, value)
+            writer.add_quantization_version(ggml.GGML_QUANT_VERSION)
+            for place, layer, form in forms:
+                rows = form.shape[0] if len(form.shape) > 1 else 1
+                writer.add_tensor_info(
+                    place.gguf.format(layer),
+                    form.shape,
+                    np.dtype(np.float32),  # of no interest beside the raw one
+                    rows * form.row_bytes,
+                    ggml.GGMLQuantizationType[form.kind],
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor, (*_, form) in zip(tensors(codes, config), forms):
+                rows = rows_of(
+                    tensor.array, tensor.path, form, axis=_axis(tensor.place)
+                )
+                order = _row_order(tensor.place, config, back=False)
+                writer.write_tensor_data(rows if order is None else rows[order])
+        finally:
+            writer.close()
+
+
+def read(path: Path) -> Model:
+    """A Llama from a GGUF file.
+
+    Q4_0, Q4_1 and Q8_0 become codes with the quantizers of the presets; if not all
+    layers have the same, that parameter is of floats. F32, F16 and BF16 become float32,
+    and so do other types, such as Q4_K, by way of the package gguf.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      A `Model`. Its tokenizer is that of a byte-level BPE, split as by GPT-2, SmolLM or
+      Llama 3; of other kinds there is none.
+
+    Raises:
+      FileNotFoundError: where there is no file.
+      MalformedFileError: for a file that is cut off, damaged or made to do harm, and
+        for one with a model that is not here, such as scaled rotations.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from cage_jax import llama
+      >>> from cage_jax.export.gguf import gguf, read
+      >>> from cage_jax.llama_config import LlamaConfig
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=96, layers=2, heads=4)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder, "model.gguf")
+      ...     gguf(llama.initial_params(config, seed=0), config, path)
+      ...     model = read(path)
+      >>> model.config == config, model.params["norm"]["scale"].shape
+      (True, (64,))
+    """
+    metadata, found = read_content(path)
+    config = _config(metadata, found)
+    _check_count(found, config)
+    arrays = {
+        (place.path, layer): _array(found, place, layer, config)
+        for place in map(PLACES.__getitem__, config.shapes())
+        for layer in (range(config.layers) if place.in_layers else (None,))
+    }
+    tokenizer = files_of(metadata)
+    return Model(tree_of(arrays, config), config, tokenizer)
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _form(tensor: Tensor, float_dtype):
+    return form_of(
+        tensor.array, tensor.path, axis=_axis(tensor.place), float_dtype=float_dtype
+    )
+
+
+def _axis(place):
+    """The axis here that is the last one in the file."""
+    return -2 if place.is_kernel else -1
+
+
+def _metadata(config, name):
+    return {
+        "general.type": "model",
+        "general.name": name,
+        "llama.vocab_size": config.vocabulary,
+        "llama.context_length": config.context,
+        "llama.embedding_length": config.width,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.hidden,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.key_length": config.head_size,
+        "llama.attention.value_length": config.head_size,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_epsilon),
+        "llama.rope.dimension_count": config.head_size,
+        "llama.rope.freq_base": float(config.rope_theta),
+    }
+
+
+def _file_type(forms):
+    """The type of most numbers, as llama.cpp shows it; no reader depends on it."""
+    import gguf as ggml
+
+    counts: dict[str, int] = {}
+    for form in forms:
+        counts[form.kind] = counts.get(form.kind, 0) + math.prod(form.shape)
+    kind = max(counts, key=counts.__getitem__)
+    prefix = "ALL" if kind == "F32" else "MOSTLY"
+    return int(ggml.LlamaFileType[f"{prefix}_{kind}"])
+
+
+def _add(writer, key, value):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+# --- both -----------------------------------------------------------------------------
+
+
+def _row_order(place, config, *, back):
+    """The order of rows of queries and keys, or None where it stays.
+
+    llama.cpp rotates neighbours, as Llama's first weights were, and here the two halves
+    of a head are rotated.
+    """
+    heads = {"query": config.heads, "key": config.kv_heads}
+    name = place.path.split("/")[1]
+    if not (place.is_kernel and name in heads):
+        return None
+    parts = (-1, 2) if back else (2, -1)
+    rows = np.arange(heads[name] * config.head_size)
+    return rows.reshape(heads[name], *parts).swapaxes(1, 2).ravel()
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def _config(metadata, found):
+    kind = metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind != "llama":  # arrays compare as arrays
+        _refuse("have general.architecture 'llama'", repr(kind)[:80])
+
+    def value(name, default=None):
+        key = f"llama.{name}"
+        if key not in metadata and default is None:
+            _refuse(f"have {key}", "none")
+        return metadata.get(key, default)
+
+    def real(name, default):
+        # The shortest number that is this float32: 1e-05, not 9.999999747378752e-06.
+        number = value(name, default)
+        if not isinstance(number, float):
+            return number
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(number)))
+
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocabulary = len(tokens) if isinstance(tokens, list) else value("vocab_size")
+    try:
+        bos, eos = special_ids(metadata, vocabulary)
+        config = LlamaConfig(
+            vocabulary=vocabulary,
+            width=value("embedding_length"),
+            hidden=value("feed_forward_length"),
+            layers=value("block_count"),
+            heads=value("attention.head_count"),
+            kv_heads=value("attention.head_count_kv", value("attention.head_count")),
+            head_size=metadata.get("llama.attention.key_length"),
+            rope_theta=real("rope.freq_base", 10_000.0),
+            norm_epsilon=real("attention.layer_norm_rms_epsilon", None),
+            tied=PLACES["head/kernel"].gguf not in found,
+            context=value("context_length"),
+            bos=bos,
+            eos=eos,
+        )
+    except (TypeError, ValueError) as error:
+        raise MalformedFileError(
+            f"the file's metadata must be those of a Llama; got: {error}"
+        ) from error
+    for name, supported in {
+        "attention.value_length": (config.head_size,),
+        "rope.dimension_count": (config.head_size,),
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0, 1),
+        "rope.scale_linear": (0, 1),
+        "expert_count": (0,),
+    }.items():
+        given = value(name, supported[0])
+        if isinstance(given, np.ndarray) or given not in supported:
+            _refuse(f"have llama.{name} {supported[0]}", repr(given)[:80])
+    return config
+
+
+def _check_count(found, config):
+    # Before names are made, of which a file may ask for millions.
+    in_layers = sum(PLACES[path].in_layers for path in config.shapes())
+    count = len(config.shapes()) + in_layers * (config.layers - 1)
+    if len(found) == count:
+        return
+    names = {place.gguf.partition(".{}.")[2] or place.gguf for place in PLACES.values()}
+    others = [name for name in found if not name.endswith(tuple(names))]
+    _refuse(
+        f"have {count} tensors for a Llama of {config.layers} layers",
+        f"{len(found)}, {f'with {others[:3]}' if others else 'of known names'}",
+    )
+
+
+def _array(found, place, layer, config):
+    """A parameter of one layer, with the rows in our order."""
+    name = place.gguf.format(layer)
+    shape = config.shapes()[place.path]
+    shape = shape[1:] if place.in_layers else shape
+    shape = shape[::-1] if place.is_kernel else shape
+    if name not in found:
+        _refuse(f"have {name}", "none")
+    stored = found[name]
+    if stored.shape != shape:
+        _refuse(f"have the shape {shape} for {name}", stored.shape)
+    order = _row_order(place, config, back=True)
+    if order is not None:
+        rows = stored.data.reshape(len(order), -1)[order]
+        stored = stored._replace(data=rows.ravel())
+    return array_of(stored, axis=_axis(place))
+
+
+def _refuse(rule, got) -> NoReturn:
+    raise MalformedFileError(
+        f"the file must {rule}; got {got}. Get the file again, or another model: "
+        f"others than plain Llamas are not read yet."
+    )

@@ -1,0 +1,204 @@
+"""Blocks of GGUF: codes and scales of 32 neighbours, as they lie in a file."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError
+from cage_jax.export.gguf_files import Stored
+from cage_jax.formats import Integer
+from cage_jax.packing import GGUF_4BIT, pack, unpack
+from cage_jax.presets import q4_0, q4_1, q8_0
+from cage_jax.quantized_array import QuantizedArray
+
+_BLOCK = 32
+_PRESETS = {"Q4_0": q4_0, "Q4_1": q4_1, "Q8_0": q8_0}
+_FLOATS = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+_NAMES = {"float32": "F32", "float16": "F16"}
+
+
+class Form(NamedTuple):
+    """How an array lies in a file.
+
+    Attributes:
+      kind: the name of its type, such as "Q4_0".
+      shape: in the file, (out, in).
+      row_bytes: of one row.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    row_bytes: int
+
+
+def form_of(
+    array: jax.Array | QuantizedArray, path: str, *, axis: int, float_dtype: str
+) -> Form:
+    """How an array is written.
+
+    Args:
+      array: codes, or floats.
+      path: of the array, for errors.
+      axis: along which blocks lie, the last one in the file.
+      float_dtype: of floats: "float32" or "float16"; vectors are always float32.
+
+    Raises:
+      ValueError: for codes that no block holds.
+    """
+    shape = array.shape[::-1] if axis == -2 else array.shape
+    if not isinstance(array, QuantizedArray):
+        kind = "F32" if len(shape) == 1 else _NAMES[float_dtype]
+        return Form(kind, shape, shape[-1] * _FLOATS[kind].itemsize)
+    kind = _kind(array, axis)
+    if kind is None:
+        if len(shape) == 1:
+            raise ValueError(
+                f"`{path}`: norms must be floats in GGUF; got {array.quantizer}. Leave "
+                f"it unquantized: None in the rules."
+            )
+        raise ValueError(
+            f"`{path}`: GGUF must have integer codes in blocks of {_BLOCK} along axis "
+            f"{axis}, float16 scales and no rotation; got {array.quantizer}. Quantize "
+            f"with q4_0(axis={axis}), q4_1(axis={axis}) or q8_0(axis={axis}), or leave "
+            f"it unquantized: None in the rules."
+        )
+    block_bytes = _PRESETS[kind]().storage_bits((_BLOCK, 1)) // 8
+    return Form(kind, shape, shape[-1] // _BLOCK * block_bytes)
+
+
+def _kind(array, axis):
+    """The type whose blocks hold the codes and the scales as they are, or None."""
+    quantizer, format = array.quantizer, array.quantizer.format
+    if (
+        len(array.shape) != 2
+        or not isinstance(format, Integer)
+        or quantizer.hadamard is not None
+        or array.zero_point is not None
+        or array.tensor_divisor is not None
+        or array.scale.dtype != jnp.float16
+        or quantizer.groups(array.shape) != {axis % 2: _BLOCK}
+    ):
+        return None
+    if array.offset is not None:
+        return "Q4_1" if format.bits == 4 and not format.signed else None
+    if not format.signed:
+        return None
+    return "Q4_0" if format.bits <= 4 else "Q8_0"
+
+
+def rows_of(
+    array: jax.Array | QuantizedArray, path: str, form: Form, *, axis: int
+) -> np.ndarray:
+    """The bytes of an array in a file: uint8 of shape (rows, bytes of a row).
+
+    Args:
+      array: codes, or floats.
+      path: of the array, for errors.
+      form: of `form_of`.
+      axis: as there.
+
+    Raises:
+      ValueError: for floats that are too large for float16.
+    """
+
+    def turned(part):
+        return part.T if axis == -2 else part
+
+    if not isinstance(array, QuantizedArray):
+        values = np.atleast_2d(turned(np.asarray(array)))
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values, _FLOATS[form.kind])
+        if (np.isinf(stored) & np.isfinite(values)).any():
+            raise ValueError(
+                f"`{path}`: floats must be within those of {stored.dtype}; got "
+                f"{np.abs(values).max()}. Use float_dtype='float32'."
+            )
+        return stored.view(np.uint8)
+    codes = turned(array.codes)
+    if form.kind == "Q8_0":
+        body = np.asarray(codes.astype(jnp.int8)).view(np.uint8)
+    else:
+        body = np.asarray(_packed(codes))
+    heads = [array.scale] if array.offset is None else [array.scale, array.offset]
+    rows, groups = turned(array.scale).shape
+    parts = [
+        np.ascontiguousarray(turned(np.asarray(head)), "<f2").view(np.uint8)
+        for head in heads
+    ]
+    parts = [part.reshape(rows, groups, -1) for part in [*parts, body]]
+    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+
+def array_of(stored: Stored, *, axis: int) -> jax.Array | QuantizedArray:
+    """An array of a file: codes where they are of a preset, else float32.
+
+    Args:
+      stored: as it lies in the file.
+      axis: along which blocks lie; with -2 the array is the other way round here.
+
+    Raises:
+      MalformedFileError: for types that are no numbers of a model.
+    """
+
+    def turned(part):
+        return jnp.array(part.T if axis == -2 else part)
+
+    if stored.kind in _PRESETS and len(stored.shape) == 2:
+        return _codes_of(stored, axis, turned)
+    if stored.kind in _FLOATS:
+        values = stored.data.view(_FLOATS[stored.kind]).reshape(stored.shape)
+        return turned(values.astype(np.float32))
+    from gguf import GGMLQuantizationType, quants
+
+    rows = stored.data.reshape(*stored.shape[:-1], -1)
+    try:
+        with np.errstate(all="ignore"):
+            values = quants.dequantize(rows, GGMLQuantizationType[stored.kind])
+    except NotImplementedError as error:
+        raise MalformedFileError(
+            f"the file must have types that the package gguf turns into floats; got "
+            f"{stored.kind}. Convert it to Q8_0 by llama.cpp's llama-quantize."
+        ) from error
+    return turned(values.astype(np.float32))
+
+
+def _codes_of(stored, axis, turned):
+    rows, length = stored.shape
+    quantizer = _PRESETS[stored.kind](axis=axis)
+    blocks = stored.data.reshape(rows, length // _BLOCK, -1)
+
+    def half(place):
+        part = np.ascontiguousarray(blocks[..., place : place + 2])
+        return turned(part.view("<f2")[..., 0])
+
+    if stored.kind == "Q8_0":
+        codes = turned(blocks[..., 2:].view(np.int8).reshape(stored.shape))
+    else:
+        words = jnp.asarray(blocks[..., -_BLOCK // 2 :].reshape(rows, length // 2))
+        codes = turned(_unpacked(words))
+    return QuantizedArray(
+        codes=codes,
+        scale=half(0),
+        zero_point=None,
+        offset=half(2) if quantizer.scale.has_offset else None,
+        tensor_divisor=None,
+        quantizer=quantizer,
+        dtype=jnp.dtype(jnp.float32),
+    )
+
+
+# Step by step they take ten times as long.
+@jax.jit
+def _packed(codes):
+    return pack(codes.astype(jnp.int4), GGUF_4BIT)
+
+
+@jax.jit
+def _unpacked(words):
+    return unpack(words, GGUF_4BIT, jnp.int4)

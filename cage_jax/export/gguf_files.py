@@ -1,0 +1,221 @@
+"""GGUF: metadata and tensors by name, read where they lie in the file.
+
+The `GGUFReader` of PyPI's `gguf` believes what a file says: a count of 2**60 has it
+loop or allocate until the machine gives in. So files are read here: no count, length or
+offset is used before it was compared with the bytes that there are.
+"""
+
+import math
+import pathlib
+import struct
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError, Path
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+# Of keys and of tensors: far above any model, far below what fills a memory.
+_MOST_ENTRIES = 2**16
+_MOST_DIMENSIONS = 4
+_LONGEST_KEY, _LONGEST_NAME = 2**16, 64  # in bytes, as the format has it
+
+# Types of values by their numbers in files.
+_NUMBERS = {
+    0: np.dtype("<u1"),
+    1: np.dtype("<i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    7: np.dtype("<u1"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in a file.
+
+    Attributes:
+      kind: the name of its type, such as "Q4_0".
+      shape: the last axis is the one along which blocks lie.
+      data: its bytes, uint8 of shape (bytes,), read-only.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+class Content(NamedTuple):
+    """What a file has.
+
+    Attributes:
+      metadata: numbers, bools, texts, lists of texts and arrays of numbers by key.
+      tensors: by name.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+def read_content(path: Path) -> Content:
+    """What a GGUF file has; tensors that are not looked at are not loaded.
+
+    Raises:
+      MalformedFileError: for a file that is cut off, damaged or made to do harm.
+    """
+    path = pathlib.Path(path)
+    if path.stat().st_size == 0:
+        _refuse(path.name, "have a header", "an empty file")
+    content = np.memmap(path, np.uint8, "r")
+    cursor = _Cursor(content, path.name)
+    try:
+        if cursor.take(4) != _MAGIC:
+            cursor.refuse(f"begin with {_MAGIC!r}", bytes(content[:4]))
+        if (version := cursor.number("I")) not in _VERSIONS:
+            cursor.refuse(f"be of a version among {_VERSIONS}, little-endian", version)
+        tensor_count, key_count = cursor.entries(), cursor.entries()
+        metadata: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = cursor.text(_LONGEST_KEY)
+            if key in metadata:
+                cursor.refuse("have each key once", f"{key!r} twice")
+            metadata[key] = cursor.value(cursor.number("I"))
+        table = [_entry(cursor) for _ in range(tensor_count)]
+    except UnicodeDecodeError as error:
+        cursor.refuse("have texts in UTF-8", error)
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        cursor.refuse("have a power of two as general.alignment", repr(alignment))
+    return Content(metadata, _located(table, cursor, alignment, content))
+
+
+def _entry(cursor):
+    """A tensor in the table: name, number of its type, shape and offset."""
+    name = cursor.text(_LONGEST_NAME)
+    ndim = cursor.number("I")
+    if not 1 <= ndim <= _MOST_DIMENSIONS:
+        cursor.refuse(f"have 1 to {_MOST_DIMENSIONS} axes for {name!r}", ndim)
+    shape = tuple(cursor.number("Q") for _ in range(ndim))[::-1]
+    return name, cursor.number("I"), shape, cursor.number("Q")
+
+
+def _located(table, cursor, alignment, content):
+    """The tensors of the table, which lie one after another behind it."""
+    from gguf import GGML_QUANT_SIZES
+
+    def padded(place):
+        return -(-place // alignment) * alignment
+
+    begin, expected = padded(cursor.place), 0
+    tensors: dict[str, Stored] = {}
+    for name, number, shape, offset in table:
+        if name in tensors:
+            cursor.refuse("have each tensor once", f"{name!r} twice")
+        kinds = [k for k in GGML_QUANT_SIZES if k.value == number]
+        if not kinds:
+            cursor.refuse(f"have a known type for {name!r}", f"type {number}")
+        (kind,) = kinds
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block or not all(shape):
+            cursor.refuse(f"have rows of whole blocks of {block} for {name!r}", shape)
+        if offset != expected:
+            cursor.refuse(f"have {name!r} right behind the one before", offset)
+        start = begin + offset
+        stop = start + math.prod(shape) // block * block_bytes
+        if stop > len(content):
+            cursor.refuse(
+                f"have {stop} bytes or more, for {name!r} of {shape}", len(content)
+            )
+        tensors[name] = Stored(kind.name, shape, np.asarray(content[start:stop]))
+        expected = padded(offset + stop - start)
+    return tensors
+
+
+class _Cursor:
+    """Goes through the bytes of a file and never beyond their end."""
+
+    def __init__(self, content, name):
+        self.view = memoryview(content)
+        self.name = name
+        self.place = 0
+
+    def take(self, size):
+        stop = self.place + size
+        if stop > len(self.view):
+            self._end(stop)
+        part, self.place = self.view[self.place : stop], stop
+        return part
+
+    def number(self, code):
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
+
+    def count(self, size):
+        """A count of what takes `size` bytes each, which must be there."""
+        count = self.number("Q")
+        if count * size > len(self.view) - self.place:
+            self._end(self.place + count * size)
+        return count
+
+    def entries(self):
+        count = self.number("Q")
+        if count > _MOST_ENTRIES:
+            self.refuse(f"have at most {_MOST_ENTRIES} keys and as many tensors", count)
+        return count
+
+    def text(self, most=None):
+        length = self.count(1)
+        if most is not None and length > most:
+            self.refuse(f"have names of at most {most} bytes", length)
+        return str(self.take(length), "utf-8")
+
+    def texts(self, count):
+        """As `text`, `count` times, in a loop for a million of them."""
+        view, place, end = self.view, self.place, len(self.view)
+        length_at = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = place + 8
+            if start > end:
+                self._end(start)
+            place = start + length_at(view, place)[0]
+            if place > end:
+                self._end(place)
+            found.append(str(view[start:place], "utf-8"))
+        self.place = place
+        return found
+
+    def value(self, kind):
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            kind = self.number("I")
+            if kind == _STRING:
+                return self.texts(self.count(8))
+            dtype = self._dtype(kind)  # which is no array: those are not nested
+            size = self.count(dtype.itemsize) * dtype.itemsize
+            return np.frombuffer(self.take(size), dtype)
+        dtype = self._dtype(kind)
+        value = np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
+        return bool(value) if kind == _BOOL else value
+
+    def _dtype(self, kind):
+        if kind not in _NUMBERS:
+            self.refuse("have values of known types", f"type {kind}")
+        return _NUMBERS[kind]
+
+    def _end(self, stop):
+        self.refuse(f"have {stop} bytes or more", len(self.view))
+
+    def refuse(self, rule, got) -> NoReturn:
+        _refuse(self.name, rule, got)
+
+
+def _refuse(name, rule, got) -> NoReturn:
+    raise MalformedFileError(f"{name} must {rule}; got {got}. Get the file again.")

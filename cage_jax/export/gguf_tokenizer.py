@@ -1,0 +1,457 @@
+"""A byte-level BPE tokenizer as GGUF has it, and as transformers has it.
+
+GGUF has lists of tokens, of their types and of merges, and a name for the way a text is
+split before; transformers has `tokenizer.json`, which spells that way out, and
+`tokenizer_config.json`, which says what some tokens are for.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from cage_jax.export.files import MalformedFileError
+from cage_jax.llama_config import LlamaConfig
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_PREFIX = "tokenizer.ggml."
+# By the names of transformers.
+_ID_KEYS = {
+    "bos_token": f"{_PREFIX}bos_token_id",
+    "eos_token": f"{_PREFIX}eos_token_id",
+    "unk_token": f"{_PREFIX}unknown_token_id",
+    "pad_token": f"{_PREFIX}padding_token_id",
+}
+# Tokens that end a text: the first, and two more that llama.cpp stops at.
+_END_KEYS = (_ID_KEYS["eos_token"], f"{_PREFIX}eot_token_id", f"{_PREFIX}eom_token_id")
+
+
+class _Split(NamedTuple):
+    """A way to split a text before the merges.
+
+    Attributes:
+      steps: the steps of `pre_tokenizer` in `tokenizer.json`.
+      ignore_merges: whether a piece that is a token needs no merges.
+      adds_bos: whether llama.cpp puts bos first where a file does not say.
+    """
+
+    steps: tuple[dict[str, Any], ...]
+    ignore_merges: bool = False
+    adds_bos: bool = False
+
+
+def _byte_level(use_regex=True):
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+_LLAMA_3 = {
+    "type": "Split",
+    "pattern": {
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    },
+    "behavior": "Isolated",
+    "invert": False,
+}
+# By what llama.cpp calls them.
+_SPLITS = {
+    "gpt-2": _Split((_byte_level(),)),
+    "smollm": _Split(({"type": "Digits", "individual_digits": True}, _byte_level())),
+    "llama-bpe": _Split((_LLAMA_3, _byte_level(False)), True, True),
+}
+
+
+# --- from transformers to GGUF --------------------------------------------------------
+
+
+def metadata_of(
+    tokenizer: Mapping[str, bytes] | None, config: LlamaConfig
+) -> dict[str, Any]:
+    """The metadata of a tokenizer.
+
+    Args:
+      tokenizer: the files of a byte-level BPE by name, "tokenizer.json" among them; or
+        None.
+      config: the model's dimensions; its `bos` and `eos` count where the tokenizer does
+        not name any.
+
+    Returns:
+      Lists, texts, bools and ints by key.
+
+    Raises:
+      TypeError, ValueError: for files that are none, and for a tokenizer that GGUF
+        cannot hold.
+    """
+    if not tokenizer:
+        # The model that llama.cpp loads without a vocabulary, for tokens by number.
+        found: dict[str, Any] = {f"{_PREFIX}model": "no_vocab"}
+        if config.bos is not None:
+            found[_ID_KEYS["bos_token"]] = config.bos
+        return found | _ends(config.eos)
+    content = _parsed(tokenizer, "tokenizer.json")
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if name in tokenizer:
+            settings |= _parsed(tokenizer, name)
+    if "chat_template.jinja" in tokenizer:
+        settings["chat_template"] = tokenizer["chat_template.jinja"].decode("utf-8")
+    try:
+        return _metadata(content, settings, config)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`tokenizer` must have a tokenizer.json of a byte-level BPE; got one with "
+            f"{type(error).__name__}: {error}. Save the tokenizer again, with "
+            f"save_pretrained."
+        ) from error
+
+
+def _metadata(content, settings, config):
+    model = content["model"]
+    if content.get("normalizer") is not None:
+        _unsupported("no normalizer", content["normalizer"])
+    if model["type"] != "BPE":
+        _unsupported("a BPE", model["type"])
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            _unsupported(f"no {name}", model[name])
+    ids = dict(model["vocab"])
+    types = dict.fromkeys(ids, _NORMAL)
+    for added in content.get("added_tokens") or ():
+        text = added["content"]
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if added.get(flag):
+                _unsupported(f"no {flag} of {text!r}", "it")
+        ids[text] = added["id"]
+        types[text] = _CONTROL if added.get("special") else _USER_DEFINED
+    tokens = _by_id(ids, config.vocabulary)
+
+    named = {name: _text(settings.get(name)) for name in _ID_KEYS}
+    for name, text in named.items():
+        if text is not None and text not in ids:
+            _unsupported(f"{name} among its tokens", text)
+    special = {name: ids[text] for name, text in named.items() if text is not None}
+    bos = special.setdefault("bos_token", config.bos)
+    ends = dict.fromkeys([special.get("eos_token"), *config.eos])
+    ends.pop(None, None)
+    if not ends:
+        # llama.cpp takes token 11 where a file names none.
+        _unsupported('an "eos_token" in tokenizer_config.json', "none")
+    eos = next(iter(ends))
+    first, last = _template(content.get("post_processor"), tokens, bos, eos)
+
+    found = {
+        f"{_PREFIX}model": "gpt2",
+        f"{_PREFIX}pre": _split_name(content.get("pre_tokenizer"), model),
+        f"{_PREFIX}tokens": [
+            f"[PAD{number}]" if text is None else text
+            for number, text in enumerate(tokens)
+        ],
+        f"{_PREFIX}token_type": [types.get(text, _UNUSED) for text in tokens],
+        f"{_PREFIX}merges": [_merge(each) for each in model["merges"]],
+        f"{_PREFIX}add_bos_token": bool(settings.get("add_bos_token", first)),
+        f"{_PREFIX}add_eos_token": bool(settings.get("add_eos_token", last)),
+        f"{_PREFIX}add_space_prefix": False,
+    }
+    if not found[f"{_PREFIX}merges"]:
+        _unsupported("merges", "none, which llama.cpp does not load")
+    found |= {_ID_KEYS[name]: i for name, i in special.items() if i is not None}
+    if template := _chat_template(settings):
+        found["tokenizer.chat_template"] = template
+    return found | _ends(ends)
+
+
+def _by_id(ids, count):
+    """The texts of all tokens in order; None where there is none."""
+    tokens: list[str | None] = [None] * count
+    for text, number in ids.items():
+        if not isinstance(number, int) or not 0 <= number < count:
+            raise ValueError(
+                f"`tokenizer` must have tokens below the {count} of `config`; got "
+                f"{number!r} for {text!r}. Give the tokenizer of this model."
+            )
+        if tokens[number] is not None:
+            _unsupported("one token of each number", f"{tokens[number]!r}, {text!r}")
+        tokens[number] = text
+    return tokens
+
+
+def _split_name(pre_tokenizer, model):
+    """What llama.cpp calls the way a text is split."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    # Offsets are of no interest, and older files have no use_regex.
+    plain = [
+        {"use_regex": True} | step | {"trim_offsets": True}
+        if step and step.get("type") == "ByteLevel"
+        else step
+        for step in steps
+    ]
+    ignores = bool(model.get("ignore_merges"))
+    for name, split in _SPLITS.items():
+        if plain == list(split.steps) and ignores == split.ignore_merges:
+            return name
+    _unsupported(
+        f"a pre_tokenizer of {list(_SPLITS)}", f"{steps}, ignore_merges={ignores}"
+    )
+
+
+def _template(post_processor, tokens, bos, eos):
+    """Whether a text begins with bos, and whether it ends with eos."""
+    steps = (post_processor or {}).get("processors", [post_processor])
+    for step in steps:
+        if step is None or step["type"] == "ByteLevel":
+            continue
+        if step["type"] != "TemplateProcessing":
+            _unsupported("a post_processor that adds bos or eos", step["type"])
+        parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
+        place = parts.index(None)  # of the text
+        before, after = parts[:place], parts[place + 1 :]
+        first = None if bos is None else tokens[bos]
+        if before not in ([], [first]) or after not in ([], [tokens[eos]]):
+            _unsupported("a post_processor that adds bos or eos", parts)
+        return bool(before), bool(after)
+    return False, False
+
+
+def _merge(merge):
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if len(parts) != 2 or any(" " in part for part in parts):
+        _unsupported("merges of two parts without spaces", merge)
+    return " ".join(parts)
+
+
+def _ends(ids):
+    if len(ids) > len(_END_KEYS):
+        raise ValueError(
+            f"`config` must have at most {len(_END_KEYS)} tokens that end a text, for "
+            f"which GGUF has keys; got eos={tuple(ids)}. Leave some out."
+        )
+    return dict(zip(_END_KEYS, ids))
+
+
+def _text(token):
+    """The text of a token, which may be given with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _chat_template(settings):
+    """The template, or of several the one that is the default."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        by_name = {each["name"]: each["template"] for each in template}
+        return by_name.get("default")
+    return template
+
+
+def _parsed(tokenizer, name):
+    if name not in tokenizer:
+        raise ValueError(
+            f"`tokenizer` must have {name!r}; got {sorted(tokenizer)}. Give the files "
+            f"that save_pretrained of transformers writes, as bytes by name."
+        )
+    if not isinstance(tokenizer[name], (bytes, bytearray)):
+        raise TypeError(
+            f"`tokenizer` must have bytes; got {type(tokenizer[name]).__name__} for "
+            f"{name!r}. Use pathlib.Path(...).read_bytes()."
+        )
+    try:
+        content = json.loads(tokenizer[name])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`tokenizer` must have JSON in {name!r}; got {error}. Get the file again."
+        ) from error
+    if not isinstance(content, dict):
+        _unsupported(f"an object in {name}", type(content).__name__)
+    return content
+
+
+def _unsupported(rule, got) -> NoReturn:
+    raise ValueError(
+        f"`tokenizer` must have {rule}, for GGUF; got {got}. Use tokenizer=None, and "
+        f"give llama.cpp tokens by number."
+    )
+
+
+# --- from GGUF to transformers --------------------------------------------------------
+
+
+def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a tokenizer, from the metadata of a GGUF file.
+
+    Args:
+      metadata: of the file.
+
+    Returns:
+      "tokenizer.json" and "tokenizer_config.json"; nothing for what is no byte-level
+      BPE, and for texts split in ways that are not known here.
+
+    Raises:
+      MalformedFileError: for lists that do not fit together.
+    """
+    split = _SPLITS.get(_of_type(metadata, "pre", str, ""))
+    if _of_type(metadata, "model", str, "") != "gpt2" or split is None:
+        return {}
+    tokens = _texts(metadata, "tokens")
+    types = metadata.get(f"{_PREFIX}token_type", np.full(len(tokens), _NORMAL))
+    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+        _malformed("a type for each token", repr(types)[:80])
+    ids: dict[str, int] = {}
+    added = []
+    for number, (text, kind) in enumerate(zip(tokens, types.tolist())):
+        if kind == _UNUSED:
+            continue
+        if text in ids:
+            _malformed("each token once", f"{text[:80]!r} twice")
+        ids[text] = number
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            added.append(_added_token(number, text, kind != _USER_DEFINED))
+    merges = [merge.split(" ", 2) for merge in _texts(metadata, "merges")]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
+            _malformed("merges of two tokens to one", repr(merge)[:80])
+
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, key in _ID_KEYS.items():
+        if key in metadata:
+            settings[name] = tokens[token_id(metadata, key, len(tokens))]
+            if settings[name] not in ids:
+                _malformed(f"a token in use as {key}", metadata[key])
+    adds = {}
+    for name, default in (("bos_token", split.adds_bos), ("eos_token", False)):
+        adds[name] = _of_type(metadata, f"add_{name}", bool, default)
+        settings[f"add_{name}"] = adds[name]
+        if adds[name] and name not in settings:
+            _malformed(f"{name}_id where it is added", "none")
+    if "tokenizer.chat_template" in metadata:
+        template = metadata["tokenizer.chat_template"]
+        if not isinstance(template, str):
+            _malformed("a text as chat template", type(template).__name__)
+        settings["chat_template"] = template
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": split.steps[0]
+        if len(split.steps) == 1
+        else {"type": "Sequence", "pretokenizers": list(split.steps)},
+        "post_processor": _post_processor(settings, adds, ids),
+        "decoder": _byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": split.ignore_merges,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+    return {
+        "tokenizer.json": _bytes(content),
+        "tokenizer_config.json": _bytes(settings),
+    }
+
+
+def token_id(metadata: Mapping[str, Any], key: str, count: int) -> int:
+    """The number of a token, below `count`.
+
+    Raises:
+      MalformedFileError: for anything else.
+    """
+    number = metadata[key]
+    if type(number) is not int or not 0 <= number < count:
+        _malformed(f"a token below {count} as {key}", repr(number))
+    return number
+
+
+def special_ids(
+    metadata: Mapping[str, Any], count: int
+) -> tuple[int | None, tuple[int, ...]]:
+    """The token that begins a text, or None, and those that end it.
+
+    Args:
+      metadata: of a GGUF file.
+      count: of tokens.
+
+    Raises:
+      MalformedFileError: for what is no token.
+    """
+    key = _ID_KEYS["bos_token"]
+    bos = token_id(metadata, key, count) if key in metadata else None
+    ends = [token_id(metadata, key, count) for key in _END_KEYS if key in metadata]
+    return bos, tuple(dict.fromkeys(ends))
+
+
+def _added_token(number, text, special):
+    return {
+        "id": number,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def _post_processor(settings, adds, ids):
+    byte_level = _byte_level()
+    before = [settings["bos_token"]] if adds["bos_token"] else []
+    after = [settings["eos_token"]] if adds["eos_token"] else []
+    if not before and not after:
+        return byte_level
+
+    def sequence(name, place):
+        return [
+            *({"SpecialToken": {"id": text, "type_id": place}} for text in before),
+            {"Sequence": {"id": name, "type_id": place}},
+            *({"SpecialToken": {"id": text, "type_id": place}} for text in after),
+        ]
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": [*sequence("A", 0), *sequence("B", 1)],
+        "special_tokens": {
+            text: {"id": text, "ids": [ids[text]], "tokens": [text]}
+            for text in {*before, *after}
+        },
+    }
+    return {"type": "Sequence", "processors": [byte_level, template]}
+
+
+def _texts(metadata, name):
+    found = metadata.get(f"{_PREFIX}{name}")
+    if not isinstance(found, list):
+        _malformed(f"a list of texts as {_PREFIX}{name}", type(found).__name__)
+    return found
+
+
+def _of_type(metadata, name, kind, default):
+    value = metadata.get(f"{_PREFIX}{name}", default)
+    if not isinstance(value, kind):
+        _malformed(f"a {kind.__name__} as {_PREFIX}{name}", repr(value)[:80])
+    return value
+
+
+def _bytes(content):
+    return json.dumps(content, ensure_ascii=False).encode("utf-8")
+
+
+def _malformed(rule, got) -> NoReturn:
+    raise MalformedFileError(
+        f"the file's tokenizer must have {rule}; got {got}. Get the file again."
+    )
