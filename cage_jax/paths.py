@@ -32,16 +32,24 @@ def flatten_with_paths(
     Returns:
       Paths such as "layers/0/attention/kernel", leaves, and the structure.
     """
+    keys, leaves, structure = flatten_with_keys(tree, is_leaf)
+    return [_joined(key_path) for key_path in keys], leaves, structure
+
+
+def flatten_with_keys(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[KeyPath], list[Any], Any]:
+    """`flatten_with_paths`, with jax's own keys and with the collection `params`."""
 
     def stop(node):
         return _is_box(node) or (is_leaf is not None and is_leaf(node))
 
-    paths = []
+    keys: list[KeyPath] = []
     for key_path, node in tree_flatten_with_path(tree, is_leaf=stop)[0]:
         inside = len(jax.tree.leaves(node, is_leaf=is_leaf)) if _is_box(node) else 1
-        paths += [_joined(key_path)] * inside
+        keys += [key_path] * inside
     leaves, structure = jax.tree.flatten(tree, is_leaf)
-    return paths, leaves, structure
+    return keys, leaves, structure
 
 
 def _is_box(node: Any) -> bool:
@@ -57,7 +65,7 @@ def _joined(key_path: KeyPath) -> str:
     keys = list(key_path)
     if len(keys) > 1 and isinstance(keys[0], DictKey) and keys[0].key == "params":
         keys.pop(0)
-    return "/".join(_name(key) for key in keys)
+    return "/".join(name_of(key) for key in keys)
 
 
 @contextlib.contextmanager
@@ -72,7 +80,8 @@ def path_in_errors(path: str) -> Iterator[None]:
         raise kind(text if text.startswith(parameter) else parameter + text) from error
 
 
-def _name(key) -> str:
+def name_of(key: Any) -> str:
+    """A key of a tree as a string."""
     match key:
         case DictKey(key=name) | FlattenedIndexKey(key=name):
             return str(name)

@@ -1,0 +1,442 @@
+"""Trees of codes in one file and in a folder of Orbax: all bits, and hostile files."""
+
+import gc
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_quantized_array import QUANTIZERS, assert_same
+
+import cage_jax as cage
+from cage_jax.export import trees
+from cage_jax.export.files import MalformedFileError
+from cage_jax.quantized_array import QuantizedArray
+
+safetensors = pytest.importorskip("safetensors.numpy", reason="the file's format")
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "codes.safetensors"
+
+
+def save_and_load(codes, path):
+    if path.suffix:
+        trees.save(codes, path)
+    else:
+        pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
+        trees.save_orbax(codes, path)
+    return trees.load(path)
+
+
+kinds = pytest.mark.parametrize("name", ["codes.safetensors", "codes"])
+
+
+@kinds
+def test_every_quantizer_bit_for_bit(name, x, tmp_path):
+    codes = {key: cage.quantize(x, q) for key, q in QUANTIZERS.items()}
+    codes["bfloat16"] = cage.quantize(x.astype(jnp.bfloat16), cage.int4())
+    assert_same(save_and_load(codes, tmp_path / name), codes)
+
+
+@kinds
+def test_every_dtype_of_arrays(name, tmp_path):
+    names = "float16 bfloat16 float32 float8_e4m3fn float8_e5m2 float8_e8m0fnu int8 "
+    names += "int16 int32 uint8 uint16 uint32 bool"
+    tree = {each: jnp.arange(6).astype(each).reshape(2, 3) for each in names.split()}
+    tree["number"] = np.float32(3)
+    assert_same(save_and_load(tree, tmp_path / name), jax.tree.map(jnp.asarray, tree))
+
+
+@kinds
+def test_dicts_and_lists_come_back(name, x, tmp_path):
+    codes = cage.quantize(x, cage.nvfp4())
+    tree = {
+        "params": {"layers": [{"kernel": codes}, None, [], {"a": [codes]}], "a/b": x},
+        "batch_stats": {"0": {"mean": x}},
+        "none": None,
+    }
+    assert_same(save_and_load(tree, tmp_path / name), tree)
+
+
+@pytest.mark.parametrize("tree", [{}, None, [[]], [None]], ids=str)
+def test_trees_without_arrays(tree, file):
+    assert save_and_load(tree, file) == tree
+    with pytest.raises(ValueError, match="`codes` must have an array; got none"):
+        trees.save_orbax(tree, file.with_suffix(""))
+
+
+@kinds
+def test_a_tree_of_one_array(name, x, tmp_path):
+    codes = cage.quantize(x, cage.int4())
+    assert_same(save_and_load(codes, tmp_path / name), codes)
+
+
+@kinds
+def test_a_state_of_nnx_comes_back_as_dicts(name, tmp_path):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Sequential(*(nnx.Linear(32, 32, rngs=nnx.Rngs(i)) for i in range(2)))
+    state = nnx.state(model)
+    rules = cage.Rules([(r".*kernel", cage.int4(group_size=16)), (r".*", None)])
+    codes = cage.quantize(state, rules)
+    found = save_and_load(codes, tmp_path / name)
+    pure = nnx.to_pure_dict(codes)
+    assert set(found) == set(pure) == {"layers"}
+    for layer, part in pure["layers"].items():
+        assert_same(found["layers"][str(layer)], dict(part))
+    # And into the model again.
+    values = cage.dequantize(found)
+    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(values))
+    nnx.update(model, state)
+    kernel = values["layers"]["1"]["kernel"]
+    np.testing.assert_array_equal(model.layers[1].kernel[...], kernel)
+
+
+@kinds
+def test_variables_of_linen_come_back(name, tmp_path):
+    flax = pytest.importorskip("flax")
+
+    class Model(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            x = flax.linen.Dense(32)(x)
+            return flax.linen.BatchNorm(use_running_average=True)(x)
+
+    x = jnp.ones((2, 32))
+    variables = Model().init(jax.random.key(0), x)
+    rules = cage.Rules([(r".*kernel", cage.int4(group_size=16)), (r".*", None)])
+    codes = cage.quantize(variables, rules)
+    found = save_and_load(flax.core.freeze(codes), tmp_path / name)
+    assert_same(found, codes)
+    y = Model().apply(cage.dequantize(found), x)
+    np.testing.assert_array_equal(y, Model().apply(cage.dequantize(codes), x))
+
+
+# The bits of scales of a group, and of a tensor, by hand.
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "of_group", "group", "of_tensor"),
+    [
+        (cage.int4(group_size=32), 4, 32, 32, 0),
+        (cage.int3(), 3, 32, 512, 0),
+        (cage.int2(), 2, 32, 512, 0),
+        (cage.ternary(), 2, 0, 1, 32),
+        (cage.mxfp4(), 4, 8, 32, 0),
+        (cage.nvfp4(), 4, 8, 16, 32),
+        (cage.int8(), 8, 32, 512, 0),
+        (cage.q4_1(), 4, 32, 32, 0),
+    ],
+    ids=str,
+)
+def test_the_size_of_the_file(quantizer, bits, of_group, group, of_tensor, file, rng):
+    x = jnp.asarray(rng.standard_normal((512, 512)), jnp.float32)
+    trees.save({"kernel": cage.quantize(x, quantizer)}, file)
+    expected = (bits * x.size + of_group * x.size / group + of_tensor) / 8
+    assert expected <= file.stat().st_size < 1.02 * expected
+
+
+def test_safetensors_alone_reads_it(x, file):
+    codes = cage.quantize(x, cage.int4(group_size=16))
+    trees.save({"kernel": codes, "bias": x[0]}, file)
+    found = safetensors.load_file(file)
+    np.testing.assert_array_equal(found["bias"], x[0])
+    data = found["kernel"]
+    numbers = np.stack([data[:1024] & 15, data[:1024] >> 4], axis=1).reshape(64, 32)
+    numbers = numbers.astype(np.int8)
+    values = np.where(numbers > 7, numbers - 16, numbers)
+    np.testing.assert_array_equal(values, codes.codes.astype(jnp.int8))
+    scale = data[1024:].view(np.float32).reshape(4, 32)
+    np.testing.assert_array_equal(scale, codes.scale)
+
+
+def test_orbax_alone_reads_it(x, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
+    codes = cage.quantize(x, cage.int4(group_size=16))
+    trees.save_orbax({"layer": {"kernel": codes, "bias": x[0]}}, tmp_path / "codes")
+    with ocp.StandardCheckpointer() as checkpointer:
+        like = {
+            "layer/kernel": {
+                "codes": jax.ShapeDtypeStruct((64, 32), jnp.int4),
+                "scale": jax.ShapeDtypeStruct((4, 32), jnp.float32),
+            },
+            "layer/bias": jax.ShapeDtypeStruct((32,), jnp.float32),
+        }
+        found = checkpointer.restore(tmp_path / "codes" / "arrays", like)
+    np.testing.assert_array_equal(found["layer/kernel"]["codes"], codes.codes)
+    np.testing.assert_array_equal(found["layer/bias"], x[0])
+
+
+@kinds
+def test_onto_devices(name, x, tmp_path):
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"))
+    codes = {
+        "layers": [
+            {"kernel": cage.quantize(x, cage.int4(group_size=32)), "bias": x[0]},
+            {"kernel": cage.quantize(x, cage.nvfp4())},
+        ],
+        "scale": x,
+    }
+    path = tmp_path / name
+    save_and_load(codes, path)
+    both, rows = P("rows", "columns"), P("rows")
+    found = trees.load(path, shardings=NamedSharding(mesh, both))
+    assert_same(found, codes)
+    kernel, other = (layer["kernel"] for layer in found["layers"])
+    assert kernel.codes.sharding.spec == both
+    # Two groups along the first axis, which four devices do not divide.
+    assert kernel.scale.sharding.spec == P(None, "columns")
+    assert other.scale.sharding.spec == both
+    assert other.tensor_divisor.sharding.spec == P(None, None)
+    assert found["layers"][0]["bias"].sharding.spec == rows
+    whole = NamedSharding(mesh, P())
+    found = trees.load(
+        path, shardings={"layers": whole, "scale": NamedSharding(mesh, rows)}
+    )
+    assert_same(found, codes)
+    assert found["layers"][1]["kernel"].codes.sharding.spec == P()
+    assert found["scale"].sharding.spec == rows
+    # As the arrays of another tree are.
+    found = trees.load(path, shardings=jax.tree.map(lambda x: x.sharding, found))
+    assert found["scale"].sharding.spec == rows
+    with pytest.raises(ValueError, match="layers"):
+        trees.load(path, shardings={"scale": whole})
+
+
+def test_sharded_codes_are_saved(x, tmp_path):
+    mesh = jax.make_mesh((8,), ("rows",))
+    codes = {"kernel": cage.quantize(x, cage.int8(axis=-1))}
+    placed = jax.device_put(codes, NamedSharding(mesh, P("rows")))
+    for name in ("codes.safetensors", "codes"):
+        assert_same(save_and_load(placed, tmp_path / name), codes)
+
+
+@kinds
+def test_nothing_is_overwritten_unasked(name, x, tmp_path):
+    path = tmp_path / name
+    save_and_load({"a": x}, path)
+    save = trees.save if path.suffix else trees.save_orbax
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save({"a": x + 1}, path)
+    assert_same(trees.load(path), {"a": x})
+    save({"b": x}, path, overwrite=True)
+    assert_same(trees.load(path), {"b": x})
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_memory(file, rng):
+    x = jnp.asarray(rng.standard_normal((2**11, 2**12)), jnp.float32)
+    for quantizer in (cage.int4(group_size=32), cage.int2()):
+        trees.save({"kernel": cage.quantize(x, quantizer)}, file, overwrite=True)
+        tracemalloc.start()
+        try:
+            trees.load(file)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 10 * file.stat().st_size
+
+
+# --- what cannot be saved -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind", "message"),
+    [
+        ({"a": [1.0]}, TypeError, "`a/0`: `codes` must be .*; got float"),
+        ({"a": "text"}, TypeError, "`a`: .*got str"),
+        ({"a": jax.random.key(0)}, TypeError, "`a`: .*got key<fry>"),
+        ({"a": jnp.ones(3, jnp.int4)}, TypeError, "`a`: .*got int4"),
+        ({"a": np.ones(3, complex)}, TypeError, "`a`: .*got complex128"),
+        ({"a/b": np.ones(3), "a": {"b": np.ones(3)}}, ValueError, "`a/b`: .*got two"),
+    ],
+    ids=lambda each: None,
+)
+def test_what_is_no_tree_of_codes(tree, kind, message, tmp_path):
+    for save in (trees.save, trees.save_orbax):
+        with pytest.raises(kind, match=message):
+            save(tree, tmp_path / "codes.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stacked_codes_of_another_axis(x, file):
+    layers = [cage.quantize(x, cage.int4(axis=0))] * 2
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+    with pytest.raises(ValueError, match=r"`a`: `scale` must be .*\(1, 64, 32\); got"):
+        trees.save({"a": stacked}, file)
+
+
+def test_other_refusals(x, tmp_path):
+    with pytest.raises(ValueError, match=r"`path` must end in \.safetensors"):
+        trees.save({"a": x}, tmp_path / "codes.npz")
+    with pytest.raises(ValueError, match=r"`a`: Orbax .* shape \(0, 32\)"):
+        trees.save_orbax({"a": x[:0]}, tmp_path / "codes")
+    with pytest.raises(FileNotFoundError):
+        trees.load(tmp_path / "none.safetensors")
+    deep = x
+    for _ in range(100):
+        deep = {"a": deep}
+    with pytest.raises(ValueError, match="at most 64 keys; got 100"):
+        trees.save(deep, tmp_path / "codes.safetensors")
+
+
+def test_float64_needs_x64(x, file):
+    with jax.enable_x64(True):
+        codes = {"a": cage.quantize(x.astype(jnp.float64), cage.int4())}
+        trees.save(codes, file)
+        assert_same(trees.load(file), codes)
+    with pytest.raises(ValueError, match="`a`: arrays of 64 bits need jax_enable_x64"):
+        trees.load(file)
+
+
+# --- hostile files --------------------------------------------------------------------
+
+
+def rewritten(path, arrays=None, metadata=None, **entries):
+    """The file with other entries of its tree."""
+    with safetensors.safe_open(str(path), "np") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts = file.metadata()
+    tree = json.loads(texts["tree"])
+    for name, change in entries.items():
+        tree[name] = change(tree[name]) if callable(change) else change
+    texts = texts | {"tree": json.dumps(tree)} | (metadata or {})
+    safetensors.save_file(arrays or found, path, texts)
+
+
+def entry(**fields):
+    return lambda before: before | fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": {"version": "2"}}, "got '2': written by a newer version"),
+        ({"metadata": {"format": "pt"}}, "must be of cage_jax.export.trees; got"),
+        ({"metadata": {"tree": ""}}, "must be JSON"),
+        ({"metadata": {"tree": "[" * 100_000}}, "must be JSON"),
+        ({"metadata": {"tree": "[]"}}, "must be an object; got list"),
+        ({"metadata": {"tree": "{}"}}, "must have the arrays of its tree"),
+        ({"kernel": 3}, "`kernel`: its entry must be an object"),
+        ({"kernel": entry(kind="script")}, "`kind` must be one of"),
+        ({"kernel": entry(kind=["codes"])}, "`kind` must be one of"),
+        (
+            {"kernel": entry(kind="array")},
+            "got {'quantizer'}: damaged, or written by a",
+        ),
+        ({"kernel": entry(kind="none")}, "must have the arrays of its tree"),
+        ({"kernel": entry(tiles=8)}, "got {'tiles'}: damaged, or written by a newer"),
+        ({"kernel": entry(shape=[64, 33])}, "int4 .* must be uint8 of shape|must be"),
+        ({"kernel": entry(shape=[48, 32])}, "`kernel`: `group_size` must divide"),
+        ({"kernel": entry(shape=[64])}, "`kernel`: `axis` must be within"),
+        ({"kernel": entry(shape=[2**40, 32])}, "must be uint8 of shape"),
+        ({"kernel": entry(shape=[2**60, 2**60])}, "`shape` must be that of an array"),
+        ({"kernel": entry(shape=[0, 2**62])}, "`shape` must be that of an array"),
+        ({"kernel": entry(shape=[1] * 1000)}, "`shape` must be that of an array"),
+        ({"kernel": entry(shape=[-64, -32])}, "`shape` must be that of an array"),
+        ({"kernel": entry(shape=[64.0, 32])}, "`shape` must be that of an array"),
+        ({"kernel": entry(shape="64")}, "`shape` must be that of an array"),
+        ({"kernel": entry(dtype="float128")}, "`dtype` must be one of"),
+        ({"kernel": entry(dtype="O")}, "`dtype` must be one of"),
+        ({"kernel": entry(dtype="int32")}, "`dtype` must be one of floats"),
+        ({"kernel": entry(quantizer=None)}, "`kernel`: the description of a Quantizer"),
+        ({"kernel": entry(quantizer={"class": "eval"})}, "newer version"),
+        ({"kernel": entry(keys=["kernel", "a"])}, "its `keys` must be those"),
+        ({"kernel": entry(keys="kernel")}, "its `keys` must be those"),
+        ({"kernel": entry(keys=[["kernel"]])}, "its `keys` must be those"),
+        ({"bias": entry(shape=[31])}, "it must be float32 of shape"),
+        ({"bias": entry(dtype="int32")}, "it must be int32 of shape"),
+        ({"kernel/a": {"kind": "none"}}, "an array must not lie in another"),
+        ({"3": {"kind": "none", "keys": [3]}}, "a list must have a place for each"),
+        ({str(2**60): {"kind": "none", "keys": [2**60]}}, "a list must have a place"),
+        ({"a/" * 99: {"kind": "none"}}, "`keys` must be those, at most 64"),
+        ({"arrays": {"kernel": np.zeros(9)}}, "must have the arrays of its tree"),
+    ],
+    ids=lambda each: None,
+)
+def test_malformed(changes, message, x, file):
+    trees.save(
+        {"kernel": cage.quantize(x, cage.int4(group_size=32)), "bias": x[0]}, file
+    )
+    rewritten(file, **changes)
+    with pytest.raises(MalformedFileError, match=message) as caught:
+        trees.load(file)
+    assert len(str(caught.value)) < 2000
+
+
+def test_damaged_bytes(x, file, rng):
+    trees.save(
+        {"kernel": cage.quantize(x, cage.int4(group_size=32)), "bias": x[0]}, file
+    )
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for cut in [0, 1, 7, 8, 9, header // 2, header, len(content) - 1]:
+        file.write_bytes(content[:cut])
+        with pytest.raises(MalformedFileError):
+            trees.load(file)
+    kept = 0
+    for place in range(header):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        try:
+            trees.load(file)
+        except MalformedFileError:
+            continue
+        kept += 1  # such as a digit of a number that is a default
+    assert kept < header / 4
+
+
+def test_a_damaged_folder(x, tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
+    codes = {"kernel": cage.quantize(x, cage.int4(group_size=32))}
+    path = tmp_path / "codes"
+    trees.save_orbax(codes, path)
+    description = path / "description" / "metadata"
+    text = description.read_text()
+    for changed, message in [
+        (text.replace('"1"', '"2"'), "newer version"),
+        (text.replace("[64, 32]", "[32, 32]"), "must be a whole folder"),
+        (text.replace("[64, 32]", "[274877906944, 32]"), "must be a whole folder"),
+        (text.replace('"bits": 4', '"bits": 8'), "other arrays than its"),
+        (text.replace('"kernel"', '"query"'), "other arrays than its"),
+        (text[:-9], "must be a whole folder"),
+        ("[" * 100_000, "must be a whole folder"),
+        ("[]", "must be of cage_jax"),
+        ("{}", "must be of cage_jax"),
+    ]:
+        assert changed != text
+        description.write_text(changed)
+        with pytest.raises(MalformedFileError, match=message):
+            trees.load(path)
+    description.write_text(text)
+    assert_same(trees.load(path), codes)
+    with pytest.raises(MalformedFileError, match="must be a whole folder"):
+        trees.load(tmp_path)
+
+
+# What Orbax does not await when it fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_arrays_of_a_folder(x, tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
+    path = tmp_path / "codes"
+    trees.save_orbax({"kernel": cage.quantize(x, cage.int4())}, path)
+    for part in (path / "arrays").rglob("d/*"):
+        part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(MalformedFileError, match="must be a whole folder"):
+        trees.load(path)
+    gc.collect()
+
+
+def test_quantized_arrays_are_what_comes_back(x, file):
+    found = save_and_load({"a": cage.quantize(x, cage.int4())}, file)
+    assert isinstance(found["a"], QuantizedArray)
+    assert found["a"].nbytes == cage.quantize(x, cage.int4()).nbytes
