@@ -14,10 +14,11 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test coverage test-cuda-aot lint format bench clean
+.PHONY: help demo test fuzz coverage test-cuda-aot lint format bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
 	@echo "make test      run the tests (EXTRAS=test,oracles for those that need PyTorch and others)"
+	@echo "make fuzz      load 10,000 damaged model files (ten minutes)"
 	@echo "make coverage  run them and count what they run, at least 95 %"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
 	@echo "make lint      check format, style and types"
@@ -42,6 +43,10 @@ demo: $(call stamp,demo)
 test: $(call stamp,$(EXTRAS))
 	@echo "[test] running the tests; half an hour on two cores"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: $(call stamp,test)
+	@echo "[fuzz] loading 10,000 damaged files"
+	@$(BIN)/python tests/fuzzing.py
 
 coverage: $(call stamp,$(EXTRAS))
 	@echo "[coverage] running the tests and counting what they run; a sixth slower"

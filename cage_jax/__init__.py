@@ -8,6 +8,7 @@ what is shipped (`quantize`).
 from importlib.metadata import PackageNotFoundError, version
 
 from cage_jax.activations import calibrate, quantize_activations
+from cage_jax.export.loading import load
 from cage_jax.optimizers import cage_adamw, cage_sgd
 from cage_jax.presets import (
     binary,
@@ -72,6 +73,7 @@ __all__ = [
     "int3",
     "int4",
     "int8",
+    "load",
     "low_bit",
     "low_bit_dot",
     "lsq",

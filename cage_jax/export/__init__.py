@@ -1,1 +1,21 @@
-"""Files that other programs run: the codes that were trained, bit for bit."""
+"""Files that other programs run: the codes that were trained, bit for bit.
+
+`compressed_tensors` writes a folder for transformers and vLLM, `gguf` a file for
+llama.cpp, `stablehlo` a program without this library; `save` and `save_orbax` keep a
+tree of codes of any model. `cage_jax.load` reads all of them.
+"""
+
+from cage_jax.export.compressed_tensors import compressed_tensors
+from cage_jax.export.files import MalformedFileError
+from cage_jax.export.gguf import gguf
+from cage_jax.export.stablehlo import stablehlo
+from cage_jax.export.trees import save, save_orbax
+
+__all__ = [
+    "MalformedFileError",
+    "compressed_tensors",
+    "gguf",
+    "save",
+    "save_orbax",
+    "stablehlo",
+]

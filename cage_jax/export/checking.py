@@ -1,0 +1,88 @@
+"""Whether the parameters of a model are well-formed, and the same as another's."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.export.tensors import Array
+from cage_jax.quantized_array import QuantizedArray
+
+
+def problems(path: str, leaf: Array) -> list[str]:
+    """What is wrong with a parameter, a sentence each."""
+    if not isinstance(leaf, QuantizedArray):
+        return _not_finite(path, "the values", leaf)
+    found = []
+    for name in ("scale", "offset", "tensor_divisor"):
+        part = getattr(leaf, name)
+        if part is not None:
+            found += _not_finite(path, f"the {name.replace('_', ' ')}s", part)
+    format = leaf.quantizer.format
+    values = np.asarray(format.decode(leaf.codes, jnp.float32))
+    if values.size and not np.isfinite(values).all():
+        found.append(f"`{path}`: codes must stand for numbers; got NaN")
+    elif values.size and not format.low <= values.min() <= values.max() <= format.high:
+        found.append(
+            f"`{path}`: codes must stand for {format.low:g} to {format.high:g}; got "
+            f"{values.min():g} to {values.max():g}"
+        )
+    return found
+
+
+def _not_finite(path, what, array):
+    count = int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
+    return [f"`{path}`: {what} must be finite; got {count} not"] if count else []
+
+
+def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[str]:
+    """Where two models differ in codes, scales or floats, a line for each parameter.
+
+    Args:
+      one: the parameters by path.
+      other: those of the other model.
+    """
+    found = [f"{path}: only in one of them" for path in one.keys() ^ other.keys()]
+    for path in [path for path in one if path in other]:
+        ours, theirs = one[path], other[path]
+        if ours.shape != theirs.shape:
+            found.append(f"{path}: shapes {ours.shape} and {theirs.shape}")
+        elif isinstance(ours, QuantizedArray) and isinstance(theirs, QuantizedArray):
+            found += _of_codes(path, ours, theirs)
+        elif isinstance(ours, QuantizedArray) or isinstance(theirs, QuantizedArray):
+            found.append(f"{path}: codes in one, floats in the other")
+        else:
+            found += _unequal(path, "values", ours, theirs)
+    return sorted(found)
+
+
+def _of_codes(path, ours, theirs):
+    """By what is stored: a file does not say how its codes were found."""
+    found = []
+    for name in ("codes", "scale", "zero_point", "offset", "tensor_divisor"):
+        parts = [_stored(codes, name) for codes in (ours, theirs)]
+        what = name.replace("_", " ")
+        if any(part is None for part in parts):
+            if not all(part is None for part in parts):
+                found.append(f"{path}: {what} in one alone")
+        elif parts[0].shape != parts[1].shape:
+            found.append(f"{path}: {what} of {parts[0].shape} and {parts[1].shape}")
+        else:
+            found += _unequal(path, what, *parts)
+    if ours.quantizer.hadamard != theirs.quantizer.hadamard:
+        found.append(f"{path}: rotated in one alone")
+    return found
+
+
+def _stored(codes, name):
+    """A part of codes, as the numbers that it stands for."""
+    part = getattr(codes, name)
+    if part is None or name not in ("codes", "zero_point"):
+        return part
+    return codes.quantizer.format.decode(part, jnp.float32)
+
+
+def _unequal(path, what, ours, theirs):
+    ours, theirs = (np.asarray(part, np.float32) for part in (ours, theirs))
+    count = int(np.sum(~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))))
+    return [f"{path}: {count} of {ours.size} {what}"] if count else []
