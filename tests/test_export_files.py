@@ -85,7 +85,21 @@ def test_others_may_read_as_they_may_any_file(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "name",
-    ["../a", "/etc/passwd", "", ".", "..", "a\0", "b\\a", "c:a", 7, None, "none"],
+    [
+        "../a",
+        "/etc/passwd",
+        "",
+        ".",
+        "..",
+        "a\0",
+        "b\\a",
+        "c:a",
+        7,
+        None,
+        "none",
+        "a" * 300,
+        "\udc80",
+    ],
 )
 def test_a_shard_lies_beside(tmp_path, name):
     (tmp_path / "a").write_text("outside")

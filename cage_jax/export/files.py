@@ -11,7 +11,7 @@ from typing import Any
 
 Path = str | os.PathLike[str]
 
-_MOST_JSON = 64 * 2**20
+_MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
 
 
 class MalformedFileError(ValueError):
@@ -118,15 +118,17 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
         or not name
         or name in (".", "..")
         or any(sign in name for sign in "/\\\0:")
+        or not name.isprintable()
     ):
         raise MalformedFileError(
             f"the name of a shard must be that of a file beside it; got {name!r}. Get "
             f"the folder again, from who made it."
         )
     path = pathlib.Path(folder) / name
-    if not path.is_file():
+    if len(name) > _MOST_LETTERS or not path.is_file():
         raise MalformedFileError(
-            f"{name} must be a file in the folder; got none. Get the folder again."
+            f"{name[:_MOST_LETTERS]} must be a file in the folder; got none. Get the "
+            f"folder again."
         )
     return path
 
