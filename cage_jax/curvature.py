@@ -425,7 +425,7 @@ def hutchinson(**options: Any) -> Curvature:
     """
 
     def product(step, z):
-        loss = step.extra("obj_fn", "the loss as a function of the parameters")
+        loss = _loss_of(step)
         return _hessian_times(loss, step, z)
 
     return diagonal(functools.partial(_probed, product), **options)
@@ -463,7 +463,7 @@ def hessian() -> Curvature:
     """
 
     def product(errors, step):
-        loss = step.extra("obj_fn", "the loss as a function of the parameters")
+        loss = _loss_of(step)
         return _hessian_times(loss, step, errors)
 
     return weighted(product)
@@ -559,6 +559,22 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
         return found
 
     return Curvature(init, update, weigh)
+
+
+def _loss_of(step):
+    loss = step.extra("obj_fn", "the loss as a function of the parameters")
+    rule = "`obj_fn` must be a function of the parameters alone, to one number"
+    remedy = "Use obj_fn=lambda params: loss(params, batch)."
+    if not callable(loss):
+        raise TypeError(f"{rule}; got {type(loss).__name__}. {remedy}")
+    try:
+        value = jax.eval_shape(loss, step.params)
+    except TypeError as error:
+        raise TypeError(f"{rule}; it raised: {error}. {remedy}") from error
+    if getattr(value, "shape", None) != ():
+        got = getattr(value, "shape", type(value).__name__)
+        raise TypeError(f"{rule}; got {got} from it. {remedy}")
+    return loss
 
 
 def _hessian_times(loss, step, vectors):

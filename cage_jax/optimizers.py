@@ -9,7 +9,7 @@ from cage_jax.adamw import AdamW
 from cage_jax.curvature import Curvature
 from cage_jax.fused import FusedAdamW, FusedStep
 from cage_jax.rules import Rules
-from cage_jax.schedules import ScalarOrSchedule
+from cage_jax.schedules import ScalarOrSchedule, check_learning_rate
 from cage_jax.transform import decoupled, post_step
 
 Placement = Literal["decoupled", "post_step"]
@@ -69,6 +69,7 @@ def cage_adamw(
 
     Source: CAGE, arXiv 2510.18784, algorithm 1; AdamW, arXiv 1711.05101.
     """
+    check_learning_rate(learning_rate)
     adamw = optax.adamw(
         learning_rate,
         b1=b1,
@@ -147,6 +148,7 @@ def cage_sgd(
 
     Source: CAGE, arXiv 2510.18784.
     """
+    check_learning_rate(learning_rate)
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
         rules,

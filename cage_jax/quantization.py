@@ -6,6 +6,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any, overload
 
 import jax
@@ -298,9 +299,12 @@ def _apply(function, x, quantizer, grid, key=None):
     if not isinstance(quantizer, Quantizer):
         name = getattr(quantizer, "__name__", "int4")
         called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
+        if isinstance(x, (Quantizer, Rules)):
+            called = " The parameters come first."
         raise TypeError(
-            f"`quantizer` must be a Quantizer, or Rules for a tree; got {quantizer!r}."
-            f"{called} Use a preset such as int4(), or Rules([(pattern, int4())])."
+            f"`quantizer` must be a Quantizer, or Rules for a tree; got "
+            f"{short(quantizer)}.{called} Use a preset such as int4(), or "
+            f"Rules([(pattern, int4())])."
         )
     if isinstance(x, Mapping) or any(
         hasattr(leaf, "shape") and leaf is not x for leaf in jax.tree.leaves(x)

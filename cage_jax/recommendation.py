@@ -17,8 +17,9 @@ def recommended(
     The strength rises with the cube of the steps after the silence, to a dose rather
     than to a peak, so that it suits any learning rate and number of steps. The pull
     goes where squares of gradients are large, by rows and columns, at most three times
-    their mean: 4 bytes a row and a column, no more gradients. For the decoupled
-    placements; the coupled one has no dose under Adam.
+    their mean: 4 bytes a row and a column, no more gradients. Behind `total_steps` the
+    strength stays as it is then. For the decoupled placements; the coupled one has no
+    dose under Adam.
 
     Args:
       learning_rate: that of the optimizer, a number or a schedule.
@@ -36,7 +37,10 @@ def recommended(
     Example:
       >>> import cage_jax as cage
       >>> rules = cage.Rules([(r".*kernel", cage.int4(group_size=32))])
-      >>> tx = cage.cage_adamw(1e-3, rules, **cage.recommended(1e-3, 10_000))
+      >>> chosen = cage.recommended(1e-3, 10_000)
+      >>> tx = cage.cage_adamw(1e-3, rules, **chosen)
+      >>> import optax
+      >>> tx = cage.decoupled(optax.lion(1e-3), rules, learning_rate=1e-3, **chosen)
 
     Source: measured, see benchmarks/README.md: better than the paper's setting on
     quadratics and digits, no better on a small language model. The paper's is

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -215,9 +215,10 @@ def _check_nonnegative(value, name, remedy):
     if callable(value) or isinstance(value, (jax.Array, np.ndarray)):
         return  # a schedule, or a number that is known when the step runs
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(
-            f"`{name}` must be a number or a schedule; got {value!r}. {remedy}"
-        )
+        got = repr(value)
+        if isinstance(value, Mapping):
+            got, remedy = "a dict", "Unpack it: **recommended(learning_rate, steps)."
+        raise TypeError(f"`{name}` must be a number or a schedule; got {got}. {remedy}")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(
             f"`{name}` must be finite and not negative; got {value}. {remedy}"

@@ -313,6 +313,12 @@ def _correction(
         "learning_rate).",
     )
     check_strength(strength)
+    if not isinstance(curvature, Curvature | None):
+        called = " Call the source, with ()." if callable(curvature) else ""
+        raise TypeError(
+            f"`curvature` must be a source of `cage_jax.curvature`, or None; got "
+            f"{curvature!r}.{called} Use curvature.hutchinson(), for example."
+        )
 
     def point(x, update):
         """The weights at which the error is taken, in float32 or wider."""

@@ -492,3 +492,29 @@ def test_what_is_missing_is_named(problem):
 def test_numbers_out_of_range_are_refused(options, name):
     with pytest.raises(ValueError, match=f"`{name}` must"):
         curvature.fisher(**options)
+
+
+@pytest.mark.parametrize("source", [curvature.hutchinson(), curvature.hessian()])
+@pytest.mark.parametrize(
+    ("obj_fn", "message"),
+    [
+        (lambda params, batch: 0.0, r"it raised: .*missing 1 required.*lambda params"),
+        (lambda params: (0.0, 0.0), r"got tuple from it"),
+        (lambda params: jnp.ones(3), r"got \(3,\) from it"),
+        (1.0, "got float"),
+    ],
+)
+def test_a_loss_that_is_none(source, obj_fn, message):
+    tx = cage.cage(cage.Rules([(".*", cage.int4())]), 1.0, curvature=source)
+    params = {"w": jnp.ones((4, 4))}
+    with pytest.raises(TypeError, match=f"`obj_fn` must be a function.*{message}"):
+        tx.update(params, tx.init(params), params, obj_fn=obj_fn)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [(curvature.hutchinson, r"Call the source, with \(\)"), ("fisher", "got 'fisher'")],
+)
+def test_a_source_that_is_none(source, message):
+    with pytest.raises(TypeError, match=f"`curvature` must be a source.*{message}"):
+        cage.cage(cage.Rules([(".*", cage.int4())]), 1.0, curvature=source)

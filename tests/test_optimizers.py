@@ -153,3 +153,12 @@ def test_options_reach_the_correction(build, start):
     state = build(0.1, RULES, 1.0, statistics=True).init(params)
     assert tree_get(state, "grids") is None
     assert tree_get(state, "codes_flipped") == 0
+
+
+@pytest.mark.parametrize("make", [cage.cage_adamw, cage.cage_sgd])
+def test_arguments_in_another_order(make):
+    rules = cage.Rules([(".*", cage.int4())])
+    with pytest.raises(TypeError, match="`learning_rate` must be a number"):
+        make(rules, 1e-3, 1.0)
+    with pytest.raises(TypeError, match=r"got a dict. Unpack it: \*\*recommended"):
+        make(1e-3, rules, cage.recommended(1e-3, 100))
