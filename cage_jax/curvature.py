@@ -180,8 +180,9 @@ def diagonal(
       factored: keep no more of estimates than the means of their rows and columns, the
         last two axes, which are far less noisy. Vectors are kept whole.
       largest: times the mean, the most that a weight may have: the mean of its
-        parameter, or of all if `relative`. What is negative counts as 0. `clamped` in
-        the state tells how many were.
+        parameter, or of all if `relative`: then of what is left, and where a few have
+        nearly all, what is pulled in all is less. What is negative counts as 0.
+        `clamped` in the state tells how many were.
       seed: of the keys.
 
     Returns:
@@ -244,6 +245,7 @@ def diagonal(
         weights = _clamped(weights, largest, relative)
         if relative:
             unit = _mean(weights)
+            weights = {p: jnp.minimum(h, largest * unit) for p, h in weights.items()}
         found, quantizers = {}, step.quantizers
         for path, error in errors.items():
             h = weights[path] / unit
@@ -273,6 +275,9 @@ def _check(decay, period, start, largest):
         raise ValueError(f"`largest` must be above 1; got {largest}. Use 100.")
 
 
+_ROUNDS = 4
+
+
 def _whole(kept):
     """The diagonal of what was kept of it."""
     if not isinstance(kept, Factors):
@@ -285,12 +290,16 @@ def _whole(kept):
 
 
 def _clamped(diagonals, largest, relative):
-    positive = {path: jnp.maximum(h, 0) for path, h in diagonals.items()}
-    whole = _mean(positive) if relative else None
-    return {
-        path: jnp.minimum(h, largest * (jnp.mean(h) if whole is None else whole))
-        for path, h in positive.items()
-    }
+    found = {path: jnp.maximum(h, 0) for path, h in diagonals.items()}
+    if not relative:
+        return {
+            path: jnp.minimum(h, largest * jnp.mean(h)) for path, h in found.items()
+        }
+    # What is clamped lowers the mean, by which what is largest would grow again.
+    for _ in range(_ROUNDS):
+        most = largest * _mean(found)
+        found = {path: jnp.minimum(h, most) for path, h in found.items()}
+    return found
 
 
 def _mean(arrays):

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from cage_jax.curvature import fisher
-from cage_jax.schedules import ScalarOrSchedule, ramp_to_dose
+from cage_jax.schedules import ScalarOrSchedule, ramp_to_dose, value_at
+
+_LARGEST = 3.0
 
 
 def recommended(
@@ -17,9 +21,10 @@ def recommended(
     The strength rises with the cube of the steps after the silence, to a dose rather
     than to a peak, so that it suits any learning rate and number of steps. The pull
     goes where squares of gradients are large, by rows and columns, at most three times
-    their mean: 4 bytes a row and a column, no more gradients. Behind `total_steps` the
-    strength stays as it is then. For the decoupled placements; the coupled one has no
-    dose under Adam.
+    their mean: 4 bytes a row and a column, no more gradients. No step moves a weight
+    beyond its grid point, so that a handful of them have a smaller dose. Behind
+    `total_steps` the strength stays as it is then. For the decoupled placements; the
+    coupled one has no dose under Adam.
 
     Args:
       learning_rate: that of the optimizer, a number or a schedule.
@@ -46,7 +51,14 @@ def recommended(
     quadratics and digits, no better on a small language model. The paper's is
     `silence_then_ramp(total_steps)` and no curvature.
     """
+    ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
+
+    def strength(count):
+        rate = value_at(learning_rate, count)
+        most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
+        return jnp.where(rate > 0, jnp.minimum(ramp(count), most), ramp(count))
+
     return {
-        "strength": ramp_to_dose(learning_rate, total_steps, dose, silence),
-        "curvature": fisher(relative=True, factored=True, largest=3.0),
+        "strength": strength,
+        "curvature": fisher(relative=True, factored=True, largest=_LARGEST),
     }
