@@ -31,6 +31,7 @@ with program.imports(__name__):
     from batches import Batches, Windows
     from checkpoints import Failed, RunFolder, write_whole
     from readers import llama_cpp_loss, transformers_loss
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -343,7 +344,10 @@ def _steps(tuning, stretch, params, checkpoints, bars, task):
 
 
 class Read(NamedTuple):
-    """A file, and the perplexity of the program that reads it, beside ours."""
+    """A file, and the perplexity of the program that reads it, beside ours.
+
+    Ours is of the same tokens, with inputs as the program has them.
+    """
 
     reader: str
     bytes: int
@@ -376,7 +380,9 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
             **options,
         )
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    ours = tuning.perplexity(cage.dequantize(codes), settings.reader_tokens)
+    # llama.cpp rounds the inputs of its products, so ours are rounded here too.
+    inputs = cage.q8_0(axis=-1) if target == "q4_0" else None
+    ours = tuning.perplexity(cage.dequantize(codes), settings.reader_tokens, inputs)
     return Read(reader, size, math.exp(loss(path, cut)), ours)
 
 
@@ -425,7 +431,7 @@ def results_of(
 
 def table_of(found: dict[str, Any]) -> Table:
     """Perplexity and size of each target."""
-    table = Table(title="Perplexity of the text held out")
+    table = Table(title="Perplexity of the text held out", box=box.SIMPLE)
     texts = ("target", "reader")
     for name in ("target", "loaded", "base", "PTQ", "QAT", "MB", "reader", "differs"):
         table.add_column(name, justify="left" if name in texts else "right")
