@@ -1,22 +1,17 @@
-"""The perplexity of exported files, as the programs that run them find it."""
+"""The losses of exported files, as the programs that run them find them."""
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Track = Callable[[Any], Iterator]
 
-
-def transformers_loss(folder: Path, windows: np.ndarray, track: Track = iter) -> float:
-    """The mean loss of a token in transformers on CPU, computed in float32.
+def transformers_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
+    """The loss of each token in transformers on CPU, computed in float32.
 
     Args:
       folder: of a model that `cage_jax.export.compressed_tensors` wrote.
       windows: tokens, (count, length), of which all but the first are guessed.
-      track: is given the windows and gives them back, to show progress.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would write over ours
     import torch
@@ -35,20 +30,23 @@ def transformers_loss(folder: Path, windows: np.ndarray, track: Track = iter) ->
     torch.nn.Module.float(model).eval()
     losses = []
     with torch.no_grad():
-        for window in track(windows):
+        for window in windows:
             tokens = torch.from_numpy(window[None].astype(np.int64))
             logits = model(tokens).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
-    return float(torch.stack(losses).mean())
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    logits, tokens[0, 1:], reduction="none"
+                )
+            )
+    return torch.cat(losses).numpy()
 
 
-def llama_cpp_loss(file: Path, windows: np.ndarray, track: Track = iter) -> float:
+def llama_cpp_losses(file: Path, windows: np.ndarray) -> np.ndarray:
     """The same in llama.cpp, token by token.
 
     Args:
       file: of a model that `cage_jax.export.gguf` wrote.
       windows: as above.
-      track: as above.
     """
     import xllamacpp
 
@@ -86,7 +84,7 @@ def llama_cpp_loss(file: Path, windows: np.ndarray, track: Track = iter) -> floa
         return tops[token]["logprob"]
 
     losses = []
-    for window in track(windows):
+    for window in windows:
         tokens = window.tolist()
         losses += [-chance(tokens[:i], tokens[i]) for i in range(1, len(tokens))]
-    return float(np.mean(losses))
+    return np.asarray(losses)

@@ -80,7 +80,8 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     found = results(folder)
     assert set(found["targets"]) == set(example.TARGETS)
     for row in found["targets"].values():
-        assert abs(row["difference"]) < example.AGREEMENT
+        assert abs(row["difference"]) < example.AGREEMENT + 2 * row["error"]
+        assert row["error"] < 0.01
         assert 1 < row["QAT"] < 400 and 1 < row["PTQ"] < 400
     assert (folder / "out" / "q4_0.gguf").is_file()
     assert (folder / "out" / "ct_w4a16" / "model.safetensors").is_file()
