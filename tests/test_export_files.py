@@ -21,7 +21,10 @@ def names(folder):
 def test_a_file_is_there_when_it_is_whole(tmp_path):
     with new_file(tmp_path / "deep" / "a") as place:
         place.write_text("whole")
+        number = place.stat().st_ino
         assert not (tmp_path / "deep" / "a").exists()
+    # The very file, under its name: no moment in which a part of it is there.
+    assert (tmp_path / "deep" / "a").stat().st_ino == number
     assert (tmp_path / "deep" / "a").read_text() == "whole"
     assert names(tmp_path / "deep") == ["a"]
 
