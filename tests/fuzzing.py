@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
 from cage_jax import llama
@@ -52,10 +53,7 @@ def corpus(folder: pathlib.Path) -> list[pathlib.Path]:
         rules = [(r"layers/.*/kernel", weights), (r"embedding/.*", embedding)]
         return cage.quantize(params, cage.Rules([*rules, (r".*", None)]))
 
-    tokenizer = {
-        "tokenizer.json": _tokenizer(),
-        "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
-    }
+    tokenizer = files_of(small_tokenizer(__doc__ * 2))
     packed = codes(cage.ct_w4a16(group_size=32, symmetric=False))
     options = {"tokenizer": tokenizer}
     cage.export.compressed_tensors(packed, CONFIG, folder / "pack", **options)
@@ -70,23 +68,6 @@ def corpus(folder: pathlib.Path) -> list[pathlib.Path]:
     native.save(Model(codes(cage.int3()), CONFIG, tokenizer), folder / "native")
     cage.export.save(codes(cage.nf4(group_size=32)), folder / "tree.safetensors")
     return sorted(folder.iterdir())
-
-
-def _tokenizer():
-    import tokenizers
-
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=byte_level.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([__doc__] * 2, trainer)
-    return tokenizer.to_str().encode()
 
 
 # --- ways to damage bytes -------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
 from cage_jax.command_line import main
@@ -13,12 +14,12 @@ from cage_jax.llama_config import LlamaConfig
 
 pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
-tokenizers = pytest.importorskip("tokenizers", reason="text is read with it")
+pytest.importorskip("tokenizers", reason="text is read with it")
 
-from cage_jax import llama  # noqa: E402
-from cage_jax.export.model import Model  # noqa: E402
-from cage_jax.export.native import save  # noqa: E402
-from cage_jax.perplexity import perplexity  # noqa: E402
+from cage_jax import llama
+from cage_jax.export.model import Model
+from cage_jax.export.native import save
+from cage_jax.perplexity import perplexity
 
 CONFIG = LlamaConfig(
     vocabulary=300, width=64, hidden=96, layers=2, heads=4, kv_heads=2, tied=True
@@ -27,18 +28,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=byte_level.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([__doc__] * 2, trainer)
-    return tokenizer
+    return small_tokenizer(__doc__ * 2)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +40,7 @@ def params():
 def folder(tmp_path_factory, params, tokenizer):
     """A model of floats, a text, and the codes of its weights at Q4_0."""
     folder = tmp_path_factory.mktemp("models")
-    files = {
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
-    }
+    files = files_of(tokenizer)
     save(Model(params, CONFIG, files), folder / "floats")
     (folder / "text").write_text("what it says of them, and a little more " * 20)
     floats, codes = str(folder / "floats"), str(folder / "codes")

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from small_tokenizer import files_of, small_tokenizer
 
 from cage_jax.llama_config import LlamaConfig
 
@@ -12,12 +13,12 @@ pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("orbax", reason="the example needs the extra demo")
 pytest.importorskip("transformers", reason="one of the readers")
 pytest.importorskip("xllamacpp", reason="one of the readers")
-tokenizers = pytest.importorskip("tokenizers", reason="text is read with it")
+pytest.importorskip("tokenizers", reason="text is read with it")
 
-import finetune_smollm2 as example  # noqa: E402
+import finetune_smollm2 as example
 
-from cage_jax import llama  # noqa: E402
-from cage_jax.export.gguf import gguf  # noqa: E402
+from cage_jax import llama
+from cage_jax.export.gguf import gguf
 
 CONFIG = LlamaConfig(
     vocabulary=300,
@@ -41,23 +42,9 @@ pytestmark = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     text = pathlib.Path(example.__file__).read_text()
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=byte_level.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
     params = llama.initial_params(CONFIG, seed=0)
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)
-    files = {
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
-    }
+    files = files_of(small_tokenizer(text))
     gguf(params, CONFIG, folder / "model.gguf", tokenizer=files)
     (folder / "text").write_text(text)
     return folder
