@@ -40,6 +40,9 @@ def write(
 ) -> None:
     """Writes arrays to one file.
 
+    By hand: what the library has for dtypes that NumPy lacks is not the same from one
+    version to the next.
+
     Args:
       path: of the file.
       arrays: by name.
@@ -48,26 +51,31 @@ def write(
     Raises:
       TypeError: for an array whose dtype the format does not have, such as int4.
     """
-    from safetensors import serialize_file
-
-    content = {}
-    for name, array in arrays.items():
-        array = np.asarray(array, order="C")
+    found = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    for name, array in found.items():
         if array.dtype not in _NAMES:
             raise TypeError(
                 f"`{name}`: an array must have a dtype that safetensors has; got "
                 f"{array.dtype}. Pack its codes into bytes first."
             )
-        content[name] = {
-            "dtype": _TORCH_NAMES.get(array.dtype, array.dtype.name),
-            "shape": array.shape,
-            "data": array.tobytes(),
+    # The widest first, so that each begins at a multiple of its width.
+    order = sorted(found, key=lambda name: (-found[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        array, begin = found[name], end
+        end += array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
         }
-    serialize_file(content, str(path), dict(metadata or {}))
-
-
-# What the library calls a dtype where NumPy has another name.
-_TORCH_NAMES = {np.dtype(np.bool_): "bool"}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with pathlib.Path(path).open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for name in order:
+            file.write(found[name].tobytes())
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
