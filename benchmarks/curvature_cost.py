@@ -286,6 +286,7 @@ def measure(
                 1.15,
             )
             for share in ("", QUARTER)
+            if HUTCHINSON + share in SOURCES
         ],
     }
 
