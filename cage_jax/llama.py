@@ -176,7 +176,7 @@ class Layer(nnx.Module):
             key, value, mask = quantize_kv(key, value, self.kv, self.kv)
             seen = {"mask": mask[None, None]}
         mixed = jax.nn.dot_product_attention(query, key, value, **seen)
-        mixed = mixed.reshape(len(x), math.prod(self.asked))
+        mixed = mixed.reshape(x.shape[0], math.prod(self.asked))
         return self.output(self._quantized(mixed)), cache
 
     def _mlp(self, x):
