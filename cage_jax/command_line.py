@@ -275,6 +275,7 @@ def quantize(options: argparse.Namespace) -> int:
     from cage_jax.export.native import save
     from cage_jax.export.tensors import by_path
     from cage_jax.quantization import quantize as codes_of
+    from cage_jax.quantized_array import QuantizedArray
 
     rules = _rules(options)
     if rules is None:
@@ -283,9 +284,17 @@ def quantize(options: argparse.Namespace) -> int:
             "--embedding and --head. Use --weights q4_0."
         )
     model = _llama(options.model)
-    params = by_path(model.floats())
-    for path, quantizer, leaf in _quantized(options, rules, params, "rounding"):
+    # What no flag is for stays as it is: codes, too.
+    params, floats = by_path(model.params), by_path(model.floats())
+    again = []
+    for path, quantizer, leaf in _quantized(options, rules, floats, "rounding"):
+        again += [path] if isinstance(params[path], QuantizedArray) else []
         params[path] = codes_of(leaf, quantizer)
+    if again:
+        _warn(
+            f"{len(again)} parameters, such as {again[0]}, were codes and are rounded "
+            f"once more, which adds to their error. Begin with the model of floats."
+        )
     model = model._replace(params=_nested(params))
     save(model, options.out, overwrite=options.overwrite)
     return _written(options)

@@ -7,10 +7,12 @@ transformers and llama.cpp read them: their perplexity is that of training.
     python examples/finetune_smollm2.py --tiny      # the whole path in three minutes
     python examples/finetune_smollm2.py             # the recipe, for a GPU
 
+The programs that read the files are an extra: pip install -e ".[demo,export,readers]".
 A run that was stopped goes on with --resume.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 from functools import partial
@@ -191,6 +193,19 @@ def tokens_of(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]
             f"smaller --batch or --sequence."
         )
     return train, held_out[: settings.evaluation_tokens]
+
+
+def check_readers(targets: tuple[Target, ...]) -> None:
+    """Refuses to begin where a program that reads a file at the end is missing."""
+    for target in targets:
+        names = ("xllamacpp",) if target == "q4_0" else ("transformers", "torch")
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(
+                    f"`--targets` {target} must have the package {name!r}, to read "
+                    f"what is written, and it is not installed. Run pip install -e "
+                    f'".[readers]" in the folder of pyproject.toml.'
+                )
 
 
 def rules_of(target: Target) -> cage.Rules:
@@ -466,6 +481,7 @@ def main() -> int:
     console = Console()
     try:
         settings = tyro.cli(Settings).resolved()
+        check_readers(settings.targets)
         kept = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(settings).items()

@@ -68,6 +68,15 @@ def test_quantize_saves_the_codes(folder, params):
     np.testing.assert_array_equal(found.scale, expected.scale)
 
 
+def test_what_no_flag_is_for_stays_as_it_is(folder, capsys):
+    flags = [folder / "codes", folder / "again", "--weights", "int8"]
+    error = printed(capsys, "quantize", *flags).err
+    assert error.startswith("warning: 7 parameters, such as layers/")
+    assert "were codes and are rounded once more" in error
+    text = printed(capsys, "check", flags[1], "--same-as", flags[0], code=3).out
+    assert "embedding" not in text and "layers/up/kernel" in text
+
+
 def test_report(folder, capsys, params):
     found = json.loads(printed(capsys, "report", folder / "codes", "--json").out)
     by_rules = rules().report(params)

@@ -80,6 +80,14 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     assert results(folder) == found
 
 
+def test_a_reader_that_is_missing(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(monkeypatch, folder, "--out", tmp_path / "out") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "`--targets` ct_w4a16 must have the package 'transformers'" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
