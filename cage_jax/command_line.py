@@ -6,80 +6,68 @@
     cage-jax export codes/ SmolLM2-q4_0.gguf
     cage-jax check SmolLM2-q4_0.gguf --same-as codes/
 
-MODEL is a folder of transformers (floats or compressed-tensors), a GGUF, a folder that
-`quantize` wrote, or a name on the Hugging Face hub.
+`cage-jax COMMAND --help` says what each takes.
 """
 
 import argparse
+import importlib
+import importlib.metadata
 import inspect
-import json
+import math
 import os
 import pathlib
 import re
-import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-# What a shell expects of a program that was stopped by Ctrl-C.
-STOPPED = 130
-FAILED, DIFFERENT = 1, 3
+from cage_jax.terminal import Terminal, run
 
-WEIGHTS = (
-    "q4_0",
-    "q4_1",
-    "q8_0",
-    "ct_w4a16",
-    "ct_w8a8",
-    "mxfp4",
-    "nvfp4",
-    "fp8",
-    "int8",
-    "int4",
-    "int3",
-    "int2",
-    "nf4",
-    "ternary",
-)
+DIFFERENT = 3
 TARGETS = ("compressed-tensors", "gguf")
+
+
+class _Preset(NamedTuple):
+    """A preset for `--weights`, and the targets that hold its codes."""
+
+    summary: str
+    targets: tuple[str, ...]
+
+
+_CT, _GGUF = TARGETS
+WEIGHTS = {
+    "q4_0": _Preset("4 bits, groups of 32, as llama.cpp has them", TARGETS),
+    "q4_1": _Preset("the same with an offset", (_GGUF,)),
+    "q8_0": _Preset("8 bits, groups of 32", TARGETS),
+    "ct_w4a16": _Preset("4 bits, groups of 128", (_CT,)),
+    "ct_w8a8": _Preset("8 bits, a scale for each output", (_CT,)),
+    "fp8": _Preset("e4m3, a scale for each output", (_CT,)),
+    "mxfp4": _Preset("e2m1, groups of 32", (_CT,)),
+    "nvfp4": _Preset("e2m1, groups of 16", (_CT,)),
+    "int8": _Preset("8 bits, a scale for each output, or of groups", (_CT,)),
+    "int4": _Preset("the same with 4 bits", (_CT,)),
+    "int3": _Preset("the same with 3 bits; the file has 4", (_CT,)),
+    "int2": _Preset("the same with 2 bits; the file has 4", (_CT,)),
+    "nf4": _Preset("quantiles of a normal distribution, groups of 64", ()),
+    "ternary": _Preset("-1, 0 and 1, a scale for each output", (_CT,)),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
     0: all is well; 1: it could not be done, and one line says why; 2: the flags are
-    wrong; 3: `check` found a difference; 130: stopped by Ctrl-C.
+    wrong; 3: `check` found a difference; 130 and 143: stopped by Ctrl-C or `kill`.
     """
     options = parser().parse_args(arguments)
-    # Before jax is imported: what it logs is not for those who run a command.
+    # Before jax is at work: what it logs is not for those who run a command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            return options.run(options)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return STOPPED
-    except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ModuleNotFoundError as error:
-        if options.debug:
-            traceback.print_exc()
-        message = (
-            f"the package {error.name!r} must be installed, and is not. Run pip "
-            f'install "cage_jax[export]".'
-        )
-    except (ValueError, TypeError, OSError) as error:
-        if options.debug:
-            traceback.print_exc()
-        message = str(error)
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    return FAILED
+    terminal = Terminal(json=options.json, quiet=options.quiet)
+    more = {"well_formed": False} if options.run is check else {}
+    return run(
+        lambda: options.run(options, terminal), terminal, debug=options.debug, more=more
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,37 +77,41 @@ def parser() -> argparse.ArgumentParser:
         description="Quantized models on disk: look at them, make them, ship them.",
         epilog="`cage-jax COMMAND --help` has an example of each.",
     )
+    versions = (
+        f"{name} {importlib.metadata.version(name)}" for name in ("cage_jax", "jax")
+    )
+    whole.add_argument("--version", action="version", version=", ".join(versions))
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument(
         "model",
         metavar="MODEL",
-        help="a folder of transformers, a GGUF, a folder that `quantize` wrote, or a "
-        "name on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M",
+        help="a folder of transformers (floats or compressed-tensors), a GGUF, what "
+        "`quantize` or cage_jax.export wrote, or a name on the Hugging Face hub such "
+        "as HuggingFaceTB/SmolLM2-135M",
     )
     model.add_argument(
         "--json", action="store_true", help="print JSON, and nothing else, to stdout"
     )
     model.add_argument(
+        "--quiet", action="store_true", help="say nothing of progress, on stderr"
+    )
+    model.add_argument(
         "--debug", action="store_true", help="show where in the program an error is"
     )
     rules = _rules_flags()
-    written = argparse.ArgumentParser(add_help=False)
-    written.add_argument("out", metavar="OUT", help="what to write; it must not exist")
-    written.add_argument(
-        "--overwrite", action="store_true", help="replace OUT where it exists"
-    )
 
-    def add(name, run, summary, example, *parents):
-        command = commands.add_parser(
+    def add(name, command, summary, example, *parents, closing=""):
+        flags = commands.add_parser(
             name,
             parents=[model, *parents],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example: cage-jax {name} {example}",
+            epilog=f"{closing}example:\n  cage-jax {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
-        return command
+        flags.set_defaults(run=command)
+        return flags
 
     add(
         "report",
@@ -127,52 +119,54 @@ def parser() -> argparse.ArgumentParser:
         "show of each parameter its quantizer, bits, bytes and error",
         "model.gguf --weights int4 --group-size 32",
         rules,
+        closing=_of_presets(),
     )
     add(
         "quantize",
         quantize,
-        "round the weights of a model of floats, and save their codes",
+        "round the weights of a model of floats, and save their codes in a folder",
         "HuggingFaceTB/SmolLM2-135M codes/ --weights ct_w4a16 --group-size 32",
-        written,
+        _out("a folder to write for the other commands; it must not exist"),
         rules,
+        closing=_of_presets(),
     )
-    command = add(
+    flags = add(
         "export",
         export,
         "write a model's codes for transformers and vLLM, or for llama.cpp",
         "codes/ model.gguf",
-        written,
+        _out("a folder, or a file that ends in .gguf; it must not exist"),
     )
-    command.add_argument(
+    flags.add_argument(
         "--format",
         choices=TARGETS,
         help="by default gguf where OUT ends so, else compressed-tensors",
     )
-    command = add(
+    flags = add(
         "eval",
         evaluate,
         "perplexity of a model on a text",
         "model.gguf --text moby-dick.txt --context 512",
     )
-    command.add_argument(
+    flags.add_argument(
         "--text", nargs="+", required=True, metavar="FILE", help="files of UTF-8"
     )
-    command.add_argument(
-        "--context", type=_positive, default=512, help="tokens of a window (512)"
+    flags.add_argument(
+        "--context", type=_at_least(2), default=512, help="tokens of a window (512)"
     )
-    command.add_argument(
-        "--tokens", type=_positive, help="take no more than so many (all)"
+    flags.add_argument(
+        "--tokens", type=_at_least(2), help="take no more than so many (all)"
     )
-    command.add_argument(
-        "--batch", type=_positive, default=1, help="windows at a time (1)"
+    flags.add_argument(
+        "--batch", type=_at_least(1), default=1, help="windows at a time (1)"
     )
-    command = add(
+    flags = add(
         "check",
         check,
         "read a model from beginning to end, and say whether it is well-formed",
         "model.gguf --same-as codes/",
     )
-    command.add_argument(
+    flags.add_argument(
         "--same-as",
         metavar="OTHER",
         help="a model that must have the same codes and scales; exit code 3 if not",
@@ -180,17 +174,23 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _out(text):
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("out", metavar="OUT", help=text)
+    flags.add_argument(
+        "--overwrite", action="store_true", help="replace OUT where it exists"
+    )
+    return flags
+
+
 def _rules_flags():
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("which weights become what")
     group.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        metavar="PRESET",
-        help=f"of the layers' matrices: {', '.join(WEIGHTS)}",
+        "--weights", choices=WEIGHTS, metavar="PRESET", help="of the layers' matrices"
     )
     group.add_argument(
-        "--group-size", type=_positive, help="how many weights share a scale"
+        "--group-size", type=_at_least(1), help="how many weights share a scale"
     )
     group.add_argument(
         "--asymmetric", action="store_true", help="with a zero point, for int and ct_w4"
@@ -199,7 +199,7 @@ def _rules_flags():
         "--embedding",
         choices=WEIGHTS,
         metavar="PRESET",
-        help="of the embedding, else left alone",
+        help="of the embedding, else left alone; only gguf has room for its codes",
     )
     group.add_argument(
         "--head",
@@ -217,46 +217,60 @@ def _rules_flags():
     return flags
 
 
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+def _of_presets():
+    """The lines about `WEIGHTS` at the end of a help text."""
+    target = {_GGUF: "llama.cpp", _CT: "transformers, vLLM"}
+    lines = [
+        f"  {name:9} {preset.summary:50} "
+        f"{', '.join(target[each] for each in preset.targets) or '-'}"
+        for name, preset in WEIGHTS.items()
+    ]
+    title = f"  {'PRESET':9} {'codes':50} `export` writes it for"
+    return "\n".join([title, *lines]) + "\n\n"
+
+
+def _at_least(least):
+    def number(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
 
 
 # --- the commands ---------------------------------------------------------------------
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace, terminal: Terminal) -> int:
     """Prints what each parameter is, or what the flags would make of it."""
-    from cage_jax.export.loading import load
     from cage_jax.export.tensors import by_path
     from cage_jax.report import Report, table
 
-    model = load(options.model)
     rules, errors = _rules(options), {}
+    model = _loaded(options.model, terminal)
     if rules is None:
         rows = [_row_of(path, leaf) for path, leaf in by_path(model.params).items()]
     else:
         floats = by_path(model.floats())
+        found = _quantized(options, rules, floats)
         rows = list(rules.report(floats).rows)
-        for path, quantizer, leaf in _quantized(options, rules, floats, "measuring"):
-            errors[path] = _error(leaf, quantizer)
+        for path in terminal.track(found, "measuring errors", len(found)):
+            quantizer, leaf = found[path]
+            errors[path] = _relative(*_squares(leaf, _rounded(leaf, quantizer)))
     whole = Report(tuple(rows), ())
-    if options.json:
-        parameters = [
-            {
-                "path": row.path,
-                "shape": row.shape,
-                "quantizer": str(row.quantizer) if row.quantizer else None,
-                "bits_per_weight": row.bits_per_weight,
-                "bytes": row.bytes_after,
-                "relative_error": errors.get(row.path),
-            }
-            for row in rows
-        ]
-        _print_json(_totals(whole) | {"parameters": parameters})
-        return 0
+    parameters = [
+        {
+            "path": row.path,
+            "shape": row.shape,
+            "quantizer": str(row.quantizer) if row.quantizer else None,
+            "bits_per_weight": row.bits_per_weight,
+            "bytes": row.bytes_after,
+            "relative_error": errors.get(row.path),
+        }
+        for row in rows
+    ]
     cells = [("path", "shape", "quantizer", "bits", "bytes", "error")]
     for row in rows:
         error = f"{errors[row.path]:.2%}" if row.path in errors else ""
@@ -266,16 +280,19 @@ def report(options: argparse.Namespace) -> int:
     size = sum(row.size for row in rows)
     bits = f"{whole.bits_per_weight:.2f}"
     cells.append(("total", f"{size:,}", "", bits, f"{whole.bytes_after:,}", ""))
-    print(table(cells, left=3))
+    # Codes do not know what they were rounded from, and so no error.
+    columns = slice(None if errors else -1)
+    content = _totals(whole) | {"parameters": parameters}
+    terminal.result(content, table([line[columns] for line in cells], left=3))
     return 0
 
 
-def quantize(options: argparse.Namespace) -> int:
+def quantize(options: argparse.Namespace, terminal: Terminal) -> int:
     """Rounds a model's floats and saves the codes."""
     from cage_jax.export.native import save
     from cage_jax.export.tensors import by_path
     from cage_jax.quantization import quantize as codes_of
-    from cage_jax.quantized_array import QuantizedArray
+    from cage_jax.quantized_array import QuantizedArray, decoded
 
     rules = _rules(options)
     if rules is None:
@@ -283,51 +300,83 @@ def quantize(options: argparse.Namespace) -> int:
             "`--weights` must say what the weights become; got none of --weights, "
             "--embedding and --head. Use --weights q4_0."
         )
-    model = _llama(options.model)
+    if pathlib.Path(options.out).suffix in (".gguf", ".safetensors"):
+        raise ValueError(
+            f"`OUT` must be the name of a folder; got {options.out}. Use codes/, and "
+            f"then cage-jax export codes/ {options.out}."
+        )
+    _check_out(options)
+    model = _llama(options.model, terminal)
     # What no flag is for stays as it is: codes, too.
     params, floats = by_path(model.params), by_path(model.floats())
-    again = []
-    for path, quantizer, leaf in _quantized(options, rules, floats, "rounding"):
-        again += [path] if isinstance(params[path], QuantizedArray) else []
+    before = _whole(model.params)
+    found = _quantized(options, rules, floats)
+    again = [path for path in found if isinstance(params[path], QuantizedArray)]
+    error, total = 0.0, 0.0
+    for path in terminal.track(found, "rounding", len(found)):
+        quantizer, leaf = found[path]
         params[path] = codes_of(leaf, quantizer)
+        squares = _squares(leaf, decoded(params[path]))
+        error, total = error + squares[0], total + squares[1]
     if again:
-        _warn(
+        terminal.warn(
             f"{len(again)} parameters, such as {again[0]}, were codes and are rounded "
             f"once more, which adds to their error. Begin with the model of floats."
         )
     model = model._replace(params=_nested(params))
-    save(model, options.out, overwrite=options.overwrite)
-    return _written(options)
+    with terminal.doing(f"writing {options.out}"):
+        save(model, options.out, overwrite=options.overwrite)
+    relative = _relative(error, total)
+    return _written(
+        options,
+        terminal,
+        _whole(model.params),
+        {"bytes_before": before.bytes_after, "relative_error": relative},
+        f" ({before.bytes_after:,} bytes before); relative error of the rounded "
+        f"weights {relative:.2%}",
+    )
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace, terminal: Terminal) -> int:
     """Writes a model for another program."""
     from cage_jax.export.compressed_tensors import compressed_tensors
     from cage_jax.export.gguf import gguf
 
-    model = _llama(options.model)
+    _check_out(options)
     target = options.format
     if target is None:
         target = "gguf" if options.out.endswith(".gguf") else "compressed-tensors"
+    model = _llama(options.model, terminal)
     write: Any = gguf if target == "gguf" else compressed_tensors
-    write(
-        model.params,
-        model.config,
-        options.out,
-        tokenizer=model.tokenizer,
-        overwrite=options.overwrite,
-    )
-    return _written(options)
+    if not model.tokenizer:
+        terminal.warn(
+            "the model came without a tokenizer, so that programs which answer in text "
+            "cannot run what is written."
+        )
+    with terminal.doing(f"writing {options.out}"):
+        write(
+            model.params,
+            model.config,
+            options.out,
+            tokenizer=model.tokenizer,
+            overwrite=options.overwrite,
+        )
+    return _written(options, terminal, _whole(model.params), {"format": target}, "")
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace, terminal: Terminal) -> int:
     """Prints the perplexity of a text."""
     from cage_jax.export.text import encoded
     from cage_jax.perplexity import perplexity, windows
 
-    model = _llama(options.model)
     text = "".join(_text(path) for path in options.text)
+    model = _llama(options.model, terminal)
     tokens = encoded(model.tokenizer, text)[: options.tokens]
+    if len(tokens) < 2:
+        raise ValueError(
+            f"`--text` must have at least two tokens, of which one is guessed; got "
+            f"{len(tokens)}. Give a longer text."
+        )
     params = model.floats()
     count = -(-len(windows(tokens, options.context)) // options.batch)
     started = time.perf_counter()
@@ -337,69 +386,71 @@ def evaluate(options: argparse.Namespace) -> int:
         model.config,
         context=options.context,
         batch=options.batch,
-        track=lambda parts: _progress(options, parts, "reading", count),
+        track=lambda parts: terminal.track(parts, "guessing windows", count),
     )
     seconds = time.perf_counter() - started
-    if options.json:
-        _print_json(
-            {
-                "perplexity": found.value,
-                "loss": found.loss,
-                "tokens": found.tokens,
-                "context": options.context,
-                "seconds": seconds,
-            }
-        )
-    else:
-        print(
-            f"perplexity {found.value:.3f} ({found.loss:.4f} nats a token, of "
-            f"{found.tokens:,} tokens in windows of {options.context}; "
-            f"{seconds:.0f} s)"
-        )
+    content = {
+        "perplexity": found.value,
+        "loss": found.loss,
+        "tokens": found.tokens,
+        "context": options.context,
+        "seconds": seconds,
+    }
+    terminal.result(
+        content,
+        f"perplexity {found.value:.3f} ({found.loss:.4f} nats a token, of "
+        f"{found.tokens:,} tokens in windows of {min(options.context, len(tokens))}; "
+        f"{seconds:.0f} s)",
+    )
     return 0
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace, terminal: Terminal) -> int:
     """Reads everything of a model, and compares it."""
     from cage_jax.export.checking import differences, problems
-    from cage_jax.export.loading import load
+    from cage_jax.export.loading import find
     from cage_jax.export.tensors import by_path
-    from cage_jax.report import Report
 
-    model = load(options.model)
-    params = by_path(model.params)
+    if options.same_as is not None:
+        find(options.same_as)  # before the other is read
+    params = by_path(_loaded(options.model, terminal).params)
     found = []
-    for path in _progress(options, params, "reading", len(params)):
+    for path in terminal.track(params, "checking", len(params)):
         found += problems(path, params[path])
     if found:
         raise ValueError("; ".join(found[:3]) + (" ..." if found[3:] else ""))
-    whole = Report(tuple(_row_of(path, leaf) for path, leaf in params.items()), ())
-    others = []
+    whole, others = _whole(params), []
+    size = sum(row.size for row in whole.rows)
+    lines = [
+        f"well-formed: {size:,} weights at {whole.bits_per_weight:.2f} bits, "
+        f"{whole.bytes_after:,} bytes"
+    ]
     if options.same_as is not None:
-        others = differences(params, by_path(load(options.same_as).params))
-    if options.json:
-        _print_json(_totals(whole) | {"well_formed": True, "differences": others})
-    else:
-        size = sum(row.size for row in whole.rows)
-        print(
-            f"well-formed: {size:,} weights at {whole.bits_per_weight:.2f} bits, "
-            f"{whole.bytes_after:,} bytes"
-        )
-        if options.same_as is not None and not others:
-            print(f"the same codes and scales as {options.same_as}")
-        for line in others:
-            print(f"another than in {options.same_as}: {line}")
+        others = differences(params, by_path(_loaded(options.same_as, terminal).params))
+        lines += [f"not as in {options.same_as}: {line}" for line in others] or [
+            f"the same codes and scales as {options.same_as}"
+        ]
+    content = _totals(whole) | {"well_formed": True, "differences": others}
+    terminal.result(content, "\n".join(lines))
     return DIFFERENT if others else 0
 
 
 # --- flags to rules -------------------------------------------------------------------
 
 
+# By flag: the parameters that it is for, and the axis along which groups lie.
+_PARTS = {
+    "weights": (r"layers/.*/kernel", -2),
+    "embedding": (r"embedding/embedding", -1),
+    "head": (r"head/kernel", -2),
+}
+
+
 def _rules(options):
     """The table that the flags are, or None where none says what to quantize."""
     from cage_jax.rules import Rules
 
-    table = [(f".*(?:{pattern}).*", None) for pattern in options.skip]
+    table = [_skip(pattern) for pattern in options.skip]
     for pattern in options.skip:
         try:
             re.compile(pattern)
@@ -407,12 +458,11 @@ def _rules(options):
             raise ValueError(
                 f"`--skip` must be a regular expression; got {pattern!r}: {error}."
             ) from error
-    parts = {
-        "--weights": (options.weights, r"layers/.*/kernel", -2),
-        "--embedding": (options.embedding, r"embedding/embedding", -1),
-        "--head": (options.head, r"head/kernel", -2),
-    }
-    if not any(name for name, _, _ in parts.values()):
+    parts = [
+        (getattr(options, flag), pattern, axis)
+        for flag, (pattern, axis) in _PARTS.items()
+    ]
+    if not any(name for name, _, _ in parts):
         for flag in ("group_size", "asymmetric", "skip"):
             if getattr(options, flag):
                 raise ValueError(
@@ -420,14 +470,14 @@ def _rules(options):
                     f"--embedding or --head. Add --weights int4."
                 )
         return None
-    for name, pattern, axis in parts.values():
+    for name, pattern, axis in parts:
         if name is not None:
             table.append((pattern, _preset(name, axis, options)))
     return Rules([*table, (".*", None)])
 
 
 def _preset(name, axis, options):
-    preset = _presets()[name]
+    preset = getattr(importlib.import_module("cage_jax.presets"), name)
     known = inspect.signature(preset).parameters
     chosen = {"axis": axis}
     asked = {"group_size": options.group_size}
@@ -446,58 +496,72 @@ def _preset(name, axis, options):
     return preset(**chosen)
 
 
-def _presets():
-    """Those of `WEIGHTS` by name."""
-    from cage_jax.presets import (
-        ct_w4a16,
-        ct_w8a8,
-        fp8,
-        int2,
-        int3,
-        int4,
-        int8,
-        mxfp4,
-        nf4,
-        nvfp4,
-        q4_0,
-        q4_1,
-        q8_0,
-        ternary,
-    )
+def _skip(pattern):
+    """The rule that leaves alone what a pattern matches."""
+    return f".*(?:{pattern}).*", None
 
-    every = (
-        q4_0,
-        q4_1,
-        q8_0,
-        ct_w4a16,
-        ct_w8a8,
-        mxfp4,
-        nvfp4,
-        fp8,
-        int8,
-        int4,
-        int3,
-        int2,
-        nf4,
-        ternary,
-    )
-    return dict(zip(WEIGHTS, every))
+
+def _quantized(options, rules, params):
+    """Quantizer and array by path of what is quantized.
+
+    Raises:
+      ValueError: for a flag that is for none of the parameters.
+    """
+
+    def matches(pattern):
+        return any(re.fullmatch(pattern, path) for path in params)
+
+    for flag, (pattern, _) in _PARTS.items():
+        if getattr(options, flag) and not matches(pattern):
+            head = flag == "head" and matches(_PARTS["embedding"][0])
+            raise ValueError(
+                f"`--{flag}` must be for parameters of the model; got one that has no "
+                f"{pattern}. "
+                + (
+                    "Its head is its embedding: use --embedding."
+                    if head
+                    else "See its parameters with cage-jax report."
+                )
+            )
+    for pattern in options.skip:
+        if not matches(_skip(pattern)[0]):
+            raise ValueError(
+                f"`--skip` must match a part of a parameter's path; got {pattern!r}, "
+                f"which does not. See the paths with cage-jax report."
+            )
+    return rules.quantized(params)
 
 
 # --- what the commands share ----------------------------------------------------------
 
 
-def _llama(path):
-    """A model with its dimensions."""
+def _loaded(path, terminal):
     from cage_jax.export.loading import load
 
-    model = load(path)
+    with terminal.doing(f"reading {path}"):
+        return load(path)
+
+
+def _llama(path, terminal):
+    """A model with its dimensions."""
+    model = _loaded(path, terminal)
     if model.config is None:
         raise ValueError(
             f"`MODEL` must be a Llama for this command; got {path}, a tree of arrays "
             f"without its dimensions. See what it has with cage-jax report."
         )
     return model
+
+
+def _check_out(options):
+    """Before a model is read: minutes later is too late."""
+    from cage_jax.export.files import is_free
+
+    if not options.overwrite and not is_free(pathlib.Path(options.out)):
+        raise FileExistsError(
+            f"`OUT` must not be there yet; got {options.out}. Use --overwrite, or "
+            f"another name."
+        )
 
 
 def _nested(params):
@@ -512,26 +576,30 @@ def _nested(params):
     return tree
 
 
-def _quantized(options, rules, params, verb):
-    """Path, quantizer and array of what is quantized, with progress."""
-    found = rules.quantized(params)
-    if not found:
-        raise ValueError(
-            f"the flags must quantize something; got {rules}. See the paths with "
-            f"cage-jax report."
-        )
-    for path in _progress(options, found, verb, len(found)):
-        quantizer, leaf = found[path]
-        yield path, quantizer, leaf
+def _rounded(leaf, quantizer):
+    from cage_jax.quantization import fake_quant
+
+    return fake_quant(leaf, quantizer)
 
 
-def _error(leaf, quantizer):
+def _squares(leaf, rounded):
+    """The squares of an array's error and of the array, summed."""
     import jax.numpy as jnp
 
-    from cage_jax.quantization import quantization_error
+    return [float(jnp.sum(jnp.square(each))) for each in (leaf - rounded, leaf)]
 
-    error = jnp.linalg.norm(quantization_error(leaf, quantizer).ravel())
-    return float(error / jnp.maximum(jnp.linalg.norm(leaf.ravel()), 1e-30))
+
+def _relative(error, total):
+    return math.sqrt(error / max(total, 1e-60))
+
+
+def _whole(params):
+    """The report of parameters as they are."""
+    from cage_jax.export.tensors import by_path
+    from cage_jax.report import Report
+
+    rows = (_row_of(path, leaf) for path, leaf in by_path(params).items())
+    return Report(tuple(rows), ())
 
 
 def _row_of(path, leaf):
@@ -560,6 +628,11 @@ def _totals(whole):
 def _text(path):
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"`--text` must be files that can be read; got {path}: {error.strerror}. "
+            f"Check the name."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"`--text` must be UTF-8; got {path}, which is not at byte "
@@ -567,44 +640,20 @@ def _text(path):
         ) from error
 
 
-def _written(options):
+def _written(options, terminal, whole, more, text):
     path = pathlib.Path(options.out)
     files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
     size = sum(file.stat().st_size for file in files)
-    if options.json:
-        _print_json({"out": str(path), "bytes": size})
-    else:
-        print(f"{path}: {size:,} bytes")
-    return 0
-
-
-def _progress(options, parts, verb, count):
-    """`parts`, with a bar on a terminal."""
-    if options.json or not sys.stderr.isatty():
-        yield from parts
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(
-        parts, verb, total=count, console=Console(stderr=True), transient=True
+    bits = whole.bits_per_weight
+    content = {"out": str(path), "bytes": size, "bits_per_weight": bits}
+    terminal.result(
+        content | more, f"{path}: {size:,} bytes, {bits:.2f} bits a weight{text}"
     )
+    return 0
 
 
 def _times(shape):
     return " x ".join(map(str, shape))
-
-
-def _print_json(content):
-    print(json.dumps(content, indent=2))
-
-
-def _warn(message, *_):
-    print(f"warning: {_one_line(str(message))}", file=sys.stderr)
-
-
-def _one_line(message):
-    return " ".join(message.split())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
 """The commands, from the shell's side: output, exit codes, files."""
 
+import dataclasses
+import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
-from cage_jax.command_line import main
+from cage_jax.command_line import TARGETS, WEIGHTS, main
+from cage_jax.export.checking import differences
+from cage_jax.export.files import new_folder
+from cage_jax.export.tensors import by_path
 from cage_jax.llama_config import LlamaConfig
 
 pytest.importorskip("flax", reason="the model needs flax")
@@ -51,7 +58,8 @@ def folder(tmp_path_factory, params, tokenizer):
 
 def printed(capsys, *arguments, code=0):
     capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
+    # Progress is left out where an error is looked for.
+    assert main([*map(str, arguments), "--quiet"]) == code
     return capsys.readouterr()
 
 
@@ -151,9 +159,24 @@ def test_check_refuses_what_is_not_finite(folder, capsys, params):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "nowhere"], "must be a file or a folder; got 'nowhere'"),
+        (["report", "nowhere"], "`MODEL` must be a file or a folder; got 'nowhere'"),
+        (["report", "no/where.gguf"], "`MODEL` must be a file or a folder; got 'no/"),
         (["quantize", "{floats}", "{out}"], "`--weights` must say"),
-        (["quantize", "{floats}", "{codes}", "--weights", "q4_0"], "must not be there"),
+        (["quantize", "{floats}", "{codes}", "--weights", "q4_0"], "Use --overwrite"),
+        (["export", "{codes}", "{floats}"], "Use --overwrite"),
+        # OUT is looked at before a model is read.
+        (["quantize", "nowhere", "{codes}", "--weights", "q4_0"], "`OUT` must not be"),
+        (["export", "nowhere", "{floats}"], "`OUT` must not be there yet"),
+        (
+            ["quantize", "{floats}", "{out}.gguf", "--weights", "q4_0"],
+            "`OUT` must be the name of a folder",
+        ),
+        (
+            ["report", "{floats}", "--weights", "int4", "--skip", "dwon"],
+            "`--skip` must match a part of a parameter's path; got 'dwon'",
+        ),
+        (["report", "{floats}", "--head", "int4"], "Its head is its embedding"),
+        (["report", "{tree}", "--weights", "int4"], "has no layers/.*/kernel"),
         (
             [
                 "quantize",
@@ -186,15 +209,21 @@ def test_check_refuses_what_is_not_finite(folder, capsys, params):
         (["export", "{codes}", "{out}"], "`embedding/embedding`: "),
         (["eval", "{nothing}", "--text", "{text}"], "must be a file or a folder"),
         (["eval", "{codes}", "--text", "{binary}"], "must be UTF-8"),
-        (["eval", "{codes}", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["eval", "{codes}", "--text", "nowhere.txt"], "No such file"),
+        (["eval", "nowhere", "--text", "nowhere.txt"], "`--text` must be files"),
+        (["eval", "{codes}", "--text", "{empty}"], "must have at least two tokens"),
+        (["eval", "{tree}", "--text", "{text}"], "`MODEL` must be a Llama"),
+        (["check", "{codes}", "--same-as", "nowhere"], "got 'nowhere'"),
     ],
 )
 def test_errors_are_one_line(folder, capsys, arguments, message):
     (folder / "binary").write_bytes(b"\xff\xfe")
-    places = {
-        name: str(folder / name)
-        for name in ("floats", "codes", "out", "text", "nothing", "binary")
-    }
+    (folder / "empty").write_bytes(b"")
+    places = {name: str(folder / name) for name in ("floats", "codes", "out", "text")}
+    places |= {name: str(folder / name) for name in ("nothing", "binary", "empty")}
+    places["tree"] = str(folder / "tree.safetensors")
+    tree = {"kernel": np.ones((4, 4), np.float32)}
+    cage.export.save(tree, places["tree"], overwrite=True)
     filled = [argument.format(**places) for argument in arguments]
     found = printed(capsys, *filled, code=1)
     assert found.out == ""
@@ -217,7 +246,7 @@ def test_help(command, capsys):
         main([*command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "example: cage-jax" in text if command else "COMMAND" in text
+    assert "example:\n  cage-jax" in text if command else "COMMAND" in text
 
 
 def test_the_program_is_installed(folder):
@@ -228,5 +257,93 @@ def test_the_program_is_installed(folder):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"reading {folder / 'codes'}\n")
     assert done.stdout.startswith("well-formed: ")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    version = importlib.metadata.version("cage_jax")
+    assert capsys.readouterr().out.startswith(f"cage_jax {version}, jax ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_stopped_leaves_nothing(tmp_path, folder, capsys, number):
+    def half(params, folder, **_):
+        with new_folder(folder) as temporary:
+            (temporary / "a part").write_text("of it")
+            signal.raise_signal(number)
+
+    out = tmp_path / "out"
+    flags = ["quantize", folder / "floats", out, "--weights", "int8"]
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cage_jax.export.native.save", half)
+        found = printed(capsys, *flags, code=128 + number)
+    assert found.err == "stopped; nothing was written.\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
+
+
+def test_errors_are_in_the_json_too(tmp_path, folder, capsys):
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(20))
+    found = printed(capsys, "check", damaged, "--json", code=1)
+    content = json.loads(found.out)
+    assert content["well_formed"] is False
+    assert found.err == f"error: {content['error']}\n"
+    found = printed(capsys, "report", damaged, "--json", code=1)
+    assert json.loads(found.out).keys() == {"error"}
+
+
+def test_what_quantize_says(tmp_path, folder, capsys, params):
+    flags = ["quantize", folder / "floats", tmp_path / "out", "--weights", "int8"]
+    found = json.loads(printed(capsys, *flags, "--json").out)
+    quantizer = cage.int8()
+    kernels = {
+        name: np.asarray(node["kernel"], np.float64)
+        for name, node in params["layers"].items()
+        if "kernel" in node
+    }
+    values = {
+        name: cage.fake_quant(np.float32(kernel), quantizer)
+        for name, kernel in kernels.items()
+    }
+    error = sum(np.sum((values[name] - kernels[name]) ** 2) for name in kernels)
+    total = sum(np.sum(kernel**2) for kernel in kernels.values())
+    assert found["relative_error"] == pytest.approx(np.sqrt(error / total), 1e-4)
+    assert found["bytes_before"] == 4 * sum(map(np.size, jax.tree.leaves(params)))
+    text = printed(capsys, *flags, "--overwrite").out
+    assert (
+        f"relative error of the rounded weights {found['relative_error']:.2%}" in text
+    )
+
+
+def test_progress_is_said_where_there_is_no_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setattr("cage_jax.terminal._SECONDS", 0.0)
+    capsys.readouterr()
+    assert main(["check", str(folder / "codes")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    count = len(CONFIG.shapes())
+    assert lines[0] == f"reading {folder / 'codes'}"
+    assert lines[1:] == [f"checking: {number} of {count}" for number in range(count)]
+
+
+@pytest.mark.parametrize("preset", WEIGHTS)
+def test_the_targets_of_a_preset_are_as_the_help_says(tmp_path, capsys, preset):
+    config = dataclasses.replace(CONFIG, width=128, hidden=128, head_size=32)
+    params = llama.initial_params(config, seed=0)
+    save(Model(params, config, {}), tmp_path / "floats")
+    codes = tmp_path / "codes"
+    printed(capsys, "quantize", tmp_path / "floats", codes, "--weights", preset)
+    for target in TARGETS:
+        out, holds = tmp_path / target, target in WEIGHTS[preset].targets
+        flags = ["--format", target]
+        printed(capsys, "export", codes, out, *flags, code=0 if holds else 1)
+        if not holds:
+            continue
+        found = differences(*(by_path(cage.load(each).params) for each in (out, codes)))
+        # FP4 is decoded as bfloat16, which then all is.
+        assert found in ([], ["embedding/embedding: 38399 of 38400 values"])

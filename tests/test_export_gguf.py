@@ -300,7 +300,7 @@ KERNELS = {
 def test_codes_that_no_block_holds(name, tmp_path):
     rules = cage.Rules([(".*/up/kernel", KERNELS[name]), (".*", None)])
     codes = cage.quantize(random_params(CONFIG), rules)
-    text = r"^`layers/0/up/kernel`: .*got .*q4_0\(axis=-2\), q4_1.*q8_0"
+    text = r"^`layers/0/up/kernel`: .*got .*q4_0, q4_1 or q8_0 along axis -2"
     with pytest.raises(ValueError, match=text):
         gguf(codes, CONFIG, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -307,10 +307,10 @@ def test_refusals(model, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"`weights` must be one of .*; got 'both'"):
         export(weights="both")
-    with pytest.raises(
-        TypeError, match="`platforms` and `arguments` must be sequences"
-    ):
+    with pytest.raises(TypeError, match="`platforms` must be a sequence; got 'cpu'"):
         export(platforms="cpu")
+    with pytest.raises(TypeError, match=r"`arguments` must be a list .*Arr"):
+        export(arguments=x)
     with pytest.raises(TypeError, match=r"`1/a`: `arguments` must be .*; got float"):
         export(arguments=(x, {"a": 1.0}))
     with pytest.raises(TypeError, match=r"`scale`: `codes` must be .*; got int4"):

@@ -80,6 +80,7 @@ LAYERS = [
         "export.gguf_files",
         "export.tensors",
         "export.descriptions",
+        "export.tokenizer_files",
     ],
     ["export.gguf_blocks", "export.gguf_tokenizer", "export.compressed_tensors"],
     ["export.gguf", "export.trees", "export.text"],
@@ -102,6 +103,7 @@ LAYERS = [
     ],
     ["export.__init__"],
     ["__init__", "pallas.__init__", "baselines.__init__"],
+    ["terminal"],
     ["command_line"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -15,6 +15,8 @@ import processes
 import pytest
 from checkpoints import newest
 
+import cage_jax as cage
+
 EXAMPLES = Path(launch.__file__).parent
 FLAGS = ["--tiny", "--arms", "cage", "--steps", "20", "--strength", "300"]
 # To compile and run a tiny model on a busy machine.
@@ -108,6 +110,61 @@ def children(process):
         except (FileNotFoundError, ProcessLookupError, ValueError):
             pass  # it has just ended
     return found
+
+
+CODES = """
+import sys
+
+import processes
+
+processes.join()
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import cage_jax as cage
+
+folder = sys.argv[1]
+mesh = jax.make_mesh((jax.device_count(),), ("rows",))
+rows = NamedSharding(mesh, P("rows"))
+numbers = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+weights = jax.make_array_from_callback((64, 32), rows, lambda i: numbers[i])
+codes = jax.jit(lambda x: cage.quantize(x, cage.int4(group_size=16)))(weights)
+assert not codes.codes.is_fully_addressable
+cage.export.save_orbax({"kernel": codes}, folder)
+from cage_jax.export.trees import load
+
+again = load(folder, shardings=rows)["kernel"]
+assert not again.codes.is_fully_addressable
+for ours, theirs in zip(jax.tree.leaves(codes), jax.tree.leaves(again), strict=True):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    for one, other in zip(ours.addressable_shards, theirs.addressable_shards):
+        np.testing.assert_array_equal(one.data, other.data)
+try:
+    cage.export.save_orbax({"kernel": codes}, folder)
+except FileExistsError:
+    print("there already")
+"""
+
+
+def test_processes_save_codes_that_one_reads(tmp_path):
+    program, folder = tmp_path / "program.py", tmp_path / "codes"
+    program.write_text(CODES)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "launch.py", "2", program, folder],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(EXAMPLES)},
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "there already" in done.stdout
+    found = cage.load(folder).params["kernel"]
+    numbers = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    expected = cage.quantize(numbers, cage.int4(group_size=16))
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scale, expected.scale)
 
 
 def test_without_a_cluster_the_flag_is_named(monkeypatch):

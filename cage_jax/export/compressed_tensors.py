@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.export import tokenizer_files
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
@@ -35,16 +36,6 @@ from cage_jax.quantized_array import QuantizedArray
 from cage_jax.scale_types import Full, Narrow
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 _SUPPORTED = (
     "int4(), int8(), ct_w4a16(), ct_w8a8(), fp8(), mxfp4() and nvfp4() along the "
     "inputs, axis=-2"
@@ -59,7 +50,7 @@ def compressed_tensors(
     config: LlamaConfig,
     path: Path,
     *,
-    tokenizer: Mapping[str, bytes] | None = None,
+    tokenizer: Mapping[str, bytes] | Path | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -85,7 +76,8 @@ def compressed_tensors(
         `config.shapes()`. All matrices but the embedding may be codes.
       config: the model's dimensions.
       path: of the folder.
-      tokenizer: the tokenizer's files by name, such as "tokenizer.json".
+      tokenizer: the tokenizer's files by name, such as "tokenizer.json", as bytes; or
+        the folder that they are in.
       dtype: of all that is not quantized, and of the model: "float32", "float16" or
         "bfloat16"; None for "bfloat16" with FP4, else "float32". Readers round scales
         to it, so that float32 scales need "float32"; they decode FP4 as bfloat16, and
@@ -134,13 +126,7 @@ def compressed_tensors(
         raise ValueError(
             f"`shard_bytes` must be positive; got {shard_bytes}. Use 5 * 10**9."
         )
-    tokenizer = tokenizer or {}
-    for name in tokenizer:
-        if name not in _TOKENIZER:
-            raise ValueError(
-                f"`tokenizer` must have files of {_TOKENIZER}; got {name!r}. Leave it "
-                f"out, or copy it into the folder."
-            )
+    files = tokenizer_files.given(tokenizer, config)
     schemes: dict[str, _Scheme | None] = {}  # of all linear layers by module
 
     def named() -> Iterator[tuple[str, np.ndarray]]:
@@ -163,7 +149,7 @@ def compressed_tensors(
         _write_json(folder / "config.json", content)
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", tokens)
-        for name, data in tokenizer.items():
+        for name, data in files.items():
             (folder / name).write_bytes(data)
 
 
@@ -461,12 +447,8 @@ def read(path: Path) -> Model:
             f"the files must have the tensors of a Llama alone; got {more[:3]} too, "
             f"{len(more)} in all. Other models are not read yet."
         )
-    tokenizer = {
-        name: (folder / name).read_bytes()
-        for name in _TOKENIZER
-        if (folder / name).is_file()
-    }
-    return Model(tree_of(found, config), config, tokenizer)
+    files = tokenizer_files.in_folder(folder)
+    return Model(tree_of(found, config), config, files)
 
 
 _SUFFIXES = (

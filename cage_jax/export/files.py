@@ -133,9 +133,14 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
     return path
 
 
-def _check_free(path, overwrite):
+def is_free(path: pathlib.Path) -> bool:
+    """Whether nothing is there; an empty folder is nothing."""
     empty = path.is_dir() and not any(path.iterdir())
-    if (path.exists() or path.is_symlink()) and not overwrite and not empty:
+    return empty or not (path.exists() or path.is_symlink())
+
+
+def _check_free(path, overwrite):
+    if not overwrite and not is_free(path):
         raise FileExistsError(
             f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
             f"path."

@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from cage_jax.export import tokenizer_files
 from cage_jax.export.files import MalformedFileError, Path, new_file
 from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
 from cage_jax.export.gguf_files import read_content
@@ -23,7 +24,7 @@ def gguf(
     config: LlamaConfig,
     path: Path,
     *,
-    tokenizer: Mapping[str, bytes] | None = None,
+    tokenizer: Mapping[str, bytes] | Path | None = None,
     float_dtype: Literal["float32", "float16"] = "float32",
     name: str | None = None,
     overwrite: bool = False,
@@ -49,7 +50,8 @@ def gguf(
       config: the model's dimensions.
       path: of the file.
       tokenizer: the files of a byte-level BPE by name, as bytes: "tokenizer.json" and
-        "tokenizer_config.json", which names the token that ends a text. With None the
+        "tokenizer_config.json", which names the token that ends a text; or the folder
+        that they are in. With None the
         file has no vocabulary: llama.cpp's library takes tokens by number, and its
         server, which answers in text, loads such a file but ends at the first answer.
       float_dtype: of what is no codes: "float32" or "float16"; norms are always
@@ -99,7 +101,7 @@ def gguf(
         for tensor in tensors(codes, config)
     ]
     metadata = _metadata(config, name or pathlib.Path(path).stem)
-    metadata |= metadata_of(tokenizer, config)
+    metadata |= metadata_of(tokenizer_files.given(tokenizer, config), config)
     metadata["general.file_type"] = _file_type([form for *_, form in forms])
     with new_file(path, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")

@@ -60,13 +60,15 @@ def form_of(
         if len(shape) == 1:
             raise ValueError(
                 f"`{path}`: norms must be floats in GGUF; got {array.quantizer}. Leave "
-                f"it unquantized: None in the rules."
+                f"it unquantized."
             )
+        rotated = array.quantizer.hadamard is not None
+        rotation = " and hadamard=None" if rotated else ""
         raise ValueError(
             f"`{path}`: GGUF must have integer codes in blocks of {_BLOCK} along axis "
             f"{axis}, float16 scales and no rotation; got {array.quantizer}. Quantize "
-            f"with q4_0(axis={axis}), q4_1(axis={axis}) or q8_0(axis={axis}), or leave "
-            f"it unquantized: None in the rules."
+            f"with q4_0, q4_1 or q8_0 along axis {axis}{rotation}, or leave it "
+            f"unquantized."
         )
     block_bytes = _PRESETS[kind]().storage_bits((_BLOCK, 1)) // 8
     return Form(kind, shape, shape[-1] // _BLOCK * block_bytes)

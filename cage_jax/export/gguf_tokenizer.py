@@ -70,14 +70,12 @@ _SPLITS = {
 # --- from transformers to GGUF --------------------------------------------------------
 
 
-def metadata_of(
-    tokenizer: Mapping[str, bytes] | None, config: LlamaConfig
-) -> dict[str, Any]:
+def metadata_of(tokenizer: Mapping[str, bytes], config: LlamaConfig) -> dict[str, Any]:
     """The metadata of a tokenizer.
 
     Args:
       tokenizer: the files of a byte-level BPE by name, "tokenizer.json" among them; or
-        None.
+        none.
       config: the model's dimensions; its `bos` and `eos` count where the tokenizer does
         not name any.
 
@@ -253,11 +251,6 @@ def _parsed(tokenizer, name):
         raise ValueError(
             f"`tokenizer` must have {name!r}; got {sorted(tokenizer)}. Give the files "
             f"that save_pretrained of transformers writes, as bytes by name."
-        )
-    if not isinstance(tokenizer[name], (bytes, bytearray)):
-        raise TypeError(
-            f"`tokenizer` must have bytes; got {type(tokenizer[name]).__name__} for "
-            f"{name!r}. Use pathlib.Path(...).read_bytes()."
         )
     try:
         content = json.loads(tokenizer[name])

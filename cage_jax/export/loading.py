@@ -1,5 +1,7 @@
 """Any file or folder with a model, back as codes."""
 
+import importlib.util
+import os
 import pathlib
 import re
 
@@ -12,6 +14,7 @@ from cage_jax.export.stablehlo import is_folder as is_program
 from cage_jax.export.stablehlo import read_codes
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")
 
 
 def load(path: Path) -> Model:
@@ -36,7 +39,10 @@ def load(path: Path) -> Model:
 
     Raises:
       FileNotFoundError: where there is nothing.
+      ImportError: for a GGUF, and for a name on the hub, without the package that reads
+        it.
       MalformedFileError: for what is damaged.
+      TypeError: for a path that is none.
       ValueError: for what is no model, or not a Llama's.
 
     Example:
@@ -50,14 +56,15 @@ def load(path: Path) -> Model:
       >>> params["kernel"].codes.dtype
       dtype(int4)
     """
-    place = pathlib.Path(path)
-    if not place.exists():
-        return _from_hub(path)
+    place = find(path)
+    if place is None:
+        return _folder(_from_hub(path))
     if place.is_dir():
         return _folder(place)
     with place.open("rb") as file:
         begin = file.read(4)
     if begin == b"GGUF":
+        _need("gguf", "A GGUF")
         return read_gguf(place)
     if place.suffix == ".safetensors":
         return Model(trees.load(place), None, {})
@@ -67,8 +74,37 @@ def load(path: Path) -> Model:
     )
 
 
+def find(path: Path) -> pathlib.Path | None:
+    """Where a model is on this disk; None for a name on the hub.
+
+    Raises:
+      FileNotFoundError: where there is nothing, and it cannot be such a name.
+      TypeError: for a path that is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`path` must be a path; got {type(path).__name__}. Give that of a file or "
+            f"a folder, or a name on the hub."
+        )
+    place = pathlib.Path(path)
+    if place.exists():
+        return place
+    if (
+        not isinstance(path, str)
+        or not _ON_THE_HUB.fullmatch(path)
+        or place.suffix in _FILES
+        or place.parent.exists()
+    ):
+        raise FileNotFoundError(
+            f"`path` must be a file or a folder; got {str(path)!r}, which is not "
+            f"there. Check the path, or give a name on the hub such as "
+            f"HuggingFaceTB/SmolLM2-135M."
+        )
+    return None
+
+
 def _folder(place):
-    if (place / native.CODES).is_file():
+    if (place / native.CODES).is_file() and (place / native.CONFIG).is_file():
         return native.read(place)
     if trees.is_folder(place):
         return Model(trees.load(place), None, {})
@@ -84,12 +120,8 @@ def _folder(place):
 
 
 def _from_hub(name):
-    if not isinstance(name, str) or not _ON_THE_HUB.fullmatch(name):
-        raise FileNotFoundError(
-            f"`path` must be a file or a folder; got {str(name)!r}, which is not "
-            f"there. Check the path, or give a name on the hub such as "
-            f"HuggingFaceTB/SmolLM2-135M."
-        )
+    """The folder of a model on the hub, once it is here."""
+    _need("huggingface_hub", "A name on the hub")
     from huggingface_hub import snapshot_download
 
     try:
@@ -103,4 +135,12 @@ def _from_hub(name):
             f"can be reached; got {name!r} ({reason}). Download it elsewhere, and give "
             f"the folder."
         ) from error
-    return _folder(pathlib.Path(folder))
+    return pathlib.Path(folder)
+
+
+def _need(package, what):
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"{what} cannot be read without the package {package}, which is not "
+            f'installed. Run pip install "cage_jax[export]".'
+        )

@@ -3,20 +3,13 @@
 import json
 import pathlib
 
-from cage_jax.export import trees
+from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import MalformedFileError, Path, new_folder, read_json
 from cage_jax.export.model import Model
 from cage_jax.export.tensors import by_path
 from cage_jax.llama_config import LlamaConfig
 
 CODES, CONFIG = "codes.safetensors", "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
@@ -43,7 +36,7 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
         content = json.dumps(model.config.to_huggingface(), indent=2)
         (folder / CONFIG).write_text(content, encoding="utf-8")
         for name, data in model.tokenizer.items():
-            if name in TOKENIZER_FILES:
+            if name in tokenizer_files.NAMES:
                 (folder / name).write_bytes(data)
 
 
@@ -66,13 +59,4 @@ def read(path: Path) -> Model:
             f"{CODES} must have the parameters that {CONFIG} says; got {wrong}. Get "
             f"the folder again."
         )
-    return Model(params, config, tokenizer_files(folder))
-
-
-def tokenizer_files(folder: pathlib.Path) -> dict[str, bytes]:
-    """The files of a tokenizer in a folder, by name."""
-    return {
-        name: (folder / name).read_bytes()
-        for name in TOKENIZER_FILES
-        if (folder / name).is_file()
-    }
+    return Model(params, config, tokenizer_files.in_folder(folder))

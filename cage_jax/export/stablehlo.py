@@ -112,10 +112,14 @@ def stablehlo(
             f"`weights` must be one of {get_args(Weights)}; got {weights!r}. Use "
             f"'arguments' for large models."
         )
-    if isinstance(platforms, str) or isinstance(arguments, str | dict):
+    if isinstance(platforms, str):
         raise TypeError(
-            f"`platforms` and `arguments` must be sequences; got {platforms!r}, "
-            f"{type(arguments).__name__}. Use [one]."
+            f"`platforms` must be a sequence; got {platforms!r}. Use [{platforms!r}]."
+        )
+    if not isinstance(arguments, list | tuple):
+        raise TypeError(
+            f"`arguments` must be a list or a tuple, of all that `function` takes "
+            f"behind the parameters; got {type(arguments).__name__}. Use [one]."
         )
     _check_arguments(arguments)
     paths, leaves, structure = flatten_with_paths(codes, _is_codes)
@@ -189,8 +193,8 @@ def read_codes(path: Path) -> Any:
         )
     if description.get("weights") is None:
         raise ValueError(
-            "the codes must be beside the program to be read; got one with its codes "
-            "as constants. Export it with weights='arguments'."
+            f"the codes must be beside the program to be read; got {folder}, with its "
+            f"codes as constants. Export it with weights='arguments'."
         )
     words, _ = read(inside(folder, WEIGHTS))
     tree = Tree(description.get("parameters"))

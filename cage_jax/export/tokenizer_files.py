@@ -1,0 +1,92 @@
+"""The files of a tokenizer, as transformers has them in a model's folder."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+from cage_jax.export.files import Path
+from cage_jax.llama_config import LlamaConfig
+
+NAMES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def in_folder(folder: Path) -> dict[str, bytes]:
+    """Those that are in a folder, by name."""
+    folder = pathlib.Path(folder)
+    return {
+        name: (folder / name).read_bytes()
+        for name in NAMES
+        if (folder / name).is_file()
+    }
+
+
+def given(
+    tokenizer: Mapping[str, bytes] | Path | None, config: LlamaConfig
+) -> Mapping[str, bytes]:
+    """The files that an argument `tokenizer` stands for, by name.
+
+    Args:
+      tokenizer: bytes by name, a folder of such files, or None for none.
+      config: the dimensions of the model that they come with.
+
+    Raises:
+      TypeError: for anything else.
+      ValueError: for other files, and for the tokenizer of another model: one with
+        tokens that the model has not.
+    """
+    if tokenizer is None:
+        return {}
+    if isinstance(tokenizer, str | os.PathLike):
+        files: Mapping[str, bytes] = in_folder(tokenizer)
+        if not files:
+            raise ValueError(
+                f"`tokenizer` must be a folder with a tokenizer.json; got "
+                f"{os.fspath(tokenizer)!r}, which has none. Give the folder that "
+                f"save_pretrained of the tokenizer wrote."
+            )
+    elif isinstance(tokenizer, Mapping):
+        files = tokenizer
+    else:
+        raise TypeError(
+            f"`tokenizer` must be a folder, or bytes by name; got "
+            f"{type(tokenizer).__name__}. Use save_pretrained(folder) of the "
+            f"tokenizer, and give the folder."
+        )
+    for name, data in files.items():
+        if name not in NAMES:
+            raise ValueError(
+                f"`tokenizer` must have files of {NAMES}; got {name!r}. Leave it out, "
+                f"or copy it into the folder."
+            )
+        if not isinstance(data, bytes | bytearray):
+            raise TypeError(
+                f"`tokenizer` must have bytes; got {type(data).__name__} for {name!r}. "
+                f"Use pathlib.Path(...).read_bytes()."
+            )
+    _check_vocabulary(files, config)
+    return files
+
+
+def _check_vocabulary(files, config):
+    try:
+        content = json.loads(files.get("tokenizer.json", b"{}"))
+        ids = dict(content["model"]["vocab"])
+        ids |= {each["content"]: each["id"] for each in content["added_tokens"]}
+        text, number = max(ids.items(), key=lambda item: item[1])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # of a kind that numbers its tokens in another way
+    if number >= config.vocabulary:
+        raise ValueError(
+            f"`tokenizer` must have tokens below the {config.vocabulary} of `config`; "
+            f"got {number} for {text!r}. Give the tokenizer of this model."
+        )

@@ -1,0 +1,143 @@
+"""What a command says: its result to stdout, all else to stderr."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+# What a shell expects of a program that was stopped by Ctrl-C, and by `kill`.
+STOPPED, TERMINATED = 130, 143
+FAILED = 1
+_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+class Terminal:
+    """Where a command's words go.
+
+    Args:
+      json: whether stdout is to have JSON and nothing else.
+      quiet: whether to say nothing of progress.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False):
+        self._json, self._quiet = json, quiet
+
+    def result(self, content: Any, text: str) -> None:
+        """Prints what was found: `content` as JSON, or `text`."""
+        print(json.dumps(content, indent=2) if self._json else text)
+
+    def warn(self, message: Any) -> None:
+        """Prints a warning."""
+        print(f"warning: {_one_line(message)}", file=sys.stderr)
+
+    def fail(self, message: Any, more: dict[str, Any]) -> int:
+        """Prints an error, with `more` in its JSON; returns the exit code."""
+        print(f"error: {_one_line(message)}", file=sys.stderr)
+        if self._json:
+            print(json.dumps(more | {"error": _one_line(message)}, indent=2))
+        return FAILED
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says what goes on until the context ends."""
+        if self._quiet:
+            yield
+        elif not sys.stderr.isatty():
+            print(what, file=sys.stderr, flush=True)
+            yield
+        else:
+            from rich.console import Console
+
+            with Console(stderr=True).status(what):
+                yield
+
+    def track(self, parts: Iterable, what: str, count: int) -> Iterator:
+        """`parts` again, with a bar, or now and then a line where it is no terminal."""
+        if self._quiet:
+            yield from parts
+        elif not sys.stderr.isatty():
+            said = time.monotonic()
+            for number, part in enumerate(parts):
+                if time.monotonic() - said >= _SECONDS:
+                    said = time.monotonic()
+                    print(f"{what}: {number} of {count}", file=sys.stderr, flush=True)
+                yield part
+        else:
+            from rich.console import Console
+            from rich.progress import track
+
+            console = Console(stderr=True)
+            yield from track(parts, what, total=count, console=console, transient=True)
+
+
+def run(
+    command: Callable[[], int],
+    terminal: Terminal,
+    *,
+    debug: bool = False,
+    more: dict[str, Any] | None = None,
+) -> int:
+    """The exit code of a command, whose errors become a line.
+
+    Args:
+      command: what to run.
+      terminal: for its warnings and errors.
+      debug: whether to show where in the program an error is.
+      more: for the JSON of an error.
+    """
+    try:
+        with _signals(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: terminal.warn(message)
+            return command()
+    except (KeyboardInterrupt, _TerminatedError) as stop:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return TERMINATED if isinstance(stop, _TerminatedError) else STOPPED
+    except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        return terminal.fail(_text(error), more or {})
+
+
+class _TerminatedError(BaseException):
+    """The program was asked to end, by `kill`."""
+
+
+@contextlib.contextmanager
+def _signals():
+    """Both ways to stop a program as exceptions, so that what is half done goes."""
+
+    def terminate(*_):
+        raise _TerminatedError
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, each) for number, each in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _text(error):
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return (
+            f"the package {error.name!r} must be installed, and is not. Run pip "
+            f'install "cage_jax[export]".'
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    # What the library calls `path` is MODEL here: OUT is seen to before.
+    return str(error).replace("`path`", "`MODEL`")
+
+
+def _one_line(message):
+    return " ".join(str(message).split())
