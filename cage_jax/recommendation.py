@@ -48,7 +48,7 @@ def recommended(
       >>> tx = cage.decoupled(optax.lion(1e-3), rules, learning_rate=1e-3, **chosen)
 
     Source: measured, see benchmarks/README.md: better than the paper's setting on
-    quadratics and digits, no better on a small language model. The paper's is
+    quadratics and a small language model, as good or better on digits. The paper's is
     `silence_then_ramp(total_steps)` and no curvature.
     """
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)

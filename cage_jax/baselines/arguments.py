@@ -53,9 +53,19 @@ def quantized(rules: Rules, params: Any) -> dict[str, tuple[Quantizer, Any]]:
     return found
 
 
+def check_known_values(quantizer: Quantizer, method: str) -> None:
+    """Raises where it is not known which values are next to a weight."""
+    if quantizer.scale.finds_values:
+        raise ValueError(
+            f"`rules` must have quantizers of known values for `{method}`; got "
+            f"{quantizer}, which rounds by itself. Use a preset of cage_jax."
+        )
+
+
 def check_own_codes(quantizer: Quantizer, method: str) -> None:
     """Raises where a weight has no code that is its alone."""
-    if quantizer.hadamard is not None or quantizer.scale.finds_values:
+    check_known_values(quantizer, method)
+    if quantizer.hadamard is not None:
         raise ValueError(
             f"`rules` must give each weight a code of its own for `{method}`, which a "
             f"rotation does not; got {quantizer}. Use one with hadamard=None."

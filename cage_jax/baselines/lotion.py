@@ -7,11 +7,18 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.baselines.arguments import check_number, check_own_codes, quantized
+from cage_jax.baselines.arguments import check_known_values, check_number, quantized
 from cage_jax.operations import clamp
 from cage_jax.paths import path_in_errors
 from cage_jax.quantization import needed_grid
-from cage_jax.rounding import fit_grid, position_of, to_elements
+from cage_jax.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_in_basis,
+    in_basis,
+    position_of,
+    to_elements,
+)
 from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import compute_dtype
 from cage_jax.schedules import ScalarOrSchedule, check_strength, value_at
@@ -23,7 +30,8 @@ class LotionState(NamedTuple):
 
     Attributes:
       lotion_count: steps done, int32.
-      fisher: the running average of squared gradients, by path.
+      fisher: the running average of squared gradients, by path, in the basis in which
+        the parameter is quantized.
     """
 
     lotion_count: jax.Array
@@ -40,14 +48,15 @@ def lotion(
     `(x - below) * (above - x)` on any. `fisher` is the running average, from 0 on, of
     the squared updates that come in. Scales and `fisher` are constants: the gradient
     is `strength / 2 * fisher * (below + above - 2 * x)`, 0 at a level itself (where
-    the variance has its least value and a kink) and beyond the grid.
+    the variance has its least value and a kink) and beyond the grid. Where there is a
+    rotation all of this is in the rotated basis.
 
     It belongs in front of any optimizer. The gradients should be those at the weights
     as they are, without `fake_quant` in the loss: what is added stands for it. Computed
     in float32; the updates keep their dtype.
 
     Args:
-      rules: which parameters are quantized, and how; without rotation.
+      rules: which parameters are quantized, and how.
       strength: a number, or a schedule from the step's count.
       decay: of the running average.
 
@@ -55,8 +64,8 @@ def lotion(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind or out of range; in `init`
-        for a quantizer with a rotation; in `update` without `params`.
+      TypeError, ValueError: for arguments of the wrong kind or out of range; in
+        `update` without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -81,7 +90,7 @@ def lotion(
         fisher = {}
         for path, (quantizer, x) in quantized(rules, params).items():
             with path_in_errors(path):
-                check_own_codes(quantizer, "lotion")
+                check_known_values(quantizer, "lotion")
             fisher[path] = jnp.zeros_like(x, compute_dtype(x.dtype))
         return LotionState(jnp.zeros([], jnp.int32), fisher)
 
@@ -95,11 +104,13 @@ def lotion(
             if update is None:
                 return None
             x = lax.stop_gradient(x.astype(compute_dtype(x.dtype)))
-            gradient = update.astype(x.dtype)
+            gradient, factor = update.astype(x.dtype), basis_factor(quantizer)
             before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
-            fisher[path] = before + share * (jnp.square(gradient) - before)
+            square = jnp.square(in_basis(gradient, quantizer) * factor)
+            fisher[path] = before + share * (square - before)
             slope = _variance_slope(x, quantizer, needed_grid(path, quantizer, params))
             pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
+            pull = back_from_basis(pull, quantizer) * factor
             return (gradient + pull).astype(update.dtype)
 
         updates = rules.map(add, params, updates)
@@ -109,10 +120,11 @@ def lotion(
 
 
 def _variance_slope(x, quantizer, grid):
-    """The derivative of the variance of random rounding, by each weight."""
-    grid = fit_grid(x, quantizer, grid)
-    format = quantizer.format
-    position = clamp(position_of(x, quantizer, grid), format.low, format.high)
+    """The derivative of the variance of random rounding, by each rotated weight."""
+    transformed = in_basis(x, quantizer)
+    grid = fit_in_basis(transformed, quantizer, grid)
+    format, position = quantizer.format, position_of(transformed, quantizer, grid)
+    position = clamp(position, format.low, format.high)
     below, above = format.neighbours(position)
     slope = jnp.where(position == below, 0.0, below + above - 2 * position)
     return slope * to_elements(grid.step, quantizer, x.shape)
