@@ -30,13 +30,16 @@ from cage_jax import curvature as curvature_sources
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits as digits_example
+import experiment
 import fashion_mnist
 import train_lm
 
 Part = Literal["quadratic", "digits", "lm", "images"]
 # A seed of the language model takes ten minutes, one of the others a second.
 LM_SEEDS = 3
-LM_ARMS: dict[str, str] = train_lm.ARMS | {"recommended": "CAGE, recommended"}
+LM_ARMS = {arm: train_lm.ARMS[arm] for arm in experiment.USUAL} | {
+    "recommended": "CAGE, recommended"
+}
 # Of images a training takes minutes; it is shorter than the example's own.
 IMAGE_SEEDS, IMAGE_STEPS = 3, 500
 IMAGE_MODELS = (("resnet", 4), ("resnet", 2), ("vit", 4), ("vit", 2))

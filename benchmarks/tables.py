@@ -1,7 +1,8 @@
 """Writes the tables of README.md from the files in results/, so that both agree.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from
-`results/NAME.json` by the function `table` of the benchmark that wrote it.
+`results/NAME.json` by the function `table` of the benchmark that wrote it; those of
+`quality/README.md` by the functions of `quality/report.py`.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from measurement import Rows
 from rich.console import Console
 
 README = Path(__file__).resolve().parent / "README.md"
+QUALITY = README.parent / "quality" / "README.md"
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Writes the tables of benchmarks/README.md from benchmarks/results/*.json."""
+    """Writes the tables of both README.md below benchmarks/ from the results there."""
 
     check: bool = False
-    """Write nothing; exit with 1 where README.md differs from the files."""
+    """Write nothing; exit with 1 where a README.md differs from the files."""
 
 
 def markdown(rows: Rows) -> str:
@@ -40,8 +42,12 @@ def markdown(rows: Rows) -> str:
     return "\n".join([line(rows.header), rule, *map(line, rows.cells)])
 
 
-def section(record: Mapping[str, Any]) -> str:
-    """Table, targets and origin of one record."""
+def section(name: str, folder: Path = measurement.RESULTS) -> str | None:
+    """Table, targets and origin of one record; None where nothing was measured."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    record: Mapping[str, Any] = json.loads(path.read_text())
     benchmark = importlib.import_module(record["benchmark"])
     parts = [f"{record['title']}.", markdown(benchmark.table(record))]
     targets = "\n".join(f"- {line}" for line in measurement.target_lines(record))
@@ -51,41 +57,53 @@ def section(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def filled(text: str, folder: Path = measurement.RESULTS) -> str:
+def filled(text: str, section: Callable[[str], str | None] = section) -> str:
     """`text` with every table made anew.
 
     Args:
       text: Markdown with marked places.
-      folder: of the JSON files; a place without its file says so.
+      section: what stands at the place of a name; None says so.
 
     Returns:
       The text, the same when filled again.
     """
 
     def fill(place):
-        path = folder / f"{place[2]}.json"
-        body = "Not measured yet."
-        if path.exists():
-            body = section(json.loads(path.read_text()))
+        body = section(place[2]) or "Not measured yet."
         return f"{place[1]}\n{body}\n\n{place[3]}"
 
     return _PLACE.sub(fill, text)
+
+
+def write(readme: Path, section: Callable[[str], str | None]) -> bool:
+    """Fills a file; returns whether that changed it."""
+    before = readme.read_text()
+    after = filled(before, section)
+    if after != before:
+        readme.write_text(after)
+    return after != before
 
 
 def main() -> int:
     """Runs the program; the exit status."""
     console = Console()
     settings = tyro.cli(Settings, description=__doc__)
-    before = README.read_text()
-    after = filled(before)
-    if settings.check and before != after:
-        console.print(
-            "README.md differs from results/. Run `python benchmarks/tables.py`."
-        )
-        return 1
-    if before != after:
-        README.write_text(after)
-    console.print(f"{README.name}: {len(_PLACE.findall(after))} tables agree.")
+    sys.path += [str(QUALITY.parent), str(README.parents[1] / "examples")]
+    import report
+
+    sections = {README: section, QUALITY: report.section}
+    if settings.check:
+        texts = {readme: readme.read_text() for readme in sections}
+        if any(filled(text, sections[place]) != text for place, text in texts.items()):
+            console.print(
+                "A README.md differs from results/. Run `python benchmarks/tables.py`."
+            )
+            return 1
+    else:
+        for readme, of_place in sections.items():
+            write(readme, of_place)
+    count = sum(len(_PLACE.findall(readme.read_text())) for readme in sections)
+    console.print(f"{count} tables agree.")
     return 0
 
 

@@ -18,21 +18,24 @@ import program
 from batches import Batches, Source, Windows
 from flax import nnx
 from jax import lax
+from methods import METHODS, RIVALS, Training
 from program import Limit
 from sizes import SIZES
 from tokens import load_tokens
 
 import cage_jax as cage
 
-Arm = Literal["full", "ptq", "ste", "averaged", "ste0", "cage"]
-ARMS: dict[Arm, str] = {
+ARMS: dict[str, str] = {
     "full": "full precision",
     "ptq": "rounded after training (PTQ)",
     "ste": "straight through (STE)",
     "averaged": "STE, last steps averaged",
     "ste0": "STE, learning rate to 0",
     "cage": "CAGE",
-}
+} | {name: METHODS[name].words for name in RIVALS}
+Arm = Literal[tuple(ARMS)]  # type: ignore[valid-type]
+# Those of a run of which nothing is said.
+USUAL = tuple(arm for arm in ARMS if arm not in RIVALS)
 # Of the steps, at most: the last ones of "averaged".
 AVERAGED_SHARE = 0.2
 # In a run, evenly spread over its steps.
@@ -61,8 +64,8 @@ class Settings:
     """Bits of the inputs of the layers, 1 to 8, or 16 to leave them alone."""
     kv_bits: int | None = None
     """Bits of the keys and values in attention, 2 to 8; by default left alone."""
-    arms: tuple[Arm, ...] = tuple(ARMS)
-    """What to compare."""
+    arms: tuple[Arm, ...] = USUAL
+    """What to compare; by default all but CAGE by other settings and its rivals."""
     text: tuple[Path, ...] = ()
     """Text files to train on; by default the sources of Python's standard library."""
     dataset: str | None = None
@@ -73,6 +76,8 @@ class Settings:
     """256 for bytes; more for a byte-level BPE of so many tokens, made of the text."""
     cache: Path = Path("runs/tokens")
     """Folder for the tokens, which are made once."""
+    layers: int | None = None
+    """Blocks of the model; by default the size's."""
     steps: int | None = None
     """Optimizer steps; by default the size's."""
     batch: int | None = None
@@ -151,7 +156,7 @@ LIMITS = (
     program.STEPS,
     *(
         Limit(field, lambda n: n is None or n >= 1, "positive", "Leave it out.")
-        for field in ("batch", "sequence", "microbatch", "devices")
+        for field in ("layers", "batch", "sequence", "microbatch", "devices")
     ),
     *(
         Limit(field, lambda count: count >= 1, "positive", "Use 1 or more.")
@@ -211,7 +216,9 @@ class State(NamedTuple):
 class Segment:
     """A stretch of steps; `parent` is the segment whose end it goes on from.
 
-    It learns from the end of `teacher`, and without a parent starts there.
+    It learns from the end of `teacher`, and without a parent starts there. `weights`
+    are those of the loss, where they are not the quantized ones: of the parameters,
+    the step and a key.
     """
 
     name: str
@@ -222,6 +229,7 @@ class Segment:
     parent: "Segment | None" = None
     averages: bool = False
     teacher: "Segment | None" = None
+    weights: Callable[[Any, jax.Array, jax.Array], Any] | None = None
 
 
 class Experiment:
@@ -229,7 +237,9 @@ class Experiment:
 
     def __init__(self, settings: Settings, say: Callable[[str], None] = _nothing):
         self.settings = settings
-        size = dataclasses.replace(SIZES[settings.size], dtype=settings.dtype)
+        size = dataclasses.replace(
+            SIZES[settings.size], dtype=settings.dtype, layers=settings.layers
+        )
         self.mesh = _mesh(settings)
         self.tokens = load_tokens(
             text=settings.text,
@@ -292,7 +302,7 @@ class Experiment:
         trunk = taught("trunk", 0, branch, optimizer=plain)
         ste = taught("ste", branch, steps, optimizer=plain, parent=trunk, averages=True)
         pull = taught("cage", branch, steps, optimizer=pulled, parent=trunk)
-        needed = {
+        needed = {name: [self._rival(name, taught)] for name in RIVALS} | {
             "full": [full],
             "ptq": [full],
             "ste": [trunk, ste],
@@ -311,6 +321,21 @@ class Experiment:
             if segment is not None
         ]
         return list(dict.fromkeys(chosen))
+
+    def _rival(self, name, taught) -> Segment:
+        """All steps of another method."""
+        settings, method = self.settings, METHODS[name]
+        rate, rules = self.learning_rate(settings.floor), self.model.rules
+
+        def training(base):
+            return Training(rules, settings.steps, rate, base)
+
+        def adamw(rate, **options):
+            return method.optimizer(training(optax.adamw(rate, **options)))
+
+        weights = partial(method.weights, training(optax.identity()))
+        optimizer = lm.optimizer_of(adamw, rate)
+        return taught(name, 0, settings.steps, optimizer=optimizer, weights=weights)
 
     def first_state(self, segment: Segment, teacher: Any = None) -> State:
         """Where a segment without a parent starts: at the teacher's parameters, if any.
@@ -360,9 +385,13 @@ class Experiment:
             if segment.quantized and self.settings.stochastic:
                 key, drawn = jax.random.split(jax.random.wrap_key_data(key))
                 key = jax.random.key_data(key)
+            weights = None
+            if segment.weights is not None:
+                own = jax.random.fold_in(jax.random.key(self.settings.seed), step)
+                weights = partial(segment.weights, step=step, key=own)
             before = state.params, state.optimizer
             (params, optimizer), loss = learn(
-                before, windows, segment.quantized, teacher, drawn
+                before, windows, segment.quantized, teacher, drawn, weights
             )
             average = state.average
             if segment.averages:

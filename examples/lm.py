@@ -78,9 +78,15 @@ class LanguageModel:
         quantized: bool,
         teacher: Any = None,
         key: jax.Array | None = None,
+        weights: Callable[[Any], Any] | None = None,
     ) -> jax.Array:
-        """Cross-entropy of the next token, in nats; of the teacher's guess, if any."""
-        if quantized:
+        """Cross-entropy of the next token, in nats; of the teacher's guess, if any.
+
+        It is that at `weights(params)`; where that is None, at the quantized ones.
+        """
+        if weights is not None:
+            params = weights(params)
+        elif quantized:
             params = cage.fake_quant(params, self._training_rules, key=key)
         if teacher is None:
             return self.cross_entropy(params, windows, quantized)
@@ -107,19 +113,24 @@ class LanguageModel:
         quantized: bool,
         teacher: Any = None,
         key: jax.Array | None = None,
+        weights: Callable[[Any], Any] | None = None,
     ) -> tuple[jax.Array, Any]:
         """The loss and its gradient, the mean over microbatches.
 
         Where the loss is not finite, neither is the gradient.
         """
-        loss, gradients = self._gradient(params, windows, quantized, teacher, key)
+        loss, gradients = self._gradient(
+            params, windows, quantized, teacher, key, weights
+        )
         finite = jnp.isfinite(loss)
         return loss, jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), gradients)
 
-    def _gradient(self, params, windows, quantized, teacher, key):
+    def _gradient(self, params, windows, quantized, teacher, key, weights):
         # Every so many windows, for each device of a mesh to have its share of a part.
         parts = windows.reshape(self.microbatch, -1, windows.shape[-1]).swapaxes(0, 1)
-        loss = partial(self.loss, quantized=quantized, teacher=teacher, key=key)
+        loss = partial(
+            self.loss, quantized=quantized, teacher=teacher, key=key, weights=weights
+        )
         compute = jax.value_and_grad(loss)
         if len(parts) == 1:
             return compute(params, parts[0])
@@ -138,9 +149,11 @@ class LanguageModel:
         What else it takes is as for `gradient`.
         """
 
-        def step(state, windows, quantized=True, teacher=None, key=None):
+        def step(state, windows, quantized=True, teacher=None, key=None, weights=None):
             params, before = state
-            loss, gradients = self.gradient(params, windows, quantized, teacher, key)
+            loss, gradients = self.gradient(
+                params, windows, quantized, teacher, key, weights
+            )
             updates, after = optimizer.update(gradients, before, params)
             return (optax.apply_updates(params, updates), after), loss
 

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from checkpoints import write_whole
 from experiment import ARMS, EVALUATIONS, Experiment, Settings, State, identity
+from methods import RIVALS
 from rich.table import Table
 
 import cage_jax as cage
@@ -192,7 +193,7 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
         style = {"linestyle": "--", "zorder": 3} if arm == "ste" else {}
         for axes, values in ((left, state.validation), (right, state.distance)):
             axes.plot(at, values, color=color, label=ARMS[arm], **style)
-    for arm, marker in (("ptq", "x"), ("averaged", "+")):
+    for arm, marker in (("ptq", "x"), ("averaged", "+"), *zip(RIVALS, "ovs^D*")):
         if arm in results:
             left.plot(steps, results[arm].loss, f"k{marker}", label=ARMS[arm], zorder=5)
     final = [result.loss for result in results.values()]

@@ -13,7 +13,7 @@ import pytest
 import train_lm
 import training
 from batches import Batches
-from experiment import ARMS, WRITTEN_AT_ONCE, Experiment, Settings
+from experiment import USUAL, WRITTEN_AT_ONCE, Experiment, Settings
 from flax import nnx
 from lm import LanguageModel
 from outcome import Result, summary, verdict
@@ -121,6 +121,27 @@ def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbe
     assert experiment.dose() == pytest.approx(0.7, rel=1e-4)
     with pytest.raises(ValueError, match="`--recommended` must come without --str"):
         settings(tmp_path, strength=3.0, recommended=True).resolved()
+
+
+def test_rivals_are_trained_on_the_same_batches(tmp_path, undisturbed):
+    arms = ("matched", "recommended", "dampening", "lotion", "parq", "winq")
+    found = train_lm.run(settings(tmp_path, arms=arms, steps=20), CONSOLE)
+    assert list(found) == list(arms)
+    first = {arm: result.history.losses[0] for arm, result in found.items()}
+    ste = undisturbed["ste"].history.losses
+    # At quantized weights, at noisy ones, and at those that are not rounded yet.
+    assert first["matched"] == first["recommended"] == first["dampening"] == ste[0]
+    assert first["winq"] != ste[0] and abs(first["winq"] - ste[0]) < 1e-2
+    assert first["lotion"] == first["parq"] != ste[0]
+    # What pulls at all, pulls only after its silence.
+    for arm, branch in (("matched", 16), ("recommended", 10)):
+        losses = found[arm].history.losses
+        np.testing.assert_allclose(losses[:branch], ste[:branch], rtol=1e-6)
+        assert not np.array_equal(losses[branch + 1 :], ste[branch + 1 :])
+    last = [result.loss for result in found.values()]
+    assert len(set(last)) == len(last) and np.isfinite(last).all()
+    report = Experiment(settings(tmp_path, arms=arms, layers=2).resolved()).report
+    assert report.rows[0].shape[0] == 2 or "layers" not in report.rows[0].path
 
 
 def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
@@ -252,7 +273,7 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert "Table, plot and codes are in" in printed
     record = json.loads((out / "results.json").read_text())
     rows = {row["arm"]: row for row in record["results"]}
-    assert list(rows) == list(ARMS)
+    assert list(rows) == list(USUAL)
     assert record["codes"]["weights_equal"]
     assert record["codes"]["loss"] == rows["cage"]["validation_loss"]
     gap = rows["ste"]["validation_loss"] - rows["full"]["validation_loss"]
@@ -275,7 +296,7 @@ def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert train_lm.main() == 2
     assert "w_bits was 4, is 2" in capsys.readouterr().out
     rows = json.loads((out / "results.json").read_text())["results"]
-    assert [row["arm"] for row in rows] == list(ARMS)
+    assert [row["arm"] for row in rows] == list(USUAL)
 
 
 def test_resuming_nothing_is_said(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,244 @@
+"""The tables and pictures of the study, from the files in results/.
+
+A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, as those
+of the other benchmarks do.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measurement
+import numpy as np
+import tables
+from cells import RESULTS
+from measurement import Rows
+from methods import WORDS
+
+README = Path(__file__).resolve().parent / "README.md"
+_FACTORS = {
+    "width": lambda key, _: key.split()[0],
+    "grid": lambda key, _: key.split()[1],
+    "optimizer": lambda key, _: key.split()[2],
+    "rate falls to": lambda key, _: f"{float(key.split()[3]):.0%}",
+    "geometry": lambda _, combination: combination[0],
+    "condition": lambda _, combination: f"κ {combination[1]:g}",
+    "noise": lambda _, combination: f"{combination[2]:g}",
+}
+
+
+# --- quadratics -----------------------------------------------------------------------
+
+
+def quadratic_shares(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """By method, its loss as a share of STE's, (cells, combinations).
+
+    What has diverged is infinite.
+    """
+    cells = record["cells"].values()
+    names = [name for name in WORDS if name in next(iter(cells)) and name != "ste"]
+    return {
+        name: np.array([[_share(x) for x in cell[name]] for cell in cells])
+        for name in names
+    }
+
+
+def _share(value):
+    return np.inf if value is None else value
+
+
+def _levels(record) -> dict[str, np.ndarray]:
+    """By level of a factor, which cells and combinations are of it, a mask."""
+    keys, combinations = list(record["cells"]), record["settings"]["combinations"]
+    found = {"all": np.ones((len(keys), len(combinations)), bool)}
+    for factor, level_of in _FACTORS.items():
+        levels = np.array(
+            [[level_of(key, each) for each in combinations] for key in keys]
+        )
+        for level in dict.fromkeys(levels.ravel().tolist()):
+            found[f"{factor} {level}"] = levels == level
+    return found
+
+
+def quadratics_by_level(record: Mapping[str, Any]) -> Rows:
+    """The median share of STE's loss, level by level."""
+    shares = quadratic_shares(record)
+    cells = [
+        [name, f"{mask.sum()}", *(f"{np.median(s[mask]):.2f}" for s in shares.values())]
+        for name, mask in _levels(record).items()
+    ]
+    header = ["problems with", "count", *(WORDS[name] for name in shares)]
+    return Rows(header, cells)
+
+
+def quadratics_by_method(record: Mapping[str, Any]) -> Rows:
+    """How often a method helps, and how much it does at its best and its worst."""
+    lines = {
+        "median share of STE's loss": lambda s: f"{np.median(s):.2f}",
+        "best tenth": lambda s: f"{np.quantile(s, 0.1):.2f}",
+        "worst tenth": lambda s: f"{np.quantile(s, 0.9):.2f}",
+        "the worst": lambda s: f"{s.max():.2f}".replace("inf", "diverged"),
+        "below STE's": lambda s: f"{np.mean(s < 1):.0%}",
+        "below STE's by 5 %": lambda s: f"{np.mean(s < 0.95):.0%}",
+        "above STE's by 5 %": lambda s: f"{np.mean(s > 1.05):.0%}",
+    }
+    shares = quadratic_shares(record)
+    cells = [
+        [WORDS[name], *(line(share) for line in lines.values())]
+        for name, share in shares.items()
+    ]
+    return Rows(["method", *lines], cells)
+
+
+# --- images ---------------------------------------------------------------------------
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean difference and its standard error."""
+    differences = np.subtract(values, others)
+    error = np.std(differences, ddof=1) / np.sqrt(len(differences))
+    return float(np.mean(differences)), float(error)
+
+
+def classifiers(record: Mapping[str, Any], part: str) -> Rows:
+    """Differences from STE in a loss or the accuracy, cell by cell."""
+    form = "+.2%" if part == "accuracy" else "+.4f"
+    cells = []
+    for key, cell in record["cells"].items():
+        names = [name for name in WORDS if name in cell and name != "ste"]
+        ste = cell["ste"][part]
+        line = [_cell_words(key), f"{np.mean(ste):{form.replace('+', '')}}"]
+        for name in names:
+            mean, error = paired(cell[name][part], ste)
+            line.append(f"{mean:{form}} ± {error:{form.replace('+', '')}}")
+        cells.append(line)
+    return Rows(["trained", "STE", *(WORDS[name] for name in names)], cells)
+
+
+def recovered(cell: Mapping[str, Any], name: str, part: str = "train_loss") -> float:
+    """What a method recovers of the gap between STE and full precision."""
+    ste, full = (np.mean(cell[each][part]) for each in ("ste", "full"))
+    return float((ste - np.mean(cell[name][part])) / (ste - full))
+
+
+def classifiers_recovered(record: Mapping[str, Any]) -> Rows:
+    """The share of the gap between STE and full precision that methods recover."""
+    cells = []
+    for key, cell in record["cells"].items():
+        names = [name for name in WORDS if name in cell and name not in ("ste", "full")]
+        line = [f"{recovered(cell, name):.0%}" for name in names]
+        cells.append([_cell_words(key), *line])
+    return Rows(["trained", *(WORDS[name] for name in names)], cells)
+
+
+def _cell_words(key):
+    *name, floor = key.split()
+    return f"{' '.join(name)}, rate to {float(floor):.0%}"
+
+
+# --- language models ------------------------------------------------------------------
+
+
+def _by_setting(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The cells of all seeds, by what they share."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name, cell in record["cells"].items():
+        found.setdefault(name.rpartition(", seed")[0], []).append(cell)
+    return found
+
+
+def _losses(cells, arm) -> list[float]:
+    return [cell["loss"][arm] for cell in cells]
+
+
+def language_models(record: Mapping[str, Any]) -> Rows:
+    """Validation losses less that of STE, and how often they are lower."""
+    lines, arms = [], []
+    for name, cells in _by_setting(record).items():
+        if "full" not in cells[0]["loss"]:
+            continue
+        arms = [arm for arm in cells[0]["loss"] if arm != "ste"]
+        ste = _losses(cells, "ste")
+        line = [name, str(len(cells)), f"{np.mean(ste):.4f}"]
+        for arm in arms:
+            losses = _losses(cells, arm)
+            wins = int(np.sum(np.less(losses, ste)))
+            line.append(f"{_difference(losses, ste)}, {wins}")
+        lines.append(line)
+    return Rows(["trained", "seeds", "STE", *(WORDS[arm] for arm in arms)], lines)
+
+
+def _difference(losses, others):
+    mean, error = paired(losses, others) if len(losses) > 1 else (None, None)
+    if mean is None:
+        return f"{losses[0] - others[0]:+.4f}"
+    return f"{mean:+.4f} ± {error:.4f}"
+
+
+def language_models_recovered(record: Mapping[str, Any]) -> Rows:
+    """The share of the gap between STE and full precision that methods recover."""
+    lines, arms = [], []
+    for name, cells in _by_setting(record).items():
+        if "full" not in cells[0]["loss"]:
+            continue
+        arms = [arm for arm in cells[0]["loss"] if arm not in ("ste", "full")]
+        mean = {arm: np.mean(_losses(cells, arm)) for arm in cells[0]["loss"]}
+        gap = mean["ste"] - mean["full"]
+        shares = [f"{(mean['ste'] - mean[arm]) / gap:.0%}" for arm in arms]
+        lines.append([name, f"{gap:.4f}", *shares])
+    header = ["trained", "gap of STE", *(WORDS[arm] for arm in arms)]
+    return Rows(header, lines)
+
+
+def language_models_by_size(record: Mapping[str, Any]) -> Rows:
+    """The loss by the bytes of the layers, the smallest first."""
+    lines = []
+    for name, cells in _by_setting(record).items():
+        if "rate to 10%" not in name or "A16" in name:
+            continue
+        ste, ours = (_losses(cells, arm) for arm in ("ste", "recommended"))
+        line = [name.partition(",")[0], f"{cells[0]['weights']:,}"]
+        line += [f"{cells[0]['bytes']:,}", f"{np.mean(ste):.4f}"]
+        lines.append([*line, f"{np.mean(ours):.4f}", _difference(ours, ste)])
+    lines.sort(key=lambda line: int(line[2].replace(",", "")))
+    header = ["model", "weights in layers", "bytes", WORDS["ste"]]
+    return Rows([*header, WORDS["recommended"], "difference"], lines)
+
+
+# --- the README -----------------------------------------------------------------------
+
+# By the name of a place: the file, and what becomes of it.
+SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
+    "quadratics_by_method": ("quadratics", quadratics_by_method),
+    "quadratics_by_level": ("quadratics", quadratics_by_level),
+    "language_models": ("language_models", language_models),
+    "language_models_recovered": ("language_models", language_models_recovered),
+    "language_models_by_size": ("language_models", language_models_by_size),
+    "classifiers_recovered": ("classifiers", classifiers_recovered),
+    "classifiers_train_loss": ("classifiers", lambda r: classifiers(r, "train_loss")),
+    "classifiers_test_loss": ("classifiers", lambda r: classifiers(r, "test_loss")),
+    "classifiers_accuracy": ("classifiers", lambda r: classifiers(r, "accuracy")),
+}
+
+
+def section(name: str, folder: Path = RESULTS) -> str | None:
+    """What stands at a place of the README; None where nothing was measured."""
+    file, rows = SECTIONS[name]
+    path = folder / f"{file}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return f"{tables.markdown(rows(record))}\n\n{measured(record)}"
+
+
+def measured(record: Mapping[str, Any]) -> str:
+    """Where and when."""
+    lines = [
+        measurement.environment_line({"environment": each}) for each in _where(record)
+    ]
+    return "Measured " + " And ".join(lines)
+
+
+def _where(record) -> Iterable[Mapping[str, Any]]:
+    return record["environments"]

@@ -1,0 +1,104 @@
+"""Measures the tables of the study, each by one command that can be stopped.
+
+    python benchmarks/quality/study.py quadratics
+    python benchmarks/quality/study.py classifiers --only "digits ViT"
+
+Cells that are there are kept; the tables of README.md and the pictures are made anew.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import classifiers
+import language_models
+import plots
+import quadratics
+import report
+import tables
+import tyro
+from cells import Table
+from rich.console import Console
+from rich.markup import escape
+
+TABLES = {
+    "quadratics": quadratics,
+    "classifiers": classifiers,
+    "language_models": language_models,
+}
+PLAN = {
+    "quadratics": "54 programs of 600 problems and 10 trainings: 25 minutes",
+    "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
+    "language_models": "39 cells of 3 to 12 trainings of 1000 steps: 4 hours",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Measures a table of the study; what is there already is not measured again."""
+
+    table: Annotated[Literal[tuple(TABLES)], tyro.conf.Positional]  # type: ignore
+    """Which one."""
+    only: tuple[str, ...] = ()
+    """Cells whose names begin so, such as "digits ViT"; by default all."""
+    seeds: int | None = None
+    """Problems or trainings of each cell; by default the published number."""
+    tiny: bool = False
+    """The first cell with two seeds and a few steps; nothing is written."""
+
+
+def main() -> int:
+    """Runs the program; the exit status."""
+    console = Console()
+    settings = tyro.cli(Settings, description=__doc__)
+    module, name = TABLES[settings.table], settings.table
+    seeds = {} if settings.seeds is None else {"seeds": settings.seeds}
+    of_seeds = name == "language_models"  # whose cells are of one
+    keys = [
+        key
+        for key in module.names(**seeds if of_seeds else {})
+        if key.startswith(settings.only or "")
+    ]
+    try:
+        if not keys:
+            raise ValueError(
+                f"`--only` must be how the name of a cell begins; got "
+                f"{' '.join(settings.only)!r}. There are {', '.join(module.names())}."
+            )
+        if settings.tiny:
+            table = Table(name, {}, folder=None)
+            with tempfile.TemporaryDirectory() as runs:
+                small = {"size": "tiny", "runs": Path(runs)} if of_seeds else {}
+                module.measure(
+                    console, seeds=2, steps=20, only=keys[:1], table=table, **small
+                )
+            console.print("A trial: nothing is written.")
+            return 0
+        if settings.seeds is not None and settings.seeds < 2:
+            raise ValueError(
+                f"`--seeds` must be at least 2, for a standard error; got "
+                f"{settings.seeds}. Leave it out."
+            )
+        console.print(f"{name}: {PLAN[name]}.", highlight=False)
+        module.measure(console, **seeds, only=keys)
+    except KeyboardInterrupt:
+        console.print(
+            "stopped; all cells so far are kept. Go on with the same command."
+        )
+        return 130
+    except ValueError as error:
+        console.print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
+        return 2
+    plots.draw(name)
+    tables.write(report.README, report.section)
+    console.print(f"Table and picture of {name} are in {report.README.parent.name}/.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

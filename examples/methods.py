@@ -1,0 +1,192 @@
+"""What is compared: CAGE, its rivals, and what costs nothing.
+
+A method is an optimizer, and the weights at which the gradient is taken. All are judged
+alike: by the loss at quantized weights. Nothing is tuned: the numbers are those of the
+papers, or of their authors' code, and where a paper has none it is said here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import cage_jax as cage
+from cage_jax import baselines
+
+
+class Training(NamedTuple):
+    """What a method is told.
+
+    Attributes:
+      rules: which parameters are quantized, and how.
+      steps: of the whole training.
+      rate: the learning rate by step.
+      base: the optimizer of all methods, of that learning rate.
+    """
+
+    rules: cage.Rules
+    steps: int
+    rate: optax.Schedule
+    base: optax.GradientTransformation
+
+
+def _plain(training: Training) -> optax.GradientTransformation:
+    return training.base
+
+
+def _straight_through(
+    training: Training, params: Any, step: jax.Array, key: jax.Array
+) -> Any:
+    del step, key
+    return cage.fake_quant(params, training.rules)
+
+
+class Method(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      words: what it is called in tables.
+      optimizer: of a training.
+      weights: those of the loss whose gradient is taken, of a training, the parameters,
+        the step and a key.
+    """
+
+    words: str
+    optimizer: Callable[[Training], optax.GradientTransformation] = _plain
+    weights: Callable[[Training, Any, jax.Array, jax.Array], Any] = _straight_through
+
+
+def _pulled(training, **chosen):
+    return cage.decoupled(
+        training.base, training.rules, learning_rate=training.rate, **chosen
+    )
+
+
+def _published(training):
+    return _pulled(training, strength=cage.silence_then_ramp(training.steps))
+
+
+# The paper's runs have 1.6 to 2.9.
+DOSE = 2.0
+
+
+def _matched(training):
+    ramp = cage.ramp_to_dose(
+        training.rate, training.steps, dose=DOSE, silence=0.8, power=1.0
+    )
+    return _pulled(training, strength=ramp)
+
+
+def _recommended(training):
+    return _pulled(training, **cage.recommended(training.rate, training.steps))
+
+
+def _dampening(training):
+    strength = baselines.cosine_ramp(training.steps)
+    return optax.chain(baselines.dampening(training.rules, strength), training.base)
+
+
+def _lotion(training):
+    return optax.chain(baselines.lotion(training.rules), training.base)
+
+
+def _unrounded(training, params, step, key):
+    del training, step, key
+    return params
+
+
+def _parq(training, params, step, key):
+    del key
+    slope = baselines.parq_schedule(training.steps)(step)
+    return baselines.parq(params, training.rules, slope)
+
+
+# The paper's K is 60,000 steps of trainings whose length it does not say.
+INTERPOLATIONS = 5
+
+
+def _winq(training):
+    every = max(1, training.steps // INTERPOLATIONS)
+    pull = baselines.interpolation(training.rules, every=every)
+    return optax.chain(training.base, pull)
+
+
+def _noisy(training, params, step, key):
+    del step
+    return baselines.noisy_fake_quant(params, training.rules, key)
+
+
+# By name, those that are trained.
+METHODS = {
+    "ste": Method("straight through (STE)"),
+    "cage": Method("CAGE as published", _published),
+    "matched": Method(f"CAGE, dose {DOSE:g}", _matched),
+    "recommended": Method("CAGE as recommended", _recommended),
+    "dampening": Method("dampening", _dampening),
+    "lotion": Method("LOTION", _lotion, _unrounded),
+    "parq": Method("PARQ", weights=_parq),
+    "winq": Method("WinQ", _winq, _noisy),
+}
+# Beside STE and CAGE as published.
+RIVALS = tuple(name for name in METHODS if name not in ("ste", "cage"))
+# And those that come of other trainings.
+WORDS = {
+    "full": "full precision",
+    "ptq": "rounded after training (PTQ)",
+    "ste": METHODS["ste"].words,
+    "averaged": "STE, last fifth averaged",
+    "ste0": "STE, learning rate to 0",
+} | {name: method.words for name, method in METHODS.items()}
+AVERAGED_SHARE = 0.2
+
+
+def full(training: Training, params: Any, step: jax.Array, key: jax.Array) -> Any:
+    """The weights of full precision, for what is trained without quantization."""
+    return _unrounded(training, params, step, key)
+
+
+class Trained(NamedTuple):
+    """The parameters after the last step, and their mean over the last steps."""
+
+    last: Any
+    average: Any
+
+
+def train(
+    method: Method,
+    training: Training,
+    params: Any,
+    gradient: Callable[[Callable[[Any], Any], Any, jax.Array, jax.Array], Any],
+    key: jax.Array,
+) -> Trained:
+    """All steps of a training in one scan, to be jitted, and mapped over seeds.
+
+    Args:
+      method: how.
+      training: of what.
+      params: what it starts from.
+      gradient: of (weights, params, step, key): the gradient by the parameters of the
+        loss at weights(params), of the step's data.
+      key: of all that is drawn.
+    """
+    averaging = baselines.averaging(
+        1.0, start=training.steps - max(1, round(AVERAGED_SHARE * training.steps))
+    )
+    tx = optax.chain(method.optimizer(training), averaging)
+
+    def step(carry, number):
+        params, state = carry
+        data_key, own_key = jax.random.split(jax.random.fold_in(key, number))
+
+        def weights(params):
+            return method.weights(training, params, number, own_key)
+
+        updates, state = tx.update(
+            gradient(weights, params, number, data_key), state, params
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    start = params, tx.init(params)
+    (params, state), _ = jax.lax.scan(step, start, jax.numpy.arange(training.steps))
+    return Trained(params, baselines.averaged(state))

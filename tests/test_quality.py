@@ -1,0 +1,395 @@
+"""The study: its problems, its networks, and that it can be stopped."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import cells
+import classifiers
+import jax
+import jax.numpy as jnp
+import language_models
+import methods
+import networks
+import numpy as np
+import optax
+import plots
+import pytest
+import quadratics
+import report
+import study
+import tables
+from rich.console import Console
+
+import cage_jax as cage
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(standard_promotion):
+    """Programs, not the library: jax's own defaults."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three methods, for each has programs of its own to compile."""
+    for module in (quadratics, classifiers):
+        chosen = {name: methods.METHODS[name] for name in ("ste", "cage", "lotion")}
+        monkeypatch.setattr(module, "METHODS", chosen)
+
+
+# --- quadratics -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", quadratics.GEOMETRIES)
+@pytest.mark.parametrize("condition", [10, 100])
+def test_problems_are_as_they_are_called(geometry, condition):
+    curvature, optimum = quadratics.problem(geometry, condition, seed=3)
+    _, plain = quadratics.problem("rotated", condition, seed=3)
+    eigenvalues = np.linalg.eigvalsh(curvature)
+    assert eigenvalues[-1] == pytest.approx(1) and eigenvalues[0] > 0
+    aside = curvature - np.diag(np.diag(curvature))
+    assert (np.abs(aside).max() == 0) == (geometry == "axis-aligned")
+    if geometry == "badly scaled":
+        # Of the weights by their factors it is the rotated one.
+        factors = optimum / plain
+        assert factors.max() / factors.min() == pytest.approx(10)
+        rotated, _ = quadratics.problem("rotated", condition, seed=3)
+        scaled = curvature * factors[:, None] * factors
+        ratio = scaled / rotated
+        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-6)
+        return
+    np.testing.assert_array_equal(optimum, plain)
+    assert eigenvalues[-1] / eigenvalues[0] == pytest.approx(condition, rel=1e-6)
+    if geometry == "correlated":
+        for away in range(64):
+            band = np.diag(curvature, away) / curvature[0, 0]
+            np.testing.assert_allclose(
+                band, (curvature[0, 1] / curvature[0, 0]) ** away
+            )
+    else:
+        expected = np.geomspace(1 / condition, 1, 64)
+        np.testing.assert_allclose(eigenvalues, expected, rtol=1e-6)
+
+
+def test_every_combination_is_there_once():
+    found = quadratics.combinations()
+    assert len(set(found)) == len(found) == 30
+    assert len(set(quadratics.names())) == 54
+
+
+@pytest.mark.parametrize("grid", quadratics.GRIDS)
+def test_five_steps_written_out(grid, monkeypatch, few):
+    """Plain STE by SGD: x <- x - lr (H (Q(x) - x*)), from x*, and its average."""
+    monkeypatch.setattr(quadratics, "combinations", lambda: [("correlated", 10, 0.0)])
+    losses = quadratics.final_losses(3, grid, "SGD", 1.0, seeds=2, steps=5)
+    for seed in range(2):
+        h, optimum = quadratics.problem("correlated", 10, seed)
+        x = optimum
+        for _ in range(5):
+            x = x - 0.1 * h @ (_rounded(x, grid) - optimum)
+        away, start = _rounded(x, grid) - optimum, _rounded(optimum, grid) - optimum
+        assert losses["ste"][seed] == pytest.approx(away @ h @ away / 2, 1e-4)
+        # The last fifth of five steps is the last one.
+        assert losses["averaged"][seed] == pytest.approx(losses["ste"][seed], 1e-5)
+        assert losses["ptq"][seed] == pytest.approx(start @ h @ start / 2, 1e-4)
+        assert losses["full"][seed] == pytest.approx(0, abs=1e-9)
+
+
+def _rounded(x, grid):
+    """To 3 bits."""
+    if grid == "RMS":
+        step = 2 * 2.0510683541 * np.sqrt(np.mean(x**2)) / 7
+        return np.clip(np.floor(x / step) + 0.5, -3.5, 3.5) * step
+    step = (np.abs(x).max() if grid == "absmax" else quadratics.WIDEST[3]) / 3
+    return np.clip(np.round(x / step), -3, 3) * step
+
+
+def test_the_record_of_quadratics(tmp_path, few):
+    names = quadratics.names()[:2]
+    table = cells.Table("quadratics", {"a": 1}, tmp_path)
+    quadratics.measure(QUIET, seeds=2, steps=10, only=names, table=table)
+    cell = table.cells[names[0]]
+    count = len(quadratics.combinations())
+    assert all(len(values) == count for values in cell.values())
+    assert cell.keys() >= {"ste", "cage", "lotion", "ptq", "averaged", "ste0", "full"}
+    assert max(cell["cage wins"]) <= 2
+    record = json.loads((tmp_path / "quadratics.json").read_text())
+    record["settings"]["combinations"] = quadratics.combinations()
+    record["cells"][names[0]]["lotion"][0] = None
+    rows = report.quadratics_by_method(record)
+    (lotion,) = [line for line in rows.cells if line[0] == "LOTION"]
+    assert lotion[4] == "diverged"
+    shares = report.quadratic_shares(record)["cage"]
+    (line,) = [line for line in rows.cells if line[0] == "CAGE as published"]
+    assert line[1] == f"{np.median(shares):.2f}"
+    by_level = {line[0]: line for line in report.quadratics_by_level(record).cells}
+    noisy = np.array([noise == 2.0 for *_, noise in quadratics.combinations()])
+    assert by_level["noise 2"][1] == str(2 * noisy.sum())
+    column = report.quadratics_by_level(record).header.index("CAGE as published")
+    assert by_level["noise 2"][column] == f"{np.median(shares[:, noisy]):.2f}"
+    plots.quadratics(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- images ---------------------------------------------------------------------------
+
+
+def test_a_convolution_is_one(rng):
+    x = rng.normal(size=(2, 5, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(27, 4)).astype(np.float32)
+    found = networks._neighbours(jnp.asarray(x)) @ kernel
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel.reshape(3, 3, 3, 4),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    pooled = networks._pooled(jnp.asarray(x))
+    assert pooled.shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(pooled[0, 1, 0], x[0, 2:4, 0:2].max((0, 1)))
+
+
+@pytest.mark.parametrize("side", [8, 14])
+def test_patches_hold_every_pixel_once(side):
+    images = np.arange(1.0, side * side + 1, dtype=np.float32).reshape(1, side, side)
+    found = np.asarray(networks._patches(jnp.asarray(images)))
+    patch = -(-side // 4)
+    assert found.shape == (1, 16, patch**2)
+    np.testing.assert_array_equal(found[0, 5, 0], images[0, patch, patch])
+    assert sorted(found[found > 0]) == list(range(1, side * side + 1))
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("side", [8, 14])
+def test_networks(name, side, rng):
+    network = networks.NETWORKS[name]
+    params = network.initial(jax.random.key(0), side)
+    images = rng.normal(size=(3, side, side)).astype(np.float32)
+    rules = networks.rules_of(4)
+    quantized = rules.quantized(params)
+    assert quantized and all(path.startswith("inner/") for path in quantized)
+    products = []
+
+    def product(x, kernel):
+        products.append(kernel.shape)
+        return networks.product_of(4)(x, kernel)
+
+    def loss(params):
+        weights = cage.fake_quant(params, rules)
+        logits = network.logits(weights, jnp.asarray(images), product)
+        return classifiers.loss_of(logits, jnp.array([0, 1, 2]))
+
+    gradients = jax.grad(loss)(params)
+    # What is quantized is multiplied with quantized inputs, and nothing else is.
+    assert sorted(products) == sorted(x.shape for _, x in quantized.values())
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_mlp_is_that_of_the_float64_formula(rng):
+    params = networks.NETWORKS["MLP"].initial(jax.random.key(0), 8)
+    images = rng.normal(size=(5, 8, 8)).astype(np.float32)
+    found = networks.NETWORKS["MLP"].logits(params, jnp.asarray(images), jnp.matmul)
+    first, second = (
+        {name: np.float64(part) for name, part in params["inner"][layer].items()}
+        for layer in ("first", "second")
+    )
+    hidden = images.reshape(5, 64) @ first["kernel"] + first["bias"]
+    expected = np.maximum(hidden, 0) @ second["kernel"] + second["bias"]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_record_of_images(tmp_path, few):
+    names = ["digits MLP W4A4 0.1", "digits MLP W2A2 0"]
+    table = cells.Table("classifiers", {}, tmp_path)
+    classifiers.measure(QUIET, seeds=2, steps=10, only=names, table=table)
+    cell = table.cells[names[0]]
+    derived = {"full", "ptq", "averaged", "ste0"}
+    assert cell.keys() == derived | {"ste", "cage", "lotion"}
+    other = table.cells[names[1]]
+    assert other["ste0"] == other["ste"]  # whose rate goes to 0 there
+    for part in ("train_loss", "test_loss", "accuracy"):
+        assert all(len(each[part]) == 2 for each in cell.values())
+    record = table.record()
+    rows = report.classifiers(record, "train_loss")
+    differences = np.subtract(cell["cage"]["train_loss"], cell["ste"]["train_loss"])
+    error = np.std(differences, ddof=1) / np.sqrt(2)
+    expected = f"{np.mean(differences):+.4f} ± {error:.4f}"
+    assert rows.cells[0][rows.header.index("CAGE as published")] == expected
+    means = {name: np.mean(each["train_loss"]) for name, each in cell.items()}
+    share = (means["ste"] - means["lotion"]) / (means["ste"] - means["full"])
+    rows = report.classifiers_recovered(record)
+    assert rows.cells[0][rows.header.index("LOTION")] == f"{share:.0%}"
+    plots.classifiers(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scores_are_of_quantized_weights_and_inputs():
+    data = classifiers.load_digits()
+    network, rules = networks.NETWORKS["MLP"], networks.rules_of(2)
+    params = network.initial(jax.random.key(1), 8)
+    parts = tuple(map(classifiers._batches, data))
+    both = jax.tree.map(lambda x: x[None], params)
+    (train_loss, _), (_, accuracy) = classifiers._scores(both, network, 2, parts)
+    weights = cage.fake_quant(params, rules)
+    logits = [network.logits(weights, d.pixels, networks.product_of(2)) for d in data]
+    expected = classifiers.loss_of(logits[0], data[0].labels)
+    np.testing.assert_allclose(train_loss[0], expected, rtol=1e-5)
+    right = jnp.argmax(logits[1], -1) == data[1].labels
+    assert float(accuracy[0]) == pytest.approx(float(jnp.mean(right)), abs=1e-6)
+
+
+# --- language models ------------------------------------------------------------------
+
+
+def test_the_record_of_language_models(tmp_path, monkeypatch):
+    asked = []
+
+    def run(settings, console):
+        asked.append(settings)
+        losses = {arm: 1.0 + 0.01 * number for number, arm in enumerate(settings.arms)}
+        losses |= {"recommended": 1.0 + 0.001 * settings.seed}
+        return {arm: SimpleNamespace(loss=loss) for arm, loss in losses.items()}
+
+    monkeypatch.setattr(language_models.train_lm, "run", run)
+    names = [
+        name
+        for name in language_models.names()
+        if re.match(r"W4A4 of 2 l|W3A3 of 4", name) and "10%" in name
+    ]
+    assert len(names) == 6
+    table = cells.Table("language_models", {}, tmp_path)
+    language_models.measure(QUIET, only=names, table=table, runs=tmp_path / "runs")
+    assert [settings.seed for settings in asked] == [0, 1, 2] * 2
+    assert asked[0].floor == 0.1 and asked[-1].layers == 4 and asked[-1].w_bits == 3
+    assert len({settings.out for settings in asked}) == 6
+    record = table.record()
+    rows = report.language_models(record)
+    assert [line[0] for line in rows.cells] == ["W4A4 of 2 layers, rate to 10%"]
+    line = dict(zip(rows.header, rows.cells[0]))
+    assert line["STE, learning rate to 0"] == "+0.0200 ± 0.0000, 0"
+    assert line["CAGE as recommended"] == "-0.0190 ± 0.0006, 3"
+    shares = report.language_models_recovered(record)
+    line = dict(zip(shares.header, shares.cells[0]))
+    assert (line["gap of STE"], line["CAGE as recommended"]) == ("0.0200", "95%")
+    small, large = report.language_models_by_size(record).cells
+    assert [small[0], large[0]] == ["W4A4 of 2 layers", "W3A3 of 4 layers"]
+    # Kernels of twice as many layers, of three bits for four, and their scales.
+    weights = [int(line[1].replace(",", "")) for line in (small, large)]
+    sizes = [int(line[2].replace(",", "")) for line in (small, large)]
+    assert weights[1] == 2 * weights[0] == 4 * (4 * 128**2 + 3 * 128 * 384)
+    assert sizes[1] / sizes[0] == pytest.approx(2 * 3 / 4, rel=0.03)
+    plots.language_models(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_cells_of_language_models():
+    names = language_models.names()
+    assert len(set(names)) == len(names) == 39
+    settings = language_models.settings_of(names[-1], 1000)
+    assert (settings.w_bits, settings.a_bits, settings.layers) == (2, 2, 6)
+    assert settings.floor == 0.1 and settings.arms == language_models.OF_SIZES
+    sixteen = [name for name in names if "A16" in name]
+    assert language_models.settings_of(sixteen[0], None).a_bits == 16
+
+
+# --- methods --------------------------------------------------------------------------
+
+
+def _trained(name, steps=20, **changes):
+    rules = cage.Rules([("x", cage.int3())])
+    rate = optax.constant_schedule(0.05)
+    training = methods.Training(rules, steps, rate, optax.sgd(rate))
+
+    def gradient(weights, params, step, key):
+        del step, key
+        return jax.grad(lambda p: jnp.sum((weights(p)["x"] - 0.3) ** 2))(params)
+
+    method = methods.METHODS[name]._replace(**changes)
+    start = {"x": jax.random.normal(jax.random.key(0), (8, 4))}
+    return methods.train(method, training, start, gradient, jax.random.key(1))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_does_something(name):
+    last, average = _trained(name)
+    plain = _trained("ste")
+    assert last["x"].shape == average["x"].shape == (8, 4)
+    assert bool(jnp.isfinite(last["x"]).all())
+    same = bool((last["x"] == plain.last["x"]).all())
+    assert same == (name == "ste")
+
+
+def test_the_average_is_of_the_last_fifth():
+    # After n steps a training of more is the same, where nothing depends on the length.
+    ends = [_trained("ste", steps=steps).last["x"] for steps in range(17, 21)]
+    found = _trained("ste", steps=20).average["x"]
+    np.testing.assert_allclose(found, np.mean(ends, 0), atol=1e-6)
+
+
+# --- cells ----------------------------------------------------------------------------
+
+
+def test_cells_are_kept_and_measured_once(tmp_path):
+    asked = []
+
+    def one(key):
+        asked.append(key)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"a": [len(asked)]}
+
+    table = cells.Table("some", {"seeds": 2}, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        table.measure("wxyz", one, QUIET)
+    again = cells.Table("some", {"seeds": 2}, tmp_path)
+    assert again.cells == {"w": {"a": [1]}, "x": {"a": [2]}}
+    again.measure("wxyz", one, QUIET)
+    assert asked == ["w", "x", "y", "y", "z"]
+    assert again.record() == json.loads((tmp_path / "some.json").read_text())
+    assert len(again.record()["environments"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["some.json"]
+
+
+def test_cells_of_other_settings_are_refused(tmp_path):
+    table = cells.Table("some", {"seeds": 2, "steps": (1, 2)}, tmp_path)
+    table.measure("a", lambda key: 1, QUIET)
+    cells.Table("some", {"seeds": 2, "steps": (1, 2)}, tmp_path)
+    with pytest.raises(ValueError, match=r"`some.json` must be .*others for seeds\."):
+        cells.Table("some", {"seeds": 3, "steps": (1, 2)}, tmp_path)
+
+
+# --- the command and the README -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quadratics", "classifiers"])
+def test_the_command(name, monkeypatch, capsys, few):
+    monkeypatch.setattr(sys, "argv", ["study.py", name, "--tiny"])
+    assert study.main() == 0
+    assert "nothing is written" in capsys.readouterr().out
+
+
+def test_what_the_command_refuses(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "quadratics", "--only", "W9"])
+    assert study.main() == 2
+    assert "`--only` must be how the name" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["study.py", "quadratics", "--seeds", "1"])
+    assert study.main() == 2
+    assert "`--seeds` must be at least 2" in capsys.readouterr().out
+
+
+def test_the_readme_agrees_with_the_results():
+    text = report.README.read_text()
+    assert tables.filled(text, report.section) == text, (
+        "run python benchmarks/tables.py"
+    )
+    places = re.findall(r"<!-- table: (\w+) -->", text)
+    assert sorted(places) == sorted(report.SECTIONS)
+    for picture in re.findall(r"\]\((results/\S+\.png)\)", text):
+        assert (report.README.parent / picture).exists(), picture
