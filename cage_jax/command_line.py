@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
     0: all is well; 1: it could not be done, and one line says why; 2: the flags are
-    wrong; 3: `check` found a difference; 130 and 143: stopped by Ctrl-C or `kill`.
+    wrong; 3: `check` found a difference; 129, 130 and 143: stopped by the end of the
+    terminal, Ctrl-C or `kill`.
     """
     options = parser().parse_args(arguments)
     # Before jax is at work: what it logs is not for those who run a command.
@@ -66,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal = Terminal(json=options.json, quiet=options.quiet)
     more = {"well_formed": False} if options.run is check else {}
     return run(
-        lambda: options.run(options, terminal), terminal, debug=options.debug, more=more
+        lambda: options.run(options, terminal),
+        terminal,
+        debug=options.debug,
+        more=more,
+        writes="out" in options,
     )
 
 
@@ -126,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         quantize,
         "round the weights of a model of floats, and save their codes in a folder",
         "HuggingFaceTB/SmolLM2-135M codes/ --weights ct_w4a16 --group-size 32",
-        _out("a folder to write for the other commands; it must not exist"),
+        _out("a folder for the other commands to read; it must not exist"),
         rules,
         closing=_of_presets(),
     )
@@ -300,12 +306,12 @@ def quantize(options: argparse.Namespace, terminal: Terminal) -> int:
             "`--weights` must say what the weights become; got none of --weights, "
             "--embedding and --head. Use --weights q4_0."
         )
-    if pathlib.Path(options.out).suffix in (".gguf", ".safetensors"):
+    if _suffix(options.out) in (".gguf", ".safetensors"):
         raise ValueError(
             f"`OUT` must be the name of a folder; got {options.out}. Use codes/, and "
             f"then cage-jax export codes/ {options.out}."
         )
-    _check_out(options)
+    _check_out(options, is_folder=True)
     model = _llama(options.model, terminal)
     # What no flag is for stays as it is: codes, too.
     params, floats = by_path(model.params), by_path(model.floats())
@@ -327,13 +333,17 @@ def quantize(options: argparse.Namespace, terminal: Terminal) -> int:
     with terminal.doing(f"writing {options.out}"):
         save(model, options.out, overwrite=options.overwrite)
     relative = _relative(error, total)
+    bits = _whole(model.params).bits_per_weight
     return _written(
         options,
         terminal,
-        _whole(model.params),
-        {"bytes_before": before.bytes_after, "relative_error": relative},
-        f" ({before.bytes_after:,} bytes before); relative error of the rounded "
-        f"weights {relative:.2%}",
+        {
+            "bits_per_weight": bits,
+            "bytes_before": before.bytes_after,
+            "relative_error": relative,
+        },
+        f", {bits:.2f} bits a weight ({before.bytes_after:,} bytes before); relative "
+        f"error of the rounded weights {relative:.2%}",
     )
 
 
@@ -342,18 +352,23 @@ def export(options: argparse.Namespace, terminal: Terminal) -> int:
     from cage_jax.export.compressed_tensors import compressed_tensors
     from cage_jax.export.gguf import gguf
 
-    _check_out(options)
     target = options.format
     if target is None:
-        target = "gguf" if options.out.endswith(".gguf") else "compressed-tensors"
+        target = _GGUF if _suffix(options.out) == ".gguf" else _CT
+    _check_out(options, is_folder=target == _CT)
     model = _llama(options.model, terminal)
-    write: Any = gguf if target == "gguf" else compressed_tensors
+    write: Any = gguf if target == _GGUF else compressed_tensors
     if not model.tokenizer:
         terminal.warn(
             "the model came without a tokenizer, so that programs which answer in text "
             "cannot run what is written."
         )
-    with terminal.doing(f"writing {options.out}"):
+    quantizers = [row.quantizer for row in _whole(model.params).rows]
+    if target == _CT and any("fp4" in str(quantizer) for quantizer in quantizers):
+        terminal.warn(
+            "FP4 is decoded as bfloat16, to which all that is not codes is rounded."
+        )
+    with terminal.doing(f"writing {options.out}"), _of_presets_in_errors():
         write(
             model.params,
             model.config,
@@ -361,7 +376,7 @@ def export(options: argparse.Namespace, terminal: Terminal) -> int:
             tokenizer=model.tokenizer,
             overwrite=options.overwrite,
         )
-    return _written(options, terminal, _whole(model.params), {"format": target}, "")
+    return _written(options, terminal, {"format": target}, f", {target}")
 
 
 def evaluate(options: argparse.Namespace, terminal: Terminal) -> int:
@@ -371,6 +386,11 @@ def evaluate(options: argparse.Namespace, terminal: Terminal) -> int:
 
     text = "".join(_text(path) for path in options.text)
     model = _llama(options.model, terminal)
+    if options.context > model.config.context:
+        raise ValueError(
+            f"`--context` must be at most the {model.config.context} tokens that the "
+            f"model is made for; got {options.context}. Use --context 512."
+        )
     tokens = encoded(model.tokenizer, text)[: options.tokens]
     if len(tokens) < 2:
         raise ValueError(
@@ -410,15 +430,25 @@ def check(options: argparse.Namespace, terminal: Terminal) -> int:
     from cage_jax.export.checking import differences, problems
     from cage_jax.export.loading import find
     from cage_jax.export.tensors import by_path
+    from cage_jax.export.text import tokenizer_of
 
-    if options.same_as is not None:
-        find(options.same_as)  # before the other is read
-    params = by_path(_loaded(options.model, terminal).params)
+    if options.same_as is not None:  # before the other is read
+        try:
+            find(options.same_as)
+        except FileNotFoundError as error:
+            message = str(error).replace("`path`", "`--same-as`")
+            raise FileNotFoundError(message) from error
+    model = _loaded(options.model, terminal)
+    params = by_path(model.params)
     found = []
     for path in terminal.track(params, "checking", len(params)):
         found += problems(path, params[path])
     if found:
         raise ValueError("; ".join(found[:3]) + (" ..." if found[3:] else ""))
+    if "tokenizer.json" in model.tokenizer:
+        tokenizer_of(model.tokenizer)
+    elif model.config is not None:
+        terminal.warn("the model has no tokenizer.json, and so cannot read text.")
     whole, others = _whole(params), []
     size = sum(row.size for row in whole.rows)
     lines = [
@@ -529,7 +559,22 @@ def _quantized(options, rules, params):
                 f"`--skip` must match a part of a parameter's path; got {pattern!r}, "
                 f"which does not. See the paths with cage-jax report."
             )
-    return rules.quantized(params)
+    try:
+        return rules.quantized(params)
+    except ValueError as error:
+        if parts := _GROUPS.match(str(error)):
+            path, size, inputs = parts.groups()
+            raise ValueError(
+                f"`--group-size` must divide the {inputs} inputs of {path}; got {size}."
+                f" Use --group-size {math.gcd(int(inputs), 128)}, or another preset."
+            ) from error
+        raise
+
+
+# What the rules say of groups, in words of Python.
+_GROUPS = re.compile(
+    r"`(.+?)`: `group_size` must divide .*group_size=(\d+),.* divisor of (\d+)"
+)
 
 
 # --- what the commands share ----------------------------------------------------------
@@ -548,20 +593,72 @@ def _llama(path, terminal):
     if model.config is None:
         raise ValueError(
             f"`MODEL` must be a Llama for this command; got {path}, a tree of arrays "
-            f"without its dimensions. See what it has with cage-jax report."
+            f"without its dimensions. See what it has with cage-jax report, or save it "
+            f"with them by cage_jax.export.native.save."
         )
     return model
 
 
-def _check_out(options):
+def _check_out(options, *, is_folder):
     """Before a model is read: minutes later is too late."""
-    from cage_jax.export.files import is_free
+    from cage_jax.export.files import is_free, strangers
 
-    if not options.overwrite and not is_free(pathlib.Path(options.out)):
+    out = pathlib.Path(options.out)
+    if not options.out or not _can_be_made(out):
+        raise ValueError(
+            f"`OUT` must be in a folder that can be written to; got {options.out!r}. "
+            f"Use another name."
+        )
+    if is_free(out):
+        if not is_folder and out.is_dir():
+            raise ValueError(
+                f"`OUT` must be a file for this format; got {out}, a folder. Use "
+                f"model.gguf."
+            )
+        return
+    if not options.overwrite:
         raise FileExistsError(
             f"`OUT` must not be there yet; got {options.out}. Use --overwrite, or "
             f"another name."
         )
+    place = pathlib.Path(options.model)
+    if place.exists() and place.resolve() == out.resolve():
+        raise ValueError(
+            f"`OUT` must be another place than MODEL; got {options.out} for both. Use "
+            f"another name."
+        )
+    if is_folder:
+        strange = strangers(out)
+    else:
+        strange = "a folder" if out.is_dir() else ""
+    if strange:
+        raise FileExistsError(
+            f"`OUT` must be an export to be replaced; got {options.out}: {strange}. "
+            f"Remove it yourself, or use another name."
+        )
+
+
+def _can_be_made(path):
+    """Whether the folders above a path are there, or can be made."""
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    return above.is_dir() and os.access(above, os.W_OK)
+
+
+def _suffix(name):
+    return pathlib.Path(name).suffix.lower()
+
+
+@contextlib.contextmanager
+def _of_presets_in_errors():
+    """Says where to find what a target has room for."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error} `cage-jax quantize --help` has the presets of each target."
+        ) from error
 
 
 def _nested(params):
@@ -640,15 +737,12 @@ def _text(path):
         ) from error
 
 
-def _written(options, terminal, whole, more, text):
+def _written(options, terminal, more, text):
     path = pathlib.Path(options.out)
     files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
     size = sum(file.stat().st_size for file in files)
-    bits = whole.bits_per_weight
-    content = {"out": str(path), "bytes": size, "bits_per_weight": bits}
-    terminal.result(
-        content | more, f"{path}: {size:,} bytes, {bits:.2f} bits a weight{text}"
-    )
+    content = {"out": str(path), "bytes": size} | more
+    terminal.result(content, f"{path}: {size:,} bytes{text}")
     return 0
 
 

@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-# What a shell expects of a program that was stopped by Ctrl-C, and by `kill`.
-STOPPED, TERMINATED = 130, 143
 FAILED = 1
+STOPPED = 130  # what a shell expects of a program that was stopped by Ctrl-C
 _SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -82,6 +81,7 @@ def run(
     *,
     debug: bool = False,
     more: dict[str, Any] | None = None,
+    writes: bool = False,
 ) -> int:
     """The exit code of a command, whose errors become a line.
 
@@ -90,14 +90,17 @@ def run(
       terminal: for its warnings and errors.
       debug: whether to show where in the program an error is.
       more: for the JSON of an error.
+      writes: whether it is one that writes, all or nothing.
     """
     try:
         with _signals(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: terminal.warn(message)
             return command()
-    except (KeyboardInterrupt, _TerminatedError) as stop:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return TERMINATED if isinstance(stop, _TerminatedError) else STOPPED
+    except (KeyboardInterrupt, _StoppedError) as stop:
+        print(
+            "stopped; nothing was written." if writes else "stopped.", file=sys.stderr
+        )
+        return stop.exit_code if isinstance(stop, _StoppedError) else STOPPED
     except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -107,18 +110,23 @@ def run(
         return terminal.fail(_text(error), more or {})
 
 
-class _TerminatedError(BaseException):
-    """The program was asked to end, by `kill`."""
+class _StoppedError(BaseException):
+    """The program was asked to end: by `kill`, or by the end of its terminal."""
+
+    def __init__(self, number: int):
+        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
 def _signals():
-    """Both ways to stop a program as exceptions, so that what is half done goes."""
+    """What stops a program as exceptions, so that what is half done goes."""
 
-    def terminate(*_):
-        raise _TerminatedError
+    def stop(number, _):
+        raise _StoppedError(number)
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: stop}
+    if hasattr(signal, "SIGHUP"):
+        handlers[signal.SIGHUP] = stop
     before = {number: signal.signal(number, each) for number, each in handlers.items()}
     try:
         yield

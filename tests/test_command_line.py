@@ -204,7 +204,7 @@ def test_check_refuses_what_is_not_finite(folder, capsys, params):
                 "--group-size",
                 "48",
             ],
-            "`layers/gate/kernel`: `group_size` must divide",
+            "must divide the 64 inputs of layers/gate/kernel; got 48. Use --group-",
         ),
         (["export", "{codes}", "{out}"], "`embedding/embedding`: "),
         (["eval", "{nothing}", "--text", "{text}"], "must be a file or a folder"),
@@ -213,7 +213,26 @@ def test_check_refuses_what_is_not_finite(folder, capsys, params):
         (["eval", "nowhere", "--text", "nowhere.txt"], "`--text` must be files"),
         (["eval", "{codes}", "--text", "{empty}"], "must have at least two tokens"),
         (["eval", "{tree}", "--text", "{text}"], "`MODEL` must be a Llama"),
-        (["check", "{codes}", "--same-as", "nowhere"], "got 'nowhere'"),
+        (["check", "{codes}", "--same-as", "nowhere"], "`--same-as` must be a file"),
+        (["eval", "{codes}", "--text", "{text}", "--context", "2049"], "at most the 2"),
+        (["export", "{codes}", "{text}/out"], "`OUT` must be in a folder that can be"),
+        (["export", "{codes}", ""], "`OUT` must be in a folder that can be"),
+        (
+            ["quantize", "{floats}", "{floats}", "--weights", "int8", "--overwrite"],
+            "`OUT` must be another place than MODEL",
+        ),
+        (
+            ["export", "{codes}", "{strange}", "--overwrite"],
+            "`OUT` must be an export to be replaced; got {strange}: thesis.tex.",
+        ),
+        (
+            ["export", "{codes}", "{strange}", "--overwrite", "--format", "gguf"],
+            "got {strange}: a folder.",
+        ),
+        (
+            ["export", "{codes}", "{hollow}", "--format", "gguf"],
+            "`OUT` must be a file for this format; got {hollow}, a folder.",
+        ),
     ],
 )
 def test_errors_are_one_line(folder, capsys, arguments, message):
@@ -221,6 +240,10 @@ def test_errors_are_one_line(folder, capsys, arguments, message):
     (folder / "empty").write_bytes(b"")
     places = {name: str(folder / name) for name in ("floats", "codes", "out", "text")}
     places |= {name: str(folder / name) for name in ("nothing", "binary", "empty")}
+    for name in ("strange", "hollow"):
+        places[name] = str(folder / name)
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "strange" / "thesis.tex").write_text("of years")
     places["tree"] = str(folder / "tree.safetensors")
     tree = {"kernel": np.ones((4, 4), np.float32)}
     cage.export.save(tree, places["tree"], overwrite=True)
@@ -228,8 +251,9 @@ def test_errors_are_one_line(folder, capsys, arguments, message):
     found = printed(capsys, *filled, code=1)
     assert found.out == ""
     assert found.err.startswith("error: ") and found.err.count("\n") == 1
-    assert message in found.err
+    assert message.format(**places) in found.err
     assert not (folder / "out").exists()
+    assert (folder / "strange" / "thesis.tex").exists()
 
 
 def test_flags_that_there_are_not():
@@ -269,7 +293,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out.startswith(f"cage_jax {version}, jax ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_program_that_is_stopped_leaves_nothing(tmp_path, folder, capsys, number):
     def half(params, folder, **_):
         with new_folder(folder) as temporary:
@@ -285,6 +309,39 @@ def test_a_program_that_is_stopped_leaves_nothing(tmp_path, folder, capsys, numb
     assert found.err == "stopped; nothing was written.\n"
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) is before
+
+
+def test_a_tokenizer_is_checked_too(tmp_path, folder, capsys):
+    model = cage.load(folder / "codes")
+    save(model._replace(tokenizer={"tokenizer.json": b"{"}), tmp_path / "broken")
+    found = printed(capsys, "check", tmp_path / "broken", code=1)
+    assert "tokenizer.json must be one of the tokenizers library" in found.err
+    flags = ["export", tmp_path / "broken", tmp_path / "out", "--format"]
+    for target in TARGETS:
+        found = printed(capsys, *flags, target, code=1)
+        assert "must have JSON in 'tokenizer.json'" in found.err
+    save(model._replace(tokenizer={}), tmp_path / "without")
+    found = printed(capsys, "check", tmp_path / "without")
+    assert found.err == (
+        "warning: the model has no tokenizer.json, and so cannot read text.\n"
+    )
+
+
+def test_what_fp4_does_to_floats_is_said(tmp_path, folder, capsys):
+    flags = ["--weights", "mxfp4"]
+    printed(capsys, "quantize", folder / "floats", tmp_path / "codes", *flags)
+    found = printed(capsys, "export", tmp_path / "codes", tmp_path / "out")
+    assert found.err.startswith("warning: FP4 is decoded as bfloat16")
+
+
+def test_an_export_is_replaced_where_that_is_asked(tmp_path, folder, capsys):
+    for out in ("x.GGUF", "x.gguf"):
+        text = printed(capsys, "export", folder / "codes", tmp_path / out).out
+        assert text.endswith(" bytes, gguf\n") and (tmp_path / out).is_file()
+    printed(capsys, "export", folder / "codes", tmp_path / "x.gguf", "--overwrite")
+    flags = ["quantize", folder / "floats", tmp_path / "codes", "--weights", "int8"]
+    printed(capsys, *flags)
+    printed(capsys, *flags, "--overwrite")
 
 
 def test_errors_are_in_the_json_too(tmp_path, folder, capsys):

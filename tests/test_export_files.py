@@ -42,7 +42,7 @@ def test_what_is_there_is_kept(tmp_path, kind):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("old")
     with (
-        pytest.raises(FileExistsError, match="`path` must not be there yet"),
+        pytest.raises(FileExistsError, match=r"`path` must (not be there|be that)"),
         kind(tmp_path / "a"),
     ):
         pytest.fail("must not be entered")
@@ -59,10 +59,10 @@ def test_a_file_is_replaced_when_asked(tmp_path):
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old").write_text("old")
+    (tmp_path / "a" / "old.json").write_text("old")
     with new_folder(tmp_path / "a", overwrite=True) as place:
         (place / "new").write_text("new")
-        assert names(tmp_path / "a") == ["old"]
+        assert names(tmp_path / "a") == ["old.json"]
     assert names(tmp_path / "a") == ["new"]
     assert names(tmp_path) == ["a"]
 

@@ -1,9 +1,12 @@
 """`cage_jax.load`: the reader that a path goes to, and errors where there is none."""
 
+import dataclasses
 import importlib.util
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_tokenizer import files_of, small_tokenizer
@@ -15,6 +18,7 @@ pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
 
 from cage_jax import llama
+from cage_jax.export import tokenizer_files
 from cage_jax.export.checking import differences
 from cage_jax.export.model import Model
 from cage_jax.export.native import save
@@ -194,3 +198,80 @@ def test_what_is_no_tokenizer(write, given, error, message, codes, tmp_path):
     with pytest.raises(error, match=f"`tokenizer` {message}"):
         write(codes, CONFIG, tmp_path / "model", tokenizer=given)
     assert not list(tmp_path.iterdir())
+
+
+# --- what is not written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", writers())
+def test_numbers_that_are_none(write, codes, tmp_path):
+    norm = {"scale": codes["norm"]["scale"].at[3].set(np.nan)}
+    with pytest.raises(ValueError, match=r"^`norm/scale`: `codes` must have finite v"):
+        write(codes | {"norm": norm}, CONFIG, tmp_path / "model")
+    kernel = codes["layers"]["up"]["kernel"]
+    scale = kernel.scale.at[1, 0, 2].set(np.inf)
+    layers = codes["layers"] | {
+        "up": {"kernel": dataclasses.replace(kernel, scale=scale)}
+    }
+    with pytest.raises(ValueError, match=r"^`layers/1/up/kernel`: .* finite scales"):
+        write(codes | {"layers": layers}, CONFIG, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", writers())
+def test_arguments_in_another_order(write, codes, tmp_path):
+    with pytest.raises(TypeError, match="`path` must be a path; got NoneType"):
+        write(codes, CONFIG, None)
+    with pytest.raises(
+        TypeError, match=r"^`codes` must be floats and Quan.*LlamaConfig"
+    ):
+        write(CONFIG, CONFIG, tmp_path / "model")
+    with pytest.raises(TypeError, match=r"got a whole Model. Use model.params"):
+        write(Model(codes, CONFIG, {}), CONFIG, tmp_path / "model")
+    with pytest.raises(TypeError, match="`path` must be a path; got dict"):
+        cage.export.save(tmp_path / "a.safetensors", codes)
+
+
+def test_a_dtype_of_jax_is_one(codes, tmp_path):
+    with pytest.raises(ValueError, match=r"`dtype` must be 'float16' .* got 'bfloat1"):
+        cage.export.compressed_tensors(
+            codes, CONFIG, tmp_path / "model", dtype=jnp.bfloat16
+        )
+
+
+def test_what_no_export_wrote_is_not_replaced(codes, tmp_path):
+    out = tmp_path / "out"
+    write = cage.export.compressed_tensors
+    for name in ("thesis.tex", "folder"):
+        out.mkdir()
+        if name == "folder":
+            (out / name).mkdir()
+        else:
+            (out / name).write_text("of years")
+        with pytest.raises(FileExistsError, match=f"to be replaced; got .*{name}"):
+            write(codes, CONFIG, out, overwrite=True)
+        assert (out / name).exists()
+        shutil.rmtree(out)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="with a link"):
+        write(codes, CONFIG, tmp_path / "link", overwrite=True)
+    (tmp_path / "elsewhere" / "x").write_text("")
+    with pytest.raises(FileExistsError, match=r"a folder. Use another path"):
+        cage.export.gguf(codes, CONFIG, tmp_path / "elsewhere", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "write", [folder_of_native, folder_of_transformers, file_of_llama_cpp]
+)
+def test_what_an_export_wrote_is_replaced(write, codes, tokenizer, tmp_path):
+    path = tmp_path / "model"
+    files = dict.fromkeys(tokenizer_files.NAMES, b"{}")
+    if write is file_of_llama_cpp:
+        files = tokenizer
+    write(codes, files, path)
+    if write is file_of_llama_cpp:
+        cage.export.gguf(codes, CONFIG, path, overwrite=True)
+    else:
+        cage.export.compressed_tensors(codes, CONFIG, path, overwrite=True)
+    assert cage.load(path).tokenizer == {}

@@ -309,6 +309,12 @@ def test_refusals(model, tmp_path, monkeypatch):
         export(weights="both")
     with pytest.raises(TypeError, match="`platforms` must be a sequence; got 'cpu'"):
         export(platforms="cpu")
+    with pytest.raises(ValueError, match=r"`platforms` must be .*'gpu'.*'cuda'"):
+        export(platforms=("gpu",))
+    with pytest.raises(ValueError, match="`shapes` must fit the shapes of `arguments`"):
+        export(shapes="b, t, u")
+    with pytest.raises(TypeError, match="`path` must be a path; got NoneType"):
+        stablehlo(layers, model, None, arguments=[x])
     with pytest.raises(TypeError, match=r"`arguments` must be a list .*Arr"):
         export(arguments=x)
     with pytest.raises(TypeError, match=r"`1/a`: `arguments` must be .*; got float"):

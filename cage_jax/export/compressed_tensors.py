@@ -4,6 +4,7 @@ A matrix that is quantized has several tensors there: its codes in words, the sc
 and what else its scheme has. `config.json` says which matrices have which scheme.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -37,8 +38,8 @@ from cage_jax.scale_types import Full, Narrow
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SUPPORTED = (
-    "int4(), int8(), ct_w4a16(), ct_w8a8(), fp8(), mxfp4() and nvfp4() along the "
-    "inputs, axis=-2"
+    "int4, int8, ct_w4a16, ct_w8a8, q4_0, q8_0, fp8, mxfp4 and nvfp4 along the "
+    "inputs, axis -2"
 )
 
 
@@ -114,6 +115,8 @@ def compressed_tensors(
     """
     if dtype is None:
         dtype = "bfloat16" if _has_fp4(codes) else "float32"
+    with contextlib.suppress(TypeError):
+        dtype = jnp.dtype(dtype).name
     if dtype not in _FLOATS:
         raise ValueError(
             f"`dtype` must be one of {_FLOATS}; got {dtype!r}. Use 'float32'."
@@ -236,11 +239,14 @@ def _scheme_of(tensor: Tensor, dtype: str) -> _Scheme | None:
         return None
     quantizer = array.quantizer
     if not tensor.place.is_kernel:
-        _refuse(tensor, "Leave it unquantized.")
+        raise ValueError(
+            f"`{tensor.path}`: it must be of floats in compressed-tensors, which has "
+            f"codes of matrices alone; got {quantizer}. Leave it unquantized."
+        )
     if quantizer.hadamard is not None:
         _refuse(tensor, why_not_folded(tensor.path))
     if set(quantizer.groups(array.shape)) != {0}:
-        _refuse(tensor, "Use axis=-2: a scale per output, or per group of inputs.")
+        _refuse(tensor, "Use that axis: a scale per output, or per group of inputs.")
     format, (size,) = quantizer.format, quantizer.group_sizes
     scale, symmetric = str(array.scale.dtype), not quantizer.asymmetric
     scheme = None

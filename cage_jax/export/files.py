@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,11 @@ from typing import Any
 
 Path = str | os.PathLike[str]
 
+# All names of what exports write, with those of Orbax and of tokenizers.
+_WRITTEN = re.compile(
+    r".*\.(safetensors|json|jinja)|program\.bin|merges\.txt|tokenizer\.model|"
+    r"arrays|description|_CHECKPOINT_METADATA|commit_success\.txt"
+)
 _MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
 
 
@@ -25,7 +31,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     Raises:
       FileExistsError: where there is something already, unless `overwrite`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(
+            f"`path` must be that of a file; got {path}, a folder. Use another path."
+        )
     _check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -47,10 +57,15 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
 
     Raises:
       FileExistsError: where there is something already, unless `overwrite`; an empty
-        folder is nothing.
+        folder is nothing. With it, where there is something that no export wrote.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     _check_free(path, overwrite)
+    if strange := strangers(path):
+        raise FileExistsError(
+            f"`path` must be of an export to be replaced; got {path}, with "
+            f"{strange}. Remove it yourself, or use another path."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     name = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = pathlib.Path(name)
@@ -131,6 +146,32 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
             f"folder again."
         )
     return path
+
+
+def as_path(path: Any) -> pathlib.Path:
+    """A path as `pathlib` has it.
+
+    Raises:
+      TypeError: for what is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`path` must be a path; got {type(path).__name__}. Use a str, or a "
+            f"pathlib.Path."
+        )
+    return pathlib.Path(path)
+
+
+def strangers(path: pathlib.Path) -> str:
+    """What an export cannot have written, in words; nothing where there is none."""
+    if path.is_symlink():
+        return "a link"
+    if not path.exists():
+        return ""
+    if not path.is_dir():
+        return "a file"
+    names = [file.name for file in path.iterdir() if not _WRITTEN.fullmatch(file.name)]
+    return ", ".join(sorted(names)[:3])
 
 
 def is_free(path: pathlib.Path) -> bool:

@@ -1,14 +1,13 @@
 """GGUF, for llama.cpp: a Llama in one file, of the very codes that were trained."""
 
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from cage_jax.export import tokenizer_files
-from cage_jax.export.files import MalformedFileError, Path, new_file
+from cage_jax.export.files import MalformedFileError, Path, as_path, new_file
 from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
 from cage_jax.export.gguf_files import read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
@@ -91,6 +90,7 @@ def gguf(
     """
     import gguf as ggml
 
+    path = as_path(path)
     if float_dtype not in _FLOAT_DTYPES:
         raise ValueError(
             f"`float_dtype` must be one of {_FLOAT_DTYPES}; got {float_dtype!r}. Use "
@@ -100,7 +100,7 @@ def gguf(
         (tensor.place, tensor.layer, _form(tensor, float_dtype))
         for tensor in tensors(codes, config)
     ]
-    metadata = _metadata(config, name or pathlib.Path(path).stem)
+    metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.given(tokenizer, config), config)
     metadata["general.file_type"] = _file_type([form for *_, form in forms])
     with new_file(path, overwrite=overwrite) as temporary:

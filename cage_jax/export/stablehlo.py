@@ -42,6 +42,7 @@ Weights = Literal["arguments", "constants"]
 PROGRAM, WEIGHTS, DESCRIPTION = "program.bin", "weights.safetensors", "program.json"
 
 FORMAT, VERSION = "cage_jax program", "1"
+_PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 _MOST_CONSTANTS = 2**31 - 2**24  # what the format of the program has room for
 
 
@@ -116,6 +117,12 @@ def stablehlo(
         raise TypeError(
             f"`platforms` must be a sequence; got {platforms!r}. Use [{platforms!r}]."
         )
+    strange = [name for name in platforms if name not in _PLATFORMS]
+    if strange or not platforms:
+        raise ValueError(
+            f"`platforms` must be some of {_PLATFORMS}; got {tuple(platforms)!r}. Use "
+            f"'cuda' for GPUs of NVIDIA, 'rocm' for those of AMD."
+        )
     if not isinstance(arguments, list | tuple):
         raise TypeError(
             f"`arguments` must be a list or a tuple, of all that `function` takes "
@@ -141,7 +148,7 @@ def stablehlo(
         kept = lax.optimization_barrier(jax.tree.map(jnp.asarray, words))
         return of_words(kept, *arguments)
 
-    specs = jax.export.symbolic_args_specs(tuple(arguments), _as_tuple(shapes))
+    specs = _specs(tuple(arguments), shapes)
     export = jax.export.export(
         jax.jit(of_constants if is_constant else of_words), platforms=tuple(platforms)
     )
@@ -243,6 +250,23 @@ def _check_arguments(arguments):
                 f"`{path}`: `arguments` must be trees of arrays or ShapeDtypeStructs; "
                 f"got {type(leaf).__name__}. Use jnp.asarray."
             )
+
+
+def _specs(arguments, shapes):
+    """What the program takes, with letters for lengths that may differ."""
+    reason = "another number of axes"
+    try:
+        specs = jax.export.symbolic_args_specs(arguments, _as_tuple(shapes))
+        pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(arguments))
+        if all(len(spec.shape) == len(leaf.shape) for spec, leaf in pairs):
+            return specs
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = str(error)
+    found = [leaf.shape for leaf in jax.tree.leaves(arguments)]
+    raise ValueError(
+        f"`shapes` must fit the shapes of `arguments`, {found}; got {shapes!r} "
+        f"({reason}). Use 'b, ...' for a first axis of any length."
+    )
 
 
 def _as_tuple(shapes):

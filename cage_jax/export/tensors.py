@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.export.folding import Array, folded
+from cage_jax.export.model import Model
 from cage_jax.llama_config import LlamaConfig
 from cage_jax.paths import flatten_with_paths
 from cage_jax.quantized_array import QuantizedArray, decoded
@@ -125,7 +126,7 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
     for path in config.shapes():
         place = PLACES[path]
         if not place.in_layers:
-            yield Tensor(place, None, given[path])
+            yield _checked(Tensor(place, None, given[path]))
     for number in range(config.layers):
         for path in config.shapes():
             place = PLACES[path]
@@ -137,18 +138,37 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
                 if stacked is None
                 else layer_of(stacked, number)
             )
-            yield Tensor(place, number, array)
+            yield _checked(Tensor(place, number, array))
+
+
+def _checked(tensor):
+    """A tensor of numbers: NaN and infinity are no weights to be shipped."""
+    array = tensor.array
+    codes = _is_codes(array)
+    values = array.scale if codes else array
+    if not jnp.isfinite(values.astype(jnp.float32)).all():
+        what = "scales" if codes else "values"
+        raise ValueError(
+            f"`{tensor.path}`: `codes` must have finite {what}; got NaN or infinity. "
+            f"Look at the last steps of the training, or take an earlier checkpoint."
+        )
+    return tensor
 
 
 def by_path(tree: Any) -> dict[str, Array]:
     """The leaves of a tree of floats and codes by path."""
+    if isinstance(tree, Model):
+        raise TypeError(
+            "`codes` must be parameters; got a whole Model. Use model.params."
+        )
     paths, leaves, _ = flatten_with_paths(tree, _is_codes)
     for path, leaf in zip(paths, leaves):
         if not _is_codes(leaf) and not (
             hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         ):
+            place = f"`{path}`: " if path else ""
             raise TypeError(
-                f"`{path}`: `codes` must be floats and QuantizedArrays; got "
+                f"{place}`codes` must be floats and QuantizedArrays; got "
                 f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Give what "
                 f"quantize(params, rules) returns."
             )

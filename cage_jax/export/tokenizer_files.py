@@ -80,10 +80,16 @@ def given(
 def _check_vocabulary(files, config):
     try:
         content = json.loads(files.get("tokenizer.json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`tokenizer` must have JSON in 'tokenizer.json'; got {error}. Get the "
+            f"file again."
+        ) from error
+    try:
         ids = dict(content["model"]["vocab"])
         ids |= {each["content"]: each["id"] for each in content["added_tokens"]}
         text, number = max(ids.items(), key=lambda item: item[1])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return  # of a kind that numbers its tokens in another way
     if number >= config.vocabulary:
         raise ValueError(

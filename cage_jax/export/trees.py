@@ -27,7 +27,13 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import SequenceKey
 
 from cage_jax.export.descriptions import describe, quantizer_of
-from cage_jax.export.files import MalformedFileError, Path, new_file, new_folder
+from cage_jax.export.files import (
+    MalformedFileError,
+    Path,
+    as_path,
+    new_file,
+    new_folder,
+)
 from cage_jax.export.safetensors_files import read, write
 from cage_jax.paths import flatten_with_keys, name_of, path_in_errors
 from cage_jax.quantized_array import QuantizedArray
@@ -89,7 +95,7 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
       >>> bool((again["kernel"].codes == codes["kernel"].codes).all())
       True
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
             f"`path` must end in .safetensors; got {path}. Use save_orbax for a folder."
@@ -145,7 +151,7 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         arrays=ocp.args.StandardSave(arrays),
         description=ocp.args.JsonSave(_metadata(entries)),
     )
-    path = pathlib.Path(path).absolute()
+    path = as_path(path).absolute()
     alone = jax.process_count() == 1
     if not alone and not overwrite and path.exists():  # else one of them would wait
         raise FileExistsError(
