@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import curvature_cost
 import digits
@@ -73,16 +74,18 @@ def test_records_are_written_and_tables_made_from_them(tmp_path):
     path = measurement.save(record(), tmp_path)
     assert json.loads(path.read_text()) == record()
     text = "before\n<!-- table: import_time -->\nold\n<!-- end -->\nafter\n"
-    filled = tables.filled(text, tmp_path)
+    filled = tables.filled(text, partial(tables.section, folder=tmp_path))
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
     assert "| added by cage_jax | 0.25 |" in filled
     assert "old" not in filled
-    assert tables.filled(filled, tmp_path) == filled
+    assert tables.filled(filled, partial(tables.section, folder=tmp_path)) == filled
 
 
 def test_a_missing_record_is_said_so(tmp_path):
     text = "<!-- table: nothing -->\n<!-- end -->"
-    assert "Not measured yet." in tables.filled(text, tmp_path)
+    assert "Not measured yet." in tables.filled(
+        text, partial(tables.section, folder=tmp_path)
+    )
 
 
 def test_the_readme_agrees_with_the_results():
