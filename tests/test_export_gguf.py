@@ -314,7 +314,9 @@ def test_other_things_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"^`norm/scale`: norms must be floats"):
         gguf(cage.quantize(params, rules), CONFIG, path)
     rules = cage.Rules([(".*/embedding", cage.q8_0()), (".*", None)])
-    with pytest.raises(ValueError, match=r"^`embedding/embedding`: .*q8_0 along axis -1"):
+    with pytest.raises(
+        ValueError, match=r"^`embedding/embedding`: .*q8_0 along axis -1"
+    ):
         gguf(cage.quantize(params, rules), CONFIG, path)
     with pytest.raises(ValueError, match="`float_dtype` must be one of"):
         gguf(params, CONFIG, path, float_dtype="bfloat16")

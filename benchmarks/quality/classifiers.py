@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import prose
 from cells import Table
 from images import load_images
 from jax import lax
@@ -28,6 +29,7 @@ BATCH = 64
 LABEL_SMOOTHING = 0.1
 BITS = (4, 3, 2)
 FLOORS = (0.1, 0.0)
+TINY = {"seeds": 2, "steps": 20}
 # Of Fashion-MNIST's images the loss of training is taken over so many.
 _MOST = 4096
 
@@ -39,8 +41,9 @@ class Images(NamedTuple):
     labels: jax.Array
 
 
-def load_digits() -> tuple[Images, Images]:
+def load_digits(folder: Path) -> tuple[Images, Images]:
     """scikit-learn's: 1347 of 8 x 8 to train on, 450 to test with."""
+    del folder
 
     def images(data):
         return Images(data.images.reshape(-1, 8, 8), data.labels)
@@ -49,15 +52,21 @@ def load_digits() -> tuple[Images, Images]:
     return images(train_data), images(test_data)
 
 
-def load_fashion(folder: Path | None = None) -> tuple[Images, Images]:
-    """Fashion-MNIST: 60,000 and 10,000, their 28 x 28 pixels in means of 2 x 2."""
+def load_fashion(folder: Path) -> tuple[Images, Images]:
+    """Fashion-MNIST: 60,000 and 10,000, their 28 x 28 pixels in means of 2 x 2.
+
+    Of `folder`/fashion-mnist, or of Debian's package.
+    """
+    own = folder / "fashion-mnist"
 
     def images(data):
         side = data.pixels.shape[1] // 2
         pixels = data.pixels.reshape(-1, side, 2, side, 2).mean((2, 4), np.float32)
         return np.asarray(pixels, np.float32), np.asarray(data.labels, np.int32)
 
-    (pixels, labels), test_data = map(images, load_images(folder, BATCH))
+    (pixels, labels), test_data = map(
+        images, load_images(own if own.exists() else None, BATCH)
+    )
     mean, deviation = pixels.mean(), pixels.std()
     return tuple(
         Images(jnp.asarray((pixels - mean) / deviation), jnp.asarray(labels))
@@ -192,8 +201,12 @@ def measure(
     steps: int | None = None,
     only: Sequence[str] = (),
     table: Table | None = None,
+    data: Path = prose.DATA,
 ) -> Table:
-    """Fills the table, cell by cell, as `quadratics.measure` does."""
+    """Fills the table, cell by cell, as `quadratics.measure` does.
+
+    What else it takes is the folder of Fashion-MNIST.
+    """
     steps_of = {name: steps or net.steps for name, net in NETWORKS.items()}
     settings = {
         "seeds": seeds,
@@ -208,7 +221,7 @@ def measure(
     def one(key):
         name, network, width, floor = key.split()
         if name not in loaded:
-            loaded[name] = DATA[name]()
+            loaded[name] = DATA[name](data)
         bits = int(width.partition("A")[2])
         found = scores_of_methods(
             NETWORKS[network],

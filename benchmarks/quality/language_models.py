@@ -22,6 +22,7 @@ LAYERS = 2
 # Of equal bytes in the layers are 3 of 4 bits, 4 of 3 and 6 of 2.
 SIZES = ((4, 2), (4, 3), (4, 4), (3, 3), (3, 4), (2, 4), (2, 6))
 OF_SIZES = ("ste", "recommended")
+TINY = {"seeds": 2, "steps": 20, "size": "tiny"}
 RUNS = Path("runs/quality/language_models")
 _NAME = re.compile(r"W(\d+)A(\d+) of (\d+) layers, rate to ([\d.]+)%, seed (\d+)")
 

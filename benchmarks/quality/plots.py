@@ -13,7 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cells import RESULTS
 from methods import WORDS
-from report import language_models_by_size, quadratic_shares, recovered
+from report import (
+    finetuned,
+    language_models_by_size,
+    quadratic_shares,
+    recovered,
+    share_of_gap,
+)
 
 # What is to be seen, and all else.
 COLORS = {"recommended": "#c1440e", "cage": "#e6a27c", "matched": "#e6a27c"}
@@ -57,30 +63,50 @@ def quadratics(record: Mapping[str, Any], path: Path) -> None:
 
 def classifiers(record: Mapping[str, Any], path: Path) -> None:
     """What each method recovers of the gap to full precision, cell by cell."""
-    cells = record["cells"]
-    names = [
-        name
-        for name in WORDS
-        if name in next(iter(cells.values())) and name not in ("full", "ptq", "ste")
+    points = [
+        (key.split()[1], name, recovered(cell, name))
+        for key, cell in record["cells"].items()
+        for name in cell
     ]
+    _shares(points, "train loss", path)
+
+
+def finetuning(record: Mapping[str, Any], path: Path) -> None:
+    """What each method recovers of the gap to full precision, target by target."""
+    points = [
+        (target, name, share)
+        for (target, _), by_arm in finetuned(record).items()
+        for name in by_arm
+        if (share := share_of_gap(by_arm, name)) is not None
+    ]
+    _shares(points, "each text is a point", path)
+
+
+def _shares(points, what, path):
+    """Points (kind, method, share recovered), a line for each method."""
+    kinds = dict(zip(dict.fromkeys(kind for kind, *_ in points), "os^D"))
+    there = {name for _, name, _ in points} - {"full", "ptq", "ste"}
+    names = [name for name in WORDS if name in there]
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    places = np.arange(len(names))[::-1]
-    for key, cell in cells.items():
-        shares = [np.clip(recovered(cell, name), -1.05, 1.05) for name in names]
-        marker = {"MLP": "o", "CNN": "s", "ViT": "^"}[key.split()[1]]
-        colors = [COLORS.get(name, OTHER) for name in names]
-        axis.scatter(
-            shares, places, c=colors, marker=marker, alpha=0.75, edgecolors="black"
-        )
-    for marker, text in (("o", "MLP"), ("s", "CNN"), ("^", "ViT")):
-        axis.scatter([], [], c=OTHER, marker=marker, edgecolors="black", label=text)
+    for kind, name, share in points:
+        if name in names:
+            axis.scatter(
+                np.clip(np.nan_to_num(share, nan=-np.inf), -1.05, 1.05),
+                -names.index(name),
+                c=COLORS.get(name, OTHER),
+                marker=kinds[kind],
+                alpha=0.75,
+                edgecolors="black",
+            )
+    for kind, marker in kinds.items():
+        axis.scatter([], [], c=OTHER, marker=marker, edgecolors="black", label=kind)
     axis.legend(loc="lower left")
     axis.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
-    axis.set_yticks(places, [WORDS[name] for name in names])
+    axis.set_yticks(-np.arange(len(names)), [WORDS[name] for name in names])
     axis.set_xlim(-1.1, 1.1)
     axis.set_xlabel(
         "share of the gap between STE and full precision that is recovered\n"
-        "(train loss; what is below -1 or above 1 lies at the edge)"
+        f"({what}; what is below -1 or above 1 lies at the edge)"
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -112,6 +138,7 @@ PLOTS = {
     "quadratics": quadratics,
     "classifiers": classifiers,
     "language_models": language_models,
+    "finetuning": finetuning,
 }
 
 

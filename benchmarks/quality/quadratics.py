@@ -30,6 +30,7 @@ BITS = (4, 3, 2)
 GRIDS = ("absmax", "fixed", "RMS")
 OPTIMIZERS = ("SGD", "Adam", "Muon")
 FLOORS = (0.1, 0.0)
+TINY = {"seeds": 2, "steps": 20}
 # Chosen for STE at W4 of absmax, correlated, κ 100, noise 0, and for nothing else.
 PEAK_RATE = {"SGD": 0.1, "Adam": 0.01, "Muon": 0.02}
 # Of the largest weights over the smallest, where scales differ.

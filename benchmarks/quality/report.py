@@ -16,6 +16,7 @@ from cells import RESULTS
 from measurement import Rows
 from methods import WORDS
 
+NOT_MEASURED = "n/a"
 README = Path(__file__).resolve().parent / "README.md"
 _FACTORS = {
     "width": lambda key, _: key.split()[0],
@@ -206,6 +207,107 @@ def language_models_by_size(record: Mapping[str, Any]) -> Rows:
     return Rows([*header, WORDS["recommended"], "difference"], lines)
 
 
+# --- fine-tuning ----------------------------------------------------------------------
+
+Tuned = dict[tuple[str, str], dict[str, dict[int, float]]]
+
+
+def finetuned(record: Mapping[str, Any]) -> Tuned:
+    """By target and text the losses of each method, by seed; infinite if diverged.
+
+    What is not measured of a target is not there. Full precision is of all of them.
+    """
+    found: Tuned = {}
+    shared: dict[str, dict[int, float]] = {}
+    for name, cell in record["cells"].items():
+        seed = int(name.rpartition("seed ")[2])
+        for label, losses in cell.items():
+            target, _, arm = label.rpartition(": ")
+            for text, loss in losses.items():
+                by_arm = found.setdefault((target, text), {})
+                by_arm.setdefault(arm, {})[seed] = np.inf if loss is None else loss
+    for target, text in list(found):
+        if not target:
+            shared[text] = found.pop((target, text))["full"]
+    for (_, text), by_arm in found.items():
+        if text in shared:
+            by_arm["full"] = shared[text]
+    return {key: by_arm for key, by_arm in found.items() if "ste" in by_arm}
+
+
+def finetuning(record: Mapping[str, Any]) -> Rows:
+    """Perplexities."""
+    table = finetuned(record)
+    names = _measured_of(table)
+    lines = []
+    for (target, text), by_arm in table.items():
+        line = [f"{target}, {text}", str(len(by_arm["ste"]))]
+        for name in names:
+            losses = list(by_arm.get(name, {}).values())
+            line.append(_perplexity(losses))
+        lines.append(line)
+    return Rows(["trained, judged", "seeds", *(WORDS[name] for name in names)], lines)
+
+
+def _measured_of(table):
+    return [name for name in WORDS if any(name in by_arm for by_arm in table.values())]
+
+
+def _perplexity(losses):
+    if not losses:
+        return NOT_MEASURED
+    if not np.isfinite(losses).all():
+        return "diverged"
+    value = np.exp(np.mean(losses))
+    if len(losses) == 1:
+        return f"{value:.2f}"
+    return f"{value:.2f} ± {value * np.std(losses, ddof=1) / np.sqrt(len(losses)):.2f}"
+
+
+def finetuning_recovered(record: Mapping[str, Any]) -> Rows:
+    """The share of the gap in loss between STE and full precision that is recovered.
+
+    Of the seeds that all three have.
+    """
+    table = finetuned(record)
+    names = [name for name in _measured_of(table) if name not in ("full", "ste")]
+    lines = [
+        [
+            f"{target}, {text}",
+            _gap(by_arm),
+            *(_percent(share_of_gap(by_arm, name)) for name in names),
+        ]
+        for (target, text), by_arm in table.items()
+    ]
+    header = ["trained, judged", "gap of STE", *(WORDS[name] for name in names)]
+    return Rows(header, lines)
+
+
+def _gap(by_arm):
+    ste, full = by_arm["ste"], by_arm.get("full", {})
+    gaps = [ste[seed] - full[seed] for seed in ste if seed in full]
+    return f"{np.mean(gaps):.3f}" if gaps else NOT_MEASURED
+
+
+def share_of_gap(by_arm: Mapping[str, Mapping[int, float]], name: str) -> float | None:
+    """What a method recovers of the gap, minus infinity if it diverged.
+
+    None where it is not measured.
+    """
+    ours, ste, full = (by_arm.get(each, {}) for each in (name, "ste", "full"))
+    seeds = [seed for seed in ours if seed in ste and seed in full]
+    if not seeds:
+        return None
+    mean = [np.mean([part[seed] for seed in seeds]) for part in (ours, ste, full)]
+    return float((mean[1] - mean[0]) / (mean[1] - mean[2]))
+
+
+def _percent(share):
+    if share is None:
+        return NOT_MEASURED
+    return f"{share:.0%}" if np.isfinite(share) else "diverged"
+
+
 # --- the README -----------------------------------------------------------------------
 
 # By the name of a place: the file, and what becomes of it.
@@ -215,6 +317,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "language_models": ("language_models", language_models),
     "language_models_recovered": ("language_models", language_models_recovered),
     "language_models_by_size": ("language_models", language_models_by_size),
+    "finetuning": ("finetuning", finetuning),
+    "finetuning_recovered": ("finetuning", finetuning_recovered),
     "classifiers_recovered": ("classifiers", classifiers_recovered),
     "classifiers_train_loss": ("classifiers", lambda r: classifiers(r, "train_loss")),
     "classifiers_test_loss": ("classifiers", lambda r: classifiers(r, "test_loss")),

@@ -7,6 +7,7 @@ Cells that are there are kept; the tables of README.md and the pictures are made
 """
 
 import dataclasses
+import inspect
 import sys
 import tempfile
 from pathlib import Path
@@ -16,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import classifiers
+import finetuning
 import language_models
 import plots
+import prose
 import quadratics
 import report
 import tables
@@ -30,11 +33,13 @@ TABLES = {
     "quadratics": quadratics,
     "classifiers": classifiers,
     "language_models": language_models,
+    "finetuning": finetuning,
 }
 PLAN = {
     "quadratics": "54 programs of 600 problems and 10 trainings: 25 minutes",
     "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
     "language_models": "39 cells of 3 to 12 trainings of 1000 steps: 4 hours",
+    "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
 }
 
 
@@ -46,6 +51,8 @@ class Settings:
     """Which one."""
     only: tuple[str, ...] = ()
     """Cells whose names begin so, such as "digits ViT"; by default all."""
+    data: Path = prose.DATA
+    """Folder of texts and images that are downloaded."""
     seeds: int | None = None
     """Problems or trainings of each cell; by default the published number."""
     tiny: bool = False
@@ -58,10 +65,10 @@ def main() -> int:
     settings = tyro.cli(Settings, description=__doc__)
     module, name = TABLES[settings.table], settings.table
     seeds = {} if settings.seeds is None else {"seeds": settings.seeds}
-    of_seeds = name == "language_models"  # whose cells are of one
+    of_one = "seeds" in _arguments(module.names)
     keys = [
         key
-        for key in module.names(**seeds if of_seeds else {})
+        for key in module.names(**seeds if of_one else {})
         if key.startswith(settings.only or "")
     ]
     try:
@@ -73,10 +80,9 @@ def main() -> int:
         if settings.tiny:
             table = Table(name, {}, folder=None)
             with tempfile.TemporaryDirectory() as runs:
-                small = {"size": "tiny", "runs": Path(runs)} if of_seeds else {}
-                module.measure(
-                    console, seeds=2, steps=20, only=keys[:1], table=table, **small
-                )
+                options = _taken(module, data=settings.data, runs=Path(runs))
+                options |= {"only": keys[:1], "table": table}
+                module.measure(console, **options, **module.TINY)
             console.print("A trial: nothing is written.")
             return 0
         if settings.seeds is not None and settings.seeds < 2:
@@ -85,7 +91,8 @@ def main() -> int:
                 f"{settings.seeds}. Leave it out."
             )
         console.print(f"{name}: {PLAN[name]}.", highlight=False)
-        module.measure(console, **seeds, only=keys)
+        options = _taken(module, data=settings.data)
+        module.measure(console, **seeds, only=keys, **options)
     except KeyboardInterrupt:
         console.print(
             "stopped; all cells so far are kept. Go on with the same command."
@@ -98,6 +105,16 @@ def main() -> int:
     tables.write(report.README, report.section)
     console.print(f"Table and picture of {name} are in {report.README.parent.name}/.")
     return 0
+
+
+def _taken(module, **options):
+    """What a table's measurement has a use for."""
+    names = _arguments(module.measure)
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _arguments(function):
+    return inspect.signature(function).parameters
 
 
 if __name__ == "__main__":
