@@ -6,19 +6,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import measurement
 import optax
 import tyro
+import utilization
 from measurement import Rows
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import train_lm
+from sizes import SIZES
 
 # What is timed: a segment of the program, and the settings that differ.
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +43,8 @@ COMPILED = {
 class Settings:
     """Times a train step at full precision, with STE and with CAGE, in turns."""
 
+    size: Literal["demo", "30m", "100m"] = "demo"
+    """Of the model; those of the paper are for a large GPU or a TPU."""
     rounds: int = 30
     """Timed steps of each kind."""
     tiny: bool = False
@@ -117,12 +121,13 @@ def measure(
 
     settings = experiment.settings
     return {
-        "name": "train_step",
+        "name": name_of(size),
         "benchmark": "train_step",
         "title": f"A train step of the {size} model, {settings.batch} x "
         f"{settings.sequence} bytes",
         "environment": measurement.environment(),
         "settings": {"size": size, "rounds": rounds, "warmup": warmup},
+        "device": jax.devices()[0].device_kind,
         "figures": {
             name: {
                 "seconds": statistics.median(times[name]),
@@ -156,20 +161,31 @@ def measure(
     }
 
 
+def name_of(size: str) -> str:
+    """That of a record."""
+    return "train_step" if size == "demo" else f"train_step_{size}"
+
+
 def table(record: dict[str, Any]) -> Rows:
-    """The table of a record."""
+    """The table of a record; the MFU is of bfloat16, on chips that are known."""
+    size = SIZES[record["settings"]["size"]]
+    tokens = size.batch * size.sequence
+    operations = tokens * utilization.operations(size, vocabulary=256)
+    peak = utilization.peak_of(record.get("device", ""))
     cells = [
         [
             name,
             f"{1e3 * each['seconds']:.1f}",
+            f"{tokens / each['seconds']:,.0f}",
+            f"{operations / each['seconds'] / peak:.1%}" if peak else "",
             f"{each['to STE']:.2f}",
             f"{each['to full precision']:.2f}",
             f"{each['compile']:.1f}" if each.get("compile") else "",
         ]
         for name, each in record["figures"].items()
     ]
-    header = ["step", "ms", "to STE", "to full precision", "8 layers, compile, s"]
-    return Rows(header, cells)
+    header = ["step", "ms", "tokens/s", "MFU", "to STE", "to full precision"]
+    return Rows([*header, "8 layers, compile, s"], cells)
 
 
 def main() -> int:
@@ -182,7 +198,7 @@ def main() -> int:
     if settings.tiny:
         record = measure("tiny", 2, 1, deep="tiny", compiles=1)
     else:
-        record = measure("demo", settings.rounds)
+        record = measure(settings.size, settings.rounds)
     measurement.finish(record, table(record), console, keep=not settings.tiny)
     return 0
 

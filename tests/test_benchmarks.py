@@ -22,6 +22,7 @@ import quantizers
 import sharding
 import tables
 import train_step
+import utilization
 from rich.console import Console
 
 import cage_jax as cage
@@ -324,11 +325,36 @@ def test_the_record_of_train_steps(monkeypatch):
     for cells in rows.cells:
         assert len(cells) == len(rows.header)
         assert (cells[-1] != "") == (cells[0] in train_step.COMPILED)
+        assert cells[3] == ""  # of a CPU no peak is known
+    seconds = made["figures"]["W4A4 STE"]["seconds"]
+    (line,) = [cells for cells in rows.cells if cells[0] == "W4A4 STE"]
+    assert line[2] == f"{8 * 64 / seconds:,.0f}"
+    on_gpu = train_step.table(made | {"device": "NVIDIA H200"})
+    (line,) = [cells for cells in on_gpu.cells if cells[0] == "W4A4 STE"]
+    # One layer of width 64, of windows of 64; its head is of 256 bytes.
+    weights = 4 * 64**2 + 3 * 64 * 192 + 64 * 256
+    each = 6 * weights + 12 * 64 * 64
+    assert line[3] == f"{8 * 64 * each / seconds / 989e12:.1%}"
     ratios = {t["text"]: t["measured"] for t in made["targets"]}
     compiled = made["compile seconds"]
     assert ratios["compiling 8 layers with everything, to full precision"] == (
         compiled["W4A4 KV4 CAGE, active"][0] / compiled["full precision"][0]
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_chip(device, peak):
+    assert utilization.peak_of(device) == peak
 
 
 def test_the_record_of_curvature(monkeypatch):

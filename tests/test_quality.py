@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import cells
 import classifiers
+import experiment
 import finetuning
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import methods
 import networks
 import numpy as np
 import optax
+import paper
 import plots
 import prose
 import pytest
@@ -306,6 +308,38 @@ def test_cells_of_language_models():
     assert settings.floor == 0.1 and settings.arms == language_models.OF_SIZES
     sixteen = [name for name in names if "A16" in name]
     assert language_models.settings_of(sixteen[0], None).a_bits == 16
+
+
+def test_the_paper_is_language_models_of_another_size(tmp_path, monkeypatch):
+    asked = []
+
+    def run(settings, console):
+        asked.append(settings)
+        return {
+            arm: SimpleNamespace(loss=3.0 - 0.1 * number)
+            for number, arm in enumerate(settings.arms)
+        }
+
+    monkeypatch.setattr(language_models.train_lm, "run", run)
+    with pytest.raises(ValueError, match="`--dataset` or `--text` must be given"):
+        paper.measure(QUIET)
+    text = tmp_path / "a.txt"
+    text.write_text("words " * 2**16)
+    only = paper.names()[1:]
+    monkeypatch.setattr(experiment.Experiment, "__init__", lambda self, settings: None)
+    report_of = SimpleNamespace(rows=[])
+    monkeypatch.setattr(experiment.Experiment, "report", report_of, raising=False)
+    table = cells.Table("paper", {}, tmp_path)
+    paper.measure(QUIET, only=only, table=table, text=[text], runs=tmp_path)
+    (settings,) = asked
+    assert (settings.size, settings.w_bits, settings.layers) == ("30m", 3, 6)
+    assert settings.arms == tuple(experiment.ARMS) and settings.steps == 1144
+    assert settings.text == (text,) and settings.vocabulary == 32_000
+    record = table.record()
+    (line,) = report.language_models(record).cells
+    assert line[0] == "W3A3 of 6 layers, rate to 10%"
+    plots.paper(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # --- fine-tuning ----------------------------------------------------------------------

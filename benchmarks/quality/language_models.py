@@ -43,13 +43,18 @@ def names(seeds: int = SEEDS) -> list[str]:
 
 
 def settings_of(
-    name: str, steps: int | None, size: str | None = None, runs: Path = RUNS
+    name: str,
+    steps: int | None,
+    size: str | None = None,
+    runs: Path = RUNS,
+    **changes: Any,
 ) -> Settings:
-    """The settings of a cell's run."""
+    """The settings of a cell's run; `changes` are what no name of a cell says."""
     parts = _NAME.fullmatch(name)
     assert parts is not None
     w_bits, a_bits, layers, percent, seed = map(float, parts.groups())
     return Settings(
+        **changes,
         size=size,
         w_bits=int(w_bits),
         a_bits=int(a_bits),
@@ -57,8 +62,7 @@ def settings_of(
         floor=percent / 100,
         seed=int(seed),
         steps=steps,
-        arms=tuple(ARMS) if layers == LAYERS else OF_SIZES,
-        devices=1,
+        arms=OF_SIZES if size is None and layers != LAYERS else tuple(ARMS),
         out=runs / re.sub(r"\W+", "_", name),
         resume=True,
     )
@@ -73,6 +77,8 @@ def measure(
     table: Table | None = None,
     size: str | None = None,
     runs: Path = RUNS,
+    name: str = "language_models",
+    **changes: Any,
 ) -> Table:
     """Fills the table, cell by cell, as `quadratics.measure` does.
 
@@ -84,14 +90,18 @@ def measure(
       table: to fill; None for the one that is kept.
       size: of the model; None for that of the demonstration.
       runs: folder of the checkpoints.
+      name: of the table.
+      **changes: settings of `train_lm.py` that no name of a cell says.
     """
-    common = Settings(size=size, steps=steps).resolved()
-    kept = ("size", "steps", "batch", "sequence", "learning_rate", "strength")
+    changes = {"devices": 1} | changes
+    common = Settings(size=size, steps=steps, **changes).resolved()
+    kept = ["size", "steps", "batch", "sequence", "learning_rate", "strength"]
+    kept += sorted(changes.keys() - {"devices", "text"})
     settings = {name: getattr(common, name) for name in kept}
-    table = table or Table("language_models", settings)
+    table = table or Table(name, settings)
 
     def one(name):
-        settings = settings_of(name, steps, size, runs)
+        settings = settings_of(name, steps, size, runs, **changes)
         results = train_lm.run(settings, console)
         return _figures(Experiment(settings.resolved()), results)
 

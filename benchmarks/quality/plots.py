@@ -82,6 +82,17 @@ def finetuning(record: Mapping[str, Any], path: Path) -> None:
     _shares(points, "each text is a point", path)
 
 
+def paper(record: Mapping[str, Any], path: Path) -> None:
+    """What each method recovers of the gap to full precision, width by width."""
+    points = []
+    for key, cell in record["cells"].items():
+        losses = cell["loss"]
+        gap = losses["ste"] - losses["full"]
+        for name, loss in losses.items():
+            points.append((key.split()[0], name, (losses["ste"] - loss) / gap))
+    _shares(points, "each seed is a point", path)
+
+
 def _shares(points, what, path):
     """Points (kind, method, share recovered), a line for each method."""
     kinds = dict(zip(dict.fromkeys(kind for kind, *_ in points), "os^D"))
@@ -139,6 +150,7 @@ PLOTS = {
     "classifiers": classifiers,
     "language_models": language_models,
     "finetuning": finetuning,
+    "paper": paper,
 }
 
 

@@ -317,6 +317,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "language_models": ("language_models", language_models),
     "language_models_recovered": ("language_models", language_models_recovered),
     "language_models_by_size": ("language_models", language_models_by_size),
+    "paper": ("paper", language_models),
+    "paper_recovered": ("paper", language_models_recovered),
     "finetuning": ("finetuning", finetuning),
     "finetuning_recovered": ("finetuning", finetuning_recovered),
     "classifiers_recovered": ("classifiers", classifiers_recovered),

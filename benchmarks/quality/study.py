@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import classifiers
 import finetuning
 import language_models
+import paper
 import plots
 import prose
 import quadratics
@@ -34,12 +35,14 @@ TABLES = {
     "classifiers": classifiers,
     "language_models": language_models,
     "finetuning": finetuning,
+    "paper": paper,
 }
 PLAN = {
     "quadratics": "54 programs of 600 problems and 10 trainings: 25 minutes",
     "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
     "language_models": "39 cells of 3 to 12 trainings of 1000 steps: 4 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
+    "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }
 
 
@@ -53,6 +56,10 @@ class Settings:
     """Cells whose names begin so, such as "digits ViT"; by default all."""
     data: Path = prose.DATA
     """Folder of texts and images that are downloaded."""
+    text: tuple[Path, ...] = ()
+    """Of paper: text files to train on."""
+    dataset: str | None = None
+    """Of paper: instead of files a Hugging Face dataset, by its name or its folder."""
     seeds: int | None = None
     """Problems or trainings of each cell; by default the published number."""
     tiny: bool = False
@@ -80,7 +87,7 @@ def main() -> int:
         if settings.tiny:
             table = Table(name, {}, folder=None)
             with tempfile.TemporaryDirectory() as runs:
-                options = _taken(module, data=settings.data, runs=Path(runs))
+                options = _taken(module, settings, runs=Path(runs))
                 options |= {"only": keys[:1], "table": table}
                 module.measure(console, **options, **module.TINY)
             console.print("A trial: nothing is written.")
@@ -91,7 +98,7 @@ def main() -> int:
                 f"{settings.seeds}. Leave it out."
             )
         console.print(f"{name}: {PLAN[name]}.", highlight=False)
-        options = _taken(module, data=settings.data)
+        options = _taken(module, settings)
         module.measure(console, **seeds, only=keys, **options)
     except KeyboardInterrupt:
         console.print(
@@ -107,8 +114,10 @@ def main() -> int:
     return 0
 
 
-def _taken(module, **options):
+def _taken(module, settings, **options):
     """What a table's measurement has a use for."""
+    flags = {name: getattr(settings, name) for name in ("data", "text", "dataset")}
+    options = flags | options
     names = _arguments(module.measure)
     return {name: value for name, value in options.items() if name in names}
 
