@@ -8,6 +8,7 @@ import optax
 from cage_jax.adamw import AdamW
 from cage_jax.curvature import Curvature
 from cage_jax.fused import FusedAdamW, FusedStep
+from cage_jax.recommendation import recommended
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule, check_learning_rate
 from cage_jax.transform import decoupled, post_step
@@ -18,7 +19,7 @@ Placement = Literal["decoupled", "post_step"]
 def cage_adamw(
     learning_rate: ScalarOrSchedule,
     rules: Rules,
-    strength: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -27,6 +28,7 @@ def cage_adamw(
     weight_decay: float = 1e-4,
     mask: Any | Callable | None = None,
     *,
+    total_steps: int | None = None,
     nesterov: bool = False,
     placement: Placement = "decoupled",
     curvature: Curvature | None = None,
@@ -42,12 +44,15 @@ def cage_adamw(
     Args:
       learning_rate: a number or a schedule from the step's count.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`.
+      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
+        paper's; None for the recommended one, of a training of `total_steps`.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
         `optax.adamw`; the paper uses b1=0.9, b2=0.95, weight_decay=0.1. `mask` says
         which parameters decay.
       placement: "decoupled" for the error at the weights before the step, "post_step"
         for the order of the authors' PyTorch code; see the functions of these names.
+      total_steps: length of the training in optimizer steps, in place of `strength`:
+        strength and curvature are then those of `recommended`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
@@ -59,11 +64,16 @@ def cage_adamw(
       a kernel for each large parameter where it runs on one TPU.
 
     Raises:
-      TypeError, ValueError: as `decoupled`.
+      TypeError, ValueError: as `decoupled` and `recommended`; for neither `strength`
+        nor `total_steps`, and for both.
 
     Example:
       >>> import cage_jax as cage
       >>> rules = cage.Rules([(r".*kernel", cage.int4(group_size=32))])
+      >>> tx = cage.cage_adamw(1e-3, rules, total_steps=1000)
+
+      As in the paper:
+
       >>> strength = cage.silence_then_ramp(total_steps=1000)
       >>> tx = cage.cage_adamw(1e-3, rules, strength, weight_decay=0.1)
 
@@ -87,6 +97,7 @@ def cage_adamw(
             f"'decoupled', the paper's default; for the coupled form use "
             f"optax.chain(cage(rules, strength), optax.adamw(learning_rate))."
         )
+    strength, curvature = _correction(learning_rate, strength, total_steps, curvature)
     place = decoupled if placement == "decoupled" else post_step
     transformation = place(
         adamw,
@@ -111,10 +122,11 @@ def cage_adamw(
 def cage_sgd(
     learning_rate: ScalarOrSchedule,
     rules: Rules,
-    strength: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
     momentum: float | None = None,
     nesterov: bool = False,
     *,
+    total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
@@ -129,8 +141,10 @@ def cage_sgd(
     Args:
       learning_rate: a number or a schedule from the step's count.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`.
+      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
+        paper's; None for the recommended one, of a training of `total_steps`.
       momentum, nesterov: as in `optax.sgd`.
+      total_steps: as in `cage_adamw`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
@@ -139,16 +153,17 @@ def cage_sgd(
       A transformation.
 
     Raises:
-      TypeError, ValueError: as `decoupled`.
+      TypeError, ValueError: as `cage_adamw`.
 
     Example:
       >>> import cage_jax as cage
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = cage.cage_sgd(0.1, rules, cage.silence_then_ramp(1000), momentum=0.9)
+      >>> tx = cage.cage_sgd(0.1, rules, momentum=0.9, total_steps=1000)
 
     Source: CAGE, arXiv 2510.18784.
     """
     check_learning_rate(learning_rate)
+    strength, curvature = _correction(learning_rate, strength, total_steps, curvature)
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
         rules,
@@ -158,3 +173,23 @@ def cage_sgd(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
+
+
+def _correction(learning_rate, strength, total_steps, curvature):
+    """Strength and curvature: those that are given, else the recommended ones."""
+    if strength is None and total_steps is None:
+        raise TypeError(
+            "`total_steps` must be given, the length of the training in optimizer "
+            "steps, for the strength that is recommended; or `strength`."
+        )
+    if total_steps is None:
+        return strength, curvature
+    if strength is not None:
+        raise ValueError(
+            f"`total_steps` must not come with `strength`, which says all; got "
+            f"{total_steps} and {strength!r}. Leave one of them out."
+        )
+    chosen = recommended(learning_rate, total_steps)
+    if curvature is not None:
+        chosen["curvature"] = curvature
+    return chosen["strength"], chosen["curvature"]

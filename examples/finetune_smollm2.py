@@ -263,11 +263,13 @@ class Finetuning:
         clip = optax.clip_by_global_norm(1.0)
         if stretch.target is None:
             return optax.chain(clip, optax.adamw(rate, b2=0.95, weight_decay=0.0))
-        rules, chosen = (
+        adamw = cage.cage_adamw(
+            rate,
             rules_of(stretch.target),
-            cage.recommended(rate, stretch.steps),
+            total_steps=stretch.steps,
+            b2=0.95,
+            weight_decay=0.0,
         )
-        adamw = cage.cage_adamw(rate, rules, b2=0.95, weight_decay=0.0, **chosen)
         return optax.chain(clip, adamw)
 
     def start(self, stretch: Stretch, params: Any) -> Any:

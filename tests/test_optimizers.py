@@ -155,6 +155,35 @@ def test_options_reach_the_correction(build, start):
     assert tree_get(state, "codes_flipped") == 0
 
 
+@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+def test_the_default_is_what_is_recommended(build, start):
+    params, gradients = jax.tree.map(np.float32, start)
+    rate = optax.cosine_decay_schedule(0.1, 4)
+    chosen = cage.recommended(rate, 4)
+    found = train(build(rate, RULES, total_steps=4), params, gradients)
+    chex.assert_trees_all_equal(
+        found, train(build(rate, RULES, **chosen), params, gradients)
+    )
+    own = cage.curvature.second_moment() if build is cage.cage_adamw else None
+    if own is not None:
+        found = train(
+            build(rate, RULES, total_steps=4, curvature=own), params, gradients
+        )
+        chosen["curvature"] = own
+        expected = train(build(rate, RULES, **chosen), params, gradients)
+        chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+def test_strength_or_steps(build):
+    with pytest.raises(TypeError, match=r"`total_steps` must be .*; or `strength`"):
+        build(1e-3, RULES)
+    with pytest.raises(ValueError, match=r"`total_steps` must not .* 100 and 1\.0"):
+        build(1e-3, RULES, 1.0, total_steps=100)
+    with pytest.raises(ValueError, match="`total_steps` must be"):
+        build(1e-3, RULES, total_steps=0)
+
+
 @pytest.mark.parametrize("make", [cage.cage_adamw, cage.cage_sgd])
 def test_arguments_in_another_order(make):
     rules = cage.Rules([(".*", cage.int4())])
