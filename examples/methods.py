@@ -6,6 +6,8 @@ papers, or of their authors' code, and where a paper has none it is said here.
 """
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -50,11 +52,21 @@ class Method(NamedTuple):
       optimizer: of a training.
       weights: those of the loss whose gradient is taken, of a training, the parameters,
         the step and a key.
+      number: the one number that is tuned where methods are, in words; "" for none.
     """
 
     words: str
-    optimizer: Callable[[Training], optax.GradientTransformation] = _plain
-    weights: Callable[[Training, Any, jax.Array, jax.Array], Any] = _straight_through
+    optimizer: Callable[..., optax.GradientTransformation] = _plain
+    weights: Callable[..., Any] = _straight_through
+    number: str = ""
+
+    def times(self, factor: float) -> "Method":
+        """The method with its number so many times that of the paper."""
+        if not self.number:
+            raise ValueError(f"{self.words} has no number to be tuned")
+        if self.optimizer is _plain:
+            return self._replace(weights=partial(self.weights, factor=factor))
+        return self._replace(optimizer=partial(self.optimizer, factor=factor))
 
 
 def _pulled(training, **chosen):
@@ -63,32 +75,39 @@ def _pulled(training, **chosen):
     )
 
 
-def _published(training):
-    return _pulled(training, strength=cage.silence_then_ramp(training.steps))
+def _published(training, factor=1.0):
+    strength = cage.silence_then_ramp(training.steps, PUBLISHED_STRENGTH * factor)
+    return _pulled(training, strength=strength)
 
 
+PUBLISHED_STRENGTH = 10.0
 # The paper's runs have 1.6 to 2.9.
 DOSE = 2.0
+RECOMMENDED_DOSE = signature(cage.recommended).parameters["dose"].default
+DAMPENING = 0.1
 
 
-def _matched(training):
+def _matched(training, factor=1.0):
     ramp = cage.ramp_to_dose(
-        training.rate, training.steps, dose=DOSE, silence=0.8, power=1.0
+        training.rate, training.steps, dose=DOSE * factor, silence=0.8, power=1.0
     )
     return _pulled(training, strength=ramp)
 
 
-def _recommended(training):
-    return _pulled(training, **cage.recommended(training.rate, training.steps))
+def _recommended(training, factor=1.0):
+    dose = RECOMMENDED_DOSE * factor
+    chosen = cage.recommended(training.rate, training.steps, dose=dose)
+    return _pulled(training, **chosen)
 
 
-def _dampening(training):
-    strength = baselines.cosine_ramp(training.steps)
+def _dampening(training, factor=1.0):
+    strength = baselines.cosine_ramp(training.steps, DAMPENING * factor)
     return optax.chain(baselines.dampening(training.rules, strength), training.base)
 
 
-def _lotion(training):
-    return optax.chain(baselines.lotion(training.rules), training.base)
+def _lotion(training, factor=1.0):
+    penalty = baselines.lotion(training.rules, factor)
+    return optax.chain(penalty, training.base)
 
 
 def _unrounded(training, params, step, key):
@@ -96,19 +115,22 @@ def _unrounded(training, params, step, key):
     return params
 
 
-def _parq(training, params, step, key):
+def _parq(training, params, step, key, factor=1.0):
     del key
-    slope = baselines.parq_schedule(training.steps)(step)
+    slope = baselines.parq_schedule(training.steps, steepness=STEEPNESS * factor)(step)
     return baselines.parq(params, training.rules, slope)
 
 
+STEEPNESS = 10.0
+INTERPOLATED = 0.4
 # The paper's K is 60,000 steps of trainings whose length it does not say.
 INTERPOLATIONS = 5
 
 
-def _winq(training):
+def _winq(training, factor=1.0):
     every = max(1, training.steps // INTERPOLATIONS)
-    pull = baselines.interpolation(training.rules, every=every)
+    share = min(1.0, INTERPOLATED * factor)
+    pull = baselines.interpolation(training.rules, share, every=every)
     return optax.chain(training.base, pull)
 
 
@@ -120,13 +142,13 @@ def _noisy(training, params, step, key):
 # By name, those that are trained.
 METHODS = {
     "ste": Method("straight through (STE)"),
-    "cage": Method("CAGE as published", _published),
-    "matched": Method(f"CAGE, dose {DOSE:g}", _matched),
-    "recommended": Method("CAGE as recommended", _recommended),
-    "dampening": Method("dampening", _dampening),
-    "lotion": Method("LOTION", _lotion, _unrounded),
-    "parq": Method("PARQ", weights=_parq),
-    "winq": Method("WinQ", _winq, _noisy),
+    "cage": Method("CAGE as published", _published, number="strength"),
+    "matched": Method(f"CAGE, dose {DOSE:g}", _matched, number="dose"),
+    "recommended": Method("CAGE as recommended", _recommended, number="dose"),
+    "dampening": Method("dampening", _dampening, number="strength"),
+    "lotion": Method("LOTION", _lotion, _unrounded, number="strength"),
+    "parq": Method("PARQ", weights=_parq, number="steepness"),
+    "winq": Method("WinQ", _winq, _noisy, number="share of an interpolation"),
 }
 # Beside STE and CAGE as published.
 RIVALS = tuple(name for name in METHODS if name not in ("ste", "cage"))

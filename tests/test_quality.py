@@ -27,6 +27,7 @@ import quadratics
 import report
 import study
 import tables
+import tuned
 from checkpoints import RunFolder
 from rich.console import Console
 
@@ -241,11 +242,37 @@ def test_the_record_of_images(tmp_path, few):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_record_of_tuned_methods(tmp_path, monkeypatch):
+    chosen = {name: methods.METHODS[name] for name in ("ste", "dampening")}
+    monkeypatch.setattr(tuned, "METHODS", chosen)
+    monkeypatch.setattr(tuned, "FACTORS", (0.01, 100.0))
+    table = cells.Table("tuned", {}, tmp_path)
+    (name, *_) = tuned.names()
+    tuned.measure(QUIET, seeds=2, steps=40, only=[name], table=table)
+    found = table.cells[name]["dampening"]
+    assert found["tried"][0] < found["tried"][1] and found["factor"] == 0.01
+    # The one that is best on other seeds, on those of the other tables.
+    data = classifiers.load_digits()
+    method = methods.METHODS["dampening"].times(0.01)
+    network = networks.NETWORKS["MLP"]
+    trained = classifiers.train_all(method, network, 4, 0.1, data[0], 2, 40)
+    parts = tuple(map(classifiers.batches_of, data))
+    expected = classifiers.scores(trained.last, network, 4, parts).train_loss
+    np.testing.assert_allclose(found["train_loss"], expected, rtol=1e-5)
+    assert abs(np.mean(expected) - found["tried"][0]) > 1e-5
+    record = table.record()
+    rows = report.tuned(record)
+    line = dict(zip(rows.header, rows.cells[0]))
+    assert line["dampening"].endswith(" at 0.01")
+    plots.tuned(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_scores_are_of_quantized_weights_and_inputs():
-    data = classifiers.load_digits(prose.DATA)
+    data = classifiers.load_digits()
     network, rules = networks.NETWORKS["MLP"], networks.rules_of(2)
     params = network.initial(jax.random.key(1), 8)
-    parts = tuple(map(classifiers._batches, data))
+    parts = tuple(map(classifiers.batches_of, data))
     both = jax.tree.map(lambda x: x[None], params)
     (train_loss, _), (_, accuracy) = classifiers._scores(both, network, 2, parts)
     weights = cage.fake_quant(params, rules)
@@ -582,6 +609,22 @@ def test_every_method_does_something(name):
     assert bool(jnp.isfinite(last["x"]).all())
     same = bool((last["x"] == plain.last["x"]).all())
     assert same == (name == "ste")
+
+
+@pytest.mark.parametrize("name", methods.RIVALS)
+def test_the_number_of_a_method(name):
+    """Once the paper's it is that method; else it is another."""
+    method = methods.METHODS[name]
+    plain, once, less = (
+        _trained(name, **each._asdict()).last["x"]
+        for each in (method, method.times(1.0), method.times(0.3))
+    )
+    assert jnp.array_equal(plain, once) and not jnp.array_equal(once, less)
+
+
+def test_a_method_without_a_number():
+    with pytest.raises(ValueError, match="has no number"):
+        methods.METHODS["ste"].times(2.0)
 
 
 def test_the_average_is_of_the_last_fifth():

@@ -41,9 +41,8 @@ class Images(NamedTuple):
     labels: jax.Array
 
 
-def load_digits(folder: Path) -> tuple[Images, Images]:
+def load_digits() -> tuple[Images, Images]:
     """scikit-learn's: 1347 of 8 x 8 to train on, 450 to test with."""
-    del folder
 
     def images(data):
         return Images(data.images.reshape(-1, 8, 8), data.labels)
@@ -74,7 +73,8 @@ def load_fashion(folder: Path) -> tuple[Images, Images]:
     )
 
 
-DATA = {"digits": load_digits, "Fashion-MNIST": load_fashion}
+# By name, of the folder of what is downloaded.
+DATA = {"digits": lambda folder: load_digits(), "Fashion-MNIST": load_fashion}
 
 
 def loss_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def loss_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def _train_all(
+def train_all(
     method: Method,
     network: Network,
     bits: int | None,
@@ -91,6 +91,7 @@ def _train_all(
     data: Images,
     seeds: int,
     steps: int,
+    key: int = 0,
 ) -> Trained:
     """What all seeds end with; `bits` None quantizes nothing."""
     rules = rules_of(bits or 8)
@@ -115,7 +116,7 @@ def _train_all(
         params = network.initial(first, data.pixels.shape[1])
         return train(method, training, params, gradient, rest)
 
-    return one(jax.random.split(jax.random.key(0), seeds))
+    return one(jax.random.split(jax.random.key(key), seeds))
 
 
 class Scores(NamedTuple):
@@ -144,7 +145,23 @@ def _scores(params, network, bits, parts):
     return lax.map(of_seed, params)
 
 
-def _batches(data: Images) -> Images:
+def scores(
+    params: Any, network: Network, bits: int | None, parts: Sequence[Images]
+) -> Scores:
+    """What parameters of many seeds come to.
+
+    Args:
+      params: with an axis of seeds in front.
+      network: theirs.
+      bits: of weights and inputs; None quantizes nothing.
+      parts: to train on and to test with, in batches.
+    """
+    (train_loss, _), (test_loss, accuracy) = _scores(params, network, bits, parts)
+    found = train_loss, test_loss, accuracy
+    return Scores(*(np.asarray(each, np.float64) for each in found))
+
+
+def batches_of(data: Images) -> Images:
     """Batches of equal size, (batches, size, ...), of no more than `_MOST` images."""
     count = min(len(data.labels), _MOST)
     size = max(n for n in range(1, 513) if count % n == 0)
@@ -160,15 +177,13 @@ def scores_of_methods(
     steps: int,
 ) -> dict[str, Scores]:
     """All methods, and what comes of them."""
-    parts = tuple(map(_batches, data))
+    parts = tuple(map(batches_of, data))
 
     def ended(method, bits, floor):
-        return _train_all(method, network, bits, floor, data[0], seeds, steps)
+        return train_all(method, network, bits, floor, data[0], seeds, steps)
 
     def judged(params, bits):
-        (train_loss, _), (test_loss, accuracy) = _scores(params, network, bits, parts)
-        found = train_loss, test_loss, accuracy
-        return Scores(*(np.asarray(each, np.float64) for each in found))
+        return scores(params, network, bits, parts)
 
     unquantized = ended(Method("", weights=full), None, floor)
     found = {"full": judged(unquantized.last, None)}
@@ -181,6 +196,11 @@ def scores_of_methods(
             to_zero = trained if floor == 0 else ended(method, bits, 0.0)
             found["ste0"] = judged(to_zero.last, bits)
     return found
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """As the record has them."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def names() -> list[str]:
@@ -232,11 +252,8 @@ def measure(
             steps_of[network],
         )
         return {
-            name: {
-                part: [float(f"{value:.6g}") for value in values]
-                for part, values in scores._asdict().items()
-            }
-            for name, scores in found.items()
+            name: {part: rounded(values) for part, values in each._asdict().items()}
+            for name, each in found.items()
         }
 
     table.measure(only or names(), one, console)

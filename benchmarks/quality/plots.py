@@ -71,6 +71,16 @@ def classifiers(record: Mapping[str, Any], path: Path) -> None:
     _shares(points, "train loss", path)
 
 
+def tuned(record: Mapping[str, Any], path: Path) -> None:
+    """The same where all are tuned, width by width."""
+    points = [
+        (key.split()[-1], name, recovered(cell, name))
+        for key, cell in record["cells"].items()
+        for name in cell
+    ]
+    _shares(points, "train loss", path)
+
+
 def finetuning(record: Mapping[str, Any], path: Path) -> None:
     """What each method recovers of the gap to full precision, target by target."""
     points = [
@@ -149,6 +159,7 @@ PLOTS = {
     "quadratics": quadratics,
     "classifiers": classifiers,
     "language_models": language_models,
+    "tuned": tuned,
     "finetuning": finetuning,
     "paper": paper,
 }

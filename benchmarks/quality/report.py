@@ -138,6 +138,25 @@ def _cell_words(key):
     return f"{' '.join(name)}, rate to {float(floor):.0%}"
 
 
+# --- tuned ----------------------------------------------------------------------------
+
+
+def tuned(record: Mapping[str, Any]) -> Rows:
+    """What the best of the factors comes to, and which that is."""
+    cells = []
+    for key, cell in record["cells"].items():
+        names = [name for name in cell if name not in ("ste", "full")]
+        ste = cell["ste"]["train_loss"]
+        line = [key, f"{np.mean(ste):.4f}"]
+        line.append("{:+.4f} ± {:.4f}".format(*paired(cell["full"]["train_loss"], ste)))
+        for name in names:
+            mean, error = paired(cell[name]["train_loss"], ste)
+            line.append(f"{mean:+.4f} ± {error:.4f} at {cell[name]['factor']:g}")
+        cells.append(line)
+    header = ["trained", "STE", WORDS["full"], *(WORDS[name] for name in names)]
+    return Rows(header, cells)
+
+
 # --- language models ------------------------------------------------------------------
 
 
@@ -321,6 +340,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "paper_recovered": ("paper", language_models_recovered),
     "finetuning": ("finetuning", finetuning),
     "finetuning_recovered": ("finetuning", finetuning_recovered),
+    "tuned": ("tuned", tuned),
     "classifiers_recovered": ("classifiers", classifiers_recovered),
     "classifiers_train_loss": ("classifiers", lambda r: classifiers(r, "train_loss")),
     "classifiers_test_loss": ("classifiers", lambda r: classifiers(r, "test_loss")),

@@ -25,6 +25,7 @@ import prose
 import quadratics
 import report
 import tables
+import tuned
 import tyro
 from cells import Table
 from rich.console import Console
@@ -33,6 +34,7 @@ from rich.markup import escape
 TABLES = {
     "quadratics": quadratics,
     "classifiers": classifiers,
+    "tuned": tuned,
     "language_models": language_models,
     "finetuning": finetuning,
     "paper": paper,
@@ -40,6 +42,7 @@ TABLES = {
 PLAN = {
     "quadratics": "54 programs of 600 problems and 10 trainings: 25 minutes",
     "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
+    "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "39 cells of 3 to 12 trainings of 1000 steps: 4 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
