@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from
 `results/NAME.json` by the function `table` of the benchmark that wrote it; those of
-`quality/README.md` by the functions of `quality/report.py`.
+`quality/README.md`, and the summary in the project's own, by those of
+`quality/report.py`.
 """
 
 import dataclasses
@@ -21,12 +22,13 @@ from rich.console import Console
 
 README = Path(__file__).resolve().parent / "README.md"
 QUALITY = README.parent / "quality" / "README.md"
+FRONT = README.parents[1] / "README.md"
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Writes the tables of both README.md below benchmarks/ from the results there."""
+    """Writes the tables of every README.md from the results below benchmarks/."""
 
     check: bool = False
     """Write nothing; exit with 1 where a README.md differs from the files."""
@@ -91,7 +93,7 @@ def main() -> int:
     sys.path += [str(QUALITY.parent), str(README.parents[1] / "examples")]
     import report
 
-    sections = {README: section, QUALITY: report.section}
+    sections = {README: section, QUALITY: report.section, FRONT: report.section}
     if settings.check:
         texts = {readme: readme.read_text() for readme in sections}
         if any(filled(text, sections[place]) != text for place, text in texts.items()):

@@ -299,7 +299,7 @@ def test_the_record_of_language_models(tmp_path, monkeypatch):
     names = [
         name
         for name in language_models.names()
-        if re.match(r"W4A4 of 2 l|W3A3 of 4", name) and "10%" in name
+        if re.match(r"W4A4, 1 x|W3A3, 4 x", name) and "10%" in name
     ]
     assert len(names) == 6
     table = cells.Table("language_models", {}, tmp_path)
@@ -309,7 +309,8 @@ def test_the_record_of_language_models(tmp_path, monkeypatch):
     assert len({settings.out for settings in asked}) == 6
     record = table.record()
     rows = report.language_models(record)
-    assert [line[0] for line in rows.cells] == ["W4A4 of 2 layers, rate to 10%"]
+    (words,) = [line[0] for line in rows.cells]
+    assert words == "W4A4, 1 x 64, 4000 steps, rate to 10%"
     line = dict(zip(rows.header, rows.cells[0]))
     assert line["STE, learning rate to 0"] == "+0.0200 ± 0.0000, 0"
     assert line["CAGE as recommended"] == "-0.0190 ± 0.0006, 3"
@@ -317,24 +318,31 @@ def test_the_record_of_language_models(tmp_path, monkeypatch):
     line = dict(zip(shares.header, shares.cells[0]))
     assert (line["gap of STE"], line["CAGE as recommended"]) == ("0.0200", "95%")
     small, large = report.language_models_by_size(record).cells
-    assert [small[0], large[0]] == ["W4A4 of 2 layers", "W3A3 of 4 layers"]
-    # Kernels of twice as many layers, of three bits for four, and their scales.
+    assert [small[0], large[0]] == ["W4A4, 1 layers", "W3A3, 4 layers"]
+    # Kernels of four times as many layers, of three bits for four, and their scales.
     weights = [int(line[1].replace(",", "")) for line in (small, large)]
     sizes = [int(line[2].replace(",", "")) for line in (small, large)]
-    assert weights[1] == 2 * weights[0] == 4 * (4 * 128**2 + 3 * 128 * 384)
-    assert sizes[1] / sizes[0] == pytest.approx(2 * 3 / 4, rel=0.03)
+    assert weights[1] == 4 * weights[0] == 4 * (4 * 64**2 + 3 * 64 * 192)
+    assert sizes[1] / sizes[0] == pytest.approx(4 * 3 / 4, rel=0.06)
     plots.language_models(record, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_cells_of_language_models():
     names = language_models.names()
-    assert len(set(names)) == len(names) == 39
-    settings = language_models.settings_of(names[-1], 1000)
+    assert len(set(names)) == len(names) == 3 * (5 + 2 + 1 + 4)
+    settings = language_models.settings_of(names[-1])
     assert (settings.w_bits, settings.a_bits, settings.layers) == (2, 2, 6)
     assert settings.floor == 0.1 and settings.arms == language_models.OF_SIZES
+    assert (settings.size, settings.steps) == ("tiny", 4000)
     sixteen = [name for name in names if "A16" in name]
-    assert language_models.settings_of(sixteen[0], None).a_bits == 16
+    assert language_models.settings_of(sixteen[0]).a_bits == 16
+    (short, *_) = [name for name in names if "1000 steps" in name]
+    settings = language_models.settings_of(short)
+    assert (settings.size, settings.layers, settings.steps) == ("demo", 2, 1000)
+    assert settings.arms == tuple(experiment.ARMS)
+    # The sizes have as many bytes in their layers.
+    assert {bits * layers for bits, layers in language_models.SIZES_OF[1:]} == {12}
 
 
 def test_the_paper_is_language_models_of_another_size(tmp_path, monkeypatch):
@@ -364,7 +372,7 @@ def test_the_paper_is_language_models_of_another_size(tmp_path, monkeypatch):
     assert settings.text == (text,) and settings.vocabulary == 32_000
     record = table.record()
     (line,) = report.language_models(record).cells
-    assert line[0] == "W3A3 of 6 layers, rate to 10%"
+    assert line[0] == "W3A3, 6 x 640, 1144 steps, rate to 10%"
     plots.paper(record, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -666,6 +674,49 @@ def test_cells_of_other_settings_are_refused(tmp_path):
         cells.Table("some", {"seeds": 3, "steps": (1, 2)}, tmp_path)
 
 
+# --- all tables -----------------------------------------------------------------------
+
+
+def test_the_summary_is_of_all_tables(tmp_path):
+    def of_seeds(**losses):
+        return {name: {"train_loss": [loss, loss]} for name, loss in losses.items()}
+
+    common = {"ste": 3.0, "full": 1.0, "ptq": 4.0, "averaged": 2.0, "ste0": 3.0}
+    common |= {"cage": 2.5, "recommended": 2.0, "dampening": 3.0, "lotion": 5.0}
+    first = common | {"parq": 2.0, "winq": 2.0}
+    second = common | {"parq": 2.5, "winq": 2.9, "recommended": 1.8, "ste0": 3.5}
+    record = {
+        "cells": {
+            "digits MLP W4A4 0.1": of_seeds(**first),
+            "digits MLP W2A2 0.1": of_seeds(**second),
+            "digits MLP W4A4 0": of_seeds(**first),
+        }
+    }
+    (tmp_path / "classifiers.json").write_text(json.dumps(record))
+    words = {
+        f"{label}": {"law": loss}
+        for label, loss in {f"A: {k}": v for k, v in first.items()}.items()
+    }
+    words["full"] = words.pop("A: full")
+    record = {"cells": {"all, seed 0": words}}
+    (tmp_path / "finetuning.json").write_text(json.dumps(record))
+    rows = report.summary(tmp_path)
+    lines = {line[0]: dict(zip(rows.header, line)) for line in rows.cells}
+    assert list(lines) == [
+        "digits, MLP, rate to 10%",
+        "digits, MLP, rate to 0%",
+        "SmolLM2-135M, A",
+    ]
+    line = lines["digits, MLP, rate to 10%"]
+    assert line["CAGE as recommended"] == "50 to 60%"
+    assert line["CAGE as published"] == "25%"
+    assert line["STE, learning rate to 0"] == "-25 to 0%"
+    assert line["the best rival"] == "PARQ: 25 to 50%"
+    assert lines["SmolLM2-135M, A"]["CAGE as recommended"] == "50%"
+    found = tables.filled("<!-- table: summary -->\n<!-- end -->", report.section)
+    assert "| quadratics, rate to 10% |" in found
+
+
 # --- the command and the README -------------------------------------------------------
 
 
@@ -690,6 +741,8 @@ def test_the_readme_agrees_with_the_results():
     assert tables.filled(text, report.section) == text, (
         "run python benchmarks/tables.py"
     )
+    front = tables.FRONT.read_text()
+    assert tables.filled(front, report.section) == front
     places = re.findall(r"<!-- table: (\w+) -->", text)
     assert sorted(places) == sorted(report.SECTIONS)
     for picture in re.findall(r"\]\((results/\S+\.png)\)", text):

@@ -16,20 +16,20 @@ from sizes import SIZES
 
 SEEDS = 1
 BITS = (4, 3)
-SIZE = "30m"
-STEPS = SIZES[SIZE].steps // 10
+_SIZE = SIZES["30m"]
+MODEL = language_models.Model(_SIZE.layers, _SIZE.width, _SIZE.steps // 10)
 VOCABULARY = 32_000
 # Bytes: more than the steps have tokens, some four bytes each.
 LIMIT = 2_000_000_000
 RUNS = Path("runs/quality/paper")
-TINY = {"seeds": 2, "steps": 20, "size": "tiny", "vocabulary": 256}
+_FEW = {"vocabulary": 256, "batch": 2, "microbatch": 2, "sequence": 16}
+TINY = {"seeds": 2, "steps": 2, "dtype": "float32", **_FEW}
 
 
 def names(seeds: int = SEEDS) -> list[str]:
     """Those of all cells."""
-    layers = SIZES[SIZE].layers
     return [
-        f"W{bits}A{bits} of {layers} layers, rate to 10%, seed {seed}"
+        language_models.name_of(bits, bits, MODEL, 0.1, seed)
         for seed in range(seeds)
         for bits in BITS
     ]
@@ -39,28 +39,29 @@ def measure(
     console: Console,
     *,
     seeds: int = SEEDS,
-    steps: int = STEPS,
+    steps: int | None = None,
     only: Sequence[str] = (),
     table: Table | None = None,
-    size: str = SIZE,
     vocabulary: int = VOCABULARY,
     text: Sequence[Path] = (),
     dataset: str | None = None,
     runs: Path = RUNS,
+    **changes: Any,
 ) -> Table:
     """Fills the table, cell by cell, as `language_models.measure` does.
 
     Args:
       console: is told of each.
       seeds: of each setting.
-      steps: of each training.
+      steps: of each training, for a trial; None for the published ones.
       only: the names of some cells; none for all.
       table: to fill; None for the one that is kept.
-      size: of the model.
       vocabulary: of a BPE, made of the text.
       text: files.
       dataset: instead of files, a dataset on the hub, or its folder.
       runs: folder of the checkpoints.
+
+      **changes: other settings of `train_lm.py`, for a trial.
 
     Raises:
       ValueError: for neither, or both.
@@ -78,10 +79,10 @@ def measure(
         steps=steps,
         only=only or names(seeds),
         table=table,
-        size=size,
         runs=runs,
         name="paper",
         devices=None,
         vocabulary=vocabulary,
         **source,
+        **changes,
     )

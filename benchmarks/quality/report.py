@@ -5,6 +5,7 @@ of the other benchmarks do.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,14 +212,18 @@ def language_models_recovered(record: Mapping[str, Any]) -> Rows:
     return Rows(header, lines)
 
 
+# Weights and inputs of as many bits, of one width.
+_OF_SIZES = re.compile(r"W(\d)A\1, \d+ x 64, 4000 steps, rate to 10%")
+
+
 def language_models_by_size(record: Mapping[str, Any]) -> Rows:
     """The loss by the bytes of the layers, the smallest first."""
     lines = []
     for name, cells in _by_setting(record).items():
-        if "rate to 10%" not in name or "A16" in name:
+        if not _OF_SIZES.fullmatch(name):
             continue
         ste, ours = (_losses(cells, arm) for arm in ("ste", "recommended"))
-        line = [name.partition(",")[0], f"{cells[0]['weights']:,}"]
+        line = [name.partition(" x ")[0] + " layers", f"{cells[0]['weights']:,}"]
         line += [f"{cells[0]['bytes']:,}", f"{np.mean(ste):.4f}"]
         lines.append([*line, f"{np.mean(ours):.4f}", _difference(ours, ste)])
     lines.sort(key=lambda line: int(line[2].replace(",", "")))
@@ -327,6 +332,101 @@ def _percent(share):
     return f"{share:.0%}" if np.isfinite(share) else "diverged"
 
 
+# --- all of them ----------------------------------------------------------------------
+
+# Beside the rivals, of which the best is shown.
+_SHOWN = ("ptq", "averaged", "ste0", "cage", "recommended")
+_RIVALS = ("dampening", "lotion", "parq", "winq")
+# By the words of a line: of each of its cells what methods recover of the gap.
+Lines = dict[str, list[dict[str, float]]]
+
+
+def summary(folder: Path = RESULTS) -> Rows:
+    """What is recovered of the gap between STE and full precision, over all tables.
+
+    The range is that of widths, or of texts.
+    """
+    lines: Lines = {}
+    for name, lines_of in _LINES.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            lines |= lines_of(json.loads(path.read_text()))
+    cells = []
+    for words, found in lines.items():
+        rivals = [name for name in _RIVALS if all(name in each for each in found)]
+        best = max(rivals, key=lambda name: np.mean([each[name] for each in found]))
+        cells.append(
+            [
+                words,
+                *(_range(each[name] for each in found) for name in _SHOWN),
+                f"{WORDS[best]}: {_range(each[best] for each in found)}",
+            ]
+        )
+    header = ["trained", *(WORDS[name] for name in _SHOWN), "the best rival"]
+    return Rows(header, cells)
+
+
+def _range(shares):
+    low, *_, high = sorted([f"{share:.0%}" for share in shares] * 2, key=_number)
+    return low if low == high else f"{low.removesuffix('%')} to {high}"
+
+
+def _number(percent):
+    return float(percent.removesuffix("%"))
+
+
+def _quadratic_lines(record) -> Lines:
+    shares = quadratic_shares(record)
+    found = {}
+    for level, mask in _levels(record).items():
+        if level.startswith("rate falls"):
+            median = {name: np.median(share[mask]) for name, share in shares.items()}
+            gap = 1 - median["full"]
+            each = {name: float((1 - share) / gap) for name, share in median.items()}
+            found[f"quadratics, {level.replace('falls ', '')}"] = [each]
+    return found
+
+
+def _classifier_lines(record) -> Lines:
+    found: Lines = {}
+    for key, cell in record["cells"].items():
+        data, network, _, floor = key.split()
+        words = f"{data}, {network}, rate to {float(floor):.0%}"
+        found.setdefault(words, []).append({n: recovered(cell, n) for n in cell})
+    return found
+
+
+def _language_lines(record) -> Lines:
+    found: Lines = {}
+    for name, cells in _by_setting(record).items():
+        if "full" not in cells[0]["loss"]:
+            continue
+        mean = {arm: np.mean(_losses(cells, arm)) for arm in cells[0]["loss"]}
+        gap = mean["ste"] - mean["full"]
+        each = {arm: float((mean["ste"] - loss) / gap) for arm, loss in mean.items()}
+        words = f"language model, {name.partition(', ')[2]}"
+        found.setdefault(words, []).append(each)
+    return found
+
+
+def _finetuning_lines(record) -> Lines:
+    found: Lines = {}
+    for (target, _), by_arm in finetuned(record).items():
+        shares = {name: share_of_gap(by_arm, name) for name in by_arm}
+        each = {name: share for name, share in shares.items() if share is not None}
+        if each.keys() >= {*_SHOWN, *_RIVALS}:
+            found.setdefault(f"SmolLM2-135M, {target}", []).append(each)
+    return found
+
+
+_LINES: dict[str, Callable[[Any], Lines]] = {
+    "quadratics": _quadratic_lines,
+    "classifiers": _classifier_lines,
+    "language_models": _language_lines,
+    "finetuning": _finetuning_lines,
+}
+
+
 # --- the README -----------------------------------------------------------------------
 
 # By the name of a place: the file, and what becomes of it.
@@ -349,7 +449,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
 
 
 def section(name: str, folder: Path = RESULTS) -> str | None:
-    """What stands at a place of the README; None where nothing was measured."""
+    """What stands at a place of a README; None where nothing was measured."""
+    if name == "summary":
+        return tables.markdown(summary(folder))
     file, rows = SECTIONS[name]
     path = folder / f"{file}.json"
     if not path.exists():

@@ -43,7 +43,7 @@ PLAN = {
     "quadratics": "54 programs of 600 problems and 10 trainings: 25 minutes",
     "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
-    "language_models": "39 cells of 3 to 12 trainings of 1000 steps: 4 hours",
+    "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }
@@ -112,7 +112,8 @@ def main() -> int:
         console.print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
         return 2
     plots.draw(name)
-    tables.write(report.README, report.section)
+    for readme in (report.README, tables.FRONT):
+        tables.write(readme, report.section)
     console.print(f"Table and picture of {name} are in {report.README.parent.name}/.")
     return 0
 
