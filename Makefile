@@ -14,10 +14,11 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test fuzz coverage test-cuda-aot lint format bench clean
+.PHONY: help demo docs test fuzz coverage test-cuda-aot lint format bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
 	@echo "make test      run the tests (EXTRAS=test,oracles for those that need PyTorch and others)"
+	@echo "make docs      build the pages of docs/ and the reference, in docs/_build/html"
 	@echo "make fuzz      load 10,000 damaged model files (ten minutes)"
 	@echo "make coverage  run them and count what they run, at least 95 %"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
@@ -39,6 +40,12 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 
 demo: $(call stamp,demo)
 	@$(BIN)/python examples/demo.py
+
+# The reference is read from the modules, which need what they import.
+docs: $(call stamp,test$(comma)docs)
+	@echo "[docs] building docs/_build/html"
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo "[docs] open docs/_build/html/index.html"
 
 test: $(call stamp,$(EXTRAS))
 	@echo "[test] running the tests; half an hour on two cores"
@@ -73,4 +80,4 @@ bench: $(call stamp,test$(comma)oracles)
 	@$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs docs/_build .pytest_cache .ruff_cache .mypy_cache

@@ -25,6 +25,7 @@ def load(path: Path) -> Model:
 
     Args:
       path: one of
+
         - a folder of transformers, of floats or as `export.compressed_tensors` writes
           it: a Llama, safetensors in one file or several;
         - a GGUF, as `export.gguf` writes it, or of floats;

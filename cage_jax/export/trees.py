@@ -72,7 +72,7 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
       codes: any tree of `QuantizedArray`s and arrays of floats, whole numbers and
         bools, such as what `quantize` gives; of dicts, lists and others such as
         `nnx.State`.
-      path: of the file, "*.safetensors".
+      path: of the file, which ends in ".safetensors".
       overwrite: whether a file that is there is replaced.
 
     Raises:

@@ -1,0 +1,44 @@
+"""How Sphinx builds these pages: `make docs`."""
+
+import os
+import re
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import cage_jax
+
+project = "cage_jax"
+release = cage_jax.__version__
+html_title = f"cage_jax {release}"
+html_theme = "furo"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # shapes, dtypes and units are in the descriptions
+autodoc_default_options = {"members": True, "show-inheritance": False}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+# What each docstring may end with.
+napoleon_custom_sections = [("Source", "notes_style")]
+_CODE = re.compile(r"`([^`]+)`(\w*)")
+
+
+def _as_markdown(app, what, name, obj, options, lines):
+    """Docstrings have code as Markdown has it, and what else is special to Sphinx."""
+    text = "\n".join(lines)
+    words, example, rest = text.partition("\nExample:")
+    words = re.sub(r"\|(\w+)\|", r"\|\1\|", words)
+    lines[:] = (_CODE.sub(_code, words) + example + rest).split("\n")
+
+
+def _code(found):
+    ending = rf"\ {found[2]}" if found[2] else ""
+    return f"``{' '.join(found[1].split())}``{ending}"
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _as_markdown, priority=0)
