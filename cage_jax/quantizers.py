@@ -253,8 +253,10 @@ class Quantizer:
         """`groups`, as many together as a rotation mixes or a tensor's scale spans."""
         if self.scale_type.has_tensor_divisor:
             return {axis: shape[axis] for axis in self.tensor_axes(shape)}
-        groups = self.groups(shape).items()
-        return {axis: math.lcm(size, self.hadamard or 1) for axis, size in groups}
+        groups = self.groups(shape)
+        if self.hadamard is None:
+            return groups
+        return {axis: math.lcm(size, self.hadamard) for axis, size in groups.items()}
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales: that of `x`, a shared axis counting its groups."""

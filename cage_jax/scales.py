@@ -716,6 +716,12 @@ def _count(x, axes):
 
 def _sum(sizes, x, axes, count):
     """The sum of sizes of `x`, a part of `count`; NaN where `x` is infinite."""
+    if not isinstance(count, int):
+        raise ValueError(
+            f"`scale` must be no mean over an axis of any length; got x.shape="
+            f"{x.shape} and a mean over {count} values. Give the program a fixed "
+            f"shape, or use AbsMax()."
+        )
     most = float(jnp.finfo(x.dtype).max) / max(count, 1)
     # The sum of huge ones stays finite.
     sizes = finite(clamp(sizes, 0, most), x)

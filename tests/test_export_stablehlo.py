@@ -116,6 +116,49 @@ def model(rng):
     return cage.quantize(params, cage.Rules(rules))
 
 
+INPUTS = {
+    "int8": cage.int8(axis=-1),
+    "of a tensor": cage.int8(axis=None),
+    "offset": cage.int4(axis=-1, symmetric=False),
+    "rotated": cage.quest(4, axis=-1, hadamard=32),
+    "mxfp4": cage.mxfp4(axis=-1),
+    "nvfp4": cage.nvfp4(axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_quantized_inputs_of_any_batch(name, tmp_path, rng):
+    rules = cage.Rules([(".*", cage.int4(group_size=32), INPUTS[name])])
+
+    def products(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["second"]
+
+    params = {
+        "first": rng.normal(size=(64, 32)).astype(np.float32),
+        "second": rng.normal(size=(32, 8)).astype(np.float32),
+    }
+    codes = cage.quantize(params, rules)
+    function = cage.quantize_activations(products, rules)
+    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
+    stablehlo(function, codes, tmp_path / "m", arguments=like, shapes="b, ...")
+    inputs = [rng.normal(size=(n, 64)).astype(np.float32) for n in (1, 7)]
+    for x, found in zip(inputs, run(tmp_path / "m", inputs)):
+        (expected,) = expected_of(function, codes, x)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mean_over_an_axis_of_any_length(tmp_path):
+    quantizer = cage.int8(axis=None, scale=cage.scales.Gaussian())
+    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
+
+    def rounded(params, x):
+        return cage.fake_quant(x, quantizer) + params["one"]
+
+    codes = {"one": np.ones((1, 1), np.float32)}
+    with pytest.raises(ValueError, match="`scale` must be no mean over an axis of any"):
+        stablehlo(rounded, codes, tmp_path / "m", arguments=like, shapes="b, ...")
+
+
 def test_a_model_in_a_process_without_the_library(model, tmp_path, rng):
     inputs = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 7)]
     stablehlo(layers, model, tmp_path / "m", arguments=inputs[:1], shapes="b, ...")
