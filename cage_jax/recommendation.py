@@ -8,6 +8,8 @@ from cage_jax.curvature import fisher
 from cage_jax.schedules import ScalarOrSchedule, ramp_to_dose, value_at
 
 _LARGEST = 3.0
+# What it was measured with is below; the paper's is 10.
+_STRONGEST = 15.0
 
 
 def recommended(
@@ -22,14 +24,15 @@ def recommended(
     than to a peak, so that it suits any learning rate and number of steps. The pull
     goes where squares of gradients are large, by rows and columns, at most three times
     their mean: 4 bytes a row and a column, no more gradients. No step moves a weight
-    beyond its grid point, so that a handful of them have a smaller dose. Behind
-    `total_steps` the strength stays as it is then. For the decoupled placements; the
-    coupled one has no dose under Adam.
+    beyond its grid point, and no strength is above 15, so that a handful of steps, and
+    the small learning rates of fine-tuning, have a smaller dose: there it would be a
+    pull that is larger than the steps. Behind `total_steps` the strength stays as it is
+    then. For the decoupled placements; the coupled one has no dose under Adam.
 
     Args:
       learning_rate: that of the optimizer, a number or a schedule.
       total_steps: length of the training in optimizer steps.
-      dose: as in `ramp_to_dose`.
+      dose: as in `ramp_to_dose`, where a strength of 15 at the end is enough for it.
       silence: the share of the training without correction, in [0, 1).
 
     Returns:
@@ -54,9 +57,10 @@ def recommended(
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
 
     def strength(count):
-        rate = value_at(learning_rate, count)
+        share = jnp.minimum(1.0, _STRONGEST / jnp.maximum(ramp(total_steps - 1), 1e-9))
+        rate, asked = value_at(learning_rate, count), share * ramp(count)
         most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
-        return jnp.where(rate > 0, jnp.minimum(ramp(count), most), ramp(count))
+        return jnp.where(rate > 0, jnp.minimum(asked, most), asked)
 
     return {
         "strength": strength,

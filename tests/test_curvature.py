@@ -303,13 +303,26 @@ def test_a_few_with_nearly_all_the_curvature_are_not_pulled_beyond_the_grid():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("steps", [3, 20, 1000])
+@pytest.mark.parametrize("steps", [3, 40, 1000])
 def test_no_step_of_what_is_recommended_goes_beyond_the_grid(steps):
     rate = optax.cosine_decay_schedule(0.1, steps, alpha=0.1)
     strength = cage.recommended(rate, steps)["strength"]
     share = [float(3 * rate(count) * strength(count)) for count in range(steps)]
     assert max(share) < 1 + 1e-6
     assert (sum(share) / 3 == pytest.approx(0.7, rel=1e-4)) == (steps > 3)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("peak", "strongest"), [(1e-2, 4.11), (1e-4, 15.0)])
+def test_what_is_recommended_is_never_strong(peak, strongest):
+    """A small learning rate does not get its dose by a pull beyond all measure."""
+    rate = optax.cosine_decay_schedule(peak, 1000, alpha=0.1)
+    strength = cage.recommended(rate, 1000)["strength"]
+    ramp = cage.ramp_to_dose(rate, 1000)
+    assert float(strength(999)) == pytest.approx(strongest, rel=1e-3)
+    shares = [float(strength(count) / ramp(count)) for count in (600, 800, 999)]
+    assert shares == pytest.approx(3 * [min(1.0, 15 / float(ramp(999)))], rel=1e-5)
+    assert (shares[0] == 1.0) == (peak == 1e-2)
 
 
 @pytest.mark.parametrize("relative", [False, True])
