@@ -1,0 +1,79 @@
+"""The notebooks run from top to bottom, and are kept without outputs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+pytest.importorskip("nbclient", reason="notebooks are run by it")
+pytest.importorskip("ipykernel", reason="notebooks are run in it")
+pytest.importorskip("sklearn")
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# In a process of its own: the client and its loop have warnings that are not ours.
+RUN = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+
+notebook = nbformat.read(sys.argv[1], 4)
+NotebookClient(notebook, timeout=280).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def of_notebook(path, kind):
+    cells = json.loads(path.read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, path, tmp_path / "done.ipynb"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    done = of_notebook(tmp_path / "done.ipynb", "code")
+    outputs = [output for cell in done for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", ()) for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_without_outputs(path):
+    for cell in of_notebook(path, "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_installs_what_it_needs(path):
+    first = "".join(of_notebook(path, "code")[0]["source"])
+    (command,) = [line for line in first.splitlines() if "%pip install" in line]
+    extras = command.partition("[")[2].partition("]")[0].split(",")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras) <= project["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_under_each_plot_is_what_to_see(path):
+    cells = json.loads(path.read_text())["cells"]
+    plots = [
+        number
+        for number, cell in enumerate(cells)
+        if cell["cell_type"] == "code" and "plt.subplots" in "".join(cell["source"])
+    ]
+    assert plots
+    for number in plots:
+        words = "".join(cells[number + 1]["source"])
+        assert cells[number + 1]["cell_type"] == "markdown" and words.startswith("*")
