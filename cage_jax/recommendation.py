@@ -57,7 +57,8 @@ def recommended(
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
 
     def strength(count):
-        share = jnp.minimum(1.0, _STRONGEST / jnp.maximum(ramp(total_steps - 1), 1e-9))
+        peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
+        share = jnp.minimum(1.0, _STRONGEST / peak)
         rate, asked = value_at(learning_rate, count), share * ramp(count)
         most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
         return jnp.where(rate > 0, jnp.minimum(asked, most), asked)

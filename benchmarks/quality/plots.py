@@ -143,11 +143,15 @@ def language_models(record: Mapping[str, Any], path: Path) -> None:
     ):
         for width, style in (("W4", "-"), ("W3", "--"), ("W2", ":")):
             lines = [line for line in rows if line[0].startswith(width)]
+            if not lines:
+                continue
             sizes = [int(line[2].replace(",", "")) / 1024 for line in lines]
             losses = [float(line[column]) for line in lines]
             label = f"{width}{width.replace('W', 'A')}, {text}"
             axis.plot(sizes, losses, style, color=color, marker=marker, label=label)
     axis.set_xscale("log", base=2)
+    ticks = sorted({round(int(line[2].replace(",", "")) / 1024) for line in rows})
+    axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axis.set(xlabel="KiB of the layers' weights", ylabel="validation loss (nat a byte)")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
