@@ -245,10 +245,10 @@ def test_the_record_of_images(tmp_path, few):
 def test_the_record_of_tuned_methods(tmp_path, monkeypatch):
     chosen = {name: methods.METHODS[name] for name in ("ste", "dampening")}
     monkeypatch.setattr(tuned, "METHODS", chosen)
-    monkeypatch.setattr(tuned, "FACTORS", (0.01, 100.0))
     table = cells.Table("tuned", {}, tmp_path)
     (name, *_) = tuned.names()
-    tuned.measure(QUIET, seeds=2, steps=40, only=[name], table=table)
+    factors = 0.01, 100.0
+    tuned.measure(QUIET, seeds=2, steps=40, factors=factors, only=[name], table=table)
     found = table.cells[name]["dampening"]
     assert found["tried"][0] < found["tried"][1] and found["factor"] == 0.01
     # The one that is best on other seeds, on those of the other tables.

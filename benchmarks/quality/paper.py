@@ -23,7 +23,7 @@ VOCABULARY = 32_000
 LIMIT = 2_000_000_000
 RUNS = Path("runs/quality/paper")
 _FEW = {"vocabulary": 256, "batch": 2, "microbatch": 2, "sequence": 16}
-TINY = {"seeds": 2, "steps": 2, "dtype": "float32", **_FEW}
+TINY = {"seeds": 2, "steps": 10, "dtype": "float32", **_FEW}
 
 
 def names(seeds: int = SEEDS) -> list[str]:

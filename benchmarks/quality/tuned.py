@@ -19,7 +19,7 @@ BITS, NETWORK, FLOOR = (4, 3, 2), "MLP", 0.1
 FACTORS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Of the random numbers of the study, and of those to tune with.
 STUDY, TUNING = 0, 1
-TINY = {"seeds": 2, "steps": 20}
+TINY = {"seeds": 2, "steps": 20, "factors": (0.1, 1.0)}
 
 
 def names() -> list[str]:
@@ -32,13 +32,17 @@ def measure(
     *,
     seeds: int = 10,
     steps: int | None = None,
+    factors: Sequence[float] = FACTORS,
     only: Sequence[str] = (),
     table: Table | None = None,
 ) -> Table:
-    """Fills the table, cell by cell, as `quadratics.measure` does."""
+    """Fills the table, cell by cell, as `quadratics.measure` does.
+
+    What else it takes are the factors.
+    """
     network = NETWORKS[NETWORK]
     steps = steps or network.steps
-    settings = {"seeds": seeds, "steps": steps, "factors": FACTORS, "floor": FLOOR}
+    settings = {"seeds": seeds, "steps": steps, "factors": factors, "floor": FLOOR}
     table = table or Table("tuned", settings)
     data = load_digits()
     parts = tuple(map(batches_of, data))
@@ -56,8 +60,8 @@ def measure(
             if not method.number:
                 found[label] = {"train_loss": rounded(losses(method, bits, STUDY))}
                 continue
-            means = [losses(method.times(n), bits, TUNING).mean() for n in FACTORS]
-            factor = FACTORS[int(np.argmin(means))]
+            means = [losses(method.times(n), bits, TUNING).mean() for n in factors]
+            factor = factors[int(np.argmin(means))]
             found[label] = {
                 "tried": [mean if np.isfinite(mean) else None for mean in means],
                 "factor": factor,
