@@ -354,14 +354,17 @@ def summary(folder: Path = RESULTS) -> Rows:
     cells = []
     for words, found in lines.items():
         rivals = [name for name in _RIVALS if all(name in each for each in found)]
-        best = max(rivals, key=lambda name: np.mean([each[name] for each in found]))
-        cells.append(
-            [
-                words,
-                *(_range(each[name] for each in found) for name in _SHOWN),
-                f"{WORDS[best]}: {_range(each[best] for each in found)}",
-            ]
+        line = [words, *(_range(each[name] for each in found) for name in _SHOWN)]
+        best = max(
+            rivals,
+            key=lambda name: np.mean([each[name] for each in found]),
+            default=None,
         )
+        if best is None:
+            cells.append([*line, NOT_MEASURED])
+            continue
+        range_of_best = _range(each[best] for each in found)
+        cells.append([*line, f"{WORDS[best]}: {range_of_best}"])
     header = ["trained", *(WORDS[name] for name in _SHOWN), "the best rival"]
     return Rows(header, cells)
 
@@ -414,7 +417,7 @@ def _finetuning_lines(record) -> Lines:
     for (target, _), by_arm in finetuned(record).items():
         shares = {name: share_of_gap(by_arm, name) for name in by_arm}
         each = {name: share for name, share in shares.items() if share is not None}
-        if each.keys() >= {*_SHOWN, *_RIVALS}:
+        if each.keys() >= set(_SHOWN):
             found.setdefault(f"SmolLM2-135M, {target}", []).append(each)
     return found
 
