@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from cage_jax.pallas.tiles import LANES, is_large
+from cage_jax.pallas.tiles import LANES, SMALLEST, is_large
 from cage_jax.shards import devices_along
 
 _ROWS = 8
@@ -41,7 +41,7 @@ def tile_pieces(
       What the number of devices has to divide that have a part each; None where an
       array is small or no such tiles, or where its explicit shards cut them.
     """
-    if axis < -2 or len(shape) < 2 or not is_large(shape):
+    if axis < -2 or len(shape) < 2 or not is_large(shape, SMALLEST):
         return None
     tile = [_ROWS, LANES]
     beside = 1 if size % tile[axis] == 0 else tile[axis] / size

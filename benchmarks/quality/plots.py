@@ -121,7 +121,7 @@ def _shares(points, what, path):
             )
     for kind, marker in kinds.items():
         axis.scatter([], [], c=OTHER, marker=marker, edgecolors="black", label=kind)
-    axis.legend(loc="lower left")
+    axis.legend(loc="lower right")
     axis.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(-np.arange(len(names)), [WORDS[name] for name in names])
     axis.set_xlim(-1.1, 1.1)

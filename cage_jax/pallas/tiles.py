@@ -121,7 +121,7 @@ def tiles_of(
       kept: how many float32 numbers a kernel keeps of each element of groups that are
         all of an axis.
     """
-    if len(shape) < 2 or not is_large(shape) or not _suits(quantizer, dtype):
+    if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
         return None
     if shape[-1] % LANES or shape[-2] % _SUBLANES:
         return None  # the compiler may lay it out otherwise, and would copy it
@@ -177,13 +177,13 @@ def _suits(quantizer, dtype):
     )
 
 
-def is_large(shape: tuple[int, ...]) -> bool:
-    """Whether an array is worth a kernel, or tiles.
+def is_large(shape: tuple[int, ...], least: int) -> bool:
+    """Whether an array has so many elements that it is worth a kernel, or tiles.
 
     One is not that has any length, while a program is exported.
     """
     lengths_known = all(isinstance(length, int) for length in shape)
-    return lengths_known and math.prod(shape) >= SMALLEST
+    return lengths_known and math.prod(shape) >= least
 
 
 def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
@@ -202,7 +202,7 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     Returns:
       Tiles that are never transposed; None where the array is not for a kernel.
     """
-    if len(shape) < 2 or not is_large(shape) or not _suits(quantizer, dtype):
+    if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
         return None
     ((axis, group),) = quantizer.groups(shape).items()
     if axis < len(shape) - 2 or quantizer.scale_type.has_tensor_divisor:
@@ -275,7 +275,7 @@ def product_tiles_of(
       tokens: the rows of the inputs.
       scaled: as in `ProductTiles`.
     """
-    if len(shape) != 2 or not is_large(shape) or shape[1] % LANES:
+    if len(shape) != 2 or not is_large(shape, SMALLEST) or shape[1] % LANES:
         return None
     if not isinstance(tokens, int):  # any number of them, while a program is exported
         return None
