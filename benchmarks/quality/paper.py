@@ -60,7 +60,6 @@ def measure(
       text: files.
       dataset: instead of files, a dataset on the hub, or its folder.
       runs: folder of the checkpoints.
-
       **changes: other settings of `train_lm.py`, for a trial.
 
     Raises:
