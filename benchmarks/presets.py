@@ -1,4 +1,4 @@
-"""Writes the table of presets in README.md, from what the quantizers say."""
+"""Writes the table of presets in docs/quantizers.md, from what the quantizers say."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import tables
 import cage_jax as cage
 from cage_jax.quantization import gaussian_error
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "quantizers.md"
 BEGIN, END = "<!-- presets -->\n", "<!-- end of presets -->"
 SHAPE = (4096, 64)
 PRESETS = {
@@ -83,8 +83,8 @@ def filled(text: str) -> str:
 
 def main() -> int:
     """Runs the program; the exit status."""
-    README.write_text(filled(README.read_text()))
-    print("README.md: the table of presets agrees.")
+    PAGE.write_text(filled(PAGE.read_text()))
+    print("docs/quantizers.md: the table of presets agrees.")
     return 0
 
 

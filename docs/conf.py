@@ -23,6 +23,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # What each docstring may end with.
 napoleon_custom_sections = [("Source", "notes_style")]
+# A link to a file that is not among these pages; in the repository it leads there.
+_ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./([^)#]+)[^)]*\)")
 _CODE = re.compile(r"`([^`]+)`(\w*)")
 
 
@@ -39,6 +41,11 @@ def _code(found):
     return f"``{' '.join(found[1].split())}``{ending}"
 
 
+def _as_names(app, docname, source):
+    source[0] = _ELSEWHERE.sub(r"\1 (`\2`)", source[0])
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("source-read", _as_names)
     app.connect("autodoc-process-docstring", _as_markdown, priority=0)

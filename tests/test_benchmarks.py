@@ -445,8 +445,8 @@ def test_the_programs_say_what_is_wrong(monkeypatch, capsys, module, arguments, 
 # --- presets --------------------------------------------------------------------------
 
 
-def test_the_readme_agrees_with_the_presets():
-    text = presets.README.read_text()
+def test_the_page_of_quantizers_agrees_with_the_presets():
+    text = presets.PAGE.read_text()
     assert presets.filled(text) == text, "run python benchmarks/presets.py"
     with pytest.raises(ValueError, match="must have a place for the table"):
         presets.filled("no place")

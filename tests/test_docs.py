@@ -1,21 +1,28 @@
-"""The pages in docs/: programs run, links lead somewhere, all names are there."""
+"""README and docs/: programs run, links lead somewhere, no name is missing."""
 
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from small_tokenizer import VOCABULARY, files_of, small_tokenizer
 
 import cage_jax as cage
+from cage_jax.export.model import Model
+from cage_jax.llama_config import LlamaConfig
 
-pytest.importorskip("flax")
+nnx = pytest.importorskip("flax.nnx")
+llama = pytest.importorskip("cage_jax.llama")
 
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = ["index", "targets", "strength", "worse"]  # those of the others have tests
+# Those of the others have tests of their own, and the reference is doctests.
+RUN = [page for page in PAGES if page.stem not in ("api", "recipes", "pods", "export")]
 OF_LINKS = [
     *PAGES,
-    ROOT / "README.md",
+    README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "benchmarks" / "quality" / "README.md",
@@ -29,18 +36,61 @@ def as_users_have_it(standard_promotion):
         yield
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_the_programs_of_a_page(name, capsys):
-    text = (ROOT / "docs" / f"{name}.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def _run(page, **names):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks
-    names = {}
     for block in blocks:
-        exec(compile(block, name, "exec"), names)
-    if name == "strength":
-        published, same = capsys.readouterr().out.split()
-        assert float(same) == pytest.approx(2.0, rel=1e-3)
-        assert float(published) > 0
+        exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_the_programs_of_a_page(page):
+    _run(page)
+
+
+def test_what_the_page_of_strengths_prints(capsys):
+    _run(ROOT / "docs" / "strength.md")
+    published, same = capsys.readouterr().out.split()
+    assert float(same) == pytest.approx(2.0, rel=1e-3)
+    assert float(published) > 0
+
+
+@pytest.fixture
+def small_hub(monkeypatch, tmp_path):
+    """A folder to write in, where the hub's only model is a small one."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    config = LlamaConfig(vocabulary=VOCABULARY, width=64, hidden=96, layers=1, heads=2)
+    model = Model(
+        llama.initial_params(config, seed=0),
+        config,
+        files_of(small_tokenizer("It was the best of times.")),
+    )
+    load = cage.load
+    hub = {"HuggingFaceTB/SmolLM2-135M": model}
+    monkeypatch.setattr(cage, "load", lambda path: hub.get(path) or load(path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small_hub")
+def test_the_programs_of_the_page_of_exports(tmp_path):
+    names = _run(ROOT / "docs" / "export.md")
+    (kernel,) = names["same"].params.values()
+    assert jnp.array_equal(kernel.codes, names["codes"]["kernel"].codes)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out",
+        "out.gguf",
+        "codes.safetensors",
+    }
+
+
+@pytest.mark.usefixtures("small_hub")
+def test_the_programs_of_the_readme(tmp_path, capsys):
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    _run(README, model=model)
+    assert "int8" in capsys.readouterr().out
+    assert cage.load(tmp_path / "out.gguf").config.layers == 1
 
 
 def _anchors(path):
