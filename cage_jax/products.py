@@ -20,6 +20,11 @@ from jax.extend.core import (
     jaxpr_as_fun,
 )
 
+# A program of this name quantizes and dequantizes its first argument, and so is a value
+# of that, whatever the grid; its products, with a matrix that rotates, are none of the
+# model's.
+FAKE_QUANT = "_cage_jax_fake_quant"
+
 # What is known of a value: the paths of the parameters that it is computed from, if
 # from nothing else; None where it depends on data.
 Origin = tuple[str, ...] | None
@@ -134,6 +139,8 @@ def _step(eqn: JaxprEqn, origins):
         return [origins[0]], []
     if name == "scan":
         return _follow_scan(eqn, origins)
+    if eqn.params.get("name") == FAKE_QUANT:
+        return [origins[0]], []
     called = inner_program(eqn)
     if called is None:
         return [_join(origins)] * len(eqn.outvars), _opaque(eqn, origins)

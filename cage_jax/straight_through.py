@@ -33,7 +33,7 @@ def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
         if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
             kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
             x = kernel_required(kernels, x, path)
-        return _compiled(quantizer, implementation, x, grid, noise)
+        return _cage_jax_fake_quant(quantizer, implementation, x, grid, noise)
 
     if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
         return local(x, grid, noise)
@@ -49,9 +49,10 @@ def _has_kernel(quantizer, shape, x, grid, noise):
     return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False))
 
 
-# Under `jax.jit` a program with many arrays of one shape traces this once.
+# Under `jax.jit` a program with many arrays of one shape traces this once. `products`
+# knows it by its name, which is that of `FAKE_QUANT`.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(quantizer, implementation, x, grid, noise):
+def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
     return _straight_through(quantizer, implementation, x, grid, noise)
 
 

@@ -262,6 +262,29 @@ def test_weights_and_inputs_in_one_table(params, x):
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        int4(group_size=4),
+        cage.quest(4, hadamard=8),
+        cage.Quantizer(Integer(4), AbsMax(), hadamard=8, rounding="stochastic"),
+    ],
+    ids=["plain", "rotated", "stochastic"],
+)
+def test_weights_quantized_inside_the_function(weights, params, x):
+    """What rotates them is a product, of a parameter, and none of the model's."""
+    rules = Rules([("w", weights, PER_TOKEN), (".*", None)])
+    key = jax.random.key(0) if weights.rounding == "stochastic" else None
+
+    def apply(params, x, key):
+        return x @ fake_quant(params, rules, key=key)["w"]
+
+    found = quantize_activations(apply, rules)({"w": params["w"]}, x, key)
+    rounded = fake_quant({"w": params["w"]}, rules, key=key)["w"]
+    expected = quantized_in_numpy(x) @ np.float64(rounded)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=40 * EPS)
+
+
 def test_the_dtype_is_kept(params, x):
     def apply(p, x):
         return x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)
