@@ -5,6 +5,7 @@ forward pass (`fake_quant`), the correction (`cage` and its relatives), the repo
 what is shipped (`quantize`).
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from cage_jax.activations import calibrate, quantize_activations
@@ -102,3 +103,10 @@ try:
     __version__ = version("cage_jax")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name):
+    # What needs an extra is imported where it is first used, and says which.
+    if name in ("flax", "llama", "qwix"):
+        return importlib.import_module(f"cage_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,6 +67,16 @@ def quantize_activations(function: Callable, rules: Rules) -> Callable:
 
     Source: Jacob et al., arXiv 1712.05877 (quantized inputs in training).
     """
+    if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got the "
+            f"module {type(function).__name__}. Use cage_jax.flax.quantize_activations."
+        )
+    if not callable(function):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got a "
+            f"{type(function).__name__}. Use quantize_activations(model.apply, rules)."
+        )
     check_rules(rules)
 
     def visit(path, product, quantizer, x, grid):

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong; 3: `check` found a difference; 129, 130 and 143: stopped by the end of the
     terminal, Ctrl-C or `kill`.
     """
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser().print_help()
+        return 2
     options = parser().parse_args(arguments)
     # Before jax is at work: what it logs is not for those who run a command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

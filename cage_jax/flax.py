@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from flax import linen, nnx
 from jax import lax
 
 from cage_jax.activations import INPUTS, quantize_input
@@ -19,9 +18,19 @@ from cage_jax.activations import calibrate as calibrate_function
 from cage_jax.activations import quantize_activations as quantize_function
 from cage_jax.diagnostics import ModelReport
 from cage_jax.diagnostics import report as report_of_function
+from cage_jax.quantization import fake_quant as fake_quant_tree
 from cage_jax.quantizers import Quantizer
 from cage_jax.rules import INPUT_GRIDS, Rules, check_rules
 from cage_jax.scales import Grid
+
+try:
+    from flax import linen, nnx
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "cage_jax.flax cannot be used without the package flax, which is not "
+        'installed. Run pip install "cage_jax[flax]", or in a clone '
+        "pip install -e '.[flax]'."
+    ) from error
 
 
 def quantize_activations(model: Any, rules: Rules) -> Any:
@@ -62,6 +71,45 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
     if isinstance(model, nnx.Module):
         return _quantized_nnx(model, rules)
     raise _no_module(model)
+
+
+def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
+    """An NNX model with its parameters rounded, for the loss.
+
+    What is no `nnx.Param` is shared with `model`: statistics of BatchNorm and counts of
+    Dropout are updated in it, of which `cage_jax.fake_quant` knows nothing. For Linen
+    give `apply` the rounded parameters.
+
+    Args:
+      model: an NNX module, quantized or not.
+      rules: which parameters are quantized, and how.
+      options: as in `cage_jax.fake_quant`: `grid`, `key`, `implementation`.
+
+    Returns:
+      A module like `model`. The gradient goes straight through to its parameters.
+
+    Raises:
+      TypeError: for something else than an NNX module; else as `cage_jax.fake_quant`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> rules = cage.Rules([(r"kernel", cage.int4()), (r".*", None)])
+      >>> def loss(model):
+      ...     return jnp.sum(cage.flax.fake_quant(model, rules)(jnp.ones((3, 4))) ** 2)
+      >>> value, gradient = nnx.value_and_grad(loss)(model)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be an NNX module; got {type(model).__name__}. For a tree of "
+            f"parameters, as Linen has it, use cage_jax.fake_quant."
+        )
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = states
+    return nnx.merge(graphdef, fake_quant_tree(params, rules, **options), rest)
 
 
 def calibrate(

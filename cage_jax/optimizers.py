@@ -1,5 +1,6 @@
 """Ready-made optimizers with the CAGE correction in the right place."""
 
+import difflib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -8,7 +9,7 @@ import optax
 from cage_jax.adamw import AdamW
 from cage_jax.curvature import Curvature
 from cage_jax.fused import FusedAdamW, FusedStep
-from cage_jax.recommendation import recommended
+from cage_jax.recommendation import chosen
 from cage_jax.rules import Rules
 from cage_jax.schedules import ScalarOrSchedule, check_learning_rate
 from cage_jax.transform import decoupled, post_step
@@ -92,12 +93,13 @@ def cage_adamw(
         nesterov=nesterov,
     )
     if placement not in get_args(Placement):
+        near = difflib.get_close_matches(str(placement), get_args(Placement), 1)
         raise ValueError(
             f"`placement` must be one of {get_args(Placement)}; got {placement!r}. Use "
-            f"'decoupled', the paper's default; for the coupled form use "
+            f"{near[0] if near else 'decoupled'!r}; for the coupled form use "
             f"optax.chain(cage(rules, strength), optax.adamw(learning_rate))."
         )
-    strength, curvature = _correction(learning_rate, strength, total_steps, curvature)
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
     place = decoupled if placement == "decoupled" else post_step
     transformation = place(
         adamw,
@@ -163,7 +165,7 @@ def cage_sgd(
     Source: CAGE, arXiv 2510.18784.
     """
     check_learning_rate(learning_rate)
-    strength, curvature = _correction(learning_rate, strength, total_steps, curvature)
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
         rules,
@@ -173,23 +175,3 @@ def cage_sgd(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
-
-
-def _correction(learning_rate, strength, total_steps, curvature):
-    """Strength and curvature: those that are given, else the recommended ones."""
-    if strength is None and total_steps is None:
-        raise TypeError(
-            "`total_steps` must be given, the length of the training in optimizer "
-            "steps, for the strength that is recommended; or `strength`."
-        )
-    if total_steps is None:
-        return strength, curvature
-    if strength is not None:
-        raise ValueError(
-            f"`total_steps` must not come with `strength`, which says all; got "
-            f"{total_steps} and {strength!r}. Leave one of them out."
-        )
-    chosen = recommended(learning_rate, total_steps)
-    if curvature is not None:
-        chosen["curvature"] = curvature
-    return chosen["strength"], chosen["curvature"]

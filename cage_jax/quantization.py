@@ -98,6 +98,12 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
 
     Source: Bengio et al., arXiv 1308.3432 (straight through); QuEST, arXiv 2502.05003.
     """
+    if _is_of_nnx(x):
+        raise TypeError(
+            f"`x` must be an array or a tree of parameters; got the NNX module "
+            f"{type(x).__name__}, whose other state would no longer be updated. Use "
+            f"cage_jax.flax.fake_quant(model, rules)."
+        )
     check_implementation(implementation)
     apply = functools.partial(_fake_quant_array, implementation=implementation)
     return _apply(apply, x, quantizer, grid, key)
@@ -276,10 +282,12 @@ def needed_grid(
 
 def _apply(function, x, quantizer, grid, key=None):
     if isinstance(quantizer, Rules):
+        _check_no_codes(x, quantizer)
         if quantizer.misses(x):
             warnings.warn(
-                f"no parameter is quantized by {quantizer}. Print rules.report(params) "
-                f"to see the paths; a part of a tree has shorter ones.",
+                f"no parameter is quantized by {quantizer.in_words}. Print "
+                f"rules.report(params) to see the paths; a part of a tree has shorter "
+                f"ones.",
                 stacklevel=3,
             )
         drawn = False
@@ -316,6 +324,24 @@ def _apply(function, x, quantizer, grid, key=None):
     if key is not None and quantizer.rounding != "stochastic":
         raise _unused_key(quantizer)
     return function(x, quantizer, grid, key)
+
+
+def _is_of_nnx(x):
+    """Whether it is a module of Flax NNX, which is a tree; without importing Flax."""
+    return any(
+        base.__name__ == "Module" and base.__module__.startswith("flax.nnx")
+        for base in type(x).__mro__
+    )
+
+
+def _check_no_codes(tree, rules):
+    paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_quantized)
+    for path, leaf in zip(paths, leaves):
+        if _is_quantized(leaf) and rules.match(path):
+            raise TypeError(
+                f"`{path}`: a parameter must not be quantized already; got {leaf!r}. "
+                f"Use dequantize, or low_bit for a model on its codes."
+            )
 
 
 def _unused_key(quantizer):

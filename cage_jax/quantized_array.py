@@ -23,7 +23,7 @@ _AT_ONCE = 2**18  # codes that are packed at a time: of them whole bytes are ful
     data_fields=("codes", "scale", "zero_point", "offset", "tensor_divisor"),
     meta_fields=("quantizer", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedArray:
     """The codes and scales of an array: what is shipped. A pytree.
 
@@ -71,6 +71,18 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes of the codes, packed, with scales and zero points."""
         return -(-self.quantizer.storage_bits(self.shape, self._wide) // 8)
+
+    def __repr__(self) -> str:
+        shape = getattr(self.codes, "shape", None)
+        return f"QuantizedArray({shape}, {self.quantizer}, {self.dtype})"
+
+    def __array__(self, dtype=None, copy=None):
+        raise _no_array("converted")
+
+    def __matmul__(self, other):
+        raise _no_array("multiplied")
+
+    __rmatmul__ = __mul__ = __rmul__ = __matmul__
 
     def to_bytes(self) -> bytes:
         """All that is stored, `nbytes` bytes; for arrays on this machine.
@@ -282,4 +294,11 @@ def grid_of(quantized: QuantizedArray) -> Grid:
         zero_point=None if zero_point is None else decode(zero_point, dtype),
         offset=None if offset is None else offset.astype(dtype),
         tensor_divisor=quantized.tensor_divisor,
+    )
+
+
+def _no_array(what):
+    return TypeError(
+        f"codes cannot be {what} as an array can. Use dequantize(codes) for their "
+        f"values, or low_bit(apply) to run a model on them."
     )

@@ -237,7 +237,7 @@ class Quantizer:
                     f"`group_size` must divide axis {axis} of `x`; got group_size="
                     f"{size}, x.shape={shape}. Use a divisor of {length}, or None for "
                     f"one scale per channel; where another axis is summed over, name "
-                    f"that one."
+                    f"that one, such as axis=(0, 1, 2) for a convolution."
                 )
             if self.hadamard is not None and length % self.hadamard:
                 largest = length & -length

@@ -1,13 +1,17 @@
 """The settings to begin with."""
 
+import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from cage_jax.curvature import fisher
+from cage_jax.curvature import Curvature, fisher
 from cage_jax.schedules import ScalarOrSchedule, ramp_to_dose, value_at
 
 _LARGEST = 3.0
+# At 0.01 CAGE was seen to do nothing, at 0.2 something.
+_LEAST_DOSE = 0.05
 # What it was measured with is below; the paper's is 10.
 _STRONGEST = 15.0
 
@@ -28,6 +32,7 @@ def recommended(
     the small learning rates of fine-tuning, have a smaller dose: there it would be a
     pull that is larger than the steps. Behind `total_steps` the strength stays as it is
     then. For the decoupled placements; the coupled one has no dose under Adam.
+    Warns where so little is left of the dose that the pull does nothing.
 
     Args:
       learning_rate: that of the optimizer, a number or a schedule.
@@ -55,6 +60,17 @@ def recommended(
     `silence_then_ramp(total_steps)` and no curvature.
     """
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
+    peak = ramp(jnp.int32(total_steps - 1))
+    if not isinstance(peak, jax.core.Tracer) and peak > _STRONGEST:
+        left = float(dose * _STRONGEST / peak)
+        if left < _LEAST_DOSE:
+            warnings.warn(
+                f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
+                f"{left:.2g} in {total_steps} steps at this learning rate, and will do "
+                f"nothing. Train longer, or leave it out: a pull that is stronger than "
+                f"the steps did harm.",
+                stacklevel=2,
+            )
 
     def strength(count):
         peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
@@ -67,3 +83,26 @@ def recommended(
         "strength": strength,
         "curvature": fisher(relative=True, factored=True, largest=_LARGEST),
     }
+
+
+def chosen(
+    learning_rate: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None,
+    total_steps: int | None,
+    curvature: Curvature | None,
+) -> tuple[ScalarOrSchedule, Curvature | None]:
+    """Strength and curvature: those that are given, else the recommended ones."""
+    if strength is not None:
+        if total_steps is not None:
+            raise ValueError(
+                f"`total_steps` must not come with `strength`, which says all; got "
+                f"{total_steps} and {strength!r}. Leave one of them out."
+            )
+        return strength, curvature
+    if total_steps is None:
+        raise TypeError(
+            "`total_steps` must be given, the length of the training in optimizer "
+            "steps, for the strength that is recommended; or `strength`."
+        )
+    found = recommended(learning_rate, total_steps)
+    return found["strength"], curvature or found["curvature"]

@@ -106,6 +106,11 @@ class Report:
         size = sum(row.size for row in self.rows)
         cells.append(("total", str(size), "", *_figures(self)))
         lines = [table(cells, left=3)]
+        if inputs := [row for row in self.rows if row.inputs is not None]:
+            lines.append(
+                f"inputs of {len(inputs)} parameters, such as {inputs[0].path}: "
+                f"{inputs[0].inputs}; in a model of quantize_activations"
+            )
         lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
         return "\n".join([*lines, *self.splits])
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from cage_jax.paths import flatten_with_paths, path_in_errors
 from cage_jax.quantizers import Quantizer
@@ -236,17 +237,13 @@ class Rules:
         paths = [path for path, keep in zip(every, kept) if keep]
         leaves = [leaf for leaf, keep in zip(leaves, kept) if keep]
         rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
-        used = set(map(self._index, paths))
         unused = [
             rule.pattern
-            for i, rule in enumerate(self._rules)
-            if i not in used
+            for i, rule in self._unused(paths)
             # What is left for a closing (".*", None) may be nothing.
-            and (
-                rule.weights
-                or rule.inputs
-                or not any(map(self._compiled[i].fullmatch, paths))
-            )
+            if rule.weights
+            or rule.inputs
+            or not any(map(self._compiled[i].fullmatch, paths))
         ]
         for pattern in unused:
             warnings.warn(unused_text(pattern, paths), stacklevel=2)
@@ -254,6 +251,31 @@ class Rules:
         for text in report.splits:
             warnings.warn(text, stacklevel=2)
         return report
+
+    def why_unused(self, tree: Any) -> tuple[str, ...]:
+        """Of each rule that has a quantizer and decides nothing, why; as sentences.
+
+        Args:
+          tree: of arrays. Where `optax.masked` has hidden a part of it nothing is said.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> rules = cage.Rules([(r"kernal", cage.int8()), (r".*", cage.int4())])
+          >>> print(*rules.why_unused({"kernel": 1.0}))
+          the rule 'kernal' matches no parameter. The nearest path is 'kernel'.
+        """
+        paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_grid_or_hidden)
+        if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+            return ()
+        return tuple(
+            unused_text(rule.pattern, paths)
+            for _, rule in self._unused(paths)
+            if rule.weights
+        )
+
+    def _unused(self, paths):
+        used = set(map(self._index, paths))
+        return [(i, rule) for i, rule in enumerate(self._rules) if i not in used]
 
     def _row(self, path, leaf) -> Row:
         quantizer = self._quantizer(path, leaf)
@@ -309,6 +331,13 @@ class Rules:
 
     def __hash__(self) -> int:
         return hash(self._rules)
+
+    @property
+    def in_words(self) -> str:
+        """As warnings name it: a table of many rules by its first."""
+        if len(self) < 3:
+            return repr(self)
+        return f"the {len(self)} rules from {self._rules[0].pattern!r} on"
 
     def __repr__(self) -> str:
         return f"Rules([{', '.join(map(str, self._rules))}])"
@@ -395,3 +424,7 @@ def _flatten(tree):
 
 def _is_grid(leaf):
     return isinstance(leaf, Grid)
+
+
+def _is_grid_or_hidden(leaf):
+    return isinstance(leaf, (Grid, optax.MaskedNode))

@@ -212,8 +212,17 @@ def check_learning_rate(learning_rate) -> None:
 
 
 def _check_nonnegative(value, name, remedy):
-    if callable(value) or isinstance(value, (jax.Array, np.ndarray)):
-        return  # a schedule, or a number that is known when the step runs
+    if _is_optimizer(value):
+        raise TypeError(
+            f"`{name}` must be a number or a schedule; got an optimizer. For another "
+            f"than AdamW and SGD use decoupled(optimizer, rules, strength, "
+            f"learning_rate)."
+        )
+    if callable(value):
+        _check_schedule(value, name, remedy)
+        return
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return  # known when the step runs
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         got = repr(value)
         if isinstance(value, Mapping):
@@ -223,6 +232,30 @@ def _check_nonnegative(value, name, remedy):
         raise ValueError(
             f"`{name}` must be finite and not negative; got {value}. {remedy}"
         )
+
+
+def _is_optimizer(value):
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def _check_schedule(value, name, remedy):
+    """Raises for a function that makes no number of a step's count."""
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # Optax's schedules have ints
+            found = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
+        what = f"returned {found}"
+    except jax.errors.JAXTypeError:
+        return  # one with a condition on the count, which runs where nothing is traced
+    except Exception as error:
+        what = f"raised {type(error).__name__}, {str(error).rstrip('.')}"
+    else:
+        if isinstance(found, jax.ShapeDtypeStruct) and not found.shape:
+            return
+    made = getattr(value, "__name__", "silence_then_ramp")
+    raise TypeError(
+        f"`{name}` must be a number, or a schedule from a step's count to a number; "
+        f"got {made}, which {what}. What makes a schedule has to be called. {remedy}"
+    )
 
 
 def _check_total_steps(total_steps):

@@ -17,6 +17,7 @@ wrong sign and size, and nothing at that place can tell.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jax import lax
 
 from cage_jax.curvature import Curvature, Step
 from cage_jax.quantization import check_grid_given, grid_at
+from cage_jax.recommendation import chosen
 from cage_jax.rounding import error_from, fit_for_error, fit_grid
 from cage_jax.rules import Rules, check_rules
 from cage_jax.scales import Grid, compute_dtype
@@ -124,9 +126,10 @@ def cage(
 def decoupled(
     inner: optax.GradientTransformation,
     rules: Rules,
-    strength: ScalarOrSchedule,
-    learning_rate: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
+    learning_rate: ScalarOrSchedule = None,  # type: ignore[assignment]
     *,
+    total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
@@ -140,8 +143,11 @@ def decoupled(
       inner: an optimizer with its learning rate, such as `optax.contrib.muon(lr)`.
         Gradient clipping belongs in front of this transformation or inside `inner`.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule from the step's count.
-      learning_rate: that of `inner`, a number or a schedule.
+      strength: lambda, a number or a schedule from the step's count; None for the
+        recommended one, of a training of `total_steps`.
+      learning_rate: that of `inner`, a number or a schedule; it must be given.
+      total_steps: length of the training in optimizer steps, in place of `strength`:
+        strength and curvature are then those of `recommended`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
@@ -158,32 +164,35 @@ def decoupled(
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4(group_size=32))])
       >>> strength = cage.silence_then_ramp(1000)
-      >>> tx = cage.decoupled(optax.lion(1e-4), rules, strength, 1e-4)
+      >>> tx = cage.decoupled(optax.lion(1e-3), rules, strength, 1e-3)
+      >>> lion = optax.lion(1e-3)
+      >>> tx = cage.decoupled(lion, rules, learning_rate=1e-3, total_steps=1000)
 
     Source: CAGE, arXiv 2510.18784, the decoupled form, the paper's default.
     """
-    return _after(
-        "decoupled",
-        inner,
-        learning_rate,
-        _correction(
-            rules,
-            strength,
-            lambda count: -value_at(learning_rate, count),
-            at_updated=False,
-            curvature=curvature,
-            freeze_scale=freeze_scale,
-            statistics=statistics,
-        ),
+    _check_inner("decoupled", inner)
+    check_learning_rate(learning_rate)
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    _check_share(learning_rate, strength)
+    correction = _correction(
+        rules,
+        strength,
+        lambda count: -value_at(learning_rate, count),
+        at_updated=False,
+        curvature=curvature,
+        freeze_scale=freeze_scale,
+        statistics=statistics,
     )
+    return _after("decoupled", inner, correction)
 
 
 def post_step(
     inner: optax.GradientTransformation,
     rules: Rules,
-    strength: ScalarOrSchedule,
-    learning_rate: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
+    learning_rate: ScalarOrSchedule = None,  # type: ignore[assignment]
     *,
+    total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
@@ -197,9 +206,10 @@ def post_step(
     Args:
       inner: an optimizer with its learning rate, such as `optax.adamw(lr)`.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule from the step's count.
-      learning_rate: that of `inner`, a number or a schedule. Under
+      strength: as in `decoupled`.
+      learning_rate: that of `inner`, a number or a schedule; it must be given. Under
         `optax.inject_hyperparams` it is this step's number, not the next one's.
+      total_steps: as in `decoupled`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
@@ -220,30 +230,51 @@ def post_step(
 
     Source: the reference implementation of CAGE, arXiv 2510.18784.
     """
-    return _after(
-        "post_step",
-        inner,
-        learning_rate,
-        _correction(
-            rules,
-            strength,
-            lambda count: -value_at(learning_rate, optax.safe_increment(count)),
-            at_updated=True,
-            curvature=curvature,
-            freeze_scale=freeze_scale,
-            statistics=statistics,
-        ),
+    _check_inner("post_step", inner)
+    check_learning_rate(learning_rate)
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    _check_share(learning_rate, strength)
+    correction = _correction(
+        rules,
+        strength,
+        lambda count: -value_at(learning_rate, optax.safe_increment(count)),
+        at_updated=True,
+        curvature=curvature,
+        freeze_scale=freeze_scale,
+        statistics=statistics,
     )
+    return _after("post_step", inner, correction)
 
 
-def _after(name, inner, learning_rate, correction):
-    """`inner`, then `correction` on its updates."""
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+def _check_inner(name, inner):
+    if not _is_optimizer(inner):
+        got = type(inner).__name__ if isinstance(inner, Rules) else repr(inner)
         raise TypeError(
-            f"`inner` must be an optimizer; got {inner!r}. Use "
+            f"`inner` must be an optimizer; got {got}. The optimizer comes first: "
             f"{name}(optax.adamw(lr), rules, strength, lr)."
         )
-    check_learning_rate(learning_rate)
+
+
+def _is_optimizer(value):
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def _check_share(learning_rate, strength):
+    numbers = int, float
+    if isinstance(learning_rate, numbers) and isinstance(strength, numbers):
+        share = learning_rate * strength
+        if 1 <= share < math.inf:
+            warnings.warn(
+                f"`strength` should be below 1 / learning_rate; got {strength:g}, with "
+                f"which each step moves a weight by {share:.3g} of its distance to the "
+                f"grid. For a length of the training write total_steps=..., for a "
+                f"dose ramp_to_dose(learning_rate, steps).",
+                stacklevel=3,
+            )
+
+
+def _after(name, inner, correction):
+    """`inner`, then `correction` on its updates."""
     both = optax.chain(inner, correction)
     first_of_both = optax.with_extra_args_support(inner)
 
@@ -258,6 +289,16 @@ def _after(name, inner, learning_rate, correction):
 
     def update(updates, state, params=None, **extra_args):
         check_params(params)  # before `inner` misses them in its own words
+        if not (
+            isinstance(state, tuple)
+            and len(state) == 2
+            and isinstance(state[1], CageState)
+        ):
+            raise ValueError(
+                f"`state` must be that of `inner` and of the correction, as `init` "
+                f"gives it; got a {type(state).__name__} without CAGE. To go on from "
+                f"an optimizer's own state use (state, tx.init(params)[1])."
+            )
         gradients, (inner_state, cage_state) = updates, state
         updates, inner_state = first_of_both.update(
             updates, inner_state, params, **extra_args
@@ -310,7 +351,9 @@ def _correction(
         rules,
         " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
         "strength), optimizer), or decoupled(optimizer, rules, strength, "
-        "learning_rate).",
+        "learning_rate)."
+        if _is_optimizer(rules)
+        else "",
     )
     check_strength(strength)
     if not isinstance(curvature, Curvature | None):
@@ -331,12 +374,20 @@ def _correction(
         for name, asked in (("freeze_scale", freeze_scale), ("statistics", statistics)):
             if asked:
                 _check_grids(name, quantized)
+        unused = rules.why_unused(params)
         if not quantized:
+            why = f" {unused[0][0].upper()}{unused[0][1:]}" if unused else ""
+            if not jax.tree.leaves(params):
+                why = " `params` has no array in it: does `wrt` select some?"
             warnings.warn(
-                f"no parameter is quantized by {rules}, so CAGE has nothing to pull. "
-                f"Print rules.report(params) to see the paths.",
+                f"no parameter is quantized by {rules.in_words}, so CAGE has nothing "
+                f"to pull."
+                f"{why} Print rules.report(params) to see the paths.",
                 stacklevel=2,
             )
+        else:
+            for text in unused:
+                warnings.warn(text, stacklevel=2)
         grids = {
             path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()
         }
@@ -347,6 +398,19 @@ def _correction(
             curvature=curvature
             and curvature.init({path: x for path, (_, x) in quantized.items()}),
         )
+
+    def check_kept(state):
+        for name, asked, kept in (
+            ("freeze_scale", freeze_scale, state.grids),
+            ("statistics", statistics, state.statistics),
+            ("curvature", curvature is not None, state.curvature),
+        ):
+            if asked and kept is None:
+                raise ValueError(
+                    f"`state` must be that of this optimizer; got one of an optimizer "
+                    f"without `{name}`. Use that of its own init, which may get the "
+                    f"`cage_count` of the other, or leave `{name}` out."
+                )
 
     def update(
         updates,
@@ -361,6 +425,7 @@ def _correction(
         check_params(params)
         if gradients is None:
             gradients = updates  # nothing stands before the correction
+        check_kept(state)
         count = state.cage_count
         level = value_at(strength, count)
 

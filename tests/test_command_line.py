@@ -273,6 +273,12 @@ def test_help(command, capsys):
     assert "example:\n  cage-jax" in text if command else "COMMAND" in text
 
 
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 2
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("quantize", "report", "export", "check"))
+
+
 def test_the_program_is_installed(folder):
     program = [sys.executable, "-m", "cage_jax.command_line"]
     done = subprocess.run(

@@ -76,12 +76,16 @@ def small_hub(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("small_hub")
 def test_the_programs_of_the_page_of_exports(tmp_path):
     names = _run(ROOT / "docs" / "export.md")
-    (kernel,) = names["same"].params.values()
-    assert jnp.array_equal(kernel.codes, names["codes"]["kernel"].codes)
+    assert jnp.array_equal(
+        names["values"]["kernel"], cage.dequantize(names["same"]["kernel"])
+    )
+    trained = cage.dequantize(names["codes"])["kernel"][...]
+    assert jnp.array_equal(names["layer"].kernel[...], trained)
     assert {path.name for path in tmp_path.iterdir()} == {
         "out",
         "out.gguf",
         "codes.safetensors",
+        "layer.safetensors",
     }
 
 

@@ -379,6 +379,50 @@ def test_random_numbers_move_on(rng):
     assert np.any(np.asarray(one) != np.asarray(other))
 
 
+class Normalized(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.up(x)))
+
+
+def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(rng):
+    rules = Rules([(".*kernel", int4()), (".*", None)])
+    model, x = Normalized(nnx.Rngs(0)), normal(rng, 5, 8)
+    kernel = model.up.kernel[...]
+
+    @nnx.jit
+    def gradient_of(model):
+        return nnx.grad(lambda m: jnp.sum(cage_flax.fake_quant(m, rules)(x)))(model)
+
+    gradient = gradient_of(model)
+    assert gradient["up"]["kernel"].shape == kernel.shape
+    assert jnp.array_equal(model.up.kernel[...], kernel)  # not rounded in place
+    rounded = np.float64(x) @ np.float64(fake_quant(kernel, int4()))
+    expected = 0.01 * rounded.mean(0)  # a step of the running mean, from 0
+    np.testing.assert_allclose(model.norm.mean[...], expected, atol=1e-6)
+    assert model.drop.rngs.count[...] == 1
+
+
+def test_modules_are_not_taken_for_trees_or_functions():
+    rules = Rules([(".*kernel", int4(), int8(axis=-1)), (".*", None)])
+    module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        TypeError, match=r"NNX module Linear.*cage_jax\.flax\.fake_quant"
+    ):
+        fake_quant(module, rules)
+    with pytest.raises(TypeError, match=r"got State\. For a tree .* cage_jax\.fake"):
+        cage_flax.fake_quant(nnx.state(module), rules)
+    for each in (module, nn.Dense(4)):
+        with pytest.raises(
+            TypeError, match=r"the module .*cage_jax\.flax\.quantize_act"
+        ):
+            cage.quantize_activations(each, rules)
+
+
 def test_other_methods_are_quantized_too(rng):
     class Two(nnx.Module):
         def __init__(self, rngs):

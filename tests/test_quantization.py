@@ -871,6 +871,21 @@ def test_rules_that_quantize_nothing_are_warned_of(function):
     function(part, Rules([(".*", None)]))  # as was asked for
 
 
+def test_many_rules_are_named_by_their_first():
+    rules = Rules([(name, int4()) for name in "abc"])
+    with pytest.warns(UserWarning, match=r"by the 3 rules from 'a' on\."):
+        fake_quant({"kernel": jnp.ones((8, 3))}, rules)
+
+
+@pytest.mark.parametrize("function", [fake_quant, quantize])
+def test_codes_are_not_quantized_again(function):
+    rules = Rules([(".*kernel", int4()), (".*", None)])
+    codes = quantize({"mlp": {"kernel": jnp.ones((8, 3))}}, rules)
+    with pytest.raises(TypeError, match=r"`mlp/kernel`.*quantized already"):
+        function(codes, rules)
+    function(codes | {"kernel": jnp.ones((8, 3))}, Rules([("kernel", int4())]))
+
+
 def test_codes_are_not_differentiated(rng):
     x = normal(rng, (8, 3))
     with pytest.raises(TypeError, match=r"`quantize` has no gradient.*fake_quant"):

@@ -127,6 +127,24 @@ def test_its_bytes_are_as_many_as_it_says(quantizer, x):
     assert len(data) == -(-numbers * codes.bits // 8) + stored
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda codes: jnp.ones((2, 8)) @ codes,
+        lambda codes: codes @ jnp.ones((3, 2)),
+        lambda codes: 2.0 * codes,
+        lambda codes: jnp.ones(3) * codes,
+        np.asarray,
+    ],
+)
+def test_it_is_no_array_and_says_so(use):
+    codes = cage.quantize(jnp.ones((8, 3)), cage.int4(group_size=4))
+    with pytest.raises(TypeError, match=r"dequantize\(codes\).*low_bit\(apply\)"):
+        use(codes)
+    assert repr(codes).startswith("QuantizedArray((8, 3), int4 absmax, group 4")
+    assert len(repr(codes)) < 100
+
+
 def test_the_layout_of_its_bytes():
     x = jnp.array([[-7.0, 7.0, 1.0], [2.0, 3.0, -1.0]]) / 2
     codes = quantize(x, int4(axis=None))

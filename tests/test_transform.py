@@ -627,7 +627,7 @@ def test_an_optimizer_in_place_of_rules():
 def test_rules_in_place_of_the_optimizer(wrap):
     with pytest.raises(TypeError, match=rf"`inner`.*{wrap.__name__}\(optax.adamw"):
         wrap(RULES, RULES, 1.0, 1e-3)
-    with pytest.raises(TypeError, match=r"decoupled\(optimizer, rules, strength"):
+    with pytest.raises(TypeError, match=r"got Rules\. The optimizer comes first"):
         wrap(RULES, optax.adam(1e-3), 1.0, 1e-3)
     with pytest.raises(TypeError, match="`inner` must be an optimizer"):
         wrap(optax.adam, RULES, 1.0, 1e-3)
@@ -674,13 +674,101 @@ BUILD = {
 )
 def test_bad_numbers(name, value, kind):
     text = rf"`strength` must be .*got {value!r}\."
-    if value is None and name in ("cage_adamw", "cage_sgd"):
+    if value is None and name != "cage":
         text = "`total_steps` must be given"  # without a strength they recommend one
     with pytest.raises(kind, match=text):
         BUILD[name](value, 0.1)
     if name != "cage":
         with pytest.raises(kind, match=rf"`learning_rate` must be .*got {value!r}\."):
             BUILD[name](1.0, value)
+
+
+def _condition(count):
+    return 1.0 if count > 3 else 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            cage.silence_then_ramp,
+            r"got silence_then_ramp, which raised TypeError, `tot",
+        ),
+        (optax.linear_schedule, "got linear_schedule, which raised TypeError"),
+        (lambda count: None, "which returned None"),
+        (lambda count: jnp.ones(3), r"which returned ShapeDtypeStruct\(shape=\(3,\)"),
+        (optax.adam(1e-3), "got an optimizer"),
+    ],
+    ids=["not called", "not called of optax", "nothing", "three", "optimizer"],
+)
+@pytest.mark.parametrize("name", list(BUILD))
+def test_schedules_that_are_none(name, value, text):
+    with pytest.raises(TypeError, match=f"`strength` must be .*{text}"):
+        BUILD[name](value, 0.1)
+    if name != "cage":
+        with pytest.raises(TypeError, match=f"`learning_rate` must be .*{text}"):
+            BUILD[name](1.0, value)
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_a_schedule_with_a_condition_runs_outside_of_jit(name, standard_promotion):
+    params = {"kernel": jnp.linspace(-1, 1, 16).reshape(8, 2)}
+    tx = BUILD[name](_condition, 0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jnp.all(jnp.isfinite(updates["kernel"]))
+
+
+@pytest.mark.parametrize("name", ["decoupled", "post_step", "cage_adamw", "cage_sgd"])
+def test_a_strength_that_looks_like_a_number_of_steps_is_warned_of(name):
+    with pytest.warns(UserWarning, match="moves a weight by 100 of its distance"):
+        BUILD[name](1000.0, 0.1)
+
+
+@pytest.mark.parametrize("wrap", [cage.decoupled, cage.post_step])
+def test_any_optimizer_takes_the_recommended_strength(wrap, standard_promotion):
+    rate = optax.cosine_decay_schedule(0.01, 100)
+    params = {"kernel": jnp.linspace(-1, 1, 16).reshape(8, 2)}
+    chosen = cage.recommended(rate, 100)
+    one = wrap(optax.lion(rate), RULES, learning_rate=rate, total_steps=100)
+    other = wrap(optax.lion(rate), RULES, learning_rate=rate, **chosen)
+    state, same, plain = one.init(params), other.init(params), optax.lion(rate)
+    without = plain.init(params)
+    for _ in range(60):
+        gradients = jax.tree.map(jnp.sin, params)
+        updates, state = one.update(gradients, state, params)
+        expected, same = other.update(gradients, same, params)
+        moved, without = plain.update(gradients, without, params)
+        chex.assert_trees_all_equal(updates, expected)
+        params = optax.apply_updates(params, updates)
+    assert not jnp.array_equal(moved["kernel"], updates["kernel"])
+
+
+def test_a_state_of_another_optimizer_is_said(standard_promotion):
+    params = {"kernel": jnp.ones((8, 3))}
+    tx = cage.cage_adamw(0.1, RULES, 1.0)
+    plain = optax.adamw(0.1).init(params)
+    with pytest.raises(ValueError, match=r"got a tuple without CAGE.*tx\.init"):
+        tx.update(params, plain, params)
+    tx.update(params, (plain, tx.init(params)[1]), params)
+    for name, options in {
+        "statistics": {"strength": 1.0, "statistics": True},
+        "freeze_scale": {"strength": 1.0, "freeze_scale": True},
+        "curvature": {"total_steps": 100},
+    }.items():
+        other = cage.cage_adamw(0.1, RULES, **options)
+        with pytest.raises(ValueError, match=f"an optimizer without `{name}`"):
+            other.update(params, tx.init(params), params)
+
+
+def test_one_of_several_rules_that_decides_nothing_warns_at_init():
+    rules = cage.Rules([(r".*kernal", cage.int8()), (r".*kernel", cage.int4())])
+    params = {"kernel": jnp.ones((8, 3))}
+    tx = cage.cage_sgd(0.1, rules, 1.0)
+    with pytest.warns(UserWarning, match=r"'\.\*kernal' matches no .* is 'kernel'"):
+        tx.init(params)
+    # A part of the parameters says nothing about the whole table.
+    parts = optax.masked(tx, {"kernel": True, "head": {"kernal": False}})
+    parts.init(params | {"head": {"kernal": jnp.ones((8, 3))}})
 
 
 @pytest.mark.parametrize("name", list(BUILD))

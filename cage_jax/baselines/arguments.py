@@ -46,8 +46,8 @@ def quantized(rules: Rules, params: Any) -> dict[str, tuple[Quantizer, Any]]:
     found = rules.quantized(params)
     if not found:
         warnings.warn(
-            f"no parameter is quantized by {rules}, so there is nothing to do. Print "
-            f"rules.report(params) to see the paths.",
+            f"no parameter is quantized by {rules.in_words}, so there is nothing to "
+            f"do. Print rules.report(params) to see the paths.",
             stacklevel=3,
         )
     return found

@@ -68,6 +68,7 @@ def load(path: Path) -> Model:
         _need("gguf", "A GGUF")
         return read_gguf(place)
     if place.suffix == ".safetensors":
+        _need("safetensors", "A .safetensors file")
         return Model(trees.load(place), None, {})
     raise MalformedFileError(
         f"`path` must be a model; got {place.name}, which is neither a GGUF nor a "
@@ -143,5 +144,6 @@ def _need(package, what):
     if importlib.util.find_spec(package) is None:
         raise ImportError(
             f"{what} cannot be read without the package {package}, which is not "
-            f'installed. Run pip install "cage_jax[export]".'
+            f'installed. Run pip install "cage_jax[export]", or in a clone '
+            f"pip install -e '.[export]'."
         )

@@ -105,8 +105,9 @@ def stablehlo(
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError(
-            "a program cannot be written without flatbuffers. Use pip install "
-            "flatbuffers."
+            "a program cannot be written without the package flatbuffers, which is not "
+            'installed. Run pip install "cage_jax[export]", or in a clone '
+            "pip install -e '.[export]'."
         )
     if weights not in get_args(Weights):
         raise ValueError(
