@@ -241,6 +241,7 @@ def _findings(layers, rules):
                 f"data. Is it never called? Else leave the quantizer of inputs out."
             )
         yield from _costly(layer.weight)
+        yield from _across(layer)
         yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
             size = math.prod((*each.product.shape, *each.product.repeats))
@@ -262,6 +263,37 @@ def _costly(row):
             f"{row.shape} weights. Name the axes of its inputs, such as axis=0 for "
             f"(in, heads, size) and axis=(0, 1, 2) for the kernel of a convolution."
         )
+
+
+def _across(layer):
+    row = layer.weight
+    if row.quantizer is None or not layer.inputs:
+        return
+    shared = set(row.quantizer.groups(row.shape))
+    summed = [axes for each in layer.inputs for axes in _summed(each.product, row)]
+    if summed and not any(shared.issuperset(axes) for axes in summed):
+        first = summed[0] if len(summed[0]) > 1 else summed[0][0]
+        yield (
+            f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
+            f"and a scale is for axis {row.quantizer.axis}: it cannot be taken out of "
+            f"the product. Use axis={first}."
+        )
+
+
+def _summed(product, row):
+    """The axes of a parameter that a product may sum over, told by their lengths."""
+    axes = tuple(range(len(row.shape)))
+    if product.operation == "conv_general_dilated":  # all but the outputs
+        channels = product.shape[product.features[0]]
+        places = {axes[:-1]: -2, axes[1:]: 1}  # (..., in, out) and (out, in, ...)
+        return [
+            run for run, place in places.items() if channels % row.shape[place] == 0
+        ]
+    length = math.prod(product.shape[axis] for axis in product.features)
+    runs = [axes[i:j] for i in axes for j in range(i + 1, len(axes) + 1)]
+    return [
+        run for run in runs if math.prod(row.shape[axis] for axis in run) == length > 1
+    ]
 
 
 def _found(what, quantizer, layer, size):

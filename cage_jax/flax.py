@@ -194,8 +194,24 @@ def report(
       ['kernel']
     """
     function, state, grids = _program(model, variables)
+    function, state = _of_parameters(function, state)
     params = {"params": state, "grids": grids} if grids else state
     return report_of_function(function, rules, params, *args, **kwargs)
+
+
+def _of_parameters(function, state):
+    """A function of variables as one of parameters alone, and these."""
+    if isinstance(state, nnx.State):
+        variables, rest = nnx.split_state(state, nnx.Param, ...)
+
+        def with_rest(variables, *args, **kwargs):
+            # Variables of the trace, which a call may change.
+            new = jax.tree.map(lambda leaf: leaf, rest)
+            return function(nnx.merge_state(variables, new), *args, **kwargs)
+
+        return with_rest, variables
+    params = {"params": state.get("params", {})}
+    return lambda p, *a, **k: function({**state, **p}, *a, **k), params
 
 
 def _program(model, variables):

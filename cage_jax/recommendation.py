@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.curvature import Curvature, fisher
-from cage_jax.schedules import ScalarOrSchedule, ramp_to_dose, value_at
+from cage_jax.schedules import ScalarOrSchedule, dose, ramp_to_dose, value_at
 
 _LARGEST = 3.0
 # At 0.01 CAGE was seen to do nothing, at 0.2 something.
@@ -32,7 +32,6 @@ def recommended(
     the small learning rates of fine-tuning, have a smaller dose: there it would be a
     pull that is larger than the steps. Behind `total_steps` the strength stays as it is
     then. For the decoupled placements; the coupled one has no dose under Adam.
-    Warns where so little is left of the dose that the pull does nothing.
 
     Args:
       learning_rate: that of the optimizer, a number or a schedule.
@@ -60,17 +59,6 @@ def recommended(
     `silence_then_ramp(total_steps)` and no curvature.
     """
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
-    peak = ramp(jnp.int32(total_steps - 1))
-    if not isinstance(peak, jax.core.Tracer) and peak > _STRONGEST:
-        left = float(dose * _STRONGEST / peak)
-        if left < _LEAST_DOSE:
-            warnings.warn(
-                f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
-                f"{left:.2g} in {total_steps} steps at this learning rate, and will do "
-                f"nothing. Train longer, or leave it out: a pull that is stronger than "
-                f"the steps did harm.",
-                stacklevel=2,
-            )
 
     def strength(count):
         peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
@@ -105,4 +93,19 @@ def chosen(
             "steps, for the strength that is recommended; or `strength`."
         )
     found = recommended(learning_rate, total_steps)
+    _warn_of_little(learning_rate, found["strength"], total_steps)
     return found["strength"], curvature or found["curvature"]
+
+
+def _warn_of_little(learning_rate, strength, total_steps):
+    if isinstance(learning_rate, jax.core.Tracer):
+        return
+    left = dose(learning_rate, strength, total_steps)
+    if left < _LEAST_DOSE:
+        warnings.warn(
+            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
+            f"{left:.2g} in {total_steps} steps at this learning rate, and will do "
+            f"nothing. Train longer, or leave it out: a pull that is stronger than the "
+            f"steps did harm.",
+            stacklevel=3,
+        )

@@ -1,7 +1,5 @@
 """Sources of curvature: their formulas, and what the correction makes of them."""
 
-import warnings
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -319,9 +317,7 @@ def test_no_step_of_what_is_recommended_goes_beyond_the_grid(steps):
 def test_what_is_recommended_is_never_strong(peak, strongest):
     """A small learning rate does not get its dose by a pull beyond all measure."""
     rate = optax.cosine_decay_schedule(peak, 1000, alpha=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what little it does at the smaller one
-        strength = cage.recommended(rate, 1000)["strength"]
+    strength = cage.recommended(rate, 1000)["strength"]
     ramp = cage.ramp_to_dose(rate, 1000)
     assert float(strength(999)) == pytest.approx(strongest, rel=1e-3)
     shares = [float(strength(count) / ramp(count)) for count in (600, 800, 999)]
@@ -410,12 +406,6 @@ def test_products_over_shards_are_those_of_one_device(problem, source):
     np.testing.assert_allclose(found["w"], expected["w"], **CLOSE)
     for kept in jax.tree.leaves(tree_get(state, "diagonal", {})):
         assert kept.sharding.is_equivalent_to(sharding, 2)
-
-
-def test_a_recommended_strength_that_does_nothing_is_warned_of():
-    with pytest.warns(UserWarning, match=r"comes to a dose of 0\.002 in 100 steps"):
-        cage.recommended(1e-5, 100)
-    cage.recommended(1e-3, 100)
 
 
 @pytest.mark.usefixtures("standard_promotion")

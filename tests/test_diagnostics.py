@@ -142,6 +142,45 @@ def test_scales_that_cost_more_than_codes(rng):
     assert report(apply, good, attention, x).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape", "axis", "right"),
+    [
+        ("td,dh->th", (64, 48), -1, 0),
+        ("td,dhk->thk", (64, 4, 32), -2, 0),
+        ("thk,hkd->td", (4, 32, 48), 0, (0, 1)),
+        ("td,hd->th", (48, 64), -2, 1),
+    ],
+)
+def test_scales_across_what_is_summed_over(equation, shape, axis, right, rng):
+    params, inputs = {"w": normal(rng, *shape)}, equation.split(",")[0]
+    sizes = dict(zip(equation.split(",")[1].split("->")[0], shape)) | {"t": 512}
+    x = normal(rng, *(sizes[letter] for letter in inputs))
+
+    def apply(params, x):
+        return jnp.einsum(equation, x, params["w"])
+
+    def findings(axis):
+        return report(apply, Rules([("w", int4(axis=axis))]), params, x).findings
+
+    finding(findings(axis), "w, weight: its product sums over", f"Use axis={right}.")
+    assert findings(right) == () and findings(None) == ()
+
+
+def test_scales_of_a_convolution_across_what_is_summed_over(rng):
+    params, x = {"w": normal(rng, 3, 3, 16, 32)}, normal(rng, 4, 8, 8, 16)
+
+    def apply(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    found = report(apply, Rules([("w", int4())]), params, x).findings
+    finding(found, "sums over axis (0, 1, 2) of (3, 3, 16, 32)", "Use axis=(0, 1, 2).")
+    good = Rules([("w", int4(axis=(0, 1, 2)))])
+    assert report(apply, good, params, x).findings == ()
+
+
 def test_nan_is_worth_a_word(params, rng):
     x = normal(rng, 256, 4)
     broken = params | {"w": params["w"].at[0, 0].set(jnp.nan)}

@@ -616,6 +616,20 @@ def test_bad_arguments(build, error, text):
 # --- the report -----------------------------------------------------------------------
 
 
+def test_the_report_lists_nothing_else(rng):
+    x, rules = normal(rng, 32, 8), Rules([(".*", int4(axis=None))])
+    model = Normalized(nnx.Rngs(0))
+    paths = [layer.weight.path for layer in report(model, rules, x).layers]
+    assert paths == ["norm/bias", "norm/scale", "up/bias", "up/kernel"]
+
+    linen = LinenModel()
+    variables = linen.init(jax.random.key(0), x)
+    assert set(variables) > {"params"}
+    found = report(linen, rules, x, variables=variables, train=False)
+    count = len(jax.tree.leaves(variables["params"]))
+    assert len(found.layers) == count < len(jax.tree.leaves(variables))
+
+
 def test_the_report_lists_every_parameter(rng):
     x = normal(rng, 32, 8)
     linen = LinenModel()

@@ -473,7 +473,6 @@ def test_published_cage_branches_off(tuning_in, tmp_path, fast, monkeypatch):
     assert parts == [(0, 8), (8, 10)] * 3
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength")
 def test_finetuning_goes_on_where_it_stopped(tuning_in, tmp_path, fast, monkeypatch):
     name = "int2 group 64: recommended, seed 0"
     with tuning_in(tmp_path / "whole") as tuning:
@@ -497,7 +496,6 @@ def test_finetuning_goes_on_where_it_stopped(tuning_in, tmp_path, fast, monkeypa
         assert tuning.losses(name) == whole
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength")
 def test_every_method_finetunes(tuning_in, tmp_path, fast):
     """To MXFP4, the target that is least like those of the other tables."""
     rest = [arm for arm in finetuning.ARMS if arm not in ("ste", "cage")]
