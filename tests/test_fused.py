@@ -160,6 +160,8 @@ REUSED = {
 }
 
 
+# Of the rules most are for parameters that are left out here.
+@pytest.mark.filterwarnings("ignore:the rule .* matches no parameter")
 @pytest.mark.parametrize("name", REUSED)
 def test_what_was_donated_raises_when_it_is_used_again(params, name):
     params, tx = {"groups": params["groups"]}, optimizer(mask=None)

@@ -491,7 +491,8 @@ def test_bad_arguments(build, error, name, value, remedy):
             (128, 64),
             "`group_size` must divide axis -2 of `x`; got group_size=48, x.shape=(128, "
             "64). Use a divisor of 128, or None for one scale per channel; where "
-            "another axis is summed over, name that one.",
+            "another axis is summed over, name that one, such as axis=(0, 1, 2) for a "
+            "convolution.",
         ),
         (
             int4(),
