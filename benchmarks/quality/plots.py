@@ -22,6 +22,7 @@ from report import (
 )
 
 # What is to be seen, and all else.
+KIBIBYTES = (16, 24, 32, 48, 64, 96)
 COLORS = {"recommended": "#c1440e", "cage": "#e6a27c", "matched": "#e6a27c"}
 OTHER = "#8a9ba8"
 
@@ -150,8 +151,9 @@ def language_models(record: Mapping[str, Any], path: Path) -> None:
             label = f"{width}{width.replace('W', 'A')}, {text}"
             axis.plot(sizes, losses, style, color=color, marker=marker, label=label)
     axis.set_xscale("log", base=2)
-    ticks = sorted({round(int(line[2].replace(",", "")) / 1024) for line in rows})
-    axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    axis.set_xticks(KIBIBYTES, [f"{tick}" for tick in KIBIBYTES])
+    axis.set_xlim(KIBIBYTES[0] * 0.9, KIBIBYTES[-1] * 1.1)
+    axis.minorticks_off()
     axis.set(xlabel="KiB of the layers' weights", ylabel="validation loss (nat a byte)")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

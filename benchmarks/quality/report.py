@@ -407,7 +407,9 @@ def _language_lines(record) -> Lines:
         mean = {arm: np.mean(_losses(cells, arm)) for arm in cells[0]["loss"]}
         gap = mean["ste"] - mean["full"]
         each = {arm: float((mean["ste"] - loss) / gap) for arm, loss in mean.items()}
-        words = f"language model, {name.partition(', ')[2]}"
+        bits, _, rest = name.partition(", ")
+        alone = ", weights alone" if bits.endswith("A16") else ""
+        words = f"language model, {rest}{alone}"
         found.setdefault(words, []).append(each)
     return found
 
