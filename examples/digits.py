@@ -524,6 +524,9 @@ def announce(settings: Settings, console: Console) -> None:
     )
     if warning:
         console.print(f"Note: {warning}", soft_wrap=True, highlight=False)
+    if settings.strength == Settings.strength and not settings.recommended:
+        text = "CAGE is the paper's here; --recommended takes the one to begin with."
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def main() -> int:

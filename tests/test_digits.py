@@ -253,6 +253,7 @@ def test_the_program_prints_and_writes_all_figures(monkeypatch, tmp_path, capsys
     assert len(written["results"]["W3A3"]["cage"]["train_loss"]) == 2
     printed = capsys.readouterr().out
     assert "W3A3" in printed and "CAGE's dose" in printed
+    assert "CAGE is the paper's here; --recommended" in printed
     assert "W3A3: CAGE" in printed
 
 
