@@ -107,5 +107,5 @@ def _warn_of_little(learning_rate, strength, total_steps):
             f"{left:.2g} in {total_steps} steps at this learning rate, and will do "
             f"nothing. Train longer, or leave it out: a pull that is stronger than the "
             f"steps did harm.",
-            stacklevel=3,
+            stacklevel=4,
         )

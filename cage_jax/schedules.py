@@ -212,7 +212,7 @@ def check_learning_rate(learning_rate) -> None:
 
 
 def _check_nonnegative(value, name, remedy):
-    if _is_optimizer(value):
+    if is_optimizer(value):
         raise TypeError(
             f"`{name}` must be a number or a schedule; got an optimizer. For another "
             f"than AdamW and SGD use decoupled(optimizer, rules, strength, "
@@ -234,7 +234,8 @@ def _check_nonnegative(value, name, remedy):
         )
 
 
-def _is_optimizer(value):
+def is_optimizer(value: Any) -> bool:
+    """Whether it looks like one of Optax."""
     return hasattr(value, "init") and hasattr(value, "update")
 
 

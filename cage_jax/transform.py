@@ -37,6 +37,7 @@ from cage_jax.schedules import (
     ScalarOrSchedule,
     check_learning_rate,
     check_strength,
+    is_optimizer,
     value_at,
 )
 from cage_jax.statistics import CageStatistics, Seen, first, gathered, seen
@@ -247,16 +248,12 @@ def post_step(
 
 
 def _check_inner(name, inner):
-    if not _is_optimizer(inner):
+    if not is_optimizer(inner):
         got = type(inner).__name__ if isinstance(inner, Rules) else repr(inner)
         raise TypeError(
             f"`inner` must be an optimizer; got {got}. The optimizer comes first: "
             f"{name}(optax.adamw(lr), rules, strength, lr)."
         )
-
-
-def _is_optimizer(value):
-    return hasattr(value, "init") and hasattr(value, "update")
 
 
 def _check_share(learning_rate, strength):
@@ -352,7 +349,7 @@ def _correction(
         " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
         "strength), optimizer), or decoupled(optimizer, rules, strength, "
         "learning_rate)."
-        if _is_optimizer(rules)
+        if is_optimizer(rules)
         else "",
     )
     check_strength(strength)
