@@ -23,6 +23,7 @@ from report import (
 
 # What is to be seen, and all else.
 KIBIBYTES = (16, 24, 32, 48, 64, 96)
+THOUSANDS = (50, 100, 200, 300)
 COLORS = {"recommended": "#c1440e", "cage": "#e6a27c", "matched": "#e6a27c"}
 OTHER = "#8a9ba8"
 
@@ -135,10 +136,31 @@ def _shares(points, what, path):
 
 
 def language_models(record: Mapping[str, Any], path: Path) -> None:
-    """The loss by the bytes of the layers: STE's and the recommended one's."""
+    """The loss by bytes and by weights of the layers: STE's, the recommended one's."""
     rows = language_models_by_size(record).cells
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for column, color, marker, text in (
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 4.2), sharey=True, layout="constrained"
+    )
+    for axis, column, unit, ticks, label in (
+        (axes[0], 2, 1024, KIBIBYTES, "KiB of the layers' weights"),
+        (axes[1], 1, 1000, THOUSANDS, "thousands of weights in the layers"),
+    ):
+        _by_size(axis, rows, column, unit)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        axis.set_xlim(ticks[0] * 0.9, ticks[-1] * 1.1)
+        axis.minorticks_off()
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss (nat a byte)")
+    axes[1].legend(fontsize=8, handlelength=3.5)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _by_size(axis, rows, size, unit):
+    """A line for each width and method; `size` is a column of the rows."""
+    for loss, color, marker, text in (
         (3, OTHER, "o", WORDS["ste"]),
         (4, COLORS["recommended"], "s", WORDS["recommended"]),
     ):
@@ -146,19 +168,10 @@ def language_models(record: Mapping[str, Any], path: Path) -> None:
             lines = [line for line in rows if line[0].startswith(width)]
             if not lines:
                 continue
-            sizes = [int(line[2].replace(",", "")) / 1024 for line in lines]
-            losses = [float(line[column]) for line in lines]
+            sizes = [int(line[size].replace(",", "")) / unit for line in lines]
+            losses = [float(line[loss]) for line in lines]
             label = f"{width}{width.replace('W', 'A')}, {text}"
             axis.plot(sizes, losses, style, color=color, marker=marker, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(KIBIBYTES, [f"{tick}" for tick in KIBIBYTES])
-    axis.set_xlim(KIBIBYTES[0] * 0.9, KIBIBYTES[-1] * 1.1)
-    axis.minorticks_off()
-    axis.set(xlabel="KiB of the layers' weights", ylabel="validation loss (nat a byte)")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 PLOTS = {
