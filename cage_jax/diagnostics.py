@@ -302,6 +302,9 @@ def _found(what, quantizer, layer, size):
         return
     if quantizer.scale.finds_values:  # of which the codes are not known
         return
+    if not math.isfinite(measured.error):
+        yield f"{what}: there are NaNs or infinities. Find where they begin."
+        return
     usual = math.sqrt(gaussian_error(quantizer))
     if not measured.error <= _WORSE * usual:
         yield (

@@ -10,7 +10,7 @@ from cage_jax.adamw import AdamW
 from cage_jax.curvature import Curvature
 from cage_jax.fused import FusedAdamW, FusedStep
 from cage_jax.recommendation import chosen
-from cage_jax.rules import Rules
+from cage_jax.rules import Rules, check_rules
 from cage_jax.schedules import ScalarOrSchedule, check_learning_rate
 from cage_jax.transform import decoupled, post_step
 
@@ -81,6 +81,7 @@ def cage_adamw(
     Source: CAGE, arXiv 2510.18784, algorithm 1; AdamW, arXiv 1711.05101.
     """
     check_learning_rate(learning_rate)
+    check_rules(rules)
     adamw = optax.adamw(
         learning_rate,
         b1=b1,
@@ -165,6 +166,7 @@ def cage_sgd(
     Source: CAGE, arXiv 2510.18784.
     """
     check_learning_rate(learning_rate)
+    check_rules(rules)
     strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),

@@ -92,14 +92,19 @@ def chosen(
             "`total_steps` must be given, the length of the training in optimizer "
             "steps, for the strength that is recommended; or `strength`."
         )
+    if isinstance(learning_rate, jax.Array) or isinstance(total_steps, jax.Array):
+        raise TypeError(
+            "`total_steps` needs the learning rate of all steps, a number or a "
+            "schedule, and an int; got an array, which under optax.inject_hyperparams "
+            "is the rate of one step. Give **recommended(learning_rate, total_steps) "
+            "in place of `total_steps`: strength and curvature."
+        )
     found = recommended(learning_rate, total_steps)
     _warn_of_little(learning_rate, found["strength"], total_steps)
     return found["strength"], curvature or found["curvature"]
 
 
 def _warn_of_little(learning_rate, strength, total_steps):
-    if isinstance(learning_rate, jax.core.Tracer):
-        return
     left = dose(learning_rate, strength, total_steps)
     if left < _LEAST_DOSE:
         warnings.warn(

@@ -185,7 +185,7 @@ def test_nan_is_worth_a_word(params, rng):
     x = normal(rng, 256, 4)
     broken = params | {"w": params["w"].at[0, 0].set(jnp.nan)}
     finding(
-        report(model, Rules([("w", int4())]), broken, x).findings, "w, weight", "nan"
+        report(model, Rules([("w", int4())]), broken, x).findings, "w, weight", "NaNs"
     )
 
 

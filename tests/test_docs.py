@@ -86,7 +86,9 @@ def test_the_programs_of_the_page_of_exports(tmp_path):
         "out.gguf",
         "codes.safetensors",
         "layer.safetensors",
+        "program",
     }
+    assert names["y"].shape == (7, 8)
 
 
 @pytest.mark.usefixtures("small_hub")

@@ -183,6 +183,15 @@ def test_a_recommended_strength_that_does_nothing_is_warned_of(build):
     build(1e-3, RULES, total_steps=100)
 
 
+@pytest.mark.parametrize("static", [("rules",), ("rules", "total_steps")])
+@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+def test_the_recommended_strength_needs_all_rates(build, static):
+    tx = optax.inject_hyperparams(build, static_args=static)
+    schedule = optax.cosine_decay_schedule(1e-3, 100, 0.1)
+    with pytest.raises(TypeError, match=r"got an array, .*inject_hyperparams"):
+        tx(schedule, RULES, total_steps=100).init({"kernel": jnp.ones((8, 3))})
+
+
 @pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
 def test_strength_or_steps(build):
     with pytest.raises(TypeError, match=r"`total_steps` must be .*; or `strength`"):
@@ -200,3 +209,5 @@ def test_arguments_in_another_order(make):
         make(rules, 1e-3, 1.0)
     with pytest.raises(TypeError, match=r"got a dict. Unpack it: \*\*recommended"):
         make(1e-3, rules, cage.recommended(1e-3, 100))
+    with pytest.raises(TypeError, match="`rules` must be Rules; got float"):
+        make(1e-3, 0.1, rules, total_steps=100)
