@@ -67,11 +67,7 @@ def quantize_activations(function: Callable, rules: Rules) -> Callable:
 
     Source: Jacob et al., arXiv 1712.05877 (quantized inputs in training).
     """
-    if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
-        raise TypeError(
-            f"`function` must be a function of the parameters and of data; got the "
-            f"module {type(function).__name__}. Use cage_jax.flax.quantize_activations."
-        )
+    check_no_module(function, "Use cage_jax.flax.quantize_activations.")
     if not callable(function):
         raise TypeError(
             f"`function` must be a function of the parameters and of data; got a "
@@ -90,6 +86,15 @@ def quantize_activations(function: Callable, rules: Rules) -> Callable:
         return done.output
 
     return quantized
+
+
+def check_no_module(function: Callable, remedy: str) -> None:
+    """Raises for a module of Flax in the place of a function of parameters."""
+    if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got the "
+            f"module {type(function).__name__}. {remedy}"
+        )
 
 
 def calibrate(

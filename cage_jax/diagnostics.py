@@ -305,6 +305,9 @@ def _found(what, quantizer, layer, size):
     if not math.isfinite(measured.error):
         yield f"{what}: there are NaNs or infinities. Find where they begin."
         return
+    if measured.error == 0 and round((1 - measured.dead) * quantizer.levels) == 1:
+        yield f"{what}: all values are the same, such as zero."
+        return
     usual = math.sqrt(gaussian_error(quantizer))
     if not measured.error <= _WORSE * usual:
         yield (

@@ -7,6 +7,7 @@ any program is done to them: a layer need not be one of Flax's.
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -107,6 +108,9 @@ def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
             f"`model` must be an NNX module; got {type(model).__name__}. For a tree of "
             f"parameters, as Linen has it, use cage_jax.fake_quant."
         )
+    check_rules(rules)
+    if text := _why_inputs_are_not(model, rules):
+        warnings.warn(text, stacklevel=2)
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
     return nnx.merge(graphdef, fake_quant_tree(params, rules, **options), rest)
@@ -196,7 +200,37 @@ def report(
     function, state, grids = _program(model, variables)
     function, state = _of_parameters(function, state)
     params = {"params": state, "grids": grids} if grids else state
-    return report_of_function(function, rules, params, *args, **kwargs)
+    found = report_of_function(function, rules, params, *args, **kwargs)
+    if text := _why_inputs_are_not(model, rules):
+        found = dataclasses.replace(found, findings=(*found.findings, text))
+    return found
+
+
+def _why_inputs_are_not(model, rules):
+    """Why a model does not quantize its inputs as rules say; None where it does."""
+
+    def inputs(rules):
+        return [(rule.pattern, rule.inputs) for rule in rules if rule.inputs]
+
+    if not inputs(rules):
+        return None
+    if isinstance(model, nnx.Module):
+        modules = [module for _, module in nnx.iter_modules(model)]
+        quantized = [m for m in modules if hasattr(m, "quantization_rules")]
+        theirs = [module.quantization_rules for module in quantized]
+    else:
+        theirs = [model.rules] if isinstance(model, QuantizedLinen) else []
+    if not theirs:
+        return (
+            "`rules` quantize inputs, and `model` does not. Write model = "
+            "cage_jax.flax.quantize_activations(model, rules), which returns a new one."
+        )
+    if all(inputs(each) != inputs(rules) for each in theirs):
+        return (
+            "`rules` quantize inputs otherwise than those that `model` was quantized "
+            "by, which it keeps to. Quantize the original by these."
+        )
+    return None
 
 
 def _of_parameters(function, state):
@@ -221,6 +255,11 @@ def _program(model, variables):
             raise ValueError(
                 "`variables` must be given for a Linen module; got None. Use "
                 "variables=model.init(...)."
+            )
+        if "params" not in variables:
+            raise ValueError(
+                f"`variables` must have the collection 'params'; got "
+                f"{sorted(variables)}. Use variables={{'params': params}}."
             )
         module = getattr(model, "module", model)
         state: Any = {name: v for name, v in variables.items() if name != "grids"}
@@ -498,7 +537,8 @@ def _call_nnx_with_state(graphdef, method, state, *args, **kwargs):
     if [path for path, _ in flat] != [path for path, _ in nnx.to_flat_state(state)]:
         raise ValueError(
             "`model` must keep its variables in a call; got one that adds or removes "
-            "some. Call the model as it was once before it is quantized."
+            "some. Call the model as it was once before it is quantized, or its "
+            "init_cache."
         )
     after = [variable.get_value() for _, variable in flat]
     # Transformations such as `nnx.remat` make other tracers of what they read.

@@ -136,6 +136,12 @@ def quantize(x, quantizer, *, grid=None, key=None):
       >>> quantized.codes.ravel().tolist(), quantized.scale.ravel().tolist()
       ([1, -7, 3], [0.5])
     """
+    if _is_of_nnx(x):
+        raise TypeError(
+            f"`x` must be an array or a tree of parameters; got the NNX module "
+            f"{type(x).__name__}, which cannot hold codes and has other state. Use "
+            f"quantize(nnx.state(model, nnx.Param), rules)."
+        )
     return _apply(_quantize_array, x, quantizer, grid, key)
 
 

@@ -79,6 +79,9 @@ class QuantizedArray:
     def __array__(self, dtype=None, copy=None):
         raise _no_array("converted")
 
+    def __getitem__(self, key):
+        raise _no_array("indexed")
+
     def __matmul__(self, other):
         raise _no_array("multiplied")
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
-from cage_jax.activations import arranged, trace
+from cage_jax.activations import arranged, check_no_module, trace
 from cage_jax.formats import Format
 from cage_jax.pallas import kernels
 from cage_jax.pallas.dispatch import (
@@ -163,6 +163,10 @@ def low_bit(
       >>> bool(jnp.allclose(apply(codes, x), expected, atol=1e-5))
       True
     """
+    check_no_module(
+        function,
+        "Use low_bit(model.apply), or a function that merges what nnx.split gave.",
+    )
     if rules is not None:
         check_rules(rules)
     check_implementation(implementation)

@@ -181,6 +181,13 @@ def test_scales_of_a_convolution_across_what_is_summed_over(rng):
     assert report(apply, good, params, x).findings == ()
 
 
+def test_values_that_are_all_the_same_are_worth_a_word(params):
+    rules = Rules([("w", int4(), int8(axis=-1))])
+    for x in (jnp.zeros((8, 4)), jnp.ones((4096, 4))):
+        found = report(model, rules, params, x).findings
+        finding(found, "w, input", "all values are the same")
+
+
 def test_nan_is_worth_a_word(params, rng):
     x = normal(rng, 256, 4)
     broken = params | {"w": params["w"].at[0, 0].set(jnp.nan)}

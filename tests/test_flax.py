@@ -407,6 +407,43 @@ def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(rng):
     assert model.drop.rngs.count[...] == 1
 
 
+NOT_QUANTIZED = "`rules` quantize inputs, and `model` does not"
+OTHERWISE = "`rules` quantize inputs otherwise"
+
+
+def test_a_model_whose_inputs_are_not_quantized_as_asked(rng):
+    rules = Rules([(".*kernel", int4(), int8(axis=-1)), (".*", None)])
+    weights = Rules([(".*kernel", int4()), (".*", None)])
+    other = Rules([(".*kernel", int4(), int8(axis=None)), (".*", None)])
+    plain, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), normal(rng, 64, 8)
+    model = quantize_activations(plain, rules)
+    outer = nnx.Sequential(model, nnx.relu)
+    for found, asked, text in (
+        (plain, rules, NOT_QUANTIZED),
+        (model, other, OTHERWISE),
+        (outer, other, OTHERWISE),
+    ):
+        with pytest.warns(UserWarning, match=text) as warned:
+            cage_flax.fake_quant(found, asked)
+        assert warned[0].filename == __file__
+    for found, asked in (plain, weights), (model, rules), (outer, rules):
+        cage_flax.fake_quant(found, asked)  # no warning
+
+    linen = nn.Dense(4)
+    variables = linen.init(jax.random.key(0), x)
+    quantized = quantize_activations(linen, rules)
+
+    def last(model, rules, **kwargs):
+        return (*report(model, rules, x, **kwargs).findings, "none")[0]
+
+    assert last(plain, rules).startswith(NOT_QUANTIZED)
+    assert last(model, other).startswith(OTHERWISE)
+    assert last(linen, rules, variables=variables).startswith(NOT_QUANTIZED)
+    assert last(quantized, other, variables=variables).startswith(OTHERWISE)
+    assert last(model, rules) == last(plain, weights) == "none"
+    assert last(quantized, rules, variables=variables) == "none"
+
+
 def test_modules_are_not_taken_for_trees_or_functions():
     rules = Rules([(".*kernel", int4(), int8(axis=-1)), (".*", None)])
     module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
@@ -414,6 +451,10 @@ def test_modules_are_not_taken_for_trees_or_functions():
         TypeError, match=r"NNX module Linear.*cage_jax\.flax\.fake_quant"
     ):
         fake_quant(module, rules)
+    with pytest.raises(TypeError, match=r"NNX module Linear.*nnx\.state\(model"):
+        cage.quantize(module, rules)
+    with pytest.raises(TypeError, match=r"got the module Linear.*low_bit\(model\.app"):
+        cage.low_bit(module)
     with pytest.raises(TypeError, match=r"got State\. For a tree .* cage_jax\.fake"):
         cage_flax.fake_quant(nnx.state(module), rules)
     for each in (module, nn.Dense(4)):
@@ -590,6 +631,11 @@ def test_products_for_the_arguments_of_layers(rng):
             "`variables` must be given for a Linen module",
         ),
         (
+            lambda: report(nn.Dense(4), RULES, jnp.ones((1, 8)), variables={"a": 1}),
+            ValueError,
+            "`variables` must have the collection 'params'; got \\['a'\\]",
+        ),
+        (
             lambda: quantize_activations(
                 quantize_activations(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), RULES), RULES
             ),
@@ -650,7 +696,7 @@ def test_the_report_lists_every_parameter(rng):
     model = NnxModel(nnx.Rngs(0))
     plain = report(model, rules, x)
     again = report(quantize_activations(model, rules), rules, x)
-    assert str(plain) == str(again)
+    assert plain.layers == again.layers
     assert {"up/kernel", "up/bias", "w", "norm/scale"} <= {
         layer.weight.path for layer in plain.layers
     }
