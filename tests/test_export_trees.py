@@ -49,7 +49,6 @@ def test_every_quantizer_bit_for_bit(name, x, tmp_path):
     assert_same(save_and_load(codes, tmp_path / name), codes)
 
 
-@pytest.mark.filterwarnings("ignore:`codes` has arrays and none")
 @kinds
 def test_every_dtype_of_arrays(name, tmp_path):
     names = "float16 bfloat16 float32 float8_e4m3fn float8_e5m2 float8_e8m0fnu int8 "
@@ -57,14 +56,6 @@ def test_every_dtype_of_arrays(name, tmp_path):
     tree = {each: jnp.arange(6).astype(each).reshape(2, 3) for each in names.split()}
     tree["number"] = np.float32(3)
     assert_same(save_and_load(tree, tmp_path / name), jax.tree.map(jnp.asarray, tree))
-
-
-@kinds
-def test_what_was_never_quantized_is_warned_of(name, x, tmp_path):
-    with pytest.warns(UserWarning, match="none of them is quantized") as found:
-        save_and_load({"kernel": x}, tmp_path / name)
-    assert found[0].filename == __file__
-    save_and_load({"a": x, "b": cage.quantize(x, cage.int4())}, tmp_path / f"2{name}")
 
 
 @kinds

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from reprlib import repr as short
 from typing import Any
@@ -113,7 +112,6 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         if isinstance(leaf, QuantizedArray):
             leaf = np.frombuffer(leaf.to_bytes(), np.uint8)
         arrays[name] = leaf
-    _warn_without_codes(leaves)
     with new_file(path, overwrite=overwrite) as temporary:
         write(temporary, arrays, _metadata(json.dumps(entries)))
 
@@ -149,7 +147,6 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
                 f"{leaf.shape}. Leave it out, or use save."
             )
         arrays[name] = _parts(leaf) if isinstance(leaf, QuantizedArray) else leaf
-    _warn_without_codes(leaves)
     content = ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays),
         description=ocp.args.JsonSave(_metadata(entries)),
@@ -167,15 +164,6 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
         checkpointer.save(folder, content, force=alone or overwrite)
-
-
-def _warn_without_codes(leaves):
-    if leaves and not any(isinstance(x, QuantizedArray) for x in leaves.values()):
-        warnings.warn(
-            "`codes` has arrays and none of them is quantized, so the file will be as "
-            "large as they are. Give what quantize(params, rules) returns.",
-            stacklevel=3,
-        )
 
 
 def load(path: Path, *, shardings: Any = None) -> Any:
