@@ -462,7 +462,8 @@ def _check_grid(grid, quantizer, shape, scale_shape):
     if not isinstance(grid, Grid):
         raise TypeError(
             f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
-            f"Grid(scale, zero_point) of `cage_jax.scales`."
+            f"Grid(scale, zero_point) of `cage_jax.scales`, and Grid(**grid) of what a "
+            f"file gave back as a dict."
         )
     wants = {
         "zero_point": quantizer.asymmetric,

@@ -15,6 +15,7 @@ import layout
 import lm
 import numpy as np
 import optax
+import own_process
 import pytest
 from checkpoints import Failed, RunFolder, newest, newest_in_words
 from sizes import SIZES
@@ -48,26 +49,6 @@ def save(folder, *states):
     with folder.checkpoints("trunk") as checkpoints:
         for step, state in enumerate(states):
             checkpoints.save(step, state)
-
-
-def in_a_process_of_its_own(name, tmp_path):
-    """Runs a function of this file with the folder of a run.
-
-    Where Orbax fails it leaves reads and an event loop behind, which complain at any
-    time after, in the middle of another test.
-    """
-    code = f"""
-        import sys
-        from pathlib import Path
-        import test_checkpoints
-        with test_checkpoints.RunFolder(Path(sys.argv[1]), {{}}, resume=True) as folder:
-            test_checkpoints.{name}(folder)
-    """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
-        check=True,
-        env={"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
-    )
 
 
 def restore(folder, like, step=0):
@@ -158,12 +139,15 @@ def test_a_truncated_checkpoint_is_named_and_kept(tmp_path):
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:40])
     before = contents(tmp_path)
-    in_a_process_of_its_own("restore_what_is_truncated", tmp_path)
+    own_process.run(restore_what_is_truncated, tmp_path)
     assert before == contents(tmp_path)
 
 
-def restore_what_is_truncated(folder):
-    with pytest.raises(ValueError, match=REFUSED):
+def restore_what_is_truncated(path):
+    with (
+        RunFolder(path, {}, resume=True) as folder,
+        pytest.raises(ValueError, match=REFUSED),
+    ):
         restore(folder, small())
 
 
@@ -318,7 +302,12 @@ def test_killed_at_any_moment(tmp_path):
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """As large a file as the limit allows stands for a disk without room."""
-    in_a_process_of_its_own("write_more_than_fits", tmp_path)
+    own_process.run(write_more_than_fits_into, tmp_path)
+
+
+def write_more_than_fits_into(path):
+    with RunFolder(path, {}, resume=True) as folder:
+        write_more_than_fits(folder)
 
 
 def write_more_than_fits(folder):
