@@ -17,7 +17,7 @@ from cells import RESULTS
 from measurement import Rows
 from methods import WORDS
 
-NOT_MEASURED = "n/a"
+NOT_MEASURED = "not measured"
 README = Path(__file__).resolve().parent / "README.md"
 _FACTORS = {
     "width": lambda key, _: key.split()[0],
