@@ -1,4 +1,8 @@
-"""The shapes and quantizers that tests and benchmarks share."""
+"""The shapes, quantizers and small trainings that tests share."""
+
+import jax
+import jax.numpy as jnp
+import optax
 
 from cage_jax import Quantizer, int2, int3, int4, int8, quest
 from cage_jax.formats import Integer, MidRise
@@ -43,3 +47,29 @@ LAYOUTS = {
 }
 
 CASES = {name: (KERNEL, quantizer) for name, quantizer in QUANTIZERS.items()} | LAYOUTS
+
+
+def normal(rng, *shape, dtype="float32"):
+    """Standard normal numbers as a jax array."""
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def train(tx, params, gradients, *, jit=False):
+    """The parameters and the state after each step, two lists.
+
+    Args:
+      tx: an Optax transformation.
+      params: where training starts, a tree of NumPy or jax arrays.
+      gradients: one tree a step.
+      jit: compile the update. The addition to the parameters stays outside: compiled
+        with it, a multiply-add may be fused in one program and not in another.
+    """
+    params = jax.tree.map(jnp.asarray, params)
+    state, update = tx.init(params), jax.jit(tx.update) if jit else tx.update
+    trajectory, states = [], []
+    for gradient in gradients:
+        updates, state = update(jax.tree.map(jnp.asarray, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+        states.append(state)
+    return trajectory, states

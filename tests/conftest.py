@@ -1,11 +1,22 @@
 """Settings stricter than any user's: what passes here passes elsewhere."""
 
+import contextlib
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most of the time goes to compiling small programs. All of them are kept, for the other
+# workers, for the processes that tests start, and for the next run.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# XLA's own caches would make the folder's path a part of every key.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import jax
 import numpy as np
@@ -39,6 +50,28 @@ def x64():
     """Float64 arrays in this test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """A context in which so many programs are compiled, no more and no less."""
+
+    @contextlib.contextmanager
+    def expected(count):
+        found = []
+
+        def listen(event, *_, **__):
+            if event == "/jax/core/compile/backend_compile_duration":
+                found.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert len(found) == count
+
+    return expected
 
 
 # Minutes each: begun last, one of them would keep one worker while the other waits.

@@ -1,5 +1,7 @@
 """Which form of a computation a program gets: by its platform and its partitioning."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,27 @@ def test_a_platform_may_have_a_form_of_its_own_where_it_can_be_partitioned():
         sharding = NamedSharding(mesh, P("d"))
         partitioned = jax.jit(run(None, tpu=form(TPU)), in_shardings=sharding)
         assert forms(partitioned, X) == {found}
+
+
+def test_outside_of_jit_equal_closures_are_compiled_once(compilations):
+    def scaled(x, factor, offset):
+        kernels = Kernels(tpu=lambda x: x * factor)
+        default = functools.partial(
+            lambda x, offset: x * factor + offset, offset=offset
+        )
+        return either(default, kernels, x)
+
+    np.testing.assert_array_equal(scaled(X, 2.0, 1.0), 2 * X + 1)
+    with compilations(0):
+        scaled(X, 2.0, 1.0)
+    # What is closed over, or bound, makes another function of it.
+    np.testing.assert_array_equal(scaled(X, 3.0, 1.0), 3 * X + 1)
+    np.testing.assert_array_equal(scaled(X, 2.0, 4.0), 2 * X + 4)
+    # An array has no hash: the function is compiled at each call.
+    for offset in (jnp.ones(8), 2 * jnp.ones(8)):
+        np.testing.assert_array_equal(scaled(X, 2.0, offset), 2 * X + offset)
+
+
+def test_without_compilation_it_is_the_default():
+    with jax.disable_jit():
+        np.testing.assert_array_equal(both(X)["a"], jnp.sin(X) * DEFAULT)

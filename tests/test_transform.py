@@ -805,3 +805,14 @@ def test_two_parameters_with_one_path_are_refused():
                 "0": {"kernel": jnp.ones((8, 3))},
             }
         )
+
+
+def test_init_and_later_steps_compile_nothing(compilations, start, standard_promotion):
+    params, gradients = jax.tree.map(jnp.asarray, start)
+    tx = cage.cage_adamw(0.1, RULES, 2.0)
+    jax.block_until_ready(tx.init(params))  # zeros for Adam's moments
+    with compilations(0):
+        state = cage.cage_adamw(0.1, RULES, 2.0).init(params)
+    tx.update(gradients[0], state, params)
+    with compilations(0):
+        tx.update(gradients[1], state, params)
