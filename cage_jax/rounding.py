@@ -29,6 +29,7 @@ from cage_jax.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
 _WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Grid:
     """The grid that the scale rule finds in `x`, with the shape of the scales.
 
@@ -62,6 +63,7 @@ def fit_for_error(
     return grid, turned_back
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def error_from(
     x: jax.Array, quantizer: Quantizer, grid: Grid, turned_back: jax.Array | None
 ) -> jax.Array:

@@ -1,6 +1,7 @@
 """What the correction saw at a step: errors, codes that change, norms that drift."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -137,6 +138,7 @@ def gathered(
     )
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def codes_of(x: jax.Array, quantizer: Quantizer, grid: Grid | None) -> jax.Array:
     """The codes of the nearest values, each in a byte, to be compared; int8."""
     codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)

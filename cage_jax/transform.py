@@ -385,12 +385,9 @@ def _correction(
         else:
             for text in unused:
                 warnings.warn(text, stacklevel=2)
-        grids = {
-            path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()
-        }
         return CageState(
             cage_count=jnp.zeros([], jnp.int32),
-            grids=_unknown(grids) if freeze_scale else None,
+            grids=_unknown_grids(quantized) if freeze_scale else None,
             statistics=first(quantized) if statistics else None,
             curvature=curvature
             and curvature.init({path: x for path, (_, x) in quantized.items()}),
@@ -533,6 +530,7 @@ def _check_grids(name, quantized):
             )
 
 
-def _unknown(grids):
-    # Like fitted ones, so that they are sharded as those that take their place.
+def _unknown_grids(quantized):
+    # Zeros like fitted grids, so that they are sharded as those that take their place.
+    grids = {path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()}
     return jax.tree.map(jnp.zeros_like, grids)

@@ -7,9 +7,10 @@ for all forms, and it is replaced by one of them when the program is lowered.
 """
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -93,6 +94,10 @@ def either(
     if not any(kernels.forms.values()):
         return default(*args)
     leaves, structure = jax.tree.flatten(args)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return default(*args)
+        return _compiled(default, kernels, implementation, path)(*args)
 
     def flat(function):
         return lambda *leaves: jax.tree.leaves(
@@ -147,6 +152,60 @@ def _impossible(path, why):
         f"{parameter}`implementation` must be None or 'xla' where no kernel can run; "
         f"got 'pallas', and {why}. Use None, for the kernel wherever it can run."
     )
+
+
+def _compiled(default, kernels, implementation, path):
+    """Compiles `either` for calls outside of `jax.jit`, once for equal functions.
+
+    Callers make new closures at each call, so closures are compared by their code and
+    the values they close over. Those that cannot be compared are compiled at each call.
+    """
+    forms = {name: _Comparable(form) for name, form in kernels.forms.items() if form}
+    kernels = dataclasses.replace(kernels, **forms)
+    arguments = _Comparable(default), kernels, implementation, path
+    try:
+        return _compiled_once(*arguments)
+    except TypeError:  # something in a closure has no hash
+        return _compiled_once.__wrapped__(*arguments)
+
+
+@lru_cache(maxsize=1024)
+def _compiled_once(default, kernels, implementation, path):
+    def run(*args):
+        return either(default, kernels, *args, implementation=implementation, path=path)
+
+    return jax.jit(run)
+
+
+class _Comparable:
+    """A function that equals another of the same code and closed-over values."""
+
+    def __init__(self, function):
+        self._function, self._parts = function, _parts(function)
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+    def __eq__(self, other):
+        return isinstance(other, _Comparable) and self._parts == other._parts
+
+    def __hash__(self):
+        return hash(self._parts)
+
+
+def _parts(value):
+    """What decides the result of a function besides its arguments."""
+    if isinstance(value, partial):
+        return _parts(value.func), _parts(value.args), _parts(value.keywords)
+    if isinstance(value, tuple):
+        return type(value), *map(_parts, value)
+    if isinstance(value, dict):
+        return dict, *((key, _parts(part)) for key, part in sorted(value.items()))
+    if inspect.isfunction(value):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        defaults = value.__defaults__, value.__kwdefaults__
+        return value.__code__, _parts(cells), _parts(defaults)
+    return value
 
 
 _either_p = Primitive("cage_either")
