@@ -15,7 +15,7 @@ from cage_jax.llama_config import LlamaConfig
 nnx = pytest.importorskip("flax.nnx")
 llama = pytest.importorskip("cage_jax.llama")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Those of the others have tests of their own, and the reference is doctests.

@@ -25,14 +25,6 @@ from rich.console import Console
 CONSOLE = Console(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Experiments of one model compile the same programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(autouse=True)
 def as_users_have_it(standard_promotion):
     """Flax and optax.adamw need jax's standard promotion."""

@@ -14,7 +14,7 @@ pytest.importorskip("nbclient", reason="notebooks are run by it")
 pytest.importorskip("ipykernel", reason="notebooks are run in it")
 pytest.importorskip("sklearn")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # In a process of its own: the client and its loop have warnings that are not ours.
 RUN = """

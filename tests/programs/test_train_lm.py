@@ -26,14 +26,6 @@ from cage_jax.llama import Llama
 CONSOLE = Console(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one model compile the same programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(autouse=True)
 def as_users_run_it():
     """Flax and optax.adamw need jax's standard promotion."""
