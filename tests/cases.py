@@ -1,12 +1,18 @@
 """The shapes, quantizers and small trainings that tests share."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+import cage_jax as cage
 from cage_jax import Quantizer, int2, int3, int4, int8, quest
-from cage_jax.formats import Integer, MidRise
-from cage_jax.scales import AbsMax, Fixed, Gaussian
+from cage_jax.formats import Codebook, Integer, MidRise
+from cage_jax.quantized_array import QuantizedArray
+from cage_jax.scales import AbsMax, Fixed, Gaussian, MinMax, SignedMax
 
 KERNEL = (64, 32)
 
@@ -48,10 +54,114 @@ LAYOUTS = {
 
 CASES = {name: (KERNEL, quantizer) for name, quantizer in QUANTIZERS.items()} | LAYOUTS
 
+# The other presets, formats and scale types, each on a kernel.
+PRESETS = {
+    "int3 asymmetric": int3(symmetric=False, group_size=32),
+    "uint4 asymmetric": Quantizer(
+        Integer(4, narrow=False, signed=False), MinMax(), group_size=32
+    ),
+    "midrise 1": Quantizer(MidRise(1), AbsMax()),
+    "five levels": Quantizer(Codebook((-2.0, -0.5, 0.0, 1.0, 2.0)), AbsMax()),
+    "fp8": cage.fp8(),
+    "fp8 e5m2": cage.fp8("e5m2"),
+    "mxfp8": cage.mxfp8(),
+    "mxfp8 e5m2 up": cage.mxfp8("e5m2", rounding="up"),
+    "mxfp6": cage.mxfp6(),
+    "mxfp6 e3m2 nearest": cage.mxfp6("e3m2", rounding="nearest"),
+    "mxfp4": cage.mxfp4(),
+    "mxfp4 nearest": cage.mxfp4(rounding="nearest"),
+    "mxfp4 up": cage.mxfp4(rounding="up"),
+    "nvfp4": cage.nvfp4(),
+    "nvfp4 alone": cage.nvfp4(tensor_divisor=False),
+    "nf4": cage.nf4(),
+    "ternary": cage.ternary(),
+    "binary": cage.binary(),
+    "q4_0": cage.q4_0(),
+    "q4_1": cage.q4_1(),
+    "q8_0": cage.q8_0(),
+    "ct_w4a16": cage.ct_w4a16(group_size=64),
+    "ct_w4a16 asymmetric": cage.ct_w4a16(group_size=32, symmetric=False),
+    "ct_w8a8 bfloat16": cage.ct_w8a8(scale_dtype="bfloat16"),
+}
+
 
 def normal(rng, *shape, dtype="float32"):
     """Standard normal numbers as a jax array."""
     return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def random_codes(rng, quantizer, shape, dtype="float32"):
+    """Draws codes that no array was rounded to, for which nothing is compiled.
+
+    Args:
+      rng: of NumPy.
+      quantizer: whose codes they are: any of its grid, and positive scales.
+      shape: of the array.
+      dtype: of the array.
+    """
+    format, like = quantizer.format, QuantizedArray.abstract(quantizer, shape, dtype)
+    numbers = format.values - (format.of_zero_code or 0)
+    if isinstance(format, Codebook):
+        numbers = np.arange(len(format.values)) - 2 ** (format.bits - 1)
+
+    def drawn(part):
+        if part is not None:
+            return jnp.asarray(rng.choice(numbers, part.shape).astype(part.dtype))
+
+    def powers(part, sign=1):
+        if part is not None:
+            found = sign * 2 ** rng.uniform(-6, 1, part.shape)
+            return jnp.asarray(found.astype(part.dtype))
+
+    signs = 1
+    if isinstance(quantizer.scale, SignedMax):
+        signs = rng.choice([-1, 1], like.scale.shape)
+    return dataclasses.replace(
+        like,
+        codes=drawn(like.codes),
+        zero_point=drawn(like.zero_point),
+        scale=powers(like.scale, signs),
+        offset=powers(like.offset, -1),
+        tensor_divisor=powers(like.tensor_divisor),
+    )
+
+
+def assert_same(actual, expected):
+    """Compares trees to the bit: their arrays, dtypes, and quantizers of codes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    paths = jax.tree.leaves_with_path(expected)
+    for ours, (path, theirs) in zip(jax.tree.leaves(actual), paths):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), path
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes(), path
+
+
+def assert_raises(table):
+    """Makes each call of a table and compares the error that it raises.
+
+    Args:
+      table: rows of a call, an error's class and a regular expression for its text.
+    """
+    for call, error, text in table:
+        try:
+            call()
+        except error as raised:
+            assert re.search(text, str(raised), re.DOTALL), (
+                f"{text!r} is not in {raised}"
+            )
+        else:
+            raise AssertionError(f"no {error.__name__} was raised: {text!r}")
+
+
+def awkward(rng, *shape, dtype="float32"):
+    """Numbers with a group of zeros, an outlier, and values halfway between levels."""
+    x = rng.standard_normal((-(-np.prod(shape) // shape[-1]), shape[-1])) * 0.05
+    if len(x) < 16:  # of a vector
+        x = x.reshape(-1, 8)
+    half = len(x) // 2
+    x[:half, 3] = 0
+    x[5, 5] = 100
+    x[:half, 7] = (np.arange(half) - half // 2) / 4
+    return jnp.asarray(x.reshape(shape), dtype)
 
 
 def train(tx, params, gradients, *, jit=False):

@@ -1,408 +1,382 @@
-"""Folders of compressed-tensors, against transformers and the library itself."""
+"""Folders of compressed-tensors: what is in them, by hand, and what is read again."""
 
 import dataclasses
 import json
-import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_raises, assert_same
+from small_llama import (
+    CONFIG,
+    leaves_by_path,
+    on_host,
+    params_of,
+    with_codes,
+    with_leaf,
+)
 
 import cage_jax as cage
-
-pytest.importorskip("torch", reason="transformers needs it")
-pytest.importorskip("transformers", reason="reads what is written")
-pytest.importorskip("compressed_tensors", reason="reads what is written")
-pytest.importorskip("safetensors", reason="reads what is written")
-pytest.importorskip("flax", reason="the model needs it")
-
-import torch
-import transformers
-from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors.torch import load_file, save_file
-
-from cage_jax import llama
+from cage_jax.export import safetensors_files
 from cage_jax.export.compressed_tensors import compressed_tensors, read
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.tensors import tensors
-from cage_jax.llama_config import LlamaConfig
 from cage_jax.quantized_array import QuantizedArray
 
-# Those of transformers, PyTorch and torchao, which this project cannot mend.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-)
-
-CONFIG = LlamaConfig(
-    vocabulary=256, width=64, hidden=192, layers=2, heads=4, kv_heads=2, bos=1, eos=(2,)
-)
-TOKENS = np.random.default_rng(0).integers(0, 256, (2, 16))
 TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
 
+# What a file says of a scheme: the format, the type of codes, their bits, whether they
+# have no zero point, what shares a scale, and the size of groups.
+PACKED, FP8 = "pack-quantized", "float-quantized"
+INT4 = (PACKED, "int", 4, True, "group", 32)
+INT4_CHANNEL = (PACKED, "int", 4, True, "channel", None)
+INT4_ASYMMETRIC = (PACKED, "int", 4, False, "group", 32)
+INT8 = (PACKED, "int", 8, True, "channel", None)
+MXFP4 = ("mxfp4-pack-quantized", "float", 4, True, "group", 32)
+NVFP4 = ("nvfp4-pack-quantized", "float", 4, True, "tensor_group", 16)
 
-def all_kernels(quantizer):
-    return cage.Rules([(r"layers/.*/kernel|head/kernel", quantizer), (r".*", None)])
-
-
-# The rules, and the dtype of the model.
-CASES = {
-    "int4": (all_kernels(cage.ct_w4a16(group_size=32)), "float32"),
-    "int4 per channel": (all_kernels(cage.ct_w4a16(group_size=None)), "float32"),
-    "int4 asymmetric": (
-        all_kernels(cage.ct_w4a16(group_size=32, symmetric=False)),
+# By the dtype of the model: the quantizer of a parameter, its scheme, and whether it
+# comes back with the very quantizer.
+MODELS = {
+    "integers of 4 bits": (
         "float32",
+        {
+            "layers/query/kernel": (cage.ct_w4a16(group_size=32), INT4, True),
+            "layers/key/kernel": (
+                cage.ct_w4a16(group_size=None),
+                INT4_CHANNEL,
+                True,
+            ),
+            "layers/value/kernel": (
+                cage.ct_w4a16(group_size=32, symmetric=False),
+                INT4_ASYMMETRIC,
+                True,
+            ),
+            "layers/output/kernel": (
+                cage.ct_w4a16(group_size=None, symmetric=False),
+                (PACKED, "int", 4, False, "channel", None),
+                True,
+            ),
+            "layers/gate/kernel": (cage.int4(group_size=32), INT4, False),
+            "layers/up/kernel": (cage.q4_0(), INT4, False),
+            "layers/down/kernel": (cage.int3(group_size=32), INT4, False),
+            "head/kernel": (cage.ternary(axis=-2), INT4_CHANNEL, False),
+        },
     ),
-    "int4 asymmetric per channel": (
-        all_kernels(cage.ct_w4a16(group_size=None, symmetric=False)),
+    "8 bits": (
         "float32",
+        {
+            "layers/query/kernel": (cage.ct_w8a8(), INT8, True),
+            "layers/value/kernel": (
+                cage.int8(group_size=32),
+                (PACKED, "int", 8, True, "group", 32),
+                False,
+            ),
+            "layers/key/kernel": (
+                cage.int8(symmetric=False),
+                (PACKED, "int", 8, False, "channel", None),
+                False,
+            ),
+            "layers/down/kernel": (
+                cage.fp8(),
+                (FP8, "float", 8, True, "channel", None),
+                True,
+            ),
+        },
     ),
-    "int4, a model of float16": (all_kernels(cage.ct_w4a16(group_size=32)), "float16"),
-    "int4, a model of bfloat16": (
-        all_kernels(cage.ct_w4a16(group_size=32, scale_dtype="bfloat16")),
+    "bfloat16": (
         "bfloat16",
+        {
+            "layers/query/kernel": (
+                cage.ct_w4a16(group_size=32, scale_dtype="bfloat16"),
+                INT4,
+                True,
+            ),
+            "layers/key/kernel": (cage.mxfp4(), MXFP4, True),
+            "layers/value/kernel": (cage.nvfp4(), NVFP4, True),
+            "layers/gate/kernel": (cage.nvfp4(tensor_divisor=False), NVFP4, False),
+            "layers/down/kernel": (cage.mxfp4(), MXFP4, True),
+        },
     ),
-    "int4, float32 scales": (all_kernels(cage.int4(group_size=32)), "float32"),
-    "int4, scales below 0": (all_kernels(cage.q4_0()), "float32"),
-    "int3": (all_kernels(cage.int3(group_size=32)), "float32"),
-    "ternary": (all_kernels(cage.ternary(axis=-2)), "float32"),
-    "int8": (all_kernels(cage.ct_w8a8()), "float32"),
-    "int8, a model of float16": (all_kernels(cage.ct_w8a8()), "float16"),
-    "int8 in groups": (all_kernels(cage.int8(group_size=32)), "float32"),
-    "int8 asymmetric": (all_kernels(cage.int8(symmetric=False)), "float32"),
-    "fp8": (all_kernels(cage.fp8()), "float32"),
-    "mxfp4": (all_kernels(cage.mxfp4()), "bfloat16"),
-    "nvfp4": (all_kernels(cage.nvfp4()), "bfloat16"),
-    "nvfp4 without a tensor's scale": (
-        all_kernels(cage.nvfp4(tensor_divisor=False)),
-        "bfloat16",
-    ),
-    "several": (
-        cage.Rules(
-            [
-                (r".*/(query|key|value)/kernel", cage.ct_w4a16(group_size=32)),
-                (r".*/output/kernel", cage.int8(group_size=32)),
-                (r".*/(gate|up)/kernel", cage.fp8()),
-                (r"head/kernel", cage.ct_w8a8()),
-                (r".*", None),
-            ]
-        ),
-        "float32",
-    ),
-    "several of 4 bits": (
-        cage.Rules(
-            [
-                (
-                    r".*/query/kernel",
-                    cage.ct_w4a16(scale_dtype="bfloat16", group_size=64),
-                ),
-                (r".*/(key|value)/kernel", cage.nvfp4()),
-                (r".*/(gate|up)/kernel", cage.mxfp4()),
-                (r".*", None),
-            ]
-        ),
-        "bfloat16",
+    "float16": (
+        "float16",
+        {
+            "layers/query/kernel": (cage.ct_w4a16(group_size=32), INT4, True),
+            "layers/down/kernel": (cage.ct_w8a8(), INT8, True),
+        },
     ),
 }
-PLAIN = CASES["int4"][0]
 
 
-@pytest.fixture(scope="module")
-def params():
-    found = llama.initial_params(CONFIG, seed=0)
-    keys = iter(jax.random.split(jax.random.key(1), 40))
-    # Norms are 1 at first, which would hide that they were swapped.
-    return jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), found
-    )
+def codes_of(quantizers):
+    """Makes the tiny model's parameters, with random codes of these quantizers."""
+    codes = params_of()
+    for seed, (path, quantizer) in enumerate(quantizers.items()):
+        codes = with_codes(codes, path, quantizer, seed)
+    return codes
 
 
-@pytest.fixture(scope="module")
-def codes(params):
-    return cage.quantize(params, PLAIN)
+KERNELS = [path for path in CONFIG.shapes() if path.endswith("/kernel")]
+CODES = on_host(codes_of(dict.fromkeys(KERNELS, cage.ct_w4a16(group_size=32))))
 
 
 @pytest.fixture
-def folder(codes, tmp_path):
-    compressed_tensors(codes, CONFIG, tmp_path / "model")
+def folder(tmp_path):
+    """The tiny model with all kernels at four bits."""
+    compressed_tensors(CODES, CONFIG, tmp_path / "model")
     return tmp_path / "model"
 
 
-def load(folder, **options):
-    return transformers.LlamaForCausalLM.from_pretrained(folder, **options).eval()
+def arrays_of(folder):
+    """Reads the tensors of a folder's only file: copies, since it may be replaced."""
+    found, _ = safetensors_files.read(folder / "model.safetensors")
+    return {name: array.copy() for name, array in found.items()}
 
 
-def logits_of(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.float().numpy()
+def config_of(folder):
+    """Reads config.json."""
+    return json.loads((folder / "config.json").read_text())
 
 
-def named(tree):
-    for place, layer, array in tensors(tree, CONFIG):
-        name = place.huggingface.format(layer).removesuffix(".weight")
-        yield name, array, place.is_kernel
+def unpacked(words, bits, count, axis=-1):
+    """Unpacks words of 32 bits: the first code in the lowest bits, less the middle."""
+    words = np.moveaxis(words, axis, -1).view(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (words[..., None] >> shifts & (2**bits - 1)).astype(np.int64)
+    codes = codes.reshape(*words.shape[:-1], -1) - 2 ** (bits - 1)
+    assert (codes[..., count:] == -(2 ** (bits - 1))).all()  # nothing behind the last
+    return np.moveaxis(codes[..., :count], -1, axis)
 
 
-def assert_same_trees(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    assert_same_leaves(actual, expected)
+def unpacked_fp4(data):
+    """Unpacks two codes of E2M1 a byte, the first one in the lower half."""
+    halves = np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return np.where(halves & 8, -1, 1) * sizes[halves & 7]
 
 
-def assert_same_leaves(actual, expected):
-    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        assert ours.dtype == theirs.dtype
-        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+def check_tensors(module, stored, array, scheme):
+    """Compares what is stored of one matrix with its codes and scales, (out, in)."""
+    format, _, bits, symmetric, _, _ = scheme
+    stored = {
+        name.removeprefix(f"{module}."): part
+        for name, part in stored.items()
+        if name.startswith(f"{module}.")
+    }
+    out, inputs = array.shape[::-1]
+    numbers, scale = np.float64(array.codes).T, np.asarray(array.scale).T
+    names = {"weight_packed", "weight_scale"}
+    if format == PACKED:
+        assert stored["weight_packed"].dtype == np.int32
+        found = unpacked(stored["weight_packed"], bits, inputs)
+        assert stored["weight_shape"].tolist() == [out, inputs]
+        names |= {"weight_shape"}
+        if not symmetric:
+            zero_point = unpacked(stored["weight_zero_point"], bits, out, axis=0)
+            np.testing.assert_array_equal(zero_point, np.float64(array.zero_point).T)
+            names |= {"weight_zero_point"}
+    elif format == FP8:
+        found, names = stored["weight"], {"weight", "weight_scale"}
+        assert found.dtype == jnp.float8_e4m3fn
+    else:
+        found = unpacked_fp4(stored["weight_packed"])
+    np.testing.assert_array_equal(np.float64(found), numbers)
+    if scheme == MXFP4:  # exponents alone
+        exponents = np.log2(np.float64(scale)) + 127
+        np.testing.assert_array_equal(stored["weight_scale"], np.uint8(exponents))
+    else:
+        assert stored["weight_scale"].dtype == scale.dtype
+        np.testing.assert_array_equal(stored["weight_scale"], scale)
+    if scheme == NVFP4:
+        divisor = array.tensor_divisor
+        expected = [1.0] if divisor is None else np.ravel(divisor)
+        np.testing.assert_array_equal(
+            stored["weight_global_scale"], np.float32(expected), strict=True
+        )
+        names |= {"weight_global_scale"}
+    assert stored.keys() == names
 
 
-# --- what others read -----------------------------------------------------------------
+@pytest.mark.parametrize("name", MODELS)
+def test_codes_lie_in_the_file_as_they_must(name, tmp_path):
+    dtype, cases = MODELS[name]
+    codes = codes_of({path: quantizer for path, (quantizer, _, _) in cases.items()})
+    if name != "bfloat16":
+        codes = on_host(codes)
+    path = tmp_path / "model"
+    compressed_tensors(codes, CONFIG, path, dtype=dtype, tokenizer=TOKENIZER)
+    stored, metadata = safetensors_files.read(path / "model.safetensors")
+    assert metadata == {"format": "pt"}
+    content = config_of(path)
+    assert content["dtype"] == content["torch_dtype"] == dtype
+    groups = content["quantization_config"]["config_groups"].values()
+    unquantized = []
+    for place, layer, array in tensors(codes, CONFIG):
+        module = place.huggingface.format(layer).removesuffix(".weight")
+        if place.path not in cases:
+            expected = np.asarray(array.T if place.is_kernel else array).astype(dtype)
+            np.testing.assert_array_equal(
+                stored[f"{module}.weight"], expected, strict=True
+            )
+            unquantized += [module] * place.is_kernel
+            continue
+        _, scheme, _ = cases[place.path]
+        check_tensors(module, stored, array, scheme)
+        (group,) = (group for group in groups if module in group["targets"])
+        said = group["weights"]
+        fields = ("type", "num_bits", "symmetric", "strategy", "group_size")
+        assert (group["format"], *map(said.get, fields)) == scheme
+        assert said["dynamic"] is False
+        assert said.get("scale_dtype") == {
+            MXFP4: "torch.uint8",
+            NVFP4: "torch.float8_e4m3fn",
+        }.get(scheme)
+        assert group["input_activations"] is group["output_activations"] is None
+    assert sorted(content["quantization_config"]["ignore"]) == sorted(unquantized)
 
-
-def words_of(module, stored, array):
-    """The codes and zero points (out, in) as the library finds them."""
-    shape = array.shape[::-1]
-    if f"{module}.weight" in stored:
-        return stored[f"{module}.weight"].float(), None
-    words = stored[f"{module}.weight_packed"]
-    if words.dtype == torch.uint8:
-        return unpack_fp4_from_uint8(words, *shape).float(), None
-    assert tuple(stored[f"{module}.weight_shape"].tolist()) == shape
-    bits = 4 if array.bits <= 4 else 8
-    codes, zero = unpack_from_int32(words, bits, torch.Size(shape)), None
-    if f"{module}.weight_zero_point" in stored:
-        zero = unpack_from_int32(
-            stored[f"{module}.weight_zero_point"],
-            bits,
-            torch.Size((shape[0], array.scale.shape[0])),
-            packed_dim=0,
-        ).float()
-    return codes.float(), zero
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_transformers_has_the_codes_the_weights_and_the_logits(name, params, tmp_path):
-    rules, dtype = CASES[name]
-    codes = cage.quantize(params, rules)
-    compressed_tensors(codes, CONFIG, tmp_path / "model", dtype=dtype)
-    stored = load_file(tmp_path / "model" / "model.safetensors")
-    for module, array, _ in named(codes):
+    again = read(path)
+    assert again.config == CONFIG
+    assert again.tokenizer == TOKENIZER
+    found = leaves_by_path(again.params)
+    for place, array in leaves_by_path(codes).items():
         if isinstance(array, QuantizedArray):
-            found, zero_point = words_of(module, stored, array)
-            np.testing.assert_array_equal(found.numpy(), np.float32(array.codes).T)
-            if zero_point is not None:
-                expected = np.float32(array.zero_point).T
-                np.testing.assert_array_equal(zero_point.numpy(), expected)
-    model = load(tmp_path / "model")
-    assert str(model.dtype) == f"torch.{dtype}"
-    found = logits_of(model)  # where it decompresses itself
-    weights = dict(model.named_parameters())
-    values = cage.dequantize(codes)
-    for module, array, is_kernel in named(values):
-        expected = np.asarray(array.T if is_kernel else array).astype(dtype)
-        theirs = weights[f"{module}.weight"].detach()
-        assert str(theirs.dtype) == f"torch.{dtype}"
-        np.testing.assert_array_equal(theirs.float().numpy(), np.float32(expected))
-    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), values)
-    expected = np.asarray(llama.logits(rounded, jnp.asarray(TOKENS), CONFIG))
-    # float32: sums of 64 to 192 terms in another order, two layers of them. Else the
-    # model computes in `dtype` throughout, with some ten roundings in a row.
-    tolerance = {"float32": 4e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
-    np.testing.assert_allclose(
-        found, expected, rtol=0, atol=tolerance * abs(expected).max()
-    )
+            _, _, is_preset = cases[place]
+            check_codes(found[place], array, is_preset)
+        else:
+            rounded = np.asarray(array).astype(dtype).astype(np.float32)
+            np.testing.assert_array_equal(found[place], rounded, strict=True)
+    params = on_host(again.params)
+    compressed_tensors(params, CONFIG, tmp_path / "again", dtype=dtype)
+    one, other = (tmp_path / n / "model.safetensors" for n in ("model", "again"))
+    assert one.read_bytes() == other.read_bytes()
 
 
-def test_scales_of_float16_are_exact_in_a_model_of_float32(codes, tmp_path):
-    compressed_tensors(codes, CONFIG, tmp_path / "model", dtype="float16")
-    model = load(tmp_path / "model", dtype=torch.float32)
-    logits_of(model)
-    weights = dict(model.named_parameters())
-    for module, array, is_kernel in named(cage.dequantize(codes)):
-        if is_kernel:
-            theirs = weights[f"{module}.weight"].detach().numpy()
-            np.testing.assert_array_equal(theirs, array.T)
+def check_codes(found, expected, is_preset):
+    """Compares codes that were read; of few bits they come back with 4."""
+    assert isinstance(found, QuantizedArray)
+    if is_preset:
+        assert_same(found, expected)
+    decoded = [
+        np.asarray(each.quantizer.format.decode(np.asarray(part), np.float32))
+        for each in (found, expected)
+        for part in (each.codes, each.zero_point)
+        if part is not None
+    ]
+    half = len(decoded) // 2
+    for ours, theirs in zip(decoded[:half], decoded[half:], strict=True):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+    assert found.scale.dtype == expected.scale.dtype
+    np.testing.assert_array_equal(found.scale, expected.scale)
+    divisor = expected.tensor_divisor
+    if divisor is None and found.tensor_divisor is not None:
+        divisor = np.ones(found.tensor_divisor.shape)  # which stands for none
+    np.testing.assert_array_equal(found.tensor_divisor, divisor)
 
 
-def test_tied_embeddings(params, tmp_path):
+def test_tied_embeddings(tmp_path):
     config = dataclasses.replace(CONFIG, tied=True)
-    tied = {name: part for name, part in params.items() if name != "head"}
-    codes = cage.quantize(tied, PLAIN)
-    compressed_tensors(codes, config, tmp_path / "model")
-    found = logits_of(load(tmp_path / "model"))
-    values = cage.dequantize(codes)
-    expected = np.asarray(llama.logits(values, jnp.asarray(TOKENS), config))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * abs(expected).max())
-    assert_same_trees(read(tmp_path / "model").params, codes)
+    tied = {name: part for name, part in CODES.items() if name != "head"}
+    compressed_tensors(tied, config, tmp_path / "model")
+    found = read(tmp_path / "model")
+    assert found.config == config
+    assert_same(found.params, tied)
+    said = config_of(tmp_path / "model")["quantization_config"]
+    assert said["ignore"] == ["lm_head"]
 
 
-def test_shards(codes, tmp_path):
-    compressed_tensors(codes, CONFIG, tmp_path / "one")
-    compressed_tensors(codes, CONFIG, tmp_path / "model", shard_bytes=30_000)
-    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+def test_shards(folder, tmp_path):
+    compressed_tensors(CODES, CONFIG, tmp_path / "shards", shard_bytes=30_000)
+    files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     count = len(files)
     assert count > 3
     assert files[0] == f"model-00001-of-{count:05}.safetensors"
-    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    assert files[-1] == f"model-{count:05}-of-{count:05}.safetensors"
+    index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())
     merged = {}
     for file in files:
-        part = load_file(tmp_path / "model" / file)
+        part, _ = safetensors_files.read(tmp_path / "shards" / file)
         size = sum(tensor.nbytes for tensor in part.values())
         assert size <= 30_000 or len(part) == 1
         assert {index["weight_map"][name] for name in part} == {file}
         merged |= part
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
-    whole = load_file(tmp_path / "one" / "model.safetensors")
+    whole = arrays_of(folder)
     assert merged.keys() == whole.keys() == index["weight_map"].keys()
-    assert all(torch.equal(merged[name], whole[name]) for name in whole)
-    np.testing.assert_array_equal(
-        logits_of(load(tmp_path / "model")), logits_of(load(tmp_path / "one"))
+    assert_same(merged, whole)
+    assert_same(read(tmp_path / "shards").params, CODES)
+
+
+def test_what_the_configuration_says(folder, tmp_path):
+    said = config_of(folder)["quantization_config"]
+    assert said["quant_method"] == "compressed-tensors"
+    assert said["quantization_status"] == "compressed"
+    assert said["format"] == PACKED
+    assert [group["targets"] for group in said["config_groups"].values()] == [
+        ["Linear"]
+    ]
+    assert said["ignore"] == []
+    several = on_host(
+        codes_of(
+            {
+                "layers/query/kernel": cage.ct_w4a16(group_size=32),
+                "layers/output/kernel": cage.int8(group_size=32),
+                "layers/up/kernel": cage.fp8(),
+                "head/kernel": cage.ct_w8a8(),
+            }
+        )
     )
-    assert_same_trees(read(tmp_path / "model").params, codes)
-
-
-def test_what_the_configuration_says(params, tmp_path):
-    codes = cage.quantize(params, CASES["several"][0])
-    compressed_tensors(codes, CONFIG, tmp_path / "model", tokenizer=TOKENIZER)
-    content = json.loads((tmp_path / "model/config.json").read_text())
-    quantization = content["quantization_config"]
-    assert quantization["format"] == "mixed-precision"
-    formats = [group["format"] for group in quantization["config_groups"].values()]
+    compressed_tensors(several, CONFIG, tmp_path / "several", tokenizer=TOKENIZER)
+    said = config_of(tmp_path / "several")["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    groups = said["config_groups"]
+    assert list(groups) == [f"group_{number}" for number in range(4)]
+    formats = [group["format"] for group in groups.values()]
     assert formats == [*["pack-quantized"] * 3, "float-quantized"]
     # Layers by their whole names, none of which the class of all would shadow.
-    targets = [group["targets"] for group in quantization["config_groups"].values()]
+    targets = [group["targets"] for group in groups.values()]
     assert targets[0] == ["lm_head"]
     assert "Linear" not in {name for names in targets for name in names}
-    assert sorted(quantization["ignore"]) == [
-        f"model.layers.{layer}.mlp.down_proj" for layer in range(2)
-    ]
-    assert (tmp_path / "model/tokenizer.json").read_bytes() == b"{}"
-    tokens = json.loads((tmp_path / "model/generation_config.json").read_text())
-    assert tokens == {"bos_token_id": 1, "eos_token_id": 2}
-    compressed_tensors(params, CONFIG, tmp_path / "floats")
-    content = json.loads((tmp_path / "floats/config.json").read_text())
-    assert "quantization_config" not in content
+    tokens = json.loads((tmp_path / "several/generation_config.json").read_text())
+    assert tokens == {"bos_token_id": 1, "eos_token_id": 0}
+    compressed_tensors(on_host(params_of()), CONFIG, tmp_path / "floats")
+    assert "quantization_config" not in config_of(tmp_path / "floats")
 
 
-# --- what others write ----------------------------------------------------------------
+def test_a_dtype_is_chosen(tmp_path):
+    fp4 = on_host(codes_of({"layers/key/kernel": cage.mxfp4()}))
+    for name, codes in {"bfloat16": fp4, "float32": CODES}.items():
+        compressed_tensors(codes, CONFIG, tmp_path / name)
+        assert config_of(tmp_path / name)["dtype"] == name
 
 
-def test_integers_that_are_not_packed(params, tmp_path):
-    codes = cage.quantize(params, all_kernels(cage.ct_w8a8()))
+def test_integers_that_are_not_packed_are_read(tmp_path):
+    codes = on_host(codes_of(dict.fromkeys(KERNELS, cage.ct_w8a8())))
     compressed_tensors(codes, CONFIG, tmp_path)
-    stored, folder = load_file(tmp_path / "model.safetensors"), tmp_path
+    stored = arrays_of(tmp_path)
     for name in [name for name in stored if name.endswith("weight_packed")]:
-        shape = torch.Size(stored.pop(name.replace("packed", "shape")).tolist())
-        stored[name.replace("_packed", "")] = unpack_from_int32(
-            stored.pop(name), 8, shape
-        )
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    content = json.loads((folder / "config.json").read_text())
+        _, inputs = stored.pop(name.replace("packed", "shape")).tolist()
+        plain = unpacked(stored.pop(name), 8, inputs).astype(np.int8)
+        stored[name.replace("_packed", "")] = plain
+    safetensors_files.write(tmp_path / "model.safetensors", stored)
+    content = config_of(tmp_path)
     quantization = content["quantization_config"]
     for part in (quantization, *quantization["config_groups"].values()):
         part["format"] = "int-quantized"
-    (folder / "config.json").write_text(json.dumps(content))
-    model = load(folder)  # transformers takes it for what it says
-    logits = logits_of(model)
-    again = read(folder)
-    assert_same_trees(again.params, codes)
-    expected = llama.logits(cage.dequantize(again.params), TOKENS, CONFIG)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=4e-6)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert_same(read(tmp_path).params, codes)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_codes_there_and_back(name, params, tmp_path):
-    rules, dtype = CASES[name]
-    codes = cage.quantize(params, rules)
-    path = tmp_path / "model"
-    compressed_tensors(codes, CONFIG, path, dtype=dtype, tokenizer=TOKENIZER)
-    again = read(path)
-    assert again.config == CONFIG
-    assert again.tokenizer == TOKENIZER
-    for (_, array, _), (_, other, _) in zip(named(again.params), named(codes)):
-        if not isinstance(other, QuantizedArray):
-            other = jnp.asarray(other).astype(dtype).astype(jnp.float32)
-            np.testing.assert_array_equal(array, other)
-            continue
-        # Of few bits they come back with 4, and one scale more stands for none.
-        np.testing.assert_array_equal(np.float32(array.codes), np.float32(other.codes))
-        assert array.scale.dtype == other.scale.dtype
-        np.testing.assert_array_equal(np.float32(array.scale), np.float32(other.scale))
-        np.testing.assert_array_equal(cage.dequantize(array), cage.dequantize(other))
-        if other.quantizer in PRESETS:
-            assert array.quantizer == other.quantizer
-            assert_same_trees(array, other)
-    compressed_tensors(again.params, CONFIG, tmp_path / "again", dtype=dtype)
-    one, other = (
-        load_file(tmp_path / n / "model.safetensors") for n in ("model", "again")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-PRESETS = [
-    cage.ct_w4a16(group_size=32),
-    cage.ct_w4a16(group_size=None),
-    cage.ct_w4a16(group_size=32, symmetric=False),
-    cage.ct_w4a16(group_size=None, symmetric=False),
-    cage.ct_w4a16(group_size=32, scale_dtype="bfloat16"),
-    cage.ct_w8a8(),
-    cage.fp8(),
-    cage.mxfp4(),
-    cage.nvfp4(),
-]
-
-
-@pytest.mark.parametrize(
-    "name", ["int4", "int4 asymmetric", "int8", "fp8", "mxfp4", "nvfp4", "several"]
-)
-def test_a_folder_that_the_library_wrote(name, params, tmp_path):
-    rules, dtype = CASES[name]
-    codes = cage.quantize(params, rules)
-    compressed_tensors(codes, CONFIG, tmp_path / "model", dtype=dtype)
-    model = load(tmp_path / "model")
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
-    assert (tmp_path / "theirs/model.safetensors.index.json").is_file()
-    again = read(tmp_path / "theirs").params
-    for (_, array, _), (_, other, _) in zip(named(again), named(codes)):
-        if isinstance(other, QuantizedArray):
-            assert isinstance(array, QuantizedArray)
-            # It has scales in the dtype of the model.
-            np.testing.assert_array_equal(
-                cage.dequantize(array), cage.dequantize(other)
-            )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("size", ["5GB", "100KB"])
-def test_a_folder_of_floats_that_transformers_wrote(dtype, tied, size, tmp_path):
-    config = dataclasses.replace(CONFIG, tied=tied)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**config.to_huggingface(dtype))
-    ).to(getattr(torch, dtype))
-    model.save_pretrained(tmp_path, max_shard_size=size)
-    assert (size == "5GB") == (tmp_path / "model.safetensors").is_file()
-    found = read(tmp_path)
-    assert found.config == config
-    assert found.tokenizer == {}
-    theirs = model.state_dict()
-    for place, layer, array in tensors(found.params, config):
-        assert array.dtype == jnp.float32
-        expected = theirs[place.huggingface.format(layer)].float().numpy()
-        np.testing.assert_array_equal(array.T if place.is_kernel else array, expected)
-
-
-def test_a_head_that_is_the_embedding_again(params, tmp_path):
+def test_a_head_that_is_the_embedding_again(tmp_path):
     config = dataclasses.replace(CONFIG, tied=True)
-    tied = {name: part for name, part in params.items() if name != "head"}
+    tied = {n: part for n, part in on_host(params_of()).items() if n != "head"}
     compressed_tensors(tied, config, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
-    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    stored = arrays_of(tmp_path / "model")
     embedding = stored["model.embed_tokens.weight"]
-    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
-    save_file(stored | {"lm_head.weight": embedding.clone()}, file)
-    assert_same_trees(read(tmp_path / "model").params, tied)
-    save_file(stored | {"lm_head.weight": embedding + 1}, file)
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    safetensors_files.write(file, stored | {"lm_head.weight": embedding})
+    assert_same(read(tmp_path / "model").params, tied)
+    safetensors_files.write(file, stored | {"lm_head.weight": embedding + 1})
     with pytest.raises(MalformedFileError, match=r"got \['lm_head.weight'\] too"):
         read(tmp_path / "model")
 
@@ -410,92 +384,105 @@ def test_a_head_that_is_the_embedding_again(params, tmp_path):
 # --- what cannot be written -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "message"),
-    [
-        (cage.quest(8, hadamard=None), "got midrise8 .*leave it unquantized"),
-        (cage.int4(hadamard=32), "hadamard 32.*rotation cannot be folded"),
-        (cage.ternary(), "per tensor.*Use that axis: a scale per output"),
-        (cage.int4(axis=-1), "axis -1.*Use that axis"),
-        (cage.int4(axis=(-2, -1), group_size=(32, 32)), "Use that axis"),
-        (cage.q4_1(), "with an offset"),
-        (cage.nf4(), "got nf4"),
-        (cage.fp8("e5m2"), "got fp8 e5m2"),
-        (cage.fp8(group_size=32), "got fp8 e4m3 absmax, group 32"),
-        (cage.mxfp8(), "got fp8 e4m3"),
-        (cage.mxfp6(), "got fp6"),
-    ],
-    ids=str,
-)
-def test_quantizers_that_the_format_lacks(quantizer, message, params, tmp_path):
-    rules = cage.Rules([(r"layers/gate/kernel", quantizer), (r".*", None)])
-    codes = cage.quantize(params, rules)
-    message = r"`layers/0/gate/kernel`: .*ct_w4a16, .*nvfp4 .*" + message
-    with pytest.raises(ValueError, match=message):
-        compressed_tensors(codes, CONFIG, tmp_path / "model")
+def test_quantizers_that_the_format_lacks(tmp_path):
+    params = on_host(params_of())
+
+    def row(quantizer, message, name="gate"):
+        codes = on_host(with_codes(params, f"layers/{name}/kernel", quantizer))
+        text = rf"`layers/0/{name}/kernel`: .*ct_w4a16, .*nvfp4 .*" + message
+        return (
+            lambda: compressed_tensors(codes, CONFIG, tmp_path / "model"),
+            ValueError,
+            text,
+        )
+
+    assert_raises(
+        [
+            row(cage.quest(8, hadamard=None), "got midrise8 .*leave it unquantized"),
+            row(cage.int4(hadamard=32), "hadamard 32.*rotation cannot be folded"),
+            row(cage.ternary(), "per tensor.*Use that axis: a scale per output"),
+            row(cage.int4(axis=-1), "axis -1.*Use that axis"),
+            row(cage.int4(axis=(-2, -1), group_size=(32, 32)), "Use that axis"),
+            row(cage.q4_1(), "with an offset"),
+            row(cage.nf4(), "got nf4"),
+            row(cage.fp8("e5m2"), "got fp8 e5m2"),
+            row(cage.fp8(group_size=32), "got fp8 e4m3 absmax, group 32"),
+            row(cage.mxfp8(), "got fp8 e4m3"),
+            row(cage.mxfp6(), "got fp6"),
+        ]
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_refused(params, codes, tmp_path):
-    path = tmp_path / "model"
-    rules = cage.Rules([(r"embedding/.*", cage.int8(axis=-1)), (r".*", None)])
-    with pytest.raises(ValueError, match=r"`embedding/embedding`: .*unquantized"):
-        compressed_tensors(cage.quantize(params, rules), CONFIG, path)
-    floats = cage.quantize(params, CASES["int4, float32 scales"][0])
-    message = r"`head/kernel`: `dtype` must be 'float32' .*got 'bfloat16'"
-    with pytest.raises(ValueError, match=message):
-        compressed_tensors(floats, CONFIG, path, dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"`dtype` must be 'float16' .*got 'bfloat16'"):
-        compressed_tensors(codes, CONFIG, path, dtype="bfloat16")
-    fp4 = cage.quantize(params, CASES["mxfp4"][0])
-    for dtype in ("float32", "float16"):
-        with pytest.raises(ValueError, match="`dtype` must be 'bfloat16' for fp4"):
-            compressed_tensors(fp4, CONFIG, path, dtype=dtype)
-    large = params | {"norm": {"scale": jnp.full(64, 1e6)}}
-    with pytest.raises(ValueError, match=r"`norm/scale`: .*'float16', for 1e"):
-        compressed_tensors(large, CONFIG, path, dtype="float16")
-    with pytest.raises(ValueError, match=r"`dtype` must be one of .*'int8'"):
-        compressed_tensors(codes, CONFIG, path, dtype="int8")
-    with pytest.raises(ValueError, match="`shard_bytes` must be positive; got 0"):
-        compressed_tensors(codes, CONFIG, path, shard_bytes=0)
-    with pytest.raises(
-        TypeError, match=r"`shard_bytes` must be an int; got 1000000000.0"
-    ):
-        compressed_tensors(codes, CONFIG, path, shard_bytes=1e9)
-    for name in ("../tokenizer.json", "config.json"):
-        with pytest.raises(ValueError, match="`tokenizer` must have files of"):
-            compressed_tensors(codes, CONFIG, path, tokenizer={name: b""})
+def test_what_is_refused(tmp_path):
+    path, params = tmp_path / "model", on_host(params_of())
+    embedding = with_codes(params, "embedding/embedding", cage.int8(axis=-1))
+    floats = with_codes(params, "head/kernel", cage.int4(group_size=32))
+    fp4 = with_codes(params, "layers/up/kernel", cage.mxfp4())
+    large = with_leaf(params, "norm/scale", jnp.full(64, 1e6))
+
+    def row(text, codes=CODES, error=ValueError, **options):
+        return (
+            lambda: compressed_tensors(codes, CONFIG, path, **options),
+            error,
+            text,
+        )
+
+    assert_raises(
+        [
+            row(r"`embedding/embedding`: .*unquantized", embedding),
+            row(
+                r"`head/kernel`: `dtype` must be 'float32' .*got 'bfloat16'",
+                floats,
+                dtype="bfloat16",
+            ),
+            row(r"`dtype` must be 'float16' .*got 'bfloat16'", dtype="bfloat16"),
+            row("`dtype` must be 'bfloat16' for fp4", fp4, dtype="float32"),
+            row("`dtype` must be 'bfloat16' for fp4", fp4, dtype="float16"),
+            row(r"`norm/scale`: .*'float16', for 1e", large, dtype="float16"),
+            row(r"`dtype` must be one of .*'int8'", dtype="int8"),
+            row("`shard_bytes` must be positive; got 0", shard_bytes=0),
+            row(
+                r"`shard_bytes` must be an int; got 1000000000.0",
+                error=TypeError,
+                shard_bytes=1e9,
+            ),
+            *(
+                row("`tokenizer` must have files of", tokenizer={name: b""})
+                for name in ("../tokenizer.json", "config.json")
+            ),
+        ]
+    )
     assert not list(tmp_path.iterdir())
-    compressed_tensors(codes, CONFIG, path)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        compressed_tensors(codes, CONFIG, path)
-    compressed_tensors(codes, CONFIG, path, overwrite=True)
+    compressed_tensors(CODES, CONFIG, path)
+    assert_raises([row("overwrite=True", error=FileExistsError)])
+    compressed_tensors(CODES, CONFIG, path, overwrite=True)
 
 
 # --- what must not be read ------------------------------------------------------------
 
 
-def change(folder, **changes):
-    content = json.loads((folder / "config.json").read_text())
-    for name, value in changes.items():
-        *inner, last = name.split("__")
-        node = content
-        for key in inner:
-            node = node[key]
-        node[last] = value
-    (folder / "config.json").write_text(json.dumps(content))
+def changed(content, name, value):
+    """Copies what is in config.json, with another value; two underscores go inside."""
+    content = json.loads(json.dumps(content))
+    *inner, last = name.split("__")
+    node = content
+    for key in inner:
+        node = node[key]
+    node[last] = value
+    return content
 
 
 WEIGHTS = "quantization_config__config_groups__group_0__weights"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
+def test_configurations_that_are_not_of_the_tensors(folder):
+    content = config_of(folder)
+    for name, value, message in [
         ("num_hidden_layers", 3, "layers.2.*must have"),
         ("num_hidden_layers", 2**24, "layers"),
         ("num_hidden_layers", 1, "of a Llama alone; got"),
-        ("vocab_size", 255, "shape"),
+        ("vocab_size", 319, "shape"),
         ("model_type", "gpt2", "config.json: .*model_type='gpt2'"),
         ("hidden_size", "many", "`width` must be an int"),
         ("quantization_config", 3, "an object"),
@@ -513,55 +500,57 @@ WEIGHTS = "quantization_config__config_groups__group_0__weights"
         (WEIGHTS + "__symmetric", False, "of a scheme"),
         (WEIGHTS + "__type", "float", "of a scheme"),
         (WEIGHTS + "__strategy", ["channel"], "of a scheme"),
-    ],
-)
-def test_configurations_that_are_not_of_the_tensors(name, value, message, folder):
-    change(folder, **{name: value})
-    with pytest.raises(MalformedFileError, match=message):
-        read(folder)
+    ]:
+        text = json.dumps(changed(content, name, value))
+        (folder / "config.json").write_text(text)
+        with pytest.raises(MalformedFileError, match=message):
+            read(folder)
+            pytest.fail(f"{name} {value}")
 
 
 def test_tensors_that_are_not_of_the_configuration(folder):
     file = folder / "model.safetensors"
-    # Copies, since the file is written anew below them.
-    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    stored = arrays_of(folder)
     module = "model.layers.1.mlp.up_proj"
     shape, scale = stored[f"{module}.weight_shape"], stored[f"{module}.weight_scale"]
     for changes, message in [
+        ({f"{module}.weight_shape": shape[::-1]}, r"`.*up_proj`: weight_shape must be"),
+        ({f"{module}.weight_scale": scale[:, :1]}, "of a scheme"),
+        ({f"{module}.weight_scale": scale.astype(np.float64)}, "of a scheme"),
+        ({f"{module}.weight": np.zeros((128, 64), np.float32)}, "of a scheme"),
         (
-            {f"{module}.weight_shape": shape.flip(0)},
-            r"`.*up_proj`: weight_shape must be",
+            {f"{module}.weight_g_idx": np.zeros(64, np.float32)},
+            "got .*weight_g_idx.* too",
         ),
-        ({f"{module}.weight_scale": scale[:, :1].clone()}, "of a scheme"),
-        ({f"{module}.weight_scale": scale.double()}, "of a scheme"),
-        ({f"{module}.weight": torch.zeros(192, 64)}, "of a scheme"),
-        ({f"{module}.weight_g_idx": torch.zeros(64)}, "got .*weight_g_idx.* too"),
-        ({"model.norm.weight": torch.zeros(64).int()}, "`model.norm`"),
-        ({"model.norm.weight": torch.zeros(65)}, "`model.norm`"),
-        ({"model.norm.weight_scale": torch.zeros(1)}, "`model.norm`"),
+        ({"model.norm.weight": np.zeros(64, np.int32)}, "`model.norm`"),
+        ({"model.norm.weight": np.zeros(65, np.float32)}, "`model.norm`"),
+        ({"model.norm.weight_scale": np.zeros(1, np.float32)}, "`model.norm`"),
     ]:
-        save_file(stored | changes, file)
+        safetensors_files.write(file, stored | changes)
         with pytest.raises(MalformedFileError, match=message):
             read(folder)
+            pytest.fail(str(changes))
     for name in (
         f"{module}.weight_scale",
         "model.norm.weight",
         f"{module}.weight_shape",
     ):
-        save_file({key: value for key, value in stored.items() if key != name}, file)
+        less = {key: value for key, value in stored.items() if key != name}
+        safetensors_files.write(file, less)
         with pytest.raises(MalformedFileError, match="must have"):
             read(folder)
+            pytest.fail(name)
 
 
-def test_shards_made_to_do_harm(codes, tmp_path):
+def test_shards_made_to_do_harm(tmp_path):
     folder = tmp_path / "model"
-    compressed_tensors(codes, CONFIG, folder, shard_bytes=60_000)
-    shutil.copy(folder / "model-00001-of-00003.safetensors", tmp_path / "outside")
+    compressed_tensors(CODES, CONFIG, folder, shard_bytes=60_000)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     places = index["weight_map"]
     name = "model.norm.weight"
     shard = places[name]
+    (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
     others = {key: file for key, file in places.items() if key != name}
     for changed, message in [
         (dict.fromkeys(places, "../outside"), "must be that of a file beside it"),
@@ -578,8 +567,9 @@ def test_shards_made_to_do_harm(codes, tmp_path):
         path.write_text(json.dumps(index | {"weight_map": changed}))
         with pytest.raises(MalformedFileError, match=message):
             read(folder)
+            pytest.fail(message)
     path.write_text(json.dumps(index))
-    assert_same_trees(read(folder).params, codes)
+    assert_same(read(folder).params, CODES)
     (folder / shard).unlink()
     with pytest.raises(MalformedFileError, match="must be a file in the folder"):
         read(folder)
