@@ -164,14 +164,6 @@ def awkward(rng, *shape, dtype="float32"):
     return jnp.asarray(x.reshape(shape), dtype)
 
 
-@contextlib.contextmanager
-def raises(kind, match, row):
-    """`pytest.raises` in a loop over a table: says which row raised nothing."""
-    with pytest.raises(kind, match=match):
-        yield
-        pytest.fail(f"nothing was raised: {row}")
-
-
 def train(tx, params, gradients, *, jit=False):
     """The parameters and the state after each step, two lists.
 
