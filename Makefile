@@ -2,11 +2,16 @@
 # Each makes the virtual environment it needs; a second call starts at once.
 
 PYTHON ?= python3
-VENV ?= .venv
+# Each Python has an environment of its own: .venv, .venv-python3.13.
+VENV ?= .venv$(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
 # Extras that the tests are run with; what needs another one is skipped.
 EXTRAS ?= test
 
+# What `make test` runs: the library's own tests. Name files for a part of them.
+TESTS ?= tests cage_jax --ignore=tests/programs
+
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 # One stamp for each set of extras, older than pyproject.toml when that changes.
 comma := ,
@@ -14,13 +19,17 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo docs test fuzz coverage test-cuda-aot lint format bench clean
+.PHONY: help demo docs test test-all fuzz coverage mutants test-cuda-aot lint format \
+  bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
-	@echo "make test      run the tests (EXTRAS=test,oracles for those that need PyTorch and others)"
+	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
+	@echo "make test-all  run those too that take minutes: programs, notebooks, other readers"
+	@echo "               (EXTRAS=test,oracles,models,tpu: none is skipped for want of a package)"
 	@echo "make docs      build the pages of docs/ and the reference, in docs/_build/html"
 	@echo "make fuzz      load 10,000 damaged model files (ten minutes)"
-	@echo "make coverage  run them and count what they run, at least 95 %"
+	@echo "make coverage  run the tests and count the lines they run, at least 95 %"
+	@echo "make mutants   put small faults into the library and see the tests find them (an hour)"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
 	@echo "make lint      check format, style and types"
 	@echo "make bench     measure the figures of benchmarks/README.md (over an hour)"
@@ -48,16 +57,24 @@ docs: $(call stamp,test$(comma)docs)
 	@echo "[docs] open docs/_build/html/index.html"
 
 test: $(call stamp,$(EXTRAS))
-	@echo "[test] running the tests; half an hour on two cores"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@echo "[test] running the library's own tests; six minutes on two cores, three the next time"
+	@$(PYTEST) $(TESTS)
+
+test-all: test
+	@echo "[test] running the tests that take minutes each"
+	@$(PYTEST) tests/programs
 
 fuzz: $(call stamp,test)
 	@echo "[fuzz] loading 10,000 damaged files"
 	@$(BIN)/python tests/fuzzing.py
 
 coverage: $(call stamp,$(EXTRAS))
-	@echo "[coverage] running the tests and counting what they run; a sixth slower"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=95
+	@echo "[coverage] running the tests and counting the lines they run; a sixth slower"
+	@$(PYTEST) $(TESTS) --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+mutants: $(call stamp,$(EXTRAS))
+	@echo "[mutants] 48 faults, each judged by the tests of its module"
+	@$(BIN)/python tests/mutants.py
 
 test-cuda-aot: $(call stamp,test$(comma)cuda)
 	@echo "[test] compiling for an H200; half a minute"
@@ -80,4 +97,4 @@ bench: $(call stamp,test$(comma)oracles)
 	@$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) runs docs/_build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* runs docs/_build .jax_cache .pytest_cache .ruff_cache .mypy_cache
