@@ -12,11 +12,14 @@ pytest.importorskip("safetensors", reason="the library that writes the files")
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.safetensors_files import read, write
 
-DTYPES = (
-    *("float64", "float32", "float16", "bfloat16"),
-    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
-    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
-)
+# The names of dtypes in files.
+NAMES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+    **{"float8_e8m0fnu": "F8_E8M0", "bool": "BOOL"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
+    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
+}
 
 
 def bits(array):
@@ -27,7 +30,7 @@ def bits(array):
 def arrays(rng):
     found = {
         name: rng.integers(0, 2, (3, 4)).astype(np.float32).astype(jnp.dtype(name))
-        for name in DTYPES
+        for name in NAMES
     }
     return found | {
         "transposed": rng.normal(size=(3, 4)).T,
@@ -37,19 +40,17 @@ def arrays(rng):
 
 
 def test_the_library_reads_what_is_written(arrays, tmp_path):
-    torch = pytest.importorskip("torch", reason="reads the dtypes that NumPy lacks")
-    from safetensors import safe_open
+    import safetensors
 
     write(tmp_path / "file", arrays, {"format": "pt"})
-    with safe_open(tmp_path / "file", "pt") as file:
+    with safetensors.safe_open(tmp_path / "file", "np") as file:
         assert file.metadata() == {"format": "pt"}
-        assert set(file.keys()) == set(arrays)
-        for name, array in arrays.items():
-            theirs = file.get_tensor(name)
-            assert str(theirs.dtype).removeprefix("torch.") == array.dtype.name
-            assert tuple(theirs.shape) == array.shape
-            theirs = theirs.reshape(-1).view(torch.uint8).numpy()
-            np.testing.assert_array_equal(theirs, bits(array.reshape(-1)))
+    found = dict(safetensors.deserialize((tmp_path / "file").read_bytes()))
+    assert set(found) == set(arrays)
+    for name, array in arrays.items():
+        assert found[name]["dtype"] == NAMES[array.dtype.name]
+        assert tuple(found[name]["shape"]) == array.shape
+        assert bytes(found[name]["data"]) == array.tobytes()
 
 
 def test_what_the_library_writes_is_read(arrays, tmp_path):
@@ -82,7 +83,7 @@ def test_every_dtype_there_and_back(arrays, tmp_path):
 
 def test_a_dtype_that_the_format_lacks(tmp_path):
     with pytest.raises(TypeError, match=r"`codes`: .*got int4\. Pack"):
-        write(tmp_path / "file", {"codes": jnp.zeros(3, jnp.int4)})
+        write(tmp_path / "file", {"codes": np.zeros(3).astype(jnp.int4)})
 
 
 def file_of(header, data=b""):
@@ -128,11 +129,12 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_files_made_to_do_harm(what, tmp_path):
-    (tmp_path / "file").write_bytes(HOSTILE[what])
-    with pytest.raises(MalformedFileError, match="file"):
-        read(tmp_path / "file")
+def test_files_made_to_do_harm(tmp_path):
+    for what, content in HOSTILE.items():
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(MalformedFileError, match="file"):
+            read(tmp_path / "file")
+            pytest.fail(what)
 
 
 def test_damage_is_seen_or_is_in_the_numbers(arrays, tmp_path, rng):

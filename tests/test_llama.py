@@ -1,0 +1,68 @@
+"""The Llama in Flax, against float64 NumPy."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+from small_llama import CONFIG, TIED, on_host, params_of
+
+llama = pytest.importorskip("cage_jax.llama", reason="the model needs flax")
+
+
+def normed(x, scale, epsilon):
+    """Divides by the root of the mean square."""
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def rotated(x, base):
+    """Rotates the halves of each head, (sequence, heads, size), by position."""
+    half = x.shape[-1] // 2
+    angles = np.arange(len(x))[:, None] * base ** (-np.arange(half) / half)
+    turn = np.exp(1j * angles)[:, None]
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def attention(x, layer, config):
+    """Mixes the tokens of one sequence, each with those before it."""
+    shape = (len(x), -1, config.head_size)
+    query, key, value = (
+        (x @ layer[name]["kernel"]).reshape(shape) for name in ("query", "key", "value")
+    )
+    query, key = (rotated(part, config.rope_theta) for part in (query, key))
+    key, value = (
+        part.repeat(config.heads // config.kv_heads, axis=1) for part in (key, value)
+    )
+    weights = np.einsum("qhs,khs->hqk", query, key) / np.sqrt(config.head_size)
+    weights = np.where(np.tri(len(x)), weights, -np.inf)
+    mixed = np.einsum("hqk,khs->qhs", scipy.special.softmax(weights, axis=-1), value)
+    return mixed.reshape(len(x), -1) @ layer["output"]["kernel"]
+
+
+def expected_logits(params, tokens, config):
+    """Computes the logits of one sequence."""
+    params = jax.tree.map(np.float64, on_host(params))
+    norm = functools.partial(normed, epsilon=config.norm_epsilon)
+    x = params["embedding"]["embedding"][tokens]
+    for number in range(config.layers):
+        layer = jax.tree.map(lambda array: array[number], params["layers"])  # noqa: B023
+        x = x + attention(norm(x, layer["attention_norm"]["scale"]), layer, config)
+        inputs = norm(x, layer["mlp_norm"]["scale"])
+        gate = inputs @ layer["gate"]["kernel"]
+        up = inputs @ layer["up"]["kernel"]
+        x = x + (gate * scipy.special.expit(gate) * up) @ layer["down"]["kernel"]
+    table = params["embedding"]["embedding"].T
+    head = table if config.tied else params["head"]["kernel"]
+    return norm(x, params["norm"]["scale"]) @ head
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["grouped", "tied"])
+def test_logits(config, rng):
+    tokens = rng.integers(0, config.vocabulary, (2, 20), dtype=np.int32)
+    params = params_of(config)
+    found = jax.jit(functools.partial(llama.logits, config=config))(params, tokens)
+    expected = np.stack([expected_logits(params, line, config) for line in tokens])
+    # Sums of 64 to 128 terms in float32, two layers of them.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * abs(expected).max())
