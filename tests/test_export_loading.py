@@ -5,32 +5,33 @@ import importlib.util
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_raises, assert_same
+from small_llama import CONFIG, on_host, params_of, with_codes, with_leaf
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
-from cage_jax.llama_config import LlamaConfig
 
-pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
 
-from cage_jax import llama
 from cage_jax.export import tokenizer_files
 from cage_jax.export.checking import differences
 from cage_jax.export.model import Model
 from cage_jax.export.native import save
 from cage_jax.export.tensors import by_path
 
-CONFIG = LlamaConfig(vocabulary=300, width=64, hidden=96, layers=2, heads=4, eos=(0,))
-KERNELS = cage.Rules([("layers/.*/kernel", cage.q4_0()), (".*", None)])
+WRITERS = [cage.export.compressed_tensors, cage.export.gguf]
 
 
 @pytest.fixture(scope="module")
 def codes():
-    return cage.quantize(llama.initial_params(CONFIG, seed=0), KERNELS)
+    """The tiny model with the kernels of its layers as Q4_0."""
+    codes = params_of()
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        codes = with_codes(codes, f"layers/{name}/kernel", cage.q4_0())
+    return on_host(codes)
 
 
 @pytest.fixture(scope="module")
@@ -51,37 +52,35 @@ def file_of_llama_cpp(codes, tokenizer, path):
     cage.export.gguf(codes, CONFIG, path, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(
+kinds = pytest.mark.parametrize(
     "write", [folder_of_native, folder_of_transformers, file_of_llama_cpp]
 )
-@pytest.mark.parametrize("as_text", [False, True])
-def test_a_llama_with_its_tokenizer(write, as_text, codes, tokenizer, tmp_path):
+
+
+@kinds
+def test_a_llama_with_its_tokenizer(write, codes, tokenizer, tmp_path):
     path = tmp_path / "model"  # what it is shows in what it has
     write(codes, tokenizer, path)
-    model = cage.load(str(path) if as_text else path)
-    assert model.config == CONFIG
-    assert model.tokenizer.keys() == tokenizer.keys()
-    # By what is stored: not every file says how its codes were found.
-    assert not differences(by_path(model.params), by_path(codes))
+    for given in (path, str(path)):
+        model = cage.load(given)
+        assert model.config == CONFIG
+        assert model.tokenizer.keys() == tokenizer.keys()
+        # By what is stored: not every file says how its codes were found.
+        assert not differences(by_path(model.params), by_path(codes))
 
 
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_a_tree_of_any_model(as_folder, codes, tmp_path):
-    write, name = cage.export.save, "codes.safetensors"
-    if as_folder:
-        pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
-        write, name = cage.export.save_orbax, "codes"
+def test_a_tree_of_any_model(codes, tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
     kernel = codes["layers"]["up"]["kernel"]
-    write({"any": kernel}, tmp_path / name)
-    params, config, tokenizer = cage.load(tmp_path / name)
-    assert config is None and tokenizer == {}
-    jax.tree.map(np.testing.assert_array_equal, params["any"], kernel)
+    cage.export.save({"any": kernel}, tmp_path / "codes.safetensors")
+    cage.export.save_orbax({"any": kernel}, tmp_path / "codes")
+    for name in ("codes.safetensors", "codes"):
+        params, config, tokenizer = cage.load(tmp_path / name)
+        assert config is None and tokenizer == {}
+        assert_same(params["any"], kernel)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing", "models/nothing.gguf", "a/b/c", "../x", "{here}/nothing"]
-)
-def test_what_is_not_there_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
+def test_what_is_not_there_is_no_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
 
@@ -89,8 +88,9 @@ def test_what_is_not_there_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
         pytest.fail("the hub was asked")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
-    with pytest.raises((FileNotFoundError, ValueError), match="`path` must be a"):
-        cage.load(name.format(here="here"))
+    names = ("nothing", "models/nothing.gguf", "a/b/c", "../x", "here/nothing")
+    errors, text = (FileNotFoundError, ValueError), "`path` must be a"
+    assert_raises((lambda name=name: cage.load(name), errors, text) for name in names)
 
 
 def test_a_name_on_the_hub(codes, tmp_path, monkeypatch):
@@ -114,10 +114,12 @@ def test_a_name_on_the_hub(codes, tmp_path, monkeypatch):
         cage.load("someone/nothing")
 
 
-@pytest.mark.parametrize("path", [None, 3, b"model", ["model"]])
-def test_paths_that_are_none(path):
-    with pytest.raises(TypeError, match="`path` must be a path; got "):
-        cage.load(path)
+def test_paths_that_are_none():
+    text = "`path` must be a path; got "
+    assert_raises(
+        (lambda path=path: cage.load(path), TypeError, text)
+        for path in (None, 3, b"model", ["model"])
+    )
 
 
 def test_without_the_reader(codes, tmp_path, monkeypatch):
@@ -150,11 +152,7 @@ def test_a_folder_that_lost_its_config(codes, tmp_path):
 # --- tokenizers -----------------------------------------------------------------------
 
 
-def writers():
-    return [cage.export.compressed_tensors, cage.export.gguf]
-
-
-@pytest.mark.parametrize("write", writers())
+@pytest.mark.parametrize("write", WRITERS)
 def test_a_tokenizer_by_its_folder(write, codes, tokenizer, tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -169,65 +167,88 @@ def test_a_tokenizer_by_its_folder(write, codes, tokenizer, tmp_path):
     assert ours.tokenizer == theirs.tokenizer and ours.tokenizer
 
 
-@pytest.mark.parametrize("write", writers())
-def test_a_tokenizer_of_another_model(write, codes, tokenizer, tmp_path):
+def test_a_tokenizer_of_another_model(codes, tokenizer, tmp_path):
     content = json.loads(tokenizer["tokenizer.json"])
-    token = {"id": 300, "content": "one more", "special": False}
+    token = {"id": 320, "content": "one more", "special": False}
     more = content | {"added_tokens": [*content["added_tokens"], token]}
     files = tokenizer | {"tokenizer.json": json.dumps(more).encode()}
-    with pytest.raises(ValueError, match="below the 300 of `config`; got 300 for 'one"):
-        write(codes, CONFIG, tmp_path / "model", tokenizer=files)
+    text = "below the 320 of `config`; got 320 for 'one"
+    for write in WRITERS:
+        with pytest.raises(ValueError, match=text):
+            write(codes, CONFIG, tmp_path / "model", tokenizer=files)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", writers())
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
+def test_what_is_no_tokenizer(codes, tmp_path):
+    path, files = tmp_path / "model", "must have files of .*got "
+    rows = [
+        (small_tokenizer, TypeError, "must be a folder, or bytes by name; got f"),
         (
-            small_tokenizer,
+            {"tokenizer.json": "{}"},
             TypeError,
-            "must be a folder, or bytes by name; got f",
+            "must have bytes; got str for 'tokeni",
         ),
-        ({"tokenizer.json": "{}"}, TypeError, "must have bytes; got str for 'tokeni"),
-        ({"../tokenizer.json": b"{}"}, ValueError, "must have files of .*got '../tok"),
-        ({"config.json": b"{}"}, ValueError, "must have files of .*got 'config.json'"),
-    ],
-)
-def test_what_is_no_tokenizer(write, given, error, message, codes, tmp_path):
-    with pytest.raises(error, match=f"`tokenizer` {message}"):
-        write(codes, CONFIG, tmp_path / "model", tokenizer=given)
+        ({"../tokenizer.json": b"{}"}, ValueError, f"{files}'../tok"),
+        ({"config.json": b"{}"}, ValueError, f"{files}'config.json'"),
+    ]
+    assert_raises(
+        (
+            lambda write=write, given=given: write(
+                codes, CONFIG, path, tokenizer=given
+            ),
+            error,
+            f"`tokenizer` {text}",
+        )
+        for write in WRITERS
+        for given, error, text in rows
+    )
     assert not list(tmp_path.iterdir())
 
 
 # --- what is not written --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", writers())
-def test_numbers_that_are_none(write, codes, tmp_path):
-    norm = {"scale": codes["norm"]["scale"].at[3].set(np.nan)}
-    with pytest.raises(ValueError, match=r"^`norm/scale`: `codes` must have finite v"):
-        write(codes | {"norm": norm}, CONFIG, tmp_path / "model")
+def test_numbers_that_are_none(codes, tmp_path):
+    norm = codes["norm"]["scale"].copy()
+    norm[3] = np.nan
     kernel = codes["layers"]["up"]["kernel"]
-    scale = kernel.scale.at[1, 0, 2].set(np.inf)
-    layers = codes["layers"] | {
-        "up": {"kernel": dataclasses.replace(kernel, scale=scale)}
-    }
-    with pytest.raises(ValueError, match=r"^`layers/1/up/kernel`: .* finite scales"):
-        write(codes | {"layers": layers}, CONFIG, tmp_path / "model")
+    scale = kernel.scale.copy()
+    scale[1, 0, 2] = np.inf
+    endless = dataclasses.replace(kernel, scale=scale)
+    rows = [
+        (
+            with_leaf(codes, "norm/scale", norm),
+            r"^`norm/scale`: `codes` must have finite v",
+        ),
+        (
+            with_leaf(codes, "layers/up/kernel", endless),
+            r"^`layers/1/up/kernel`: .* finite scales",
+        ),
+    ]
+    assert_raises(
+        (
+            lambda write=write, tree=tree: write(tree, CONFIG, tmp_path / "model"),
+            ValueError,
+            text,
+        )
+        for write in WRITERS
+        for tree, text in rows
+    )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", writers())
-def test_arguments_in_another_order(write, codes, tmp_path):
-    with pytest.raises(TypeError, match="`path` must be a path; got NoneType"):
-        write(codes, CONFIG, None)
-    with pytest.raises(
-        TypeError, match=r"^`codes` must be floats and Quan.*LlamaConfig"
-    ):
-        write(CONFIG, CONFIG, tmp_path / "model")
-    with pytest.raises(TypeError, match=r"got a whole Model. Use model.params"):
-        write(Model(codes, CONFIG, {}), CONFIG, tmp_path / "model")
+def test_arguments_in_another_order(codes, tmp_path):
+    path, model = tmp_path / "model", Model(codes, CONFIG, {})
+    rows = [
+        ((codes, CONFIG, None), "`path` must be a path; got NoneType"),
+        ((CONFIG, CONFIG, path), r"^`codes` must be floats and Quan.*LlamaConfig"),
+        ((model, CONFIG, path), r"got a whole Model. Use model.params"),
+    ]
+    assert_raises(
+        (lambda write=write, given=given: write(*given), TypeError, text)
+        for write in WRITERS
+        for given, text in rows
+    )
     with pytest.raises(TypeError, match="`path` must be a path; got dict"):
         cage.export.save(tmp_path / "a.safetensors", codes)
 
@@ -261,9 +282,7 @@ def test_what_no_export_wrote_is_not_replaced(codes, tmp_path):
         cage.export.gguf(codes, CONFIG, tmp_path / "elsewhere", overwrite=True)
 
 
-@pytest.mark.parametrize(
-    "write", [folder_of_native, folder_of_transformers, file_of_llama_cpp]
-)
+@kinds
 def test_what_an_export_wrote_is_replaced(write, codes, tokenizer, tmp_path):
     path = tmp_path / "model"
     files = dict.fromkeys(tokenizer_files.NAMES, b"{}")
