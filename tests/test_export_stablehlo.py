@@ -1,15 +1,21 @@
-"""Programs of codes, run where cage_jax cannot be imported."""
+"""Programs of codes: what is exported, what it computes, and what is refused."""
 
 import json
 import re
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_quantized_array import QUANTIZERS
+from cases import (
+    KERNEL,
+    PRESETS,
+    QUANTIZERS,
+    assert_raises,
+    assert_same,
+    random_codes,
+)
 
 import cage_jax as cage
 from cage_jax.export.descriptions import quantizer_of
@@ -19,74 +25,45 @@ from cage_jax.export.stablehlo import stablehlo
 pytest.importorskip("flatbuffers", reason="jax.export writes by it")
 safetensors = pytest.importorskip("safetensors.numpy", reason="the format of weights")
 
-RUN = """
-import sys
-sys.modules["cage_jax"] = None
-import jax, numpy as np
-from safetensors.numpy import load_file
-
-folder, constants, *inputs = sys.argv[1:]
-with open(folder + "/program.bin", "rb") as file:
-    program = jax.export.deserialize(file.read())
-weights = [] if constants == "True" else [load_file(folder + "/weights.safetensors")]
-for name in inputs:
-    found = program.call(*weights, np.load(name))
-    arrays = {str(i): np.asarray(y) for i, y in enumerate(jax.tree.leaves(found))}
-    np.savez(name.replace("npy", "npz"), **arrays)
-"""
+X = jax.ShapeDtypeStruct((1, 64), jnp.float32)
 
 
-def run(folder, inputs, *, constants=False):
-    """What the program makes of each input, in a process without cage_jax."""
-    names = []
-    for i, x in enumerate(inputs):
-        names.append(str(folder.parent / f"{i}.npy"))
-        np.save(names[-1], x)
-    command = [sys.executable, "-W", "error", "-c", RUN, folder, str(constants), *names]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    outputs = []
-    for name in names:
-        with np.load(name.replace("npy", "npz")) as found:
-            outputs.append([found[str(i)] for i in range(len(found))])
-    return outputs
+def codes_of(quantizer, shape=KERNEL):
+    """Draws codes, the same for each quantizer."""
+    return random_codes(np.random.default_rng(0), quantizer, shape)
 
 
-def expected_of(function, codes, x):
-    return jax.tree.leaves(
-        jax.jit(lambda codes, x: function(cage.dequantize(codes), x))(codes, x)
-    )
+def program_in(folder):
+    """Reads the program as those do who have jax alone."""
+    return jax.export.deserialize((folder / "program.bin").read_bytes())
 
 
-def products(params, x):
-    """Each kernel, and what it is multiplied to."""
-    kernels = params["kernels"]
-    return kernels, {name: x @ kernel for name, kernel in kernels.items()}
+def run(folder, *arguments):
+    """Computes what the program in a folder makes of its weights and of arguments."""
+    weights = safetensors.load_file(folder / "weights.safetensors")
+    return program_in(folder).call(weights, *arguments)
 
 
-@pytest.fixture
-def every(rng):
-    """Codes of every quantizer."""
-    x = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
-    return {"kernels": {name: cage.quantize(x, q) for name, q in QUANTIZERS.items()}}
+def computed(function, codes, *arguments):
+    """Computes a function of the values of codes."""
+    values = jax.jit(lambda codes, *args: function(cage.dequantize(codes), *args))
+    return values(codes, *arguments)
 
 
-@pytest.mark.parametrize("weights", ["arguments", "constants"])
-def test_every_quantizer_in_a_process_without_the_library(
-    weights, every, tmp_path, rng
-):
-    folder, constants = tmp_path / "model", weights == "constants"
-    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
-    stablehlo(products, every, folder, arguments=like, shapes="b, 64", weights=weights)
-    inputs = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 7)]
-    outputs = run(folder, inputs, constants=constants)
-    for x, found in zip(inputs, outputs):
-        expected = expected_of(products, every, x)
-        assert len(found) == len(expected) == 2 * len(QUANTIZERS)
-        for ours, theirs in zip(found, expected):
-            assert ours.dtype == theirs.dtype
-            assert ours.tobytes() == np.asarray(theirs).tobytes()
-    assert (folder / "weights.safetensors").exists() != constants
+# --- what a program computes ----------------------------------------------------------
+
+
+def test_values_of_every_quantizer(tmp_path):
+    codes = {name: codes_of(q) for name, q in (QUANTIZERS | PRESETS).items()}
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def function(params, x):
+        return jax.tree.map(lambda kernel: kernel * x, params)
+
+    stablehlo(function, codes, tmp_path / "m", arguments=[one])
+    found = run(tmp_path / "m", np.float32(1))
+    assert_same(found, computed(function, codes, np.float32(1)))
+    assert_same(cage.load(tmp_path / "m").params, codes)
 
 
 def layers(params, x):
@@ -100,74 +77,55 @@ def layers(params, x):
     }
 
 
-@pytest.fixture
-def model(rng):
+def made():
+    rng = np.random.default_rng(0)
+
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    params = {
-        "layers": [{"kernel": normal(64, 64), "bias": normal(64)} for _ in range(2)],
-        "scale": normal(64).astype(jnp.bfloat16),
+    return {
+        "layers": [
+            {
+                "kernel": random_codes(
+                    rng, cage.int4(group_size=32, hadamard=32), (64, 64), "bfloat16"
+                ),
+                "bias": normal(64),
+            },
+            {
+                "kernel": random_codes(rng, cage.nvfp4(), (64, 64)),
+                "bias": normal(64),
+            },
+        ],
+        "scale": jnp.asarray(rng.standard_normal(64).astype(jnp.bfloat16)),
         "table": jnp.asarray(rng.integers(-9, 9, (8, 64)), jnp.int32),
     }
-    params["layers"][0]["kernel"] = params["layers"][0]["kernel"].astype(jnp.bfloat16)
-    rules = [(r"layers/0/kernel", cage.int4(group_size=32, hadamard=32))]
-    rules += [(r"layers/1/kernel", cage.nvfp4()), (r".*", None)]
-    return cage.quantize(params, cage.Rules(rules))
 
 
-INPUTS = {
-    "int8": cage.int8(axis=-1),
-    "of a tensor": cage.int8(axis=None),
-    "offset": cage.int4(axis=-1, symmetric=False),
-    "rotated": cage.quest(4, axis=-1, hadamard=32),
-    "mxfp4": cage.mxfp4(axis=-1),
-    "nvfp4": cage.nvfp4(axis=-1),
-}
+MODEL = made()
 
 
-@pytest.mark.parametrize("name", INPUTS)
-def test_quantized_inputs_of_any_batch(name, tmp_path, rng):
-    rules = cage.Rules([(".*", cage.int4(group_size=32), INPUTS[name])])
-
-    def products(params, x):
-        return jax.nn.relu(x @ params["first"]) @ params["second"]
-
-    params = {
-        "first": rng.normal(size=(64, 32)).astype(np.float32),
-        "second": rng.normal(size=(32, 8)).astype(np.float32),
-    }
-    codes = cage.quantize(params, rules)
-    function = cage.quantize_activations(products, rules)
-    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
-    stablehlo(function, codes, tmp_path / "m", arguments=like, shapes="b, ...")
-    inputs = [rng.normal(size=(n, 64)).astype(np.float32) for n in (1, 7)]
-    for x, found in zip(inputs, run(tmp_path / "m", inputs)):
-        (expected,) = expected_of(function, codes, x)
-        np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model, exported for batches of any size."""
+    folder = tmp_path_factory.mktemp("exported") / "m"
+    stablehlo(layers, MODEL, folder, arguments=[X], shapes="b, ...")
+    return folder
 
 
-def test_a_mean_over_an_axis_of_any_length(tmp_path):
-    quantizer = cage.int8(axis=None, scale=cage.scales.Gaussian())
-    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
+def test_a_model_of_any_batch(folder, tmp_path, rng):
+    constants = tmp_path / "constants"
+    options = {"arguments": [X], "shapes": "b, ...", "weights": "constants"}
+    stablehlo(layers, MODEL, constants, **options)
+    assert not (constants / "weights.safetensors").exists()
+    for batch in (1, 7):
+        x = rng.standard_normal((batch, 64)).astype(np.float32)
+        expected = computed(layers, MODEL, x)
+        assert_same(run(folder, x), expected)
+    assert_same(program_in(constants).call(x), expected)
 
-    def rounded(params, x):
-        return cage.fake_quant(x, quantizer) + params["one"]
 
-    codes = {"one": np.ones((1, 1), np.float32)}
-    with pytest.raises(ValueError, match="`scale` must be no mean over an axis of any"):
-        stablehlo(rounded, codes, tmp_path / "m", arguments=like, shapes="b, ...")
-
-
-def test_a_model_in_a_process_without_the_library(model, tmp_path, rng):
-    inputs = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 7)]
-    stablehlo(layers, model, tmp_path / "m", arguments=inputs[:1], shapes="b, ...")
-    for x, found in zip(inputs, run(tmp_path / "m", inputs)):
-        expected = expected_of(layers, model, x)
-        assert [y.tobytes() for y in found] == [
-            np.asarray(y).tobytes() for y in expected
-        ]
-    weights = safetensors.load_file(tmp_path / "m" / "weights.safetensors")
+def test_what_is_stored(folder):
+    weights = safetensors.load_file(folder / "weights.safetensors")
     assert {name: (str(w.dtype), w.shape) for name, w in weights.items()} == {
         "layers/0/kernel/codes": ("uint8", (2048,)),
         "layers/0/kernel/scale": ("float32", (2, 64)),
@@ -181,10 +139,8 @@ def test_a_model_in_a_process_without_the_library(model, tmp_path, rng):
     }
 
 
-def test_what_the_description_says(model, tmp_path):
-    x = jnp.ones((1, 64))
-    stablehlo(layers, model, tmp_path / "m", arguments=[x], shapes="b, ...")
-    found = json.loads((tmp_path / "m" / "program.json").read_text())
+def test_what_the_description_says(folder):
+    found = json.loads((folder / "program.json").read_text())
     assert found["inputs"] == [{"path": "0", "shape": ["b", 64], "dtype": "float32"}]
     assert found["outputs"] == [
         {"path": "n", "shape": [], "dtype": "int32"},
@@ -193,32 +149,99 @@ def test_what_the_description_says(model, tmp_path):
     assert found["platforms"] == ["cpu", "tpu", "cuda"]
     assert found["weights"] == "weights.safetensors"
     assert found["jax"] == jax.__version__
+    assert found["calling_convention_version"] == (
+        program_in(folder).calling_convention_version
+    )
     kernel = found["parameters"]["layers/1/kernel"]
     assert (kernel["shape"], kernel["dtype"]) == ([64, 64], "float32")
     assert quantizer_of(kernel["quantizer"]) == cage.nvfp4()
 
 
-def test_codes_are_read_back(every, model, tmp_path):
-    for name, codes in {"every": every, "model": model}.items():
-        folder = tmp_path / name
-        like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
-        stablehlo(lambda params, x: x, codes, folder, arguments=like)
-        found, config, tokenizer = cage.load(folder)
-        assert (config, tokenizer) == (None, {})
-        assert jax.tree.structure(found) == jax.tree.structure(codes)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(codes)):
-            assert one.dtype == other.dtype
-            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+INPUTS = {
+    "int8": cage.int8(axis=-1),
+    "of a tensor": cage.int8(axis=None),
+    "offset": cage.int4(axis=-1, symmetric=False),
+    "rotated": cage.quest(4, axis=-1, hadamard=32),
+    "mxfp4": cage.mxfp4(axis=-1),
+    "nvfp4": cage.nvfp4(axis=-1),
+}
 
 
-def test_codes_that_cannot_be_read_back(model, tmp_path, rng):
-    like = [jax.ShapeDtypeStruct((1, 64), jnp.float32)]
-    options = {"arguments": like, "weights": "constants"}
-    stablehlo(lambda params, x: x, model, tmp_path / "constants", **options)
+def test_quantized_inputs_of_any_batch(tmp_path, rng):
+    weights = cage.int4(group_size=32)
+    rules = cage.Rules([(name, weights, each) for name, each in INPUTS.items()])
+
+    def products(params, x):
+        return {name: x @ kernel for name, kernel in params.items()}
+
+    codes = {name: codes_of(weights) for name in INPUTS}
+    function = cage.quantize_activations(products, rules)
+    stablehlo(function, codes, tmp_path / "m", arguments=[X], shapes="b, ...")
+    x = rng.standard_normal((7, 64)).astype(np.float32)
+    found = run(tmp_path / "m", x)
+    expected = computed(function, codes, x)
+    for name in INPUTS:
+        np.testing.assert_allclose(
+            found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+def test_a_mean_over_an_axis_of_any_length(tmp_path):
+    quantizer = cage.int8(axis=None, scale=cage.scales.Gaussian())
+
+    def rounded(params, x):
+        return cage.fake_quant(x, quantizer) + params["one"]
+
+    codes = {"one": np.ones((1, 1), np.float32)}
+    with pytest.raises(ValueError, match="`scale` must be no mean over an axis of any"):
+        stablehlo(rounded, codes, tmp_path / "m", arguments=[X], shapes="b, ...")
+
+
+def test_several_arguments_and_trees_of_them(tmp_path):
+    def function(params, batch, factor):
+        return layers(params, batch["x"])["y"] * factor
+
+    arguments = ({"x": np.ones((2, 64), np.float32)}, np.float32(3))
+    shapes = ({"x": "b, ..."}, "")
+    stablehlo(function, MODEL, tmp_path / "m", arguments=arguments, shapes=shapes)
+    batch = {"x": np.ones((5, 64), np.float32)}
+    found = run(tmp_path / "m", batch, np.float32(2))
+    once = run(tmp_path / "m", batch, np.float32(1))
+    np.testing.assert_array_equal(found, 2 * once)
+
+
+def test_a_module_of_nnx(tmp_path, rng):
+    nnx = pytest.importorskip("flax.nnx")
+    graph, state = nnx.split(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+    rules = cage.Rules([(r"kernel", cage.int4(group_size=32)), (r".*", None)])
+    codes = cage.quantize(state, rules)
+
+    def function(state, x):
+        return nnx.merge(graph, state)(x)
+
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    stablehlo(function, codes, tmp_path / "m", arguments=[x])
+    found = run(tmp_path / "m", x)
+    expected = computed(function, codes, x)
+    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+
+# --- what is stored and read ----------------------------------------------------------
+
+
+def test_codes_are_read_back(folder):
+    found, config, tokenizer = cage.load(folder)
+    assert (config, tokenizer) == (None, {})
+    assert_same(found, MODEL)
+
+
+def test_codes_that_cannot_be_read_back(tmp_path):
+    options = {"arguments": [X], "weights": "constants"}
+    stablehlo(lambda params, x: x, MODEL, tmp_path / "constants", **options)
     with pytest.raises(ValueError, match=r"Export it with weights='arguments'"):
         cage.load(tmp_path / "constants")
     folder = tmp_path / "damaged"
-    stablehlo(lambda params, x: x, model, folder, arguments=like)
+    stablehlo(lambda params, x: x, MODEL, folder, arguments=[X])
     weights = safetensors.load_file(folder / "weights.safetensors")
     for name, wrong in {
         "layers/0/kernel/codes": np.zeros(2047, np.uint8),
@@ -236,54 +259,51 @@ def test_codes_that_cannot_be_read_back(model, tmp_path, rng):
         cage.load(folder)
 
 
-# Bits of a parameter with its part of the scales, by hand.
-@pytest.mark.parametrize(
-    ("quantizer", "bits"),
-    [
-        (cage.int4(group_size=32), 5),
-        (cage.int3(group_size=32), 4),
-        (cage.int2(group_size=64), 2.5),
-        (cage.mxfp4(), 4.25),
-        (cage.binary(), 1 + 32 / 512),
-        (cage.int8(), 8 + 32 / 512),
-    ],
-    ids=str,
-)
-def test_sizes(quantizer, bits, tmp_path, rng):
-    kernel = jnp.asarray(rng.standard_normal((512, 1024)), jnp.float32)
-    codes = {"kernel": cage.quantize(kernel, quantizer)}
-    sizes = {}
-    for weights in ("arguments", "constants"):
-        folder = tmp_path / weights
-        stablehlo(
-            lambda params, x: x @ params["kernel"],
-            codes,
-            folder,
-            arguments=[jnp.ones((1, 512))],
-            weights=weights,
-        )
-        for file in folder.iterdir():
-            sizes[weights, file.name] = file.stat().st_size
-    stored = bits * kernel.size / 8
-    program = sizes["arguments", "program.bin"]
-    assert program < 20_000
-    assert stored <= sizes["arguments", "weights.safetensors"] < stored + 1000
-    assert stored <= sizes["constants", "program.bin"] < stored + program + 1000
-    assert len(sizes) == 5
+def test_sizes(tmp_path):
+    # Bits of a parameter with its part of the scales, by hand.
+    for number, (quantizer, bits) in enumerate(
+        [
+            (cage.int4(group_size=32), 5),
+            (cage.int3(group_size=32), 4),
+            (cage.int2(group_size=64), 2.5),
+            (cage.mxfp4(), 4.25),
+            (cage.binary(), 1 + 32 / 512),
+            (cage.int8(), 8 + 32 / 512),
+        ]
+    ):
+        codes = {"kernel": codes_of(quantizer, (512, 1024))}
+        sizes = {}
+        for weights in ("arguments", "constants"):
+            folder = tmp_path / f"{weights} {number}"
+            stablehlo(
+                lambda params, x: x @ params["kernel"],
+                codes,
+                folder,
+                arguments=[jax.ShapeDtypeStruct((1, 512), jnp.float32)],
+                weights=weights,
+            )
+            for file in folder.iterdir():
+                sizes[weights, file.name] = file.stat().st_size
+        stored = bits * 512 * 1024 / 8
+        program = sizes["arguments", "program.bin"]
+        assert program < 20_000
+        assert stored <= sizes["arguments", "weights.safetensors"] < stored + 1000
+        assert stored <= sizes["constants", "program.bin"] < stored + program + 1000
+        assert len(sizes) == 5
 
 
-def test_codes_stay_codes_where_they_are_constants(tmp_path, rng):
-    kernel = jnp.asarray(rng.standard_normal((512, 512)), jnp.float32)
-    codes = {"kernel": cage.quantize(kernel, cage.int4(group_size=32))}
+def test_codes_stay_codes_where_they_are_constants(tmp_path):
+    codes = {"kernel": codes_of(cage.int4(group_size=32), (512, 512))}
+    inputs = jax.ShapeDtypeStruct((1, 512), jnp.float32)
     stablehlo(
         lambda params, x: x @ params["kernel"],
         codes,
         tmp_path / "m",
-        arguments=[jnp.ones((1, 512))],
+        arguments=[inputs],
         weights="constants",
     )
-    program = jax.export.deserialize((tmp_path / "m" / "program.bin").read_bytes())
-    compiled = jax.jit(program.call).lower(jnp.ones((1, 512))).compile()
+    program = program_in(tmp_path / "m")
+    compiled = jax.jit(program.call).lower(inputs).compile()
     lines = compiled.as_text().splitlines()
     kinds = {line.split()[2] for line in lines if " constant(" in line}
     large = {kind for kind in kinds if re.search(r"\[[0-9,]{5,}\]", kind)}
@@ -293,9 +313,8 @@ def test_codes_stay_codes_where_they_are_constants(tmp_path, rng):
 @pytest.mark.parametrize("platforms", [("cpu",), ("tpu",), ("cuda",), ("cpu", "tpu")])
 def test_platforms_that_are_not_here(platforms, tmp_path):
     # Large enough for what is done in the order of a TPU's tiles, and for kernels.
-    kernel = jnp.zeros((1024, 1024))
     quantizers = [cage.int4(group_size=32), cage.quest(4), cage.nvfp4(), cage.nf4()]
-    codes = [cage.quantize(kernel, quantizer) for quantizer in quantizers]
+    codes = [codes_of(quantizer, (1024, 1024)) for quantizer in quantizers]
 
     def function(params, x):
         for kernel in params:
@@ -305,82 +324,76 @@ def test_platforms_that_are_not_here(platforms, tmp_path):
 
     arguments = [jax.ShapeDtypeStruct((256, 1024), jnp.float32)]
     stablehlo(function, codes, tmp_path / "m", arguments=arguments, platforms=platforms)
-    program = jax.export.deserialize((tmp_path / "m" / "program.bin").read_bytes())
+    program = program_in(tmp_path / "m")
     assert program.platforms == platforms
-
-
-def test_several_arguments_and_trees_of_them(model, tmp_path):
-    def function(params, batch, factor):
-        return layers(params, batch["x"])["y"] * factor
-
-    arguments = ({"x": jnp.ones((2, 64))}, jnp.float32(3))
-    shapes = ({"x": "b, ..."}, "")
-    stablehlo(function, model, tmp_path / "m", arguments=arguments, shapes=shapes)
-    program = jax.export.deserialize((tmp_path / "m" / "program.bin").read_bytes())
-    weights = safetensors.load_file(tmp_path / "m" / "weights.safetensors")
-    found = program.call(weights, {"x": jnp.ones((5, 64))}, jnp.float32(2))
-    once = program.call(weights, {"x": jnp.ones((5, 64))}, jnp.float32(1))
-    np.testing.assert_array_equal(found, 2 * once)
-
-
-def test_a_module_of_nnx(tmp_path, rng):
-    nnx = pytest.importorskip("flax.nnx")
-    graph, state = nnx.split(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
-    rules = cage.Rules([(r"kernel", cage.int4(group_size=32)), (r".*", None)])
-    codes = cage.quantize(state, rules)
-
-    def function(state, x):
-        return nnx.merge(graph, state)(x)
-
-    x = rng.standard_normal((3, 64)).astype(np.float32)
-    stablehlo(function, codes, tmp_path / "m", arguments=[x])
-    ((found,),) = run(tmp_path / "m", [x])
-    (expected,) = expected_of(function, codes, x)
-    assert found.tobytes() == np.asarray(expected).tobytes()
 
 
 # --- what is refused ------------------------------------------------------------------
 
 
-def test_refusals(model, tmp_path, monkeypatch):
-    x = jnp.ones((1, 64))
+def test_refusals(tmp_path, monkeypatch):
+    x = np.ones((1, 64), np.float32)
 
-    def export(codes=model, arguments=(x,), **options):
+    def export(codes=MODEL, arguments=(x,), **options):
         stablehlo(layers, codes, tmp_path / "m", arguments=arguments, **options)
 
-    with pytest.raises(ValueError, match=r"`weights` must be one of .*; got 'both'"):
-        export(weights="both")
-    with pytest.raises(TypeError, match="`platforms` must be a sequence; got 'cpu'"):
-        export(platforms="cpu")
-    with pytest.raises(ValueError, match=r"`platforms` must be .*'gpu'.*'cuda'"):
-        export(platforms=("gpu",))
-    with pytest.raises(ValueError, match="`shapes` must fit the shapes of `arguments`"):
-        export(shapes="b, t, u")
-    with pytest.raises(TypeError, match="`path` must be a path; got NoneType"):
-        stablehlo(layers, model, None, arguments=[x])
-    with pytest.raises(TypeError, match=r"`arguments` must be a list .*Arr"):
-        export(arguments=x)
-    with pytest.raises(TypeError, match=r"`1/a`: `arguments` must be .*; got float"):
-        export(arguments=(x, {"a": 1.0}))
-    with pytest.raises(TypeError, match=r"`scale`: `codes` must be .*; got int4"):
-        export(codes=model | {"scale": jnp.ones(3, jnp.int4)})
-    with pytest.raises(TypeError, match=r"`scale`: `codes` must be .*; got float"):
-        export(codes=model | {"scale": 1.0})
-    with pytest.raises(TypeError, match=r"`scale`: `codes` must be .*; got key<fry>"):
-        export(codes=model | {"scale": jax.random.key(0)})
-    with pytest.raises(ValueError, match=r"`a/b`: .*got two"):
-        export(codes={"a/b": x, "a": {"b": x}})
+    def row(error, text, **options):
+        return lambda: export(**options), error, text
+
+    def of_scale(scale):
+        return MODEL | {"scale": scale}
+
+    assert_raises(
+        [
+            row(ValueError, r"`weights` must be one of .*; got 'both'", weights="both"),
+            row(
+                TypeError,
+                "`platforms` must be a sequence; got 'cpu'",
+                platforms="cpu",
+            ),
+            row(ValueError, r"`platforms` must be .*'gpu'.*'cuda'", platforms=("gpu",)),
+            row(
+                ValueError,
+                "`shapes` must fit the shapes of `arguments`",
+                shapes="b, t, u",
+            ),
+            row(TypeError, r"`arguments` must be a list .*arr", arguments=x),
+            row(
+                TypeError,
+                r"`1/a`: `arguments` must be .*; got float",
+                arguments=(x, {"a": 1.0}),
+            ),
+            row(
+                TypeError,
+                r"`scale`: `codes` must be .*; got int4",
+                codes=of_scale(np.ones(3).astype(jnp.int4)),
+            ),
+            row(
+                TypeError,
+                r"`scale`: `codes` must be .*; got float",
+                codes=of_scale(1.0),
+            ),
+            row(
+                TypeError,
+                r"`scale`: `codes` must be .*; got key<fry>",
+                codes=of_scale(jax.random.key(0)),
+            ),
+            row(ValueError, r"`a/b`: .*got two", codes={"a/b": x, "a": {"b": x}}),
+            (
+                lambda: stablehlo(layers, MODEL, None, arguments=[x]),
+                TypeError,
+                "`path` must be a path; got NoneType",
+            ),
+        ]
+    )
     monkeypatch.setattr(sys.modules[stablehlo.__module__], "_MOST_CONSTANTS", 1000)
-    with pytest.raises(
-        ValueError, match="must be 'arguments' for more than 1000 bytes"
-    ):
-        export(weights="constants")
+    text = "must be 'arguments' for more than 1000 bytes"
+    assert_raises([row(ValueError, text, weights="constants")])
     assert not list(tmp_path.iterdir())
     export()
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        export()
+    assert_raises([row(FileExistsError, "overwrite=True")])
     export(overwrite=True)
     assert [each.name for each in tmp_path.iterdir()] == ["m"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"package flatbuffers.*cage_jax\[export\]"):
-        export(overwrite=True)
+    text = r"package flatbuffers.*cage_jax\[export\]"
+    assert_raises([row(ImportError, text, overwrite=True)])
