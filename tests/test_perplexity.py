@@ -1,8 +1,9 @@
 """Perplexity and greedy text against NumPy on the logits of whole windows."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
+from cases import assert_raises
 
 from cage_jax.llama_config import LlamaConfig
 
@@ -16,40 +17,41 @@ PARAMS = llama.initial_params(CONFIG, seed=3)
 TOKENS = np.random.default_rng(0).integers(0, 50, 70)
 
 
-def logits_of(window):
-    found = llama.logits(PARAMS, jnp.asarray(window)[None], CONFIG)[0]
-    return np.asarray(found, np.float64)
+@jax.jit
+def logits_of(windows):
+    return llama.logits(PARAMS, windows, CONFIG)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_perplexity(batch):
-    losses = []
-    for start in (0, 16, 32, 48):
-        window = TOKENS[start : start + 16]
-        logits = logits_of(window)
+def test_perplexity():
+    windows, losses = TOKENS[:64].reshape(4, 16), []
+    for window, logits in zip(windows, np.asarray(logits_of(windows), np.float64)):
         chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         losses += [-np.log(chances[i, window[i + 1]]) for i in range(15)]
-    found = perplexity(PARAMS, TOKENS, CONFIG, context=16, batch=batch)
-    assert found.tokens == 60
-    # A sum in float32.
-    np.testing.assert_allclose(found.value, np.exp(np.mean(losses)), rtol=1e-6)
+    for batch in (1, 2):
+        found = perplexity(PARAMS, TOKENS, CONFIG, context=16, batch=batch)
+        assert found.tokens == 60
+        # A sum in float32.
+        np.testing.assert_allclose(found.value, np.exp(np.mean(losses)), rtol=1e-6)
 
 
 def test_a_short_text_is_one_window():
-    assert perplexity(PARAMS, TOKENS[:9], CONFIG).tokens == 8
+    assert perplexity(PARAMS, TOKENS[:16], CONFIG).tokens == 15
 
 
 def test_greedy():
-    text = TOKENS[:5].tolist()
-    for _ in range(6):
-        text.append(int(logits_of(text)[-1].argmax()))
-    assert greedy(PARAMS, TOKENS[:5], CONFIG, count=6) == text[5:]
+    begin = TOKENS[:5].tolist()
+    text = begin + greedy(PARAMS, TOKENS[:5], CONFIG, count=6)
+    assert len(text) == 11
+    # Each is the likeliest behind those before it, which are all that logits see.
+    likeliest = np.asarray(logits_of(np.array([text])))[0].argmax(-1)
+    assert text[5:] == likeliest[4:-1].tolist()
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r"at least 2.* got 1 tokens"):
-        perplexity(PARAMS, [1], CONFIG)
-    with pytest.raises(ValueError, match=r"must be in \[0, 50\).* got 3 to 50"):
-        perplexity(PARAMS, [3, 50], CONFIG)
-    with pytest.raises(ValueError, match="one to go on from; got 0"):
-        greedy(PARAMS, [], CONFIG, count=1)
+    few, outside = r"at least 2.* got 1 tokens", r"must be in \[0, 50\).* got 3 to 50"
+    table = [
+        (lambda: perplexity(PARAMS, [1], CONFIG), few),
+        (lambda: perplexity(PARAMS, [3, 50], CONFIG), outside),
+        (lambda: greedy(PARAMS, [], CONFIG, count=1), "one to go on from; got 0"),
+    ]
+    assert_raises([(call, ValueError, text) for call, text in table])
