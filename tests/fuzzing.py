@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from small_llama import TIED as CONFIG
-from small_llama import on_host, params_of, with_codes
+from small_llama import on_host, params_of, with_codes, with_kernels
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
@@ -47,10 +47,7 @@ def corpus(folder: pathlib.Path) -> list[pathlib.Path]:
     params = on_host(params_of(CONFIG))
 
     def codes(weights, embedding=None):
-        found = params_of(CONFIG)
-        for path in CONFIG.shapes():
-            if path.endswith("/kernel"):
-                found = with_codes(found, path, weights)
+        found = with_kernels(weights, CONFIG)
         if embedding is not None:
             found = with_codes(found, "embedding/embedding", embedding)
         return on_host(found)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import random_codes
 
+from cage_jax.export import safetensors_files
 from cage_jax.llama_config import LlamaConfig
 from cage_jax.quantized_array import QuantizedArray
 
@@ -73,6 +74,15 @@ def with_codes(tree, path, quantizer, seed=0):
     return with_leaf(tree, path, random_codes(rng, quantizer, node.shape))
 
 
+def with_kernels(quantizer, config=CONFIG):
+    """Makes parameters with random codes of all kernels, the head's too."""
+    found = params_of(config)
+    for path in config.shapes():
+        if path.endswith("/kernel"):
+            found = with_codes(found, path, quantizer)
+    return found
+
+
 def on_host(tree):
     """Makes a tree of NumPy arrays, which are cut and turned without programs."""
     return jax.tree.map(np.asarray, tree)
@@ -84,3 +94,15 @@ def leaves_by_path(tree):
         tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)
     )
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in found}
+
+
+def write_anew(path, content):
+    """Writes bytes to a new file of that name; from the old one jax may still copy."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def arrays_of(folder):
+    """Reads the tensors of a folder's only file: copies, since it may be replaced."""
+    found, _ = safetensors_files.read(folder / "model.safetensors")
+    return {name: array.copy() for name, array in found.items()}

@@ -3,7 +3,14 @@
 import struct
 
 import pytest
-from small_llama import CONFIG, on_host, params_of, with_codes
+from small_llama import (
+    CONFIG,
+    on_host,
+    params_of,
+    with_codes,
+    with_kernels,
+    write_anew,
+)
 from small_tokenizer import split_tokenizer
 
 import cage_jax as cage
@@ -22,17 +29,15 @@ from small_gguf import rewritten
 def small_file(tmp_path_factory):
     """The bytes of a file of Q4_1 with a tokenizer."""
     path = tmp_path_factory.mktemp("small") / "model.gguf"
-    codes = with_codes(params_of(), "embedding/embedding", cage.q4_1(axis=-1))
-    for name in ("query", "key", "value", "output", "gate", "up", "down"):
-        codes = with_codes(codes, f"layers/{name}/kernel", cage.q4_1())
-    codes = with_codes(codes, "head/kernel", cage.q4_1())
+    codes = with_kernels(cage.q4_1())
+    codes = with_codes(codes, "embedding/embedding", cage.q4_1(axis=-1))
     gguf(on_host(codes), CONFIG, path, tokenizer=split_tokenizer())
     return path.read_bytes()
 
 
 def refuses(content, tmp_path, text="must"):
     path = tmp_path / "model.gguf"
-    path.write_bytes(content)
+    write_anew(path, content)
     with pytest.raises(MalformedFileError, match=text) as caught:
         read(path)
         pytest.fail(text)
@@ -53,7 +58,7 @@ def test_flipped_bits_never_do_more_than_change_a_number(small_file, tmp_path, r
     for place in rng.integers(0, 8 * begin, 150):
         content = bytearray(small_file)
         content[place // 8] ^= 1 << (place % 8)
-        path.write_bytes(content)
+        write_anew(path, content)
         try:
             read(path)
         except MalformedFileError:
@@ -191,5 +196,5 @@ def test_tokenizers_of_other_kinds_are_left_out(small_file, tmp_path):
         u32(8) + u64(4) + b"gpt2",
         u32(8) + u64(4) + b"bert",
     )
-    (tmp_path / "model.gguf").write_bytes(content)
+    write_anew(tmp_path / "model.gguf", content)
     assert read(tmp_path / "model.gguf").tokenizer == {}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_raises, assert_same
-from small_llama import CONFIG, on_host, params_of, with_codes, with_leaf
+from small_llama import CONFIG, on_host, with_kernels, with_leaf
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
@@ -27,11 +27,8 @@ WRITERS = [cage.export.compressed_tensors, cage.export.gguf]
 
 @pytest.fixture(scope="module")
 def codes():
-    """The tiny model with the kernels of its layers as Q4_0."""
-    codes = params_of()
-    for name in ("query", "key", "value", "output", "gate", "up", "down"):
-        codes = with_codes(codes, f"layers/{name}/kernel", cage.q4_0())
-    return on_host(codes)
+    """The tiny model with all kernels as Q4_0."""
+    return on_host(with_kernels(cage.q4_0()))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from cases import (
     assert_same,
     random_codes,
 )
+from small_llama import write_anew
 
 import cage_jax as cage
 from cage_jax.export.descriptions import quantizer_of
@@ -249,10 +250,10 @@ def test_codes_that_cannot_be_read_back(tmp_path):
         "scale": np.zeros(64, np.float32),
     }.items():
         damaged = dict(weights) | {name: wrong}
-        safetensors.save_file(damaged, folder / "weights.safetensors")
+        write_anew(folder / "weights.safetensors", safetensors.save(damaged))
         with pytest.raises(MalformedFileError, match=f"`{name}`: it must be"):
             cage.load(folder)
-    safetensors.save_file(weights, folder / "weights.safetensors")
+    write_anew(folder / "weights.safetensors", safetensors.save(weights))
     description = json.loads((folder / "program.json").read_text())
     (folder / "program.json").write_text(json.dumps(description | {"version": "2"}))
     with pytest.raises(MalformedFileError, match="upgrade cage_jax"):

@@ -10,6 +10,7 @@ import pytest
 from cases import KERNEL, PRESETS, QUANTIZERS, assert_raises, assert_same, random_codes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_llama import write_anew
 
 import cage_jax as cage
 from cage_jax.export import trees
@@ -314,7 +315,7 @@ def rewritten(path, arrays=None, metadata=None, **entries):
     for name, change in entries.items():
         tree[name] = change(tree[name]) if callable(change) else change
     texts = texts | {"tree": json.dumps(tree)} | (metadata or {})
-    safetensors.save_file(arrays or found, path, texts)
+    write_anew(path, safetensors.save(arrays or found, texts))
 
 
 def entry(**fields):
@@ -371,7 +372,7 @@ def test_malformed(saved, file):
         ({"a/" * 99: {"kind": "none"}}, "`keys` must be those, at most 64"),
         ({"arrays": {"kernel": np.zeros(9)}}, "must have the arrays of its tree"),
     ]:
-        file.write_bytes(saved)
+        write_anew(file, saved)
         rewritten(file, **changes)
         with pytest.raises(MalformedFileError, match=message) as caught:
             trees.load(file)
@@ -383,14 +384,14 @@ def test_damaged_bytes(saved, file, rng):
     content = saved
     header = 8 + int.from_bytes(content[:8], "little")
     for cut in [0, 1, 7, 8, 9, header // 2, header, len(content) - 1]:
-        file.write_bytes(content[:cut])
+        write_anew(file, content[:cut])
         with pytest.raises(MalformedFileError):
             trees.load(file)
     kept = 0
     for place in range(header):
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.integers(8)
-        file.write_bytes(damaged)
+        write_anew(file, damaged)
         try:
             trees.load(file)
         except MalformedFileError:
