@@ -1,7 +1,9 @@
 """The study: its problems, its networks, and that it can be stopped."""
 
 import contextlib
+import functools
 import io
+import itertools
 import json
 import re
 import sys
@@ -47,69 +49,72 @@ def as_users_have_it(standard_promotion):
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Three methods, for each has programs of its own to compile."""
-    for module in (quadratics, classifiers):
-        chosen = {name: methods.METHODS[name] for name in ("ste", "cage", "lotion")}
-        monkeypatch.setattr(module, "METHODS", chosen)
+def only(monkeypatch):
+    """A function that leaves a few methods: each has programs of its own to compile."""
+
+    def choose(*names):
+        for module in (quadratics, classifiers, tuned):
+            chosen = {name: methods.METHODS[name] for name in names}
+            monkeypatch.setattr(module, "METHODS", chosen)
+
+    return choose
+
+
+def check_picture(draw, record, tmp_path):
+    draw(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # --- quadratics -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("geometry", quadratics.GEOMETRIES)
-@pytest.mark.parametrize("condition", [10, 100])
-def test_problems_are_as_they_are_called(geometry, condition):
-    curvature, optimum = quadratics.problem(geometry, condition, seed=3)
-    _, plain = quadratics.problem("rotated", condition, seed=3)
-    eigenvalues = np.linalg.eigvalsh(curvature)
-    assert eigenvalues[-1] == pytest.approx(1) and eigenvalues[0] > 0
-    aside = curvature - np.diag(np.diag(curvature))
-    assert (np.abs(aside).max() == 0) == (geometry == "axis-aligned")
-    if geometry == "badly scaled":
-        # Of the weights by their factors it is the rotated one.
-        factors = optimum / plain
-        assert factors.max() / factors.min() == pytest.approx(10)
-        rotated, _ = quadratics.problem("rotated", condition, seed=3)
-        scaled = curvature * factors[:, None] * factors
-        ratio = scaled / rotated
-        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-6)
-        return
-    np.testing.assert_array_equal(optimum, plain)
-    assert eigenvalues[-1] / eigenvalues[0] == pytest.approx(condition, rel=1e-6)
-    if geometry == "correlated":
-        for away in range(64):
-            band = np.diag(curvature, away) / curvature[0, 0]
-            np.testing.assert_allclose(
-                band, (curvature[0, 1] / curvature[0, 0]) ** away
-            )
-    else:
-        expected = np.geomspace(1 / condition, 1, 64)
-        np.testing.assert_allclose(eigenvalues, expected, rtol=1e-6)
-
-
-def test_every_combination_is_there_once():
+def test_problems_are_as_they_are_called():
     found = quadratics.combinations()
     assert len(set(found)) == len(found) == 30
     assert len(set(quadratics.names())) == 54
+    for geometry, condition in itertools.product(quadratics.GEOMETRIES, (10, 100)):
+        curvature, optimum = quadratics.problem(geometry, condition, seed=3)
+        rotated, plain = quadratics.problem("rotated", condition, seed=3)
+        eigenvalues = np.linalg.eigvalsh(curvature)
+        assert eigenvalues[-1] == pytest.approx(1) and eigenvalues[0] > 0
+        aside = curvature - np.diag(np.diag(curvature))
+        assert (np.abs(aside).max() == 0) == (geometry == "axis-aligned")
+        if geometry == "badly scaled":
+            # Of the weights by their factors it is the rotated one.
+            factors = optimum / plain
+            assert factors.max() / factors.min() == pytest.approx(10)
+            ratio = curvature * factors[:, None] * factors / rotated
+            np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-6)
+            continue
+        np.testing.assert_array_equal(optimum, plain)
+        assert eigenvalues[-1] / eigenvalues[0] == pytest.approx(condition, rel=1e-6)
+        if geometry == "correlated":
+            for away in range(64):
+                band = np.diag(curvature, away) / curvature[0, 0]
+                expected = (curvature[0, 1] / curvature[0, 0]) ** away
+                np.testing.assert_allclose(band, expected)
+        else:
+            expected = np.geomspace(1 / condition, 1, 64)
+            np.testing.assert_allclose(eigenvalues, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("grid", quadratics.GRIDS)
-def test_five_steps_written_out(grid, monkeypatch, few):
+def test_five_steps_written_out(monkeypatch, only):
     """Plain STE by SGD: x <- x - lr (H (Q(x) - x*)), from x*, and its average."""
+    only("ste")
     monkeypatch.setattr(quadratics, "combinations", lambda: [("correlated", 10, 0.0)])
-    losses = quadratics.final_losses(3, grid, "SGD", 1.0, seeds=2, steps=5)
-    for seed in range(2):
-        h, optimum = quadratics.problem("correlated", 10, seed)
-        x = optimum
-        for _ in range(5):
-            x = x - 0.1 * h @ (_rounded(x, grid) - optimum)
-        away, start = _rounded(x, grid) - optimum, _rounded(optimum, grid) - optimum
-        assert losses["ste"][seed] == pytest.approx(away @ h @ away / 2, 1e-4)
-        # The last fifth of five steps is the last one.
-        assert losses["averaged"][seed] == pytest.approx(losses["ste"][seed], 1e-5)
-        assert losses["ptq"][seed] == pytest.approx(start @ h @ start / 2, 1e-4)
-        assert losses["full"][seed] == pytest.approx(0, abs=1e-9)
+    for grid in quadratics.GRIDS:
+        losses = quadratics.final_losses(3, grid, "SGD", 1.0, seeds=2, steps=5)
+        for seed in range(2):
+            h, optimum = quadratics.problem("correlated", 10, seed)
+            x = optimum
+            for _ in range(5):
+                x = x - 0.1 * h @ (_rounded(x, grid) - optimum)
+            away, start = _rounded(x, grid) - optimum, _rounded(optimum, grid) - optimum
+            assert losses["ste"][seed] == pytest.approx(away @ h @ away / 2, 1e-4)
+            # The last fifth of five steps is the last one.
+            assert losses["averaged"][seed] == pytest.approx(losses["ste"][seed], 1e-5)
+            assert losses["ptq"][seed] == pytest.approx(start @ h @ start / 2, 1e-4)
+            assert losses["full"][seed] == pytest.approx(0, abs=1e-9)
 
 
 def _rounded(x, grid):
@@ -121,18 +126,24 @@ def _rounded(x, grid):
     return np.clip(np.round(x / step), -3, 3) * step
 
 
-def test_the_record_of_quadratics(tmp_path, few):
-    names = quadratics.names()[:2]
+def test_the_record_of_quadratics(tmp_path, only):
+    only("ste", "cage", "lotion")
+    name, other, *_ = quadratics.names()
     table = cells.Table("quadratics", {"a": 1}, tmp_path)
-    quadratics.measure(QUIET, seeds=2, steps=10, only=names, table=table)
-    cell = table.cells[names[0]]
+    quadratics.measure(QUIET, seeds=2, steps=10, only=[name], table=table)
+    cell = table.cells[name]
     count = len(quadratics.combinations())
     assert all(len(values) == count for values in cell.values())
     assert cell.keys() >= {"ste", "cage", "lotion", "ptq", "averaged", "ste0", "full"}
     assert max(cell["cage wins"]) <= 2
     record = json.loads((tmp_path / "quadratics.json").read_text())
     record["settings"]["combinations"] = quadratics.combinations()
-    record["cells"][names[0]]["lotion"][0] = None
+    # A second cell stands in for all others.
+    record["cells"][other] = {
+        method: [2 * value if "wins" not in method else value for value in values]
+        for method, values in record["cells"][name].items()
+    }
+    record["cells"][name]["lotion"][0] = None
     rows = report.quadratics_by_method(record)
     (lotion,) = [line for line in rows.cells if line[0] == "LOTION"]
     assert lotion[4] == "diverged"
@@ -144,8 +155,7 @@ def test_the_record_of_quadratics(tmp_path, few):
     assert by_level["noise 2"][1] == str(2 * noisy.sum())
     column = report.quadratics_by_level(record).header.index("CAGE as published")
     assert by_level["noise 2"][column] == f"{np.median(shares[:, noisy]):.2f}"
-    plots.quadratics(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.quadratics, record, tmp_path)
 
 
 # --- images ---------------------------------------------------------------------------
@@ -168,59 +178,47 @@ def test_a_convolution_is_one(rng):
     np.testing.assert_array_equal(pooled[0, 1, 0], x[0, 2:4, 0:2].max((0, 1)))
 
 
-@pytest.mark.parametrize("side", [8, 14])
-def test_patches_hold_every_pixel_once(side):
-    images = np.arange(1.0, side * side + 1, dtype=np.float32).reshape(1, side, side)
-    found = np.asarray(networks._patches(jnp.asarray(images)))
-    patch = -(-side // 4)
-    assert found.shape == (1, 16, patch**2)
-    np.testing.assert_array_equal(found[0, 5, 0], images[0, patch, patch])
-    assert sorted(found[found > 0]) == list(range(1, side * side + 1))
+def test_patches_hold_every_pixel_once():
+    for side in (8, 14):
+        images = np.arange(1.0, side**2 + 1, dtype=np.float32).reshape(1, side, side)
+        found = np.asarray(networks._patches(jnp.asarray(images)))
+        patch = -(-side // 4)
+        assert found.shape == (1, 16, patch**2)
+        np.testing.assert_array_equal(found[0, 5, 0], images[0, patch, patch])
+        assert sorted(found[found > 0]) == list(range(1, side**2 + 1))
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
-@pytest.mark.parametrize("side", [8, 14])
-def test_networks(name, side, rng):
-    network = networks.NETWORKS[name]
-    params = network.initial(jax.random.key(0), side)
-    images = rng.normal(size=(3, side, side)).astype(np.float32)
-    rules = networks.rules_of(4)
-    quantized = rules.quantized(params)
-    assert quantized and all(path.startswith("inner/") for path in quantized)
-    products = []
+def test_networks(name, rng):
+    network, rules, products = networks.NETWORKS[name], networks.rules_of(4), []
 
     def product(x, kernel):
         products.append(kernel.shape)
         return networks.product_of(4)(x, kernel)
 
-    def loss(params):
+    def loss(params, images):
         weights = cage.fake_quant(params, rules)
-        logits = network.logits(weights, jnp.asarray(images), product)
+        logits = network.logits(weights, images, product)
         return classifiers.loss_of(logits, jnp.array([0, 1, 2]))
 
-    gradients = jax.grad(loss)(params)
-    # What is quantized is multiplied with quantized inputs, and nothing else is.
-    assert sorted(products) == sorted(x.shape for _, x in quantized.values())
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+    for side in (8, 14):
+        params = network.initial(jax.random.key(0), side)
+        images = rng.normal(size=(3, side, side)).astype(np.float32)
+        quantized = rules.quantized(params)
+        assert quantized and all(path.startswith("inner/") for path in quantized)
+        products.clear()
+        gradients = jax.jit(jax.grad(loss))(params, images)
+        # What is quantized is multiplied with quantized inputs, and nothing else is.
+        assert sorted(products) == sorted(x.shape for _, x in quantized.values())
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
-def test_the_mlp_is_that_of_the_float64_formula(rng):
-    params = networks.NETWORKS["MLP"].initial(jax.random.key(0), 8)
-    images = rng.normal(size=(5, 8, 8)).astype(np.float32)
-    found = networks.NETWORKS["MLP"].logits(params, jnp.asarray(images), jnp.matmul)
-    first, second = (
-        {name: np.float64(part) for name, part in params["inner"][layer].items()}
-        for layer in ("first", "second")
-    )
-    hidden = images.reshape(5, 64) @ first["kernel"] + first["bias"]
-    expected = np.maximum(hidden, 0) @ second["kernel"] + second["bias"]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_the_record_of_images(tmp_path, few):
+def test_the_record_of_images(tmp_path, only):
     names = ["digits MLP W4A4 0.1", "digits MLP W2A2 0"]
     table = cells.Table("classifiers", {}, tmp_path)
-    classifiers.measure(QUIET, seeds=2, steps=10, only=names, table=table)
+    for name, chosen in zip(names, [("ste", "cage", "lotion"), ("ste",)]):
+        only(*chosen)
+        classifiers.measure(QUIET, seeds=2, steps=10, only=[name], table=table)
     cell = table.cells[names[0]]
     derived = {"full", "ptq", "averaged", "ste0"}
     assert cell.keys() == derived | {"ste", "cage", "lotion"}
@@ -229,6 +227,7 @@ def test_the_record_of_images(tmp_path, few):
     for part in ("train_loss", "test_loss", "accuracy"):
         assert all(len(each[part]) == 2 for each in cell.values())
     record = table.record()
+    record["cells"] = {names[0]: cell}
     rows = report.classifiers(record, "train_loss")
     differences = np.subtract(cell["cage"]["train_loss"], cell["ste"]["train_loss"])
     error = np.std(differences, ddof=1) / np.sqrt(2)
@@ -238,13 +237,11 @@ def test_the_record_of_images(tmp_path, few):
     share = (means["ste"] - means["lotion"]) / (means["ste"] - means["full"])
     rows = report.classifiers_recovered(record)
     assert rows.cells[0][rows.header.index("LOTION")] == f"{share:.0%}"
-    plots.classifiers(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.classifiers, record, tmp_path)
 
 
-def test_the_record_of_tuned_methods(tmp_path, monkeypatch):
-    chosen = {name: methods.METHODS[name] for name in ("ste", "dampening")}
-    monkeypatch.setattr(tuned, "METHODS", chosen)
+def test_the_record_of_tuned_methods(tmp_path, only):
+    only("ste", "dampening")
     table = cells.Table("tuned", {}, tmp_path)
     (name, *_) = tuned.names()
     factors = 0.01, 100.0
@@ -264,8 +261,7 @@ def test_the_record_of_tuned_methods(tmp_path, monkeypatch):
     rows = report.tuned(record)
     line = dict(zip(rows.header, rows.cells[0]))
     assert line["dampening"].endswith(" at 0.01")
-    plots.tuned(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.tuned, record, tmp_path)
 
 
 def test_scores_are_of_quantized_weights_and_inputs():
@@ -324,8 +320,7 @@ def test_the_record_of_language_models(tmp_path, monkeypatch):
     sizes = [int(line[2].replace(",", "")) for line in (small, large)]
     assert weights[1] == 4 * weights[0] == 4 * (4 * 64**2 + 3 * 64 * 192)
     assert sizes[1] / sizes[0] == pytest.approx(4 * 3 / 4, rel=0.06)
-    plots.language_models(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.language_models, record, tmp_path)
 
 
 def test_cells_of_language_models():
@@ -373,8 +368,7 @@ def test_the_paper_is_language_models_of_another_size(tmp_path, monkeypatch):
     record = table.record()
     (line,) = report.language_models(record).cells
     assert line[0] == "W3A3, 6 x 640, 1144 steps, rate to 10%"
-    plots.paper(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.paper, record, tmp_path)
 
 
 # --- fine-tuning ----------------------------------------------------------------------
@@ -498,7 +492,8 @@ def test_finetuning_goes_on_where_it_stopped(tuning_in, tmp_path, fast, monkeypa
 
 def test_every_method_finetunes(tuning_in, tmp_path, fast):
     """To MXFP4, the target that is least like those of the other tables."""
-    rest = [arm for arm in finetuning.ARMS if arm not in ("ste", "cage")]
+    others = "ste", "cage", "recommended", "matched"
+    rest = [arm for arm in finetuning.ARMS if arm not in others]
     with tuning_in(tmp_path, finetuning.Size(1, 5, 16, 64)) as tuning:
         found = tuning.losses("full, seed 0")
         assert found.keys() == {"full"} | {f"{t}: ptq" for t in finetuning.TARGETS}
@@ -546,8 +541,7 @@ def test_the_record_of_finetuning(tmp_path):
     assert line["STE, last fifth averaged"] == "50%"
     assert line["rounded after training (PTQ)"] == "-300%"
     assert line["gap of STE"] == "1.000"
-    plots.finetuning(record, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    check_picture(plots.finetuning, record, tmp_path)
 
 
 def test_the_texts_of_finetuning(tmp_path, monkeypatch):
@@ -595,7 +589,8 @@ def test_cells_of_finetuning():
 # --- methods --------------------------------------------------------------------------
 
 
-def _trained(name, steps=20, **changes):
+@functools.cache
+def _trained(name, steps=20, factor=None):
     rules = cage.Rules([("x", cage.int3())])
     rate = optax.constant_schedule(0.05)
     training = methods.Training(rules, steps, rate, optax.sgd(rate))
@@ -604,33 +599,30 @@ def _trained(name, steps=20, **changes):
         del step, key
         return jax.grad(lambda p: jnp.sum((weights(p)["x"] - 0.3) ** 2))(params)
 
-    method = methods.METHODS[name]._replace(**changes)
-    start = {"x": jax.random.normal(jax.random.key(0), (8, 4))}
-    return methods.train(method, training, start, gradient, jax.random.key(1))
-
-
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_does_something(name):
-    last, average = _trained(name)
-    plain = _trained("ste")
-    assert last["x"].shape == average["x"].shape == (8, 4)
-    assert bool(jnp.isfinite(last["x"]).all())
-    same = bool((last["x"] == plain.last["x"]).all())
-    assert same == (name == "ste")
-
-
-@pytest.mark.parametrize("name", methods.RIVALS)
-def test_the_number_of_a_method(name):
-    """Once the paper's it is that method; else it is another."""
     method = methods.METHODS[name]
-    plain, once, less = (
-        _trained(name, **each._asdict()).last["x"]
-        for each in (method, method.times(1.0), method.times(0.3))
-    )
-    assert jnp.array_equal(plain, once) and not jnp.array_equal(once, less)
+    if factor is not None:
+        method = method.times(factor)
+
+    @jax.jit
+    def run(start, key):
+        return methods.train(method, training, {"x": start}, gradient, key)
+
+    start = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    return jax.tree.map(np.asarray, run(start, jax.random.key(1)))
 
 
-def test_a_method_without_a_number():
+def test_every_method_and_its_number_do_something():
+    """Once the paper's number it is that method; else it is another."""
+    plain = _trained("ste").last["x"]
+    for name in methods.METHODS:
+        last, average = (each["x"] for each in _trained(name))
+        assert last.shape == average.shape == (8, 4)
+        assert np.isfinite(last).all(), name
+        assert np.array_equal(last, plain) == (name == "ste"), name
+        if name in methods.RIVALS:
+            once, less = (_trained(name, factor=n).last["x"] for n in (1.0, 0.3))
+            assert np.array_equal(last, once), name
+            assert not np.array_equal(once, less), name
     with pytest.raises(ValueError, match="has no number"):
         methods.METHODS["ste"].times(2.0)
 
@@ -720,20 +712,20 @@ def test_the_summary_is_of_all_tables(tmp_path):
 # --- the command and the README -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["quadratics", "classifiers"])
-def test_the_command(name, monkeypatch, capsys, few):
-    monkeypatch.setattr(sys, "argv", ["study.py", name, "--tiny"])
-    assert study.main() == 0
-    assert "nothing is written" in capsys.readouterr().out
+def test_the_command(monkeypatch, capsys, only):
+    only("ste")
 
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+        return study.main(), capsys.readouterr().out
 
-def test_what_the_command_refuses(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study.py", "quadratics", "--only", "W9"])
-    assert study.main() == 2
-    assert "`--only` must be how the name" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["study.py", "quadratics", "--seeds", "1"])
-    assert study.main() == 2
-    assert "`--seeds` must be at least 2" in capsys.readouterr().out
+    for name in ("quadratics", "classifiers"):
+        status, printed = run(name, "--tiny")
+        assert status == 0 and "nothing is written" in printed
+    status, printed = run("quadratics", "--only", "W9")
+    assert status == 2 and "`--only` must be how the name" in printed
+    status, printed = run("quadratics", "--seeds", "1")
+    assert status == 2 and "`--seeds` must be at least 2" in printed
 
 
 def test_the_readme_agrees_with_the_results():
