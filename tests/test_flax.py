@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_raises
+from oracles import absmax_round
 
 import cage_jax as cage
 from cage_jax import Rules, fake_quant, int4, int8
@@ -35,51 +37,77 @@ def as_users_have_it(standard_promotion):
 
 
 def normal(rng, *shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+# Initializers are not tested here, and would have to be compiled.
+
+
+def drawn(rng, like):
+    """Normal parameters in the shapes of others, about as large as Flax's own."""
+    return jax.tree.map(lambda a: jax.device_put(normal(rng, *a.shape) / 4), like)
+
+
+def variables_of(module, rng, *inputs):
+    """Variables of a Linen module that has no others than parameters."""
+    return drawn(rng, jax.eval_shape(module.init, jax.random.key(0), *inputs))
+
+
+def filled(make, rng):
+    """An NNX module that has no other variables than parameters."""
+    model = nnx.eval_shape(make)
+    nnx.update(model, drawn(rng, nnx.state(model)))
+    return model
+
+
+def assert_close(found, expected, atol=1e-5, rtol=1e-5):
+    chex.assert_trees_all_close(found, expected, atol=atol, rtol=rtol)
 
 
 # --- every kind of layer --------------------------------------------------------------
 
-# A layer, the shape of its input, and the axes of it that are summed over.
-LINEN = {
-    "Dense": (nn.Dense(4), (5, 8), -1),
-    "Dense in bfloat16": (nn.Dense(4, dtype=jnp.bfloat16), (5, 8), -1),
-    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(-2, -1)), (5, 4, 8), (-2, -1)),
-    "Einsum": (nn.Einsum((4, 8, 6), "tnh,nhd->td"), (5, 4, 8), (-2, -1)),
-    "Conv": (nn.Conv(4, (3, 3), strides=2), (2, 6, 6, 8), -1),
-    "Conv grouped": (
-        nn.Conv(4, (3,), feature_group_count=2, padding="CAUSAL"),
-        (2, 6, 8),
-        -1,
-    ),
-    "Conv dilated": (nn.Conv(4, (3,), kernel_dilation=2), (2, 9, 8), -1),
-    "ConvTranspose": (nn.ConvTranspose(4, (3, 3), strides=(2, 2)), (2, 4, 4, 8), -1),
-}
-NNX = {
-    "Linear": (nnx.Linear(8, 4, rngs=nnx.Rngs(0)), (5, 8), -1),
-    "Linear in bfloat16": (
-        nnx.Linear(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+# A layer of Linen and of NNX, the shape of its input, and the axes that are summed over.
+LAYERS = {
+    "Dense": (nn.Dense(4), lambda rngs: nnx.Linear(8, 4, rngs=rngs), (5, 8), -1),
+    "Dense in bfloat16": (
+        nn.Dense(4, dtype=jnp.bfloat16),
+        lambda rngs: nnx.Linear(8, 4, dtype=jnp.bfloat16, rngs=rngs),
         (5, 8),
         -1,
     ),
-    "LinearGeneral": (
-        nnx.LinearGeneral((4, 8), (2, 3), axis=(-2, -1), rngs=nnx.Rngs(0)),
+    "DenseGeneral": (
+        nn.DenseGeneral((2, 3), axis=(-2, -1)),
+        lambda rngs: nnx.LinearGeneral((4, 8), (2, 3), axis=(-2, -1), rngs=rngs),
         (5, 4, 8),
         (-2, -1),
     ),
     "Einsum": (
-        nnx.Einsum("tnh,nhd->td", (4, 8, 6), rngs=nnx.Rngs(0)),
+        nn.Einsum((4, 8, 6), "tnh,nhd->td"),
+        lambda rngs: nnx.Einsum("tnh,nhd->td", (4, 8, 6), rngs=rngs),
         (5, 4, 8),
         (-2, -1),
     ),
-    "Conv": (nnx.Conv(8, 4, (3, 3), strides=2, rngs=nnx.Rngs(0)), (2, 6, 6, 8), -1),
+    "Conv": (
+        nn.Conv(4, (3, 3), strides=2),
+        lambda rngs: nnx.Conv(8, 4, (3, 3), strides=2, rngs=rngs),
+        (2, 6, 6, 8),
+        -1,
+    ),
     "Conv grouped": (
-        nnx.Conv(8, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0)),
+        nn.Conv(4, (3,), feature_group_count=2, padding="CAUSAL"),
+        lambda rngs: nnx.Conv(8, 4, (3,), feature_group_count=2, rngs=rngs),
         (2, 6, 8),
         -1,
     ),
+    "Conv dilated": (
+        nn.Conv(4, (3,), kernel_dilation=2),
+        lambda rngs: nnx.Conv(8, 4, (3,), kernel_dilation=2, rngs=rngs),
+        (2, 9, 8),
+        -1,
+    ),
     "ConvTranspose": (
-        nnx.ConvTranspose(8, 4, (3, 3), strides=(2, 2), rngs=nnx.Rngs(0)),
+        nn.ConvTranspose(4, (3, 3), strides=(2, 2)),
+        lambda rngs: nnx.ConvTranspose(8, 4, (3, 3), strides=(2, 2), rngs=rngs),
         (2, 4, 4, 8),
         -1,
     ),
@@ -90,103 +118,108 @@ def quantized_input(x, axes, dtype=jnp.float32):
     return fake_quant(x.astype(dtype), int4(axis=axes))
 
 
-@pytest.mark.parametrize("name", LINEN)
-def test_layers_of_linen(name, rng):
-    layer, shape, axes = LINEN[name]
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, rng):
+    linen, make, shape, axes = LAYERS[name]
     x = normal(rng, *shape)
-    variables = layer.init(jax.random.key(0), x)
-    quantized = quantize_activations(layer, RULES)
-    chex.assert_trees_all_equal(quantized.init(jax.random.key(0), x), variables)
-    found = jax.jit(quantized.apply)(variables, x)
-    expected = layer.apply(
-        variables, quantized_input(x, axes, layer.dtype or jnp.float32)
-    )
-    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
-    plain = layer.apply(variables, x)
-    assert np.abs(np.float32(found) - np.float32(plain)).max() > 0.01
+    variables = variables_of(linen, rng, x)
+    layer = filled(lambda: make(nnx.Rngs(0)), rng)
+    kind, params = type(layer), nnx.to_pure_dict(nnx.state(layer))
+    of_linen = quantize_activations(linen, RULES)
+    of_nnx = quantize_activations(layer, RULES)
+    assert isinstance(of_nnx, kind) and of_nnx is not layer
 
+    @nnx.jit
+    def run(of_nnx, layer, variables, x):
+        rounded = quantized_input(x, axes, linen.dtype or jnp.float32)
+        apply = functools.partial(linen.apply, variables)
+        return (
+            (of_linen.apply(variables, x), apply(rounded), apply(x)),
+            (of_nnx(x), layer(rounded), layer(x)),
+        )
 
-@pytest.mark.parametrize("name", NNX)
-def test_layers_of_nnx(name, rng):
-    layer, shape, axes = NNX[name]
-    x = normal(rng, *shape)
-    plain = layer(x)
-    quantized = quantize_activations(layer, RULES)
-    assert isinstance(quantized, type(layer)) and quantized is not layer
-    found = nnx.jit(quantized)(x)
-    expected = layer(quantized_input(x, axes, layer.dtype or jnp.float32))
-    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+    for found, expected, plain in run(of_nnx, layer, variables, x):
+        assert_close(found, expected)
+        assert np.abs(np.float32(found) - np.float32(plain)).max() > 0.01
     # The old one is as it was.
-    assert type(layer).__name__ in name
-    chex.assert_trees_all_equal(layer(x), plain)
-    assert np.abs(np.float32(found) - np.float32(plain)).max() > 0.01
+    assert type(layer) is kind
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(layer)), params)
 
 
 def test_a_local_convolution_has_patches_as_inputs(rng):
     layer, x = nn.ConvLocal(4, (3,)), normal(rng, 2, 6, 8)
-    variables = layer.init(jax.random.key(0), x)
-    found = quantize_activations(layer, RULES).apply(variables, x)
-    padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (0, 0)))
+    variables = variables_of(layer, rng, x)
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
     patches = np.stack([padded[:, i : i + 3] for i in range(6)], 1)
     # Flax lays a patch out with its channels first.
-    patches = jnp.asarray(patches.transpose(0, 1, 3, 2).reshape(2, 6, 24))
-    patches = quantized_input(patches, -1)
-    expected = jnp.einsum("bti,tio->bto", patches, variables["params"]["kernel"])
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    patches = patches.transpose(0, 1, 3, 2).reshape(2, 6, 24)
+
+    @jax.jit
+    def both(variables, x, patches):
+        kernel, bias = (variables["params"][name] for name in ("kernel", "bias"))
+        found = quantize_activations(layer, RULES).apply(variables, x)
+        patches = quantized_input(patches, -1)
+        return found, jnp.einsum("bti,tio->bto", patches, kernel) + bias
+
+    assert_close(*both(variables, x, patches))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_is_looked_up_and_multiplied(tied, rng):
-    tokens = jnp.array([[1, 2, 3]])
+def test_an_embedding_is_looked_up_and_multiplied(rng):
+    tokens = np.array([[1, 2, 3]])
 
-    class Tied(nn.Module):
+    class Embedding(nn.Module):
+        tied: bool
+
         @nn.compact
         def __call__(self, tokens):
             embed = nn.Embed(16, 8)
-            return embed.attend(embed(tokens)) if tied else embed(tokens)
+            return embed.attend(embed(tokens)) if self.tied else embed(tokens)
 
-    model = Tied()
-    variables = model.init(jax.random.key(0), tokens)
-    quantized = quantize_activations(model, RULES)
-    embedding = variables["params"]["Embed_0"]["embedding"]
-    if tied:
-        expected = quantized_input(embedding[tokens], -1) @ embedding.T
-        found = quantized.apply(variables, tokens)
-        chex.assert_trees_all_close(found, expected, rtol=1e-5)
-    else:
-        with pytest.raises(ValueError, match="`Embed_0/embedding`: a parameter must"):
-            quantized.apply(variables, tokens)
+    tied, lookup = Embedding(True), Embedding(False)
+    variables = variables_of(tied, rng, tokens)
+    embedding = np.asarray(variables["params"]["Embed_0"]["embedding"])
+
+    @jax.jit
+    def both(variables):
+        found = quantize_activations(tied, RULES).apply(variables, tokens)
+        return found, quantized_input(embedding[tokens], -1) @ embedding.T
+
+    assert_close(*both(variables))
+    with pytest.raises(ValueError, match="`Embed_0/embedding`: a parameter must"):
+        jax.eval_shape(quantize_activations(lookup, RULES).apply, variables, tokens)
 
 
 def test_attention_projects_quantized_inputs(rng):
     x = normal(rng, 2, 5, 8)
     attention = nn.MultiHeadDotProductAttention(2)
-    variables = attention.init(jax.random.key(0), x)
-    params = variables["params"]
-    q = functools.partial(quantized_input, axes=-1)
-
-    def project(name):
-        return jnp.einsum("btd,dnh->btnh", q(x), params[name]["kernel"])
-
-    query, key, value = map(project, ("query", "key", "value"))
-    weights = nn.softmax(jnp.einsum("bqnh,bknh->bnqk", query / 2.0, key))
-    mixed = jnp.einsum("bnqk,bknh->bqnh", weights, value)
-    expected = jnp.einsum(
-        "btnh,nhd->btd", quantized_input(mixed, (-2, -1)), params["out"]["kernel"]
+    variables = variables_of(attention, rng, x)
+    module = filled(
+        lambda: nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), decode=False), rng
     )
-    found = quantize_activations(attention, RULES).apply(variables, x)
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    nnx.update(module, variables["params"])
+    quantized = quantize_activations(module, RULES)
 
-    nnx_attention = nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), decode=False)
-    state = nnx.state(nnx_attention, nnx.Param)
-    pure = nnx.to_pure_dict(state)
-    for name in ("query", "key", "value", "out"):
-        pure[name]["kernel"] = params[name]["kernel"]
-        pure[name]["bias"] = params[name]["bias"]
-    nnx.replace_by_pure_dict(state, pure)
-    nnx.update(nnx_attention, state)
-    found = quantize_activations(nnx_attention, RULES)(x)
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    def by_hand(params, x):
+        def project(name):
+            kernel, bias = params[name]["kernel"], params[name]["bias"]
+            inputs = quantized_input(x, -1)
+            return jnp.einsum("btd,dnh->btnh", inputs, kernel) + bias
+
+        query, key, value = map(project, ("query", "key", "value"))
+        weights = nn.softmax(jnp.einsum("bqnh,bknh->bnqk", query / 2.0, key))
+        mixed = jnp.einsum("bnqk,bknh->bqnh", weights, value)
+        mixed = quantized_input(mixed, (-2, -1))
+        out = jnp.einsum("btnh,nhd->btd", mixed, params["out"]["kernel"])
+        return out + params["out"]["bias"]
+
+    @nnx.jit
+    def run(quantized, variables, x):
+        found = quantize_activations(attention, RULES).apply(variables, x)
+        return found, quantized(x), by_hand(variables["params"], x)
+
+    of_linen, of_nnx, expected = run(quantized, variables, x)
+    assert_close(of_linen, expected)
+    assert_close(of_nnx, expected)
 
 
 class Block(nn.Module):
@@ -205,23 +238,30 @@ def test_a_scanned_stack_of_linen(remat, rng):
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
     )()
     x = normal(rng, 5, 8)
-    variables = stack.init(jax.random.key(0), x, None)
+    variables = variables_of(stack, rng, x, None)
     q = functools.partial(quantized_input, axes=-1)
-    h = x
-    params = variables["params"]
-    for kernel, w in zip(params["Dense_0"]["kernel"], params["w"]):
-        h = q(jnp.tanh(q(h) @ kernel)) @ w
-    quantized = quantize_activations(stack, RULES)
-    found, _ = jax.jit(quantized.apply)(variables, x, None)
-    chex.assert_trees_all_close(found, h, atol=1e-5)
+
+    def by_hand(params, h):
+        for kernel, w in zip(params["Dense_0"]["kernel"], params["w"]):
+            h = q(jnp.tanh(q(h) @ kernel)) @ w
+        return h
+
     # Calibrated: a grid for each layer.
     rules = Rules([(".*", None, STATIC)])
-    variables = calibrate(stack, rules, [(x, None)], variables)
-    assert variables["grids"]["w/inputs"].scale.shape == (3,)
-    found, _ = quantize_activations(stack, rules).apply(variables, x, None)
-    plain, _ = stack.apply(variables, x, None)
-    chex.assert_trees_all_close(found, plain, atol=0.1)
-    assert np.abs(found - plain).max() > 0
+    calibrated = calibrate(stack, rules, [(x, None)], variables)
+    assert calibrated["grids"]["w/inputs"].scale.shape == (3,)
+
+    @jax.jit
+    def run(variables, calibrated, x):
+        found, _ = quantize_activations(stack, RULES).apply(variables, x, None)
+        static, _ = quantize_activations(stack, rules).apply(calibrated, x, None)
+        plain, _ = stack.apply(variables, x, None)
+        return found, by_hand(variables["params"], x), static, plain
+
+    found, expected, static, plain = run(variables, calibrated, x)
+    assert_close(found, expected)
+    assert_close(static, plain, atol=0.1)
+    assert np.abs(static - plain).max() > 0
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -243,12 +283,17 @@ def test_a_scanned_stack_of_nnx(remat, rng):
                 x, self.layers
             )
 
-    model, x = Stack(), normal(rng, 5, 8)
-    h = x
-    for kernel in model.layers.kernel[...]:
-        h = jnp.tanh(quantized_input(h, -1) @ kernel)
-    found = nnx.jit(quantize_activations(model, RULES))(x)
-    chex.assert_trees_all_close(found, h, atol=1e-5)
+    x = normal(rng, 5, 8)
+    model = quantize_activations(filled(Stack, rng), RULES)
+
+    @nnx.jit
+    def both(model, x):
+        h = x
+        for kernel in model.layers.kernel[...]:
+            h = jnp.tanh(quantized_input(h, -1) @ kernel)
+        return model(x), h
+
+    assert_close(*both(model, x))
 
 
 # --- one model in three frameworks ----------------------------------------------------
@@ -284,101 +329,6 @@ def function_model(params, x):
     return x @ params["w"]
 
 
-W4A4 = Rules([("up/kernel|w", int4(), int4(axis=-1)), (".*", None)])
-
-
-def test_linen_nnx_and_functions_agree(rng):
-    x, target = normal(rng, 32, 8), normal(rng, 32, 4)
-    linen = LinenModel()
-    variables = linen.init(jax.random.key(0), x)
-    params = variables["params"]
-
-    def mean_square(y):
-        return jnp.mean((y - target) ** 2)
-
-    apply = cage.quantize_activations(function_model, W4A4)
-    expected = jax.jit(
-        jax.value_and_grad(lambda p: mean_square(apply(fake_quant(p, W4A4), x)))
-    )(params)
-
-    quantized = quantize_activations(linen, W4A4)
-
-    def linen_loss(params):
-        state = variables | {"params": fake_quant(params, W4A4)}
-        return mean_square(quantized.apply(state, x, mutable=["batch_stats"])[0])
-
-    found = jax.jit(jax.value_and_grad(linen_loss))(params)
-    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
-
-    model = quantize_activations(NnxModel(nnx.Rngs(0)), W4A4)
-    nnx.update(model, params)
-
-    @nnx.jit
-    def nnx_loss(model):
-        def loss(model):
-            graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-            copy = nnx.merge(graphdef, fake_quant(state, W4A4), rest)
-            return mean_square(copy(x))
-
-        return nnx.value_and_grad(loss)(model)
-
-    loss, gradient = nnx_loss(model)
-    gradient = nnx.to_pure_dict(gradient)
-    chex.assert_trees_all_close((loss, gradient), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_state_goes_in_and_out(rng):
-    x = normal(rng, 32, 8)
-    model = NnxModel(nnx.Rngs(0))
-    quantized = quantize_activations(model, W4A4)
-    quantized(x)
-    kernel = model.up.kernel[...]
-    h = nnx.relu(quantized_input(x, -1) @ kernel)
-    chex.assert_trees_all_close(
-        quantized.norm.mean[...], 0.01 * h.mean(0), rtol=1e-3, atol=1e-6
-    )
-    assert np.all(np.asarray(model.norm.mean[...]) == 0)
-    quantized.eval()
-    before = quantized.norm.mean[...]
-    quantized(x)
-    chex.assert_trees_all_equal(quantized.norm.mean[...], before)
-
-    linen = LinenModel()
-    variables = linen.init(jax.random.key(0), x)
-    quantized = quantize_activations(linen, W4A4)
-    _, updates = quantized.apply(variables, x, mutable=["batch_stats"])
-    assert np.any(updates["batch_stats"]["norm"]["mean"] != 0)
-    still = quantized.apply(variables, x, train=False)
-    assert still.shape == (32, 4)
-
-
-def test_random_numbers_move_on(rng):
-    class Noisy(nnx.Module):
-        def __init__(self, rngs):
-            self.up = nnx.Linear(8, 16, rngs=rngs)
-            self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.drop(self.up(x))
-
-    x = normal(rng, 4, 8)
-    quantized = quantize_activations(Noisy(nnx.Rngs(0)), RULES)
-    assert np.any(np.asarray(quantized(x)) != np.asarray(quantized(x)))
-
-    class Drop(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dropout(0.5, deterministic=False)(nn.Dense(16)(x))
-
-    model = Drop()
-    variables = model.init(jax.random.key(0), x)
-    apply = quantize_activations(model, RULES).apply
-    keys = map(jax.random.key, (0, 0, 1))
-    one, same, other = (apply(variables, x, rngs={"dropout": key}) for key in keys)
-    chex.assert_trees_all_equal(one, same)
-    assert np.any(np.asarray(one) != np.asarray(other))
-
-
 class Normalized(nnx.Module):
     def __init__(self, rngs):
         self.up = nnx.Linear(8, 4, rngs=rngs)
@@ -389,10 +339,128 @@ class Normalized(nnx.Module):
         return self.drop(self.norm(self.up(x)))
 
 
-def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(rng):
+@nnx.jit(static_argnums=0)
+def made(kind):
+    """An NNX module as it is at the start, from one program."""
+    return kind(nnx.Rngs(0))
+
+
+@nnx.jit
+def called(model, *args):
+    return model(*args)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return normal(np.random.default_rng(1), 32, 8)
+
+
+@pytest.fixture(scope="module")
+def variables(x):
+    """Variables of the Linen model."""
+    return jax.jit(LinenModel().init)(jax.random.key(0), x)
+
+
+W4A4 = Rules([("up/kernel|w", int4(), int4(axis=-1)), (".*", None)])
+
+
+def test_linen_nnx_and_functions_agree(x, variables, rng):
+    target, params, linen = normal(rng, 32, 4), variables["params"], LinenModel()
+
+    def mean_square(y):
+        return jnp.mean((y - target) ** 2)
+
+    quantized = quantize_activations(linen, W4A4)
+    apply = cage.quantize_activations(function_model, W4A4)
+
+    def linen_loss(params):
+        state = variables | {"params": fake_quant(params, W4A4)}
+        return mean_square(quantized.apply(state, x, mutable=["batch_stats"])[0])
+
+    def function_loss(params):
+        return mean_square(apply(fake_quant(params, W4A4), x))
+
+    def nnx_loss(model):
+        graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+        copy = nnx.merge(graphdef, fake_quant(state, W4A4), rest)
+        return mean_square(copy(x))
+
+    model = quantize_activations(made(NnxModel), W4A4)
+    nnx.update(model, params)
+
+    @nnx.jit
+    def run(model, params):
+        found = [jax.value_and_grad(f)(params) for f in (function_loss, linen_loss)]
+        return *found, nnx.value_and_grad(nnx_loss)(model)
+
+    expected, of_linen, (loss, gradient) = run(model, params)
+    assert_close(of_linen, expected, rtol=1e-6, atol=1e-6)
+    of_nnx = loss, nnx.to_pure_dict(gradient)
+    assert_close(of_nnx, expected, rtol=1e-6, atol=1e-6)
+    # Its variables are those of the model.
+    again = jax.jit(quantized.init)(jax.random.key(0), x)
+    chex.assert_trees_all_equal(again, variables)
+
+
+def test_state_goes_in_and_out(x, variables):
+    model = made(NnxModel)
+    quantized = quantize_activations(model, W4A4)
+    called(quantized, x)
+    h = np.maximum(absmax_round(x, axis=-1) @ np.float64(model.up.kernel[...]), 0)
+    np.testing.assert_allclose(
+        quantized.norm.mean[...], 0.01 * h.mean(0), rtol=1e-3, atol=1e-6
+    )
+    assert np.all(np.asarray(model.norm.mean[...]) == 0)
+    quantized.eval()
+    before = quantized.norm.mean[...]
+    called(quantized, x)
+    chex.assert_trees_all_equal(quantized.norm.mean[...], before)
+
+    quantized = quantize_activations(LinenModel(), W4A4)
+
+    @jax.jit
+    def both(variables, x):
+        trained = quantized.apply(variables, x, mutable=["batch_stats"])
+        return trained, quantized.apply(variables, x, train=False)
+
+    (_, updates), still = both(variables, x)
+    assert np.any(np.asarray(updates["batch_stats"]["norm"]["mean"]) != 0)
+    assert still.shape == (32, 4)
+
+
+def test_random_numbers_move_on(x, rng):
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(8, 16, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.drop(self.up(x))
+
+    quantized = quantize_activations(made(Noisy), RULES)
+    assert np.any(np.asarray(called(quantized, x)) != np.asarray(called(quantized, x)))
+
+    class Drop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dropout(0.5, deterministic=False)(nn.Dense(16)(x))
+
+    variables = variables_of(Drop(), rng, x)
+
+    @jax.jit
+    def apply(key):
+        rngs = {"dropout": key}
+        return quantize_activations(Drop(), RULES).apply(variables, x, rngs=rngs)
+
+    one, same, other = map(apply, map(jax.random.key, (0, 0, 1)))
+    chex.assert_trees_all_equal(one, same)
+    assert np.any(np.asarray(one) != np.asarray(other))
+
+
+def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(x):
     rules = Rules([(".*kernel", int4()), (".*", None)])
-    model, x = Normalized(nnx.Rngs(0)), normal(rng, 5, 8)
-    kernel = model.up.kernel[...]
+    model = made(Normalized)
+    kernel = np.asarray(model.up.kernel[...])
 
     @nnx.jit
     def gradient_of(model):
@@ -400,8 +468,8 @@ def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(rng):
 
     gradient = gradient_of(model)
     assert gradient["up"]["kernel"].shape == kernel.shape
-    assert jnp.array_equal(model.up.kernel[...], kernel)  # not rounded in place
-    rounded = np.float64(x) @ np.float64(fake_quant(kernel, int4()))
+    assert np.array_equal(model.up.kernel[...], kernel)  # not rounded in place
+    rounded = np.float64(x) @ absmax_round(kernel)
     expected = 0.01 * rounded.mean(0)  # a step of the running mean, from 0
     np.testing.assert_allclose(model.norm.mean[...], expected, atol=1e-6)
     assert model.drop.rngs.count[...] == 1
@@ -411,11 +479,11 @@ NOT_QUANTIZED = "`rules` quantize inputs, and `model` does not"
 OTHERWISE = "`rules` quantize inputs otherwise"
 
 
-def test_a_model_whose_inputs_are_not_quantized_as_asked(rng):
+def test_a_model_whose_inputs_are_not_quantized_as_asked(x, rng):
     rules = Rules([(".*kernel", int4(), int8(axis=-1)), (".*", None)])
     weights = Rules([(".*kernel", int4()), (".*", None)])
     other = Rules([(".*kernel", int4(), int8(axis=None)), (".*", None)])
-    plain, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), normal(rng, 64, 8)
+    plain = filled(lambda: nnx.Linear(8, 4, rngs=nnx.Rngs(0)), rng)
     model = quantize_activations(plain, rules)
     outer = nnx.Sequential(model, nnx.relu)
     for found, asked, text in (
@@ -430,7 +498,7 @@ def test_a_model_whose_inputs_are_not_quantized_as_asked(rng):
         cage_flax.fake_quant(found, asked)  # no warning
 
     linen = nn.Dense(4)
-    variables = linen.init(jax.random.key(0), x)
+    variables = variables_of(linen, rng, x)
     quantized = quantize_activations(linen, rules)
 
     def last(model, rules, **kwargs):
@@ -444,24 +512,31 @@ def test_a_model_whose_inputs_are_not_quantized_as_asked(rng):
     assert last(quantized, rules, variables=variables) == "none"
 
 
-def test_modules_are_not_taken_for_trees_or_functions():
+def test_modules_are_not_taken_for_trees_or_functions(rng):
     rules = Rules([(".*kernel", int4(), int8(axis=-1)), (".*", None)])
-    module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(
-        TypeError, match=r"NNX module Linear.*cage_jax\.flax\.fake_quant"
-    ):
-        fake_quant(module, rules)
-    with pytest.raises(TypeError, match=r"NNX module Linear.*nnx\.state\(model"):
-        cage.quantize(module, rules)
-    with pytest.raises(TypeError, match=r"got the module Linear.*low_bit\(model\.app"):
-        cage.low_bit(module)
-    with pytest.raises(TypeError, match=r"got State\. For a tree .* cage_jax\.fake"):
-        cage_flax.fake_quant(nnx.state(module), rules)
-    for each in (module, nn.Dense(4)):
-        with pytest.raises(
-            TypeError, match=r"the module .*cage_jax\.flax\.quantize_act"
-        ):
-            cage.quantize_activations(each, rules)
+    module = filled(lambda: nnx.Linear(8, 4, rngs=nnx.Rngs(0)), rng)
+    quantize_me = r"the module .*cage_jax\.flax\.quantize_act"
+    table = [
+        (
+            lambda: fake_quant(module, rules),
+            r"NNX module Linear.*cage_jax\.flax\.fake_quant",
+        ),
+        (
+            lambda: cage.quantize(module, rules),
+            r"NNX module Linear.*nnx\.state\(model",
+        ),
+        (
+            lambda: cage.low_bit(module),
+            r"got the module Linear.*low_bit\(model\.app",
+        ),
+        (
+            lambda: cage_flax.fake_quant(nnx.state(module), rules),
+            r"got State\. For a tree .* cage_jax\.fake",
+        ),
+        (lambda: cage.quantize_activations(module, rules), quantize_me),
+        (lambda: cage.quantize_activations(nn.Dense(4), rules), quantize_me),
+    ]
+    assert_raises([(call, TypeError, text) for call, text in table])
 
 
 def test_other_methods_are_quantized_too(rng):
@@ -475,11 +550,6 @@ def test_other_methods_are_quantized_too(rng):
         def encode(self, x, *, scale=1.0):
             return scale * self.up(x)
 
-    x, model = normal(rng, 4, 8), Two(nnx.Rngs(0))
-    quantized = quantize_activations(model, RULES)
-    expected = model.encode(quantized_input(x, -1), scale=2.0)
-    chex.assert_trees_all_close(quantized.encode(x, scale=2.0), expected, atol=1e-5)
-
     class Encoder(nn.Module):
         def setup(self):
             self.up = nn.Dense(16)
@@ -490,52 +560,60 @@ def test_other_methods_are_quantized_too(rng):
         def encode(self, x):
             return self.up(x)
 
-    model = Encoder()
-    variables = model.init(jax.random.key(0), x)
-    found = quantize_activations(model, RULES).apply(variables, x, method="encode")
-    expected = model.apply(variables, quantized_input(x, -1), method="encode")
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    x, linen = normal(rng, 4, 8), Encoder()
+    model = filled(lambda: Two(nnx.Rngs(0)), rng)
+    variables = variables_of(linen, rng, x)
+    of_nnx, of_linen = (quantize_activations(each, RULES) for each in (model, linen))
+
+    @nnx.jit
+    def run(of_nnx, model, variables, x):
+        rounded = quantized_input(x, -1)
+        return (
+            (of_nnx.encode(x, scale=2.0), model.encode(rounded, scale=2.0)),
+            (
+                of_linen.apply(variables, x, method="encode"),
+                linen.apply(variables, rounded, method="encode"),
+            ),
+        )
+
+    for found, expected in run(of_nnx, model, variables, x):
+        assert_close(found, expected)
 
 
 # --- grids kept with the variables ----------------------------------------------------
 
 
-def test_calibration_is_kept_with_the_variables(rng):
-    x = normal(rng, 32, 8)
+def test_calibration_is_kept_with_the_variables(x, variables):
     rules = Rules([("up/kernel", int4(), STATIC), (".*", None)])
-    scale = float(np.abs(np.asarray(x)).max()) / 127
-    linen = LinenModel()
-    variables = linen.init(jax.random.key(0), x)
+    scale, linen, plain = np.abs(x).max() / 127, LinenModel(), variables
     for _ in range(2):  # again from where it was
         variables = calibrate(linen, rules, [(x / 2,), (x,)], variables, train=False)
     found = float(variables["grids"]["up/kernel/inputs"].scale)
     assert found == pytest.approx(scale, rel=1e-6)
-    quantized = quantize_activations(linen, rules)
-    assert quantized.apply(variables, x, train=False).shape == (32, 4)
-    with pytest.raises(
-        ValueError, match="`up/kernel/inputs`: `inputs` of this weight must be"
-    ):
-        quantized.apply({"params": variables["params"]}, x, mutable=True)
+    apply = functools.partial(quantize_activations(linen, rules).apply, train=False)
+    assert jax.eval_shape(apply, variables, x).shape == (32, 4)
+    uncalibrated = "`up/kernel/inputs`: `inputs` of this weight must be"
+    with pytest.raises(ValueError, match=uncalibrated):
+        jax.eval_shape(apply, plain, x)
 
-    model = NnxModel(nnx.Rngs(0))
+    model = made(NnxModel)
     quantized = calibrate(model, rules, [(x / 2,), (x,)])
     found = float(quantized.input_grids["up/kernel"].scale[...])
     assert found == pytest.approx(scale, rel=1e-6)
-    assert quantized(x).shape == (32, 4)
     assert not hasattr(model, "input_grids")
     graphdef, state = nnx.split(quantized)
-    again = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
-    chex.assert_trees_all_equal(again(x), quantized(x))
-    with pytest.raises(
-        ValueError, match="`up/kernel/inputs`: `inputs` of this weight must be"
-    ):
-        quantize_activations(model, rules)(x)
+    again = nnx.merge(graphdef, jax.tree.map(np.asarray, state))
+    outputs = called(quantized, x)
+    assert outputs.shape == (32, 4)
+    chex.assert_trees_all_equal(called(again, x), outputs)
+    with pytest.raises(ValueError, match=uncalibrated):
+        called(quantize_activations(model, rules), x)
 
 
-def test_an_nnx_optimizer_trains_learned_grids(rng):
-    x, target = normal(rng, 32, 8), normal(rng, 32, 4)
+def test_an_nnx_optimizer_trains_learned_grids(x, rng):
+    target = normal(rng, 32, 4)
     rules = Rules([("up/kernel|w", int4(), cage.lsq(4)), (".*", None)])
-    model = calibrate(NnxModel(nnx.Rngs(0)), rules, [(x,)])
+    model = calibrate(made(NnxModel), rules, [(x,)])
     start = {p: float(g.scale[...]) for p, g in model.input_grids.items()}
     tx = cage.cage_adamw(0.01, rules, 1.0)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -562,49 +640,55 @@ def test_an_nnx_optimizer_trains_learned_grids(rng):
 
 
 def test_products_for_the_arguments_of_layers(rng):
-    x, image = normal(rng, 5, 8), normal(rng, 2, 6, 6, 8)
+    x, image, words = (normal(rng, *s) for s in ((5, 8), (2, 6, 6, 8), (2, 5, 8)))
     product = cage_flax.dot_general(PER_TOKEN)
     convolution = cage_flax.conv_general_dilated(PER_TOKEN)
     assert product == cage_flax.dot_general(PER_TOKEN)
     assert hash(product) == hash(cage_flax.dot_general(PER_TOKEN))
-    layers = [
-        (nn.Dense(4), nn.Dense(4, dot_general=product), x),
-        (
-            nn.DenseGeneral((2, 2), axis=(-2, -1)),
-            nn.DenseGeneral((2, 2), axis=(-2, -1), dot_general=product),
-            image,
-        ),
-        (
-            nn.Conv(4, (3, 3), strides=2),
-            nn.Conv(4, (3, 3), strides=2, conv_general_dilated=convolution),
-            image,
-        ),
-        (
-            nn.MultiHeadDotProductAttention(2),
-            nn.MultiHeadDotProductAttention(
-                2, qkv_dot_general=product, out_dot_general=product
-            ),
-            normal(rng, 2, 5, 8),
-        ),
+    by_product = {"dot_general": product}
+    by_convolution = {"conv_general_dilated": convolution}
+    in_attention = {"qkv_dot_general": product, "out_dot_general": product}
+    general = functools.partial(nn.DenseGeneral, (2, 2), axis=(-2, -1))
+    heads = functools.partial(nn.MultiHeadDotProductAttention, 2)
+    linens = [
+        (functools.partial(nn.Dense, 4), by_product, x),
+        (general, by_product, image),
+        (functools.partial(nn.Conv, 4, (3, 3), strides=2), by_convolution, image),
+        (heads, in_attention, words),
     ]
-    for plain, made, data in layers:
-        variables = plain.init(jax.random.key(0), data)
-        expected = quantize_activations(plain, RULES).apply(variables, data)
-        found = jax.jit(made.apply)(variables, data)
-        chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
-    plain = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-    made = nnx.Linear(8, 4, dot_general=product, rngs=nnx.Rngs(0))
-    expected = quantize_activations(plain, RULES)(x)
-    chex.assert_trees_all_close(nnx.jit(made)(x), expected, atol=1e-5)
-    made = nnx.Conv(8, 4, (3,), conv_general_dilated=convolution, rngs=nnx.Rngs(0))
-    plain = nnx.Conv(8, 4, (3,), rngs=nnx.Rngs(0))
-    expected = quantize_activations(plain, RULES)(image[0])
-    chex.assert_trees_all_close(nnx.jit(made)(image[0]), expected, atol=1e-5)
+    variables = [variables_of(make(), rng, data) for make, _, data in linens]
+    of_nnx = [
+        (functools.partial(nnx.Linear, 8, 4), by_product, x),
+        (functools.partial(nnx.Conv, 8, 4, (3,)), by_convolution, image[0]),
+    ]
+    modules = []
+    for make, options, _ in of_nnx:
+        plain, made = (
+            filled(lambda o=o, m=make: m(rngs=nnx.Rngs(0), **o), rng)
+            for o in ({}, options)
+        )
+        nnx.update(made, nnx.state(plain))
+        modules.append((quantize_activations(plain, RULES), made))
+
+    @nnx.jit
+    def run(modules, variables):
+        pairs = []
+        for (make, options, data), each in zip(linens, variables):
+            expected = quantize_activations(make(), RULES).apply(each, data)
+            pairs.append((make(**options).apply(each, data), expected))
+        for (expected, found), (_, _, data) in zip(modules, of_nnx):
+            pairs.append((found(data), expected(data)))
+        return pairs
+
+    for found, expected in run(modules, variables):
+        assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("build", "error", "text"),
-    [
+def test_bad_arguments(rng):
+    x, linear = np.ones((1, 8), np.float32), lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    twice = quantize_activations(filled(linear, rng), RULES)
+    quantized = quantize_activations(nn.Dense(4), RULES)
+    table = [
         (
             lambda: cage_flax.dot_general(int8),
             TypeError,
@@ -626,62 +710,49 @@ def test_products_for_the_arguments_of_layers(rng):
             "`rules` must be Rules; got list",
         ),
         (
-            lambda: calibrate(nn.Dense(4), RULES, [(jnp.ones((1, 8)),)]),
+            lambda: calibrate(nn.Dense(4), RULES, [(x,)]),
             ValueError,
             "`variables` must be given for a Linen module",
         ),
         (
-            lambda: report(nn.Dense(4), RULES, jnp.ones((1, 8)), variables={"a": 1}),
+            lambda: report(nn.Dense(4), RULES, x, variables={"a": 1}),
             ValueError,
             "`variables` must have the collection 'params'; got \\['a'\\]",
         ),
         (
-            lambda: quantize_activations(
-                quantize_activations(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), RULES), RULES
-            ),
+            lambda: quantize_activations(twice, RULES),
             ValueError,
             "`model` must not be quantized yet; got a Quantized",
         ),
         (
-            lambda: quantize_activations(nn.Dense(4), RULES).bind({}),
+            lambda: quantized.bind({}),
             AttributeError,
             "apply\\(variables, ..., method='bind'\\)",
         ),
         (
-            lambda: quantize_activations(nn.Dense(4), RULES)(jnp.ones((1, 8))),
+            lambda: quantized(x),
             TypeError,
             "a quantized Linen module must be the outermost one",
         ),
-    ],
-)
-def test_bad_arguments(build, error, text):
-    with pytest.raises(error, match=text):
-        build()
+    ]
+    assert_raises(table)
 
 
 # --- the report -----------------------------------------------------------------------
 
 
-def test_the_report_lists_nothing_else(rng):
-    x, rules = normal(rng, 32, 8), Rules([(".*", int4(axis=None))])
-    model = Normalized(nnx.Rngs(0))
+def test_the_report_lists_nothing_but_parameters(x):
+    model, rules = made(Normalized), Rules([(".*", int4(axis=None))])
     paths = [layer.weight.path for layer in report(model, rules, x).layers]
     assert paths == ["norm/bias", "norm/scale", "up/bias", "up/kernel"]
 
-    linen = LinenModel()
-    variables = linen.init(jax.random.key(0), x)
+
+def test_the_report_lists_every_parameter(x, variables):
+    rules = Rules([("up/kernel", int4(), int8(axis=-1)), ("w", int4())])
     assert set(variables) > {"params"}
-    found = report(linen, rules, x, variables=variables, train=False)
+    found = report(LinenModel(), rules, x, variables=variables, train=False)
     count = len(jax.tree.leaves(variables["params"]))
     assert len(found.layers) == count < len(jax.tree.leaves(variables))
-
-
-def test_the_report_lists_every_parameter(rng):
-    x = normal(rng, 32, 8)
-    linen = LinenModel()
-    variables = linen.init(jax.random.key(0), x)
-    rules = Rules([("up/kernel", int4(), int8(axis=-1)), ("w", int4())])
-    found = report(linen, rules, x, variables=variables, train=False)
     layers = {layer.weight.path: layer for layer in found.layers}
     up, w = layers["up/kernel"], layers["w"]
     assert up.weight.quantizer == int4() and w.weight.quantizer == int4()
@@ -692,8 +763,8 @@ def test_the_report_lists_every_parameter(rng):
     assert not layers["up/bias"].inputs
     text = str(found)
     assert "- in no product with data" in text and "- as it is" in text
-    # Of an NNX module the same, quantized or not.
-    model = NnxModel(nnx.Rngs(0))
+    # An NNX module has the same, quantized or not.
+    model = made(NnxModel)
     plain = report(model, rules, x)
     again = report(quantize_activations(model, rules), rules, x)
     assert plain.layers == again.layers
