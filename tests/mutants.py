@@ -39,7 +39,7 @@ def faults() -> list[Fault]:
     shared, found = groups.pop("tests"), []
     for group, entries in groups.items():
         for entry in entries:
-            names = f"{shared[group]} {entry.pop('tests', '')}".split()
+            names = f"{entry.pop('tests', '')} {shared[group]}".split()
             name = f"{group}: {entry.pop('name')}"
             files = [f"tests/test_{name}.py" for name in names]
             found.append(Fault(name, **entry, tests=files))
