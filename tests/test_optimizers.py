@@ -1,12 +1,17 @@
 """`cage_adamw` and `cage_sgd`: their formulas, and Optax's options in their place."""
 
+from functools import partial
+
+import cases
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import assert_raises
 from optax.tree_utils import tree_get
+from oracles import absmax_round
 
 import cage_jax as cage
 from cage_jax.transform import CageState
@@ -19,6 +24,7 @@ STEPS = len(STRENGTH)
 RULES = cage.Rules([(r".*kernel", cage.int4())])
 # Both sides in float64: what is left is rounding in another order of operations.
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
+BUILDS = cage.cage_adamw, cage.cage_sgd
 
 
 def table(values):
@@ -27,9 +33,7 @@ def table(values):
 
 
 def error(x):
-    """Of int4 with one absmax scale by column, in NumPy."""
-    scale = np.abs(x).max(0, keepdims=True) / 7
-    return x - np.round(x / scale) * scale
+    return x - absmax_round(x)
 
 
 @pytest.fixture
@@ -42,17 +46,9 @@ def start(rng):
     return normal(), [normal() for _ in range(STEPS)]
 
 
-def train(tx, params, gradients):
+def train(tx, params, gradients, jit=True):
     """The parameters after each step."""
-    params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params)
-    trajectory = []
-    for gradient in gradients:
-        gradient = jax.tree.map(jnp.asarray, gradient)
-        updates, state = tx.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        trajectory.append(params)
-    return trajectory
+    return cases.train(tx, params, gradients, jit=jit)[0]
 
 
 def test_adamw_follows_its_formula(x64, start):
@@ -123,23 +119,23 @@ def test_adamw_without_strength_is_that_of_optax(options, start):
     params, gradients = jax.tree.map(np.float32, start)
     lr = table(LEARNING_RATE.astype(np.float32))
     chex.assert_trees_all_equal(
-        train(cage.cage_adamw(lr, RULES, 0.0, **options), params, gradients),
-        train(optax.adamw(lr, **options), params, gradients),
+        train(cage.cage_adamw(lr, RULES, 0.0, **options), params, gradients, jit=False),
+        train(optax.adamw(lr, **options), params, gradients, jit=False),
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}], ids=str)
-def test_sgd_without_strength_is_that_of_optax(options, start):
+def test_sgd_without_strength_is_that_of_optax(start):
     params, gradients = jax.tree.map(np.float32, start)
-    chex.assert_trees_all_equal(
-        train(cage.cage_sgd(0.1, RULES, 0.0, **options), params, gradients),
-        train(optax.sgd(0.1, **options), params, gradients),
-    )
+    for options in ({}, {"momentum": 0.9, "nesterov": True}):
+        chex.assert_trees_all_equal(
+            train(cage.cage_sgd(0.1, RULES, 0.0, **options), params, gradients, False),
+            train(optax.sgd(0.1, **options), params, gradients, False),
+        )
 
 
-@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+@pytest.mark.parametrize("build", BUILDS)
 def test_options_reach_the_correction(build, start):
-    params = jax.tree.map(jnp.asarray, start[0])
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start[0])
     inner, correction = build(0.1, RULES, 1.0).init(params)
     assert isinstance(correction, CageState)
     assert not isinstance(inner, CageState)
@@ -147,7 +143,7 @@ def test_options_reach_the_correction(build, start):
     assert correction.statistics is None
     state = build(0.1, RULES, 1.0, freeze_scale=True).init(params)
     chex.assert_trees_all_equal(
-        tree_get(state, "grids")["kernel"].scale, jnp.zeros((1, 3))
+        tree_get(state, "grids")["kernel"].scale, np.zeros((1, 3), np.float32)
     )
     assert tree_get(state, "statistics") is None
     state = build(0.1, RULES, 1.0, statistics=True).init(params)
@@ -155,7 +151,7 @@ def test_options_reach_the_correction(build, start):
     assert tree_get(state, "codes_flipped") == 0
 
 
-@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+@pytest.mark.parametrize("build", BUILDS)
 def test_the_default_is_what_is_recommended(build, start):
     params, gradients = jax.tree.map(np.float32, start)
     rate = optax.cosine_decay_schedule(0.1, 4)
@@ -174,7 +170,7 @@ def test_the_default_is_what_is_recommended(build, start):
         chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
+@pytest.mark.parametrize("build", BUILDS)
 def test_a_recommended_strength_that_does_nothing_is_warned_of(build):
     dose = r"comes to a dose of 0\.002 in 100 steps"
     with pytest.warns(UserWarning, match=dose) as found:
@@ -183,31 +179,60 @@ def test_a_recommended_strength_that_does_nothing_is_warned_of(build):
     build(1e-3, RULES, total_steps=100)
 
 
-@pytest.mark.parametrize("static", [("rules",), ("rules", "total_steps")])
-@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
-def test_the_recommended_strength_needs_all_rates(build, static):
-    tx = optax.inject_hyperparams(build, static_args=static)
+def test_the_recommended_strength_needs_all_rates():
     schedule = optax.cosine_decay_schedule(1e-3, 100, 0.1)
-    with pytest.raises(TypeError, match=r"got an array, .*inject_hyperparams"):
-        tx(schedule, RULES, total_steps=100).init({"kernel": jnp.ones((8, 3))})
+    params = {"kernel": np.ones((8, 3), np.float32)}
+
+    def begin(build, static):
+        tx = optax.inject_hyperparams(build, static_args=static)
+        tx(schedule, RULES, total_steps=100).init(params)
+
+    assert_raises(
+        (
+            partial(begin, build, static),
+            TypeError,
+            r"got an array, .*inject_hyperparams",
+        )
+        for build in BUILDS
+        for static in (("rules",), ("rules", "total_steps"))
+    )
 
 
-@pytest.mark.parametrize("build", [cage.cage_adamw, cage.cage_sgd])
-def test_strength_or_steps(build):
-    with pytest.raises(TypeError, match=r"`total_steps` must be .*; or `strength`"):
-        build(1e-3, RULES)
-    with pytest.raises(ValueError, match=r"`total_steps` must not .* 100 and 1\.0"):
-        build(1e-3, RULES, 1.0, total_steps=100)
-    with pytest.raises(ValueError, match="`total_steps` must be"):
-        build(1e-3, RULES, total_steps=0)
-
-
-@pytest.mark.parametrize("make", [cage.cage_adamw, cage.cage_sgd])
-def test_arguments_in_another_order(make):
-    rules = cage.Rules([(".*", cage.int4())])
-    with pytest.raises(TypeError, match="`learning_rate` must be a number"):
-        make(rules, 1e-3, 1.0)
-    with pytest.raises(TypeError, match=r"got a dict. Unpack it: \*\*recommended"):
-        make(1e-3, rules, cage.recommended(1e-3, 100))
-    with pytest.raises(TypeError, match="`rules` must be Rules; got float"):
-        make(1e-3, 0.1, rules, total_steps=100)
+def test_arguments_that_do_not_go_together():
+    advised = cage.recommended(1e-3, 100)
+    for build in BUILDS:
+        assert_raises(
+            [
+                (
+                    partial(build, 1e-3, RULES),
+                    TypeError,
+                    r"`total_steps` must be .*; or `strength`",
+                ),
+                (
+                    partial(build, 1e-3, RULES, 1.0, total_steps=100),
+                    ValueError,
+                    r"`total_steps` must not .* 100 and 1\.0",
+                ),
+                (
+                    partial(build, 1e-3, RULES, total_steps=0),
+                    ValueError,
+                    "`total_steps` must be",
+                ),
+                # In another order.
+                (
+                    partial(build, RULES, 1e-3, 1.0),
+                    TypeError,
+                    "`learning_rate` must be a number",
+                ),
+                (
+                    partial(build, 1e-3, RULES, advised),
+                    TypeError,
+                    r"got a dict. Unpack it: \*\*recommended",
+                ),
+                (
+                    partial(build, 1e-3, 0.1, RULES, total_steps=100),
+                    TypeError,
+                    "`rules` must be Rules; got float",
+                ),
+            ]
+        )
