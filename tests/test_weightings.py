@@ -1,19 +1,22 @@
 """Weights by thresholds and flips: what NumPy makes of them, and their dose."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import assert_raises
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.tree_utils import tree_get
+from oracles import hadamard
 
 import cage_jax as cage
 from cage_jax import weightings
 from cage_jax.curvature import Step
-from cage_jax.hadamard import hadamard_matrix
 from cage_jax.scales import AbsMax, Fixed
 
 # Positions in float32, and their differences from a value, over the mean of weights.
@@ -82,9 +85,8 @@ CASES = {
 def rotation_of(quantizer, rows):
     if quantizer.hadamard is None:
         return np.eye(rows)
-    block = np.asarray(hadamard_matrix(quantizer.hadamard), np.float64)
-    whole = np.kron(np.eye(rows // quantizer.hadamard), block)
-    return whole / np.sqrt(quantizer.hadamard)
+    blocks = np.eye(rows // quantizer.hadamard)
+    return np.kron(blocks, hadamard(quantizer.hadamard))
 
 
 def placed(name, x):
@@ -116,44 +118,61 @@ def coupled(rules, source):
 
 def pulled(rules, source, params, steps=1):
     """What is added to gradients of zero, jitted."""
-    tx, zeros = coupled(rules, source), jax.tree.map(jnp.zeros_like, params)
+    tx, zeros = coupled(rules, source), jax.tree.map(np.zeros_like, params)
     update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(steps):
         updates, state = update(zeros, state, params)
     return updates, state
 
 
+def weighed(source, rules, x):
+    """What a source makes of errors that are all 1; of one without a state."""
+
+    @jax.jit
+    def weights(params):
+        step = Step(params, params, rules, None, {})
+        return source.weigh(jax.tree.map(jnp.ones_like, params), (), step)
+
+    return jax.tree.map(np.asarray, weights(narrow(x)))
+
+
 def narrow(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
-@pytest.mark.parametrize(("power", "near"), [(1.0, False), (2.5, True)])
 @pytest.mark.parametrize("name", CASES)
-def test_weights_by_distance(name, power, near, rng):
+def test_weights_by_distance(name, rng):
     # Another parameter, since the mean is that of all.
     rules = cage.Rules([("w", CASES[name][0]), ("v", cage.int4())])
     x = {"w": rng.normal(size=(64, 3)), "v": rng.normal(size=(8, 5))}
-    source = weightings.by_distance(power, near=near)
-    updates, _ = pulled(rules, source, narrow(x) | {"bias": jnp.ones(3)})
+    params = narrow(x | {"bias": np.ones(3)})
+    options = (1.0, False), (2.5, True)
+    txs = [coupled(rules, weightings.by_distance(p, near=near)) for p, near in options]
+
+    @jax.jit
+    def every(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return [tx.update(zeros, tx.init(params), params)[0] for tx in txs]
+
     found = {"w": placed(name, x["w"]), "v": placed("int4", x["v"])}
-    weights = {k: (a if near else 1 - a) ** power for k, (_, a) in found.items()}
-    mean = np.concatenate([each.ravel() for each in weights.values()]).mean()
-    for k, (error, _) in found.items():
-        back = rotation_of(CASES[name][0] if k == "w" else cage.int4(), len(error)).T
-        expected = back @ (weights[k] / mean * error)
-        np.testing.assert_allclose(updates[k], expected, **CLOSE)
-    np.testing.assert_array_equal(updates["bias"], 0)
+    for (power, near), updates in zip(options, every(params)):
+        weights = {k: (a if near else 1 - a) ** power for k, (_, a) in found.items()}
+        mean = np.concatenate([each.ravel() for each in weights.values()]).mean()
+        for k, (error, _) in found.items():
+            back = rotation_of(
+                CASES[name][0] if k == "w" else cage.int4(), len(error)
+            ).T
+            expected = back @ (weights[k] / mean * error)
+            np.testing.assert_allclose(updates[k], expected, **CLOSE)
+        np.testing.assert_array_equal(updates["bias"], 0)
 
 
 def test_beyond_the_grid_the_last_step_goes_on():
     rules = cage.Rules([("w", fixed(-1.0, 0.0, 3.0))])
     position = np.array([[-9, -1.25, -1, -0.75, 0, 0.75, 2.25, 3, 3.75, 9]]).T
     away = np.array([[1, 0.5, 0, 0.5, 0, 0.5, 0.5, 0, 0.5, 1]]).T
-    params = narrow({"w": position})
-    step = Step(params, params, rules, None, {})
-    weigh = weightings.by_distance(near=True).weigh
-    weights = weigh({"w": jnp.ones((10, 1))}, (), step)["w"]
-    np.testing.assert_allclose(weights * away.mean(), away, rtol=1e-6)
+    weights = weighed(weightings.by_distance(near=True), rules, {"w": position})
+    np.testing.assert_allclose(weights["w"] * away.mean(), away, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -162,18 +181,24 @@ def test_the_dose_stays_the_same(name, rng):
     shapes = {"v": (16, 4), "w": (2, 8, 3)}
     source = SOURCES[name]()
     state = source.init({k: jnp.zeros(shape) for k, shape in shapes.items()})
-    for _ in range(4):
-        params = narrow({k: rng.normal(size=shape) for k, shape in shapes.items()})
+
+    @jax.jit
+    def weights_of(params, state):
+        """Of all parameters, and of the only one that is pulled."""
         step = Step(params, params, rules, None, {})
         state = source.update(state, step)
         ones = jax.tree.map(jnp.ones_like, params)
-        weights = source.weigh(ones, state, step)
+        one = source.weigh({"v": ones["v"]}, state, step)["v"]
+        return state, source.weigh(ones, state, step), one
+
+    for _ in range(4):
+        params = narrow({k: rng.normal(size=shape) for k, shape in shapes.items()})
+        state, weights, one = weights_of(params, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(weights, params)
         every = np.concatenate([np.ravel(each) for each in weights.values()])
         assert every.sum() == pytest.approx(every.size, rel=1e-5)
     assert every.std() > 0.1
-    one = source.weigh({"v": ones["v"]}, state, step)["v"]  # the only one pulled
-    assert one.sum() == pytest.approx(one.size, rel=1e-5)
+    assert np.sum(one) == pytest.approx(one.size, rel=1e-5)
 
 
 def test_flips_by_hand():
@@ -183,7 +208,7 @@ def test_flips_by_hand():
     flips = np.array([[0, 0], [1, 0], [1, 1], [0, 0], [1, 0]])
     source = weightings.by_flips(0.75, floor=0.5)
     tx = coupled(rules, source)
-    zeros = {"w": jnp.zeros((3, 2))}
+    zeros = narrow({"w": np.zeros((3, 2))})
     update, state = jax.jit(tx.update), tx.init(zeros)
     frequency = np.zeros((3, 2))
     for row, flipped in zip(last, flips):
@@ -206,10 +231,10 @@ def test_flips_of_a_rotated_parameter_are_those_of_rotated_codes(rng):
     source = weightings.by_flips(0.9, floor=0.2)
     tx = coupled(rules, source)
     walk = rng.normal(size=(64, 3)) + rng.normal(size=(4, 64, 3)).cumsum(0) / 10
-    zeros = {"w": jnp.zeros((64, 3))}
-    state, codes, frequency = tx.init(zeros), None, 0
+    zeros = narrow({"w": np.zeros((64, 3))})
+    update, state, codes, frequency = jax.jit(tx.update), tx.init(zeros), None, 0
     for x in walk:
-        updates, state = tx.update(zeros, state, narrow({"w": x}))
+        updates, state = update(zeros, state, narrow({"w": x}))
         error, _ = placed("quest", x)
         turned = rotation @ x
         after = np.round((turned - error) / gaussian(turned) - 0.5)
@@ -256,8 +281,9 @@ def test_weights_are_those_before_the_update(place, rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("distance", jnp.float32), ("flips", jnp.bfloat16)]
+)
 def test_with_adamw_statistics_and_a_silent_start(name, dtype, rng):
     rules = cage.Rules([("w", cage.int4())])
     strength = cage.silence_then_constant(5, 10.0, silence=0.5)
@@ -266,84 +292,90 @@ def test_with_adamw_statistics_and_a_silent_start(name, dtype, rng):
     )
     params = {"w": jnp.asarray(rng.normal(size=(8, 3)), dtype)}
     state, update = tx.init(params), jax.jit(tx.update)
+    # Of the other dtype, traced only.
+    other = {"w": jax.ShapeDtypeStruct((8, 3), jnp.bfloat16)}
+    _, after = jax.eval_shape(tx.update, other, jax.eval_shape(tx.init, other), other)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, other), after)
     for _ in range(5):
         before = state
         updates, state = update(params, state, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
-        chex.assert_tree_all_finite(updates)
+        assert np.isfinite(np.float32(updates["w"])).all()
         params = optax.apply_updates(params, updates)
     assert tree_get(state, "correction_ratio") > 0
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-def test_sharded_like_on_one_device(name, kind, rng):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    sharding = NamedSharding(mesh, P("data", "model"))
+def test_sharded_like_on_one_device(name, rng):
     rules = cage.Rules([("v", cage.int4(group_size=16)), ("w", cage.int4())])
     walk = rng.normal(size=(3, 2, 128, 8)).cumsum(0)
+    tx = coupled(rules, SOURCES[name]())
 
     def run(place):
         trees = [place(narrow({"v": v, "w": w})) for v, w in walk]
-        tx = coupled(rules, SOURCES[name]())
         zeros, state = jax.tree.map(jnp.zeros_like, trees[0]), tx.init(trees[0])
+        update = jax.jit(tx.update)
         for params in trees:
-            updates, state = jax.jit(tx.update)(zeros, state, params)
+            updates, state = update(zeros, state, params)
         return updates, state
 
-    with jax.set_mesh(mesh):
-        updates, state = run(lambda tree: jax.device_put(tree, sharding))
-    expected, alone = run(lambda tree: tree)
-    chex.assert_trees_all_close(  # sums in another order
-        jax.device_get((updates, state)), jax.device_get((expected, alone)), rtol=1e-6
-    )
-    for array in jax.tree.leaves((updates, state)):
-        if array.ndim:
-            assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    expected = jax.device_get(run(lambda tree: tree))
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+        sharding = NamedSharding(mesh, P("data", "model"))
+        with jax.set_mesh(mesh):
+            found = run(partial(jax.device_put, device=sharding))
+        chex.assert_trees_all_close(  # sums in another order
+            jax.device_get(found), expected, rtol=1e-6
+        )
+        for array in jax.tree.leaves(found):
+            if array.ndim:
+                assert array.sharding.is_equivalent_to(sharding, array.ndim), kind
 
 
-@pytest.mark.parametrize("near", [False, True])
-def test_where_no_weight_is_left_all_are_one(near):
+def test_where_no_weight_is_left_all_are_one():
     # All on the grid, or all at a threshold and beyond.
     rules = cage.Rules([("w", fixed(0.0, 1.0))])
-    x = [[0.0], [1.0]] if near else [[0.5], [5.0]]
-    params = {"w": jnp.asarray(x)}
-    weigh = weightings.by_distance(near=near).weigh
-    step = Step(params, params, rules, None, {})
-    found = weigh({"w": jnp.ones((2, 1))}, (), step)["w"]
-    np.testing.assert_array_equal(found, 1)
+    for near, x in ((True, [[0.0], [1.0]]), (False, [[0.5], [5.0]])):
+        source = weightings.by_distance(near=near)
+        found = weighed(source, rules, {"w": np.array(x)})
+        np.testing.assert_array_equal(found["w"], 1)
 
 
 def test_what_is_no_number_stays_with_its_group(rng):
     rules = cage.Rules([("w", cage.int4())])
     x = rng.normal(size=(8, 3))
     x[2, 1] = np.nan
-    for source in SOURCES.values():
+    for name, source in SOURCES.items():
         updates, _ = pulled(rules, source(), narrow({"w": x}), steps=2)
-        assert np.isfinite(updates["w"]).all(0).tolist() == [True, False, True]
+        updates = np.asarray(updates["w"])
+        assert np.isfinite(updates).all(0).tolist() == [True, False, True], name
     updates, _ = pulled(rules, weightings.by_distance(), narrow({"w": x}))
     error, away = placed("int4", x[:, [0, 2]])
     mean = (1 - away).sum() / x.size  # the others have the weight 0
     expected = (1 - away) / mean * error
-    np.testing.assert_allclose(updates["w"][:, np.array([0, 2])], expected, **CLOSE)
+    updates = np.asarray(updates["w"])[:, [0, 2]]
+    np.testing.assert_allclose(updates, expected, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "name"),
-    [
-        ("distance", {"power": 0.0}, "power"),
-        ("distance", {"power": -1.0}, "power"),
-        ("distance", {"power": float("inf")}, "power"),
-        ("distance", {"power": float("nan")}, "power"),
-        ("flips", {"decay": 1.0}, "decay"),
-        ("flips", {"decay": -0.1}, "decay"),
-        ("flips", {"floor": -0.1}, "floor"),
-        ("flips", {"floor": float("inf")}, "floor"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(source, options, name):
-    with pytest.raises(ValueError, match=rf"`{name}` must .*; got .*\. Use "):
-        SOURCES[source](**options)
+def test_numbers_out_of_range_are_refused():
+    assert_raises(
+        (
+            partial(SOURCES[source], **{name: value}),
+            ValueError,
+            rf"`{name}` must .*; got .*\. Use ",
+        )
+        for source, name, value in (
+            ("distance", "power", 0.0),
+            ("distance", "power", -1.0),
+            ("distance", "power", float("inf")),
+            ("distance", "power", float("nan")),
+            ("flips", "decay", 1.0),
+            ("flips", "decay", -0.1),
+            ("flips", "floor", -0.1),
+            ("flips", "floor", float("inf")),
+        )
+    )
 
 
 class FindsValues(AbsMax):
@@ -352,14 +384,21 @@ class FindsValues(AbsMax):
     finds_values = True
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_what_has_no_codes_or_no_grid_is_refused(name):
-    params = {"w": jnp.ones((4, 2))}
-    for quantizer, text in (
-        (cage.Quantizer(cage.formats.Integer(4), FindsValues()), "codes of its own"),
-        (cage.lsq(4), "`grid` must be given"),
-    ):
-        rules = cage.Rules([("w", quantizer)])
-        source, step = SOURCES[name](), Step(params, params, rules, None, {})
-        with pytest.raises(ValueError, match=rf"^`w`: .*{text}.*\. Use "):
-            source.weigh(params, source.update(source.init(params), step), step)
+def test_what_has_no_codes_or_no_grid_is_refused():
+    params = {"w": np.ones((4, 2), np.float32)}
+
+    def weigh(source, quantizer):
+        step = Step(params, params, cage.Rules([("w", quantizer)]), None, {})
+        source.weigh(params, source.update(source.init(params), step), step)
+
+    assert_raises(
+        (partial(weigh, source(), quantizer), ValueError, rf"^`w`: .*{text}.*\. Use ")
+        for source in SOURCES.values()
+        for quantizer, text in (
+            (
+                cage.Quantizer(cage.formats.Integer(4), FindsValues()),
+                "codes of its own",
+            ),
+            (cage.lsq(4), "`grid` must be given"),
+        )
+    )
