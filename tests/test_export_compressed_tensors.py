@@ -24,6 +24,8 @@ from cage_jax.export.compressed_tensors import compressed_tensors, read
 from cage_jax.export.tensors import tensors
 from cage_jax.quantized_array import QuantizedArray
 
+pytest.importorskip("safetensors", reason="the files are of it")
+
 TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
 
 # What a file says of a scheme: the format, the type of codes, their bits, whether they

@@ -20,6 +20,8 @@ from cage_jax.export import safetensors_files
 from cage_jax.export.compressed_tensors import compressed_tensors, read
 from cage_jax.export.files import MalformedFileError
 
+pytest.importorskip("safetensors", reason="the files are of it")
+
 CODES = on_host(with_kernels(cage.ct_w4a16(group_size=32)))
 
 

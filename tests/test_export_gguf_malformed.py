@@ -47,6 +47,13 @@ def refuses(content, tmp_path, text="must"):
 def test_files_that_are_cut_off(small_file, tmp_path, rng):
     for size in [*range(40), *rng.integers(40, len(small_file) - 32, 60)]:
         refuses(small_file[:size], tmp_path)
+    # The last byte of the last tensor is needed, and what pads it is not.
+    write_anew(tmp_path / "model.gguf", small_file)
+    last = ggml.GGUFReader(tmp_path / "model.gguf").tensors[-1]
+    end = int(last.data_offset + last.n_bytes)
+    refuses(small_file[: end - 1], tmp_path, "bytes or more")
+    write_anew(tmp_path / "model.gguf", small_file[:end])
+    assert read(tmp_path / "model.gguf").config == CONFIG
 
 
 def test_flipped_bits_never_do_more_than_change_a_number(small_file, tmp_path, rng):
