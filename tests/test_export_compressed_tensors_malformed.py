@@ -66,6 +66,7 @@ def test_configurations_that_are_not_of_the_tensors(folder):
         (WEIGHTS + "__num_bits", 8, "of a scheme"),
         (WEIGHTS + "__num_bits", [4], "of a scheme"),
         (WEIGHTS + "__group_size", 33, "of a scheme"),
+        (WEIGHTS + "__group_size", 30, "of a scheme"),  # as many groups, too short
         (WEIGHTS + "__group_size", 0, "of a scheme"),
         (WEIGHTS + "__symmetric", False, "of a scheme"),
         (WEIGHTS + "__type", "float", "of a scheme"),
