@@ -65,6 +65,7 @@ def decays(params):
     )
 
 
+@jax.jit
 def gradients(params, count):
     return jax.tree.map(lambda x: jnp.cos(3 * x + count), params)
 
@@ -105,9 +106,7 @@ def assert_near(found, expected, tolerance=1e-6, at_ties=0):
 OPTIONS = [
     {},
     {"mu_dtype": jnp.bfloat16},
-    {"mask": None},
-    {"placement": "post_step"},
-    {"statistics": True},
+    {"statistics": True, "mask": None},
     {"statistics": True, "placement": "post_step"},
 ]
 
@@ -134,16 +133,20 @@ PLAIN = {
 }
 
 
+FEW = cage.Rules([("groups", cage.int4(group_size=32)), (".*", None)])
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_a_fused_form_it_is_the_transformation(params, name):
-    fused, unfused = forms(tx := optimizer(**PLAIN[name]))
+    params = {name: params[name] for name in ("groups", "bias")}
+    fused, unfused = forms(tx := optimizer(FEW, **PLAIN[name]))
     steps = 10
     assert_near(run([fused] * steps, tx, params), run([unfused] * steps, tx, params))
     with pytest.raises(ValueError, match=r"`groups`: `implementation` must be None or"):
         tx.fused_step(params, tx.init(params), params, implementation="pallas")
 
 
-def test_trees_of_any_kind(params, rng):
+def test_trees_of_any_kind(params):
     tx = optimizer(cage.Rules([(".*", cage.int4(group_size=32))]), mask=None)
     for tree in (params["groups"], [params["groups"]], {"a": (params["groups"],)}):
         fused, unfused = forms(tx)
@@ -160,23 +163,21 @@ REUSED = {
 }
 
 
-# Of the rules most are for parameters that are left out here.
-@pytest.mark.filterwarnings("ignore:the rule .* matches no parameter")
-@pytest.mark.parametrize("name", REUSED)
-def test_what_was_donated_raises_when_it_is_used_again(params, name):
-    params, tx = {"groups": params["groups"]}, optimizer(mask=None)
+def test_what_was_donated_raises_when_it_is_used_again(params):
+    params, tx = {"groups": params["groups"]}, optimizer(FEW, mask=None)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, gradient):
         return tx.fused_step(gradient, state, params)
 
     gradient = gradients(params, 0)
-    old = params, tx.init(params)
-    new = step(*old, gradient)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    # JAX's own error: its type and words differ by version, and no number comes.
-    with pytest.raises((RuntimeError, ValueError), match=r"deleted|donate"):
-        step(*REUSED[name](old, new), gradient)
+    for name, reused in REUSED.items():
+        old = jax.tree.map(jnp.copy, params), tx.init(params)
+        new = step(*old, gradient)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), name
+        # JAX's own error: its type and words differ by version, and no number comes.
+        with pytest.raises((RuntimeError, ValueError), match=r"deleted|donate"):
+            step(*reused(old, new), gradient)
 
 
 def test_a_state_of_another_optimizer_is_refused(params):
@@ -196,57 +197,76 @@ QUANTIZERS = {
 }
 
 
-# The pull, whether the error is that of updated weights, and whether it is measured.
-PLAIN_STEPS = [(0.0, False, False), (-0.05, False, False)]
-OTHER_STEPS = [
-    (0.0, True, False),
-    (-0.05, True, False),
-    (-0.05, False, True),
-    (0.0, True, True),
-]
+# Of each whether the error is that of updated weights, and whether it is measured.
+# tests/programs/test_every_fused_step.py has the others.
 EACH = [
-    (dataclasses.replace(QUANTIZERS[name], axis=axis), *step)
-    for axis in (-2, -1)
-    for name in QUANTIZERS
-    for step in PLAIN_STEPS + (OTHER_STEPS if name in ("channels", "groups") else [])
+    ("channels", -2, False, False),
+    ("channels without a rotation", -1, False, False),
+    ("groups", -1, False, False),
+    ("groups in a rotation", -2, False, False),
+    ("channels", -1, True, True),
+    ("groups", -2, True, True),
+    ("channels", -2, True, False),
+    ("groups", -1, False, True),
 ]
 
 
-@pytest.mark.parametrize(("quantizer", "pull", "at_updated", "measured"), EACH, ids=str)
-def test_the_kernel(quantizer, pull, at_updated, measured, rng):
-    """Of several blocks along a group and across them, and of a stack."""
-    shape = (2, 256, 128) if quantizer.axis == -2 else (2, 128, 256)
+@functools.cache
+def error_and_codes(quantizer):
+    """A compiled function of weights: their quantization error and their codes."""
+    return jax.jit(
+        lambda x: (
+            cage.quantization_error(x, quantizer),
+            codes_of(x, quantizer, None),
+        )
+    )
+
+
+def check_kernel(name, axis, at_updated, measured, rng):
+    """Compares a kernel of several blocks along a group and across, and of a stack."""
+    quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
+    shape = (2, 256, 128) if axis == -2 else (2, 128, 256)
     cut = tiles.tiles_of(quantizer, shape, jnp.float32, block_bytes=2**16)
     gradient, first, second, x = rng.normal(size=(4, *shape)).astype(np.float32)
     second = np.abs(second)
     previous = rng.integers(-7, 8, shape).astype(np.int8) if measured else None
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
-    numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
-    arrays = jax.tree.map(jnp.asarray, (gradient, first, second, x, numbers, previous))
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with pltpu.force_tpu_interpret_mode(params):
-        new_first, new_second, after, *rest = tpu.adamw_step(
-            *arrays, tiles=cut, adamw=adamw, at_updated=at_updated
-        )
+    step = jax.jit(
+        functools.partial(tpu.adamw_step, tiles=cut, adamw=adamw, at_updated=at_updated)
+    )
     m = 0.1 * np.float64(gradient) + 0.9 * first
     v = 0.05 * np.float64(gradient) ** 2 + 0.95 * second
     update = -1e-2 * (m / 0.3 / (np.sqrt(v / 0.2) + 1e-8) + 0.1 * x)
-    point = jnp.asarray(x + update if at_updated else x, jnp.float32)
-    error = np.float64(cage.quantization_error(point, quantizer))
-    for ours, expected in ((new_first, m), (new_second, v)):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    point = np.float32(x + update if at_updated else x)
+    error, expected_codes = error_and_codes(quantizer)(point)
+    error = np.float64(error)
     # One at a tie may go to the other level, and with it all that it is rotated with.
-    near = np.abs(after - (x + update + pull * error)) < 2e-6
     sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
-    assert near.mean() > sure
-    assert len(rest) == (2 if measured else 0)
-    if measured:
-        codes, sums = rest
-        expected = codes_of(point, quantizer, None)
-        assert codes.dtype == jnp.int8 and np.mean(np.equal(codes, expected)) > sure
-        squares = [np.square(np.float64(a)).sum() for a in (error, point, update)]
-        np.testing.assert_allclose(sums[:3], squares, rtol=1e-4)
-        assert sums[3] == np.sum(codes != previous)
+    for pull in (0.0, -0.05):
+        numbers = StepNumbers(*map(np.float32, (1e-2, pull, 0.3, 0.2)))
+        arrays = jax.tree.map(
+            jnp.asarray, (gradient, first, second, x, numbers, previous)
+        )
+        params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+        with pltpu.force_tpu_interpret_mode(params):
+            new_first, new_second, after, *rest = step(*arrays)
+        for ours, expected in ((new_first, m), (new_second, v)):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+        near = np.abs(after - (x + update + pull * error)) < 2e-6
+        assert near.mean() > sure
+        assert len(rest) == (2 if measured else 0)
+        if measured:
+            codes, sums = map(np.asarray, rest)
+            assert codes.dtype == np.int8
+            assert np.mean(np.equal(codes, expected_codes)) > sure
+            squares = [np.square(np.float64(a)).sum() for a in (error, point, update)]
+            np.testing.assert_allclose(sums[:3], squares, rtol=1e-4)
+            assert sums[3] == np.sum(codes != previous)
+
+
+@pytest.mark.parametrize(("name", "axis", "at_updated", "measured"), EACH)
+def test_the_kernel(name, axis, at_updated, measured, rng):
+    check_kernel(name, axis, at_updated, measured, rng)
 
 
 def test_no_kernel_adds_up_what_lies_beyond_the_array():

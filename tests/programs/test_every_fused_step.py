@@ -1,0 +1,23 @@
+"""The kernel of the fused step, interpreted: what tests/test_fused.py leaves out."""
+
+import pytest
+from test_fused import EACH, QUANTIZERS, check_kernel
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
+
+EVERY = [
+    (name, axis, at_updated, measured)
+    for name in QUANTIZERS
+    for axis in (-2, -1)
+    for at_updated in (False, True)
+    for measured in (False, True)
+    if name in ("channels", "groups") or not (at_updated or measured)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "at_updated", "measured"),
+    [case for case in EVERY if case not in EACH],
+)
+def test_the_kernel(name, axis, at_updated, measured, rng):
+    check_kernel(name, axis, at_updated, measured, rng)
