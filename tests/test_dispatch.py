@@ -54,13 +54,14 @@ def test_here_it_is_the_default_with_its_derivatives():
     assert jax.tree.structure(found) == jax.tree.structure({"a": 0, "b": 0})
     np.testing.assert_array_equal(found["a"], jnp.sin(X) * DEFAULT)
     assert found["b"] == 28
-    gradient = jax.grad(lambda x: both(x)["a"].sum())
-    np.testing.assert_allclose(gradient(X), DEFAULT * np.cos(X), rtol=1e-5)
+
+    def total(x):
+        return both(x)["a"].sum()
+
+    np.testing.assert_allclose(jax.grad(total)(X), DEFAULT * np.cos(X), rtol=1e-5)
+    hessian = jax.jit(jax.hessian(total))(X)
     np.testing.assert_allclose(
-        jax.hessian(lambda x: both(x)["a"].sum())(X).diagonal(),
-        -DEFAULT * np.sin(X),
-        rtol=1e-5,
-        atol=1e-3,
+        np.diagonal(hessian), -DEFAULT * np.sin(X), rtol=1e-5, atol=1e-3
     )
 
 
@@ -75,15 +76,14 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
-def test_a_transformation_keeps_both(name):
-    function = TRANSFORMED[name]
-    assert forms(function, X) == {TPU}
-    assert forms(function, X, platforms=["cpu"]) == {DEFAULT}
+def test_a_transformation_keeps_both():
+    for name, function in TRANSFORMED.items():
+        assert forms(function, X) == {TPU}, name
+        assert forms(function, X, platforms=["cpu"]) == {DEFAULT}, name
 
 
 def test_vmap_maps_the_right_axis():
-    x = jnp.arange(8.0).reshape(2, 4)
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
     found = jax.vmap(both, 1, 0)(x)
     np.testing.assert_array_equal(found["b"], x.sum(0))
     np.testing.assert_array_equal(found["a"], (jnp.sin(x) * DEFAULT).T)
