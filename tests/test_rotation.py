@@ -14,7 +14,7 @@ def test_each_parameter_gets_the_smaller_error(rng):
     params = {
         "grid": {"kernel": jnp.asarray(grid)},
         "outlier": {"kernel": jnp.asarray(outlier)},
-        "embedding": jnp.ones((8, 8)),
+        "embedding": jnp.asarray(np.ones((8, 8), np.float32)),
     }
     rotated = dataclasses.replace(cage.int4(hadamard=64), hadamard_seed=1)
     rules = cage.Rules([(r".*kernel", rotated), (r"embedding", cage.int8())])
@@ -25,7 +25,7 @@ def test_each_parameter_gets_the_smaller_error(rng):
     for path in ("grid", "outlier"):
         x = params[path]["kernel"]
         sizes = [
-            float(jnp.linalg.norm(cage.quantization_error(x, quantizer)))
+            float(np.linalg.norm(cage.quantization_error(x, quantizer)))
             for quantizer in (chosen.match(f"{path}/kernel"), cage.int4(), rotated)
         ]
         assert sizes[0] == min(sizes)
