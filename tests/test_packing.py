@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_raises
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,8 +15,8 @@ DTYPES = [jnp.int2, jnp.int4, jnp.int8]
 
 
 def random_codes(rng, dtype, shape):
-    bits = jnp.iinfo(dtype).bits
-    return jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape), dtype)
+    top = 2 ** (jnp.iinfo(dtype).bits - 1)
+    return jnp.asarray(rng.integers(-top, top, shape).astype(jnp.dtype(dtype)))
 
 
 def by_hand(codes, bits, zero, axis, stride=1, word=32):
@@ -28,22 +29,35 @@ def by_hand(codes, bits, zero, axis, stride=1, word=32):
     return np.moveaxis(words.astype(np.uint64), -1, axis)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [64, 37, 1])
-def test_compressed_tensors(dtype, length, rng):
+def test_compressed_tensors(rng):
     torch = pytest.importorskip("torch")
     helpers = pytest.importorskip(
         "compressed_tensors.compressors.pack_quantized.helpers"
     )
-    codes = random_codes(rng, dtype, (3, length))
-    bits = jnp.iinfo(dtype).bits
-    expected = helpers.pack_to_int32(torch.tensor(np.int8(codes)), bits)
-    words = packing.pack(codes, packing.COMPRESSED_TENSORS)
-    np.testing.assert_array_equal(words, expected.numpy())
-    assert words.dtype == jnp.int32
-    again = packing.unpack(words, packing.COMPRESSED_TENSORS, dtype, length=length)
-    assert again.dtype == dtype
-    np.testing.assert_array_equal(np.int8(again), np.int8(codes))
+    layout = packing.COMPRESSED_TENSORS
+    arrays = {
+        f"{length} {dtype.__name__}": random_codes(rng, dtype, (3, length))
+        for dtype in DTYPES
+        for length in (64, 37, 1)
+    }
+
+    @jax.jit
+    def both(arrays):
+        packed, again = {}, {}
+        for name, codes in arrays.items():
+            packed[name] = words = packing.pack(codes, layout)
+            dtype, length = codes.dtype, codes.shape[-1]
+            again[name] = packing.unpack(words, layout, dtype, length=length)
+        return packed, again
+
+    packed, again = both(arrays)
+    for name, codes in arrays.items():
+        bits = jnp.iinfo(codes.dtype).bits
+        expected = helpers.pack_to_int32(torch.tensor(np.int8(codes)), bits)
+        np.testing.assert_array_equal(packed[name], expected.numpy(), name)
+        assert packed[name].dtype == jnp.int32, name
+        assert again[name].dtype == codes.dtype, name
+        np.testing.assert_array_equal(np.int8(again[name]), np.int8(codes), name)
 
 
 def test_fp4_of_compressed_tensors(rng):
@@ -53,10 +67,15 @@ def test_fp4_of_compressed_tensors(rng):
     codes = cage.quantize(x, cage.nvfp4(axis=-1)).codes
     values = torch.tensor(np.float32(codes))
     expected = helpers.pack_fp4_to_uint8(values).numpy()
-    words = packing.pack(codes, packing.FP4)
+
+    @jax.jit
+    def both(codes):
+        words = packing.pack(codes, packing.FP4)
+        return words, packing.unpack(words, packing.FP4, codes.dtype)
+
+    words, again = both(codes)
     # It writes the zero that was negative as such; a code has one zero or the other.
     np.testing.assert_array_equal(words, expected)
-    again = packing.unpack(words, packing.FP4, codes.dtype)
     np.testing.assert_array_equal(np.float32(again), np.float32(codes))
 
 
@@ -82,49 +101,67 @@ def test_gguf(name, rng):
     x = np.asarray(cage.fake_quant(jnp.asarray(x), quantizer))
     written = gguf.quants.quantize(x, kind)
     written = written.reshape(4, 512 // size, -1)[..., place].reshape(4, -1)
-    codes = packing.unpack(
-        jnp.asarray(written), layout, quantizer.format.code_dtype, axis=-1
-    )
-    np.testing.assert_array_equal(packing.pack(codes, layout), written)
+
+    @jax.jit
+    def there_and_back(written):
+        code_dtype = quantizer.format.code_dtype
+        return pack(packing.unpack(written, layout, code_dtype, axis=-1))
+
+    pack = jax.jit(lambda codes: packing.pack(codes, layout))
+    np.testing.assert_array_equal(there_and_back(written), written)
     # What was quantized before has the very values that the file's reader finds.
     read = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
     own = cage.quantize(jnp.asarray(x), quantizer)
     if name != "MXFP4":
-        np.testing.assert_array_equal(packing.pack(own.codes, layout), written)
+        np.testing.assert_array_equal(pack(own.codes), written)
     np.testing.assert_allclose(read, x, atol=2e-3)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("layout", ["COMPRESSED_TENSORS", "GGUF_4BIT"])
-def test_any_axis_of_a_stack_under_jit(axis, layout, rng):
-    layout = getattr(packing, layout)
+@pytest.mark.parametrize("name", ["COMPRESSED_TENSORS", "GGUF_4BIT"])
+def test_any_axis_of_a_stack_under_jit(name, rng):
+    layout = getattr(packing, name)
     codes = random_codes(rng, jnp.int4, (32, 64, 96))
-    words = jax.jit(lambda codes: packing.pack(codes, layout, axis=axis))(codes)
-    expected = by_hand(
-        codes, 4, 8, axis, stride=layout.stride, word=8 * layout.word.itemsize
-    )
-    np.testing.assert_array_equal(
-        np.asarray(words).view(f"u{layout.word.itemsize}"), expected
-    )
-    again = packing.unpack(words, layout, jnp.int4, axis=axis)
-    np.testing.assert_array_equal(np.int8(again), np.int8(codes))
+
+    @jax.jit
+    def both(codes):
+        packed = {axis: packing.pack(codes, layout, axis=axis) for axis in (0, 1, -1)}
+        return packed, {
+            axis: packing.unpack(words, layout, jnp.int4, axis=axis)
+            for axis, words in packed.items()
+        }
+
+    packed, again = both(codes)
+    bits = 8 * layout.word.itemsize
+    for axis, words in packed.items():
+        expected = by_hand(codes, 4, 8, axis, stride=layout.stride, word=bits)
+        found = np.asarray(words).view(f"u{layout.word.itemsize}")
+        np.testing.assert_array_equal(found, expected, f"axis {axis}")
+        np.testing.assert_array_equal(np.int8(again[axis]), np.int8(codes), f"{axis}")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", ["COMPRESSED_TENSORS", "FP4", "GGUF_4BIT"])
-def test_whole_words_on_each_device_need_no_collective(kind, layout, rng):
-    layout = getattr(packing, layout)
+def test_whole_words_on_each_device_need_no_collective(kind, rng):
+    layouts = packing.COMPRESSED_TENSORS, packing.FP4, packing.GGUF_4BIT
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     host = random_codes(rng, jnp.int4, (4, 512))
     codes = jax.device_put(host, NamedSharding(mesh, P(None, "x")))
+
+    def pack(codes):
+        return [packing.pack(codes, layout) for layout in layouts]
+
+    @jax.jit
+    def both(codes):
+        packed = pack(codes)
+        again = [packing.unpack(w, at, jnp.int4) for w, at in zip(packed, layouts)]
+        return packed, again
+
     with jax.set_mesh(mesh):
-        packed = jax.jit(lambda c: packing.pack(c, layout))
-        words = packed(codes)
-        both = jax.jit(lambda c: packing.unpack(packed(c), layout, jnp.int4))
-        np.testing.assert_array_equal(np.int8(both(codes)), np.int8(host))
+        packed, again = both(codes)
         text = both.lower(codes).compile().as_text()
-    assert words.sharding.spec == P(None, "x")
-    np.testing.assert_array_equal(words, packing.pack(host, layout))
+    for layout, words, back, alone in zip(layouts, packed, again, jax.jit(pack)(host)):
+        np.testing.assert_array_equal(np.int8(back), np.int8(host), f"{layout}")
+        np.testing.assert_array_equal(words, alone, f"{layout}")
+        assert words.sharding.spec == P(None, "x"), layout
     kinds = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
     assert not any(each in text for each in kinds)
 
@@ -135,33 +172,52 @@ def test_shards_that_cut_words(rng):
     with jax.set_mesh(mesh):
         codes = jax.device_put(host, NamedSharding(mesh, P(None, "x")))
         words = jax.jit(lambda c: packing.pack(c, packing.COMPRESSED_TENSORS))(codes)
-    expected = packing.pack(host, packing.COMPRESSED_TENSORS)
+    expected = by_hand(host, 4, 8, -1).astype(np.uint32).view(np.int32)
     np.testing.assert_array_equal(words, expected)
 
 
-def test_what_cannot_be_packed():
-    codes = jnp.zeros((4, 33), jnp.int4)
-    with pytest.raises(
-        ValueError, match=r"`codes` must have a multiple of 32 .* got 33"
-    ):
-        packing.pack(codes, packing.GGUF_4BIT)
-    with pytest.raises(ValueError, match="multiple of 2 along axis 1; got 33"):
-        packing.pack(codes, packing.FP4)
-    with pytest.raises(ValueError, match=r"`axis` .* got axis=2, shape \(4, 33\)"):
-        packing.pack(codes, packing.FP4, axis=2)
-    for dtype in (jnp.int8, jnp.float32, jnp.uint4):
-        with pytest.raises(TypeError, match=f"`codes` .* got {jnp.dtype(dtype)}"):
-            packing.pack(codes.astype(dtype), packing.FP4)
+def test_what_cannot_be_packed_or_unpacked():
+    codes = jnp.asarray(np.zeros((4, 33)), jnp.int4)
+    words = np.zeros((4, 2), np.int32)
 
+    def pack_as(dtype):
+        return packing.pack(jnp.asarray(np.zeros((4, 33)), dtype), packing.FP4)
 
-def test_what_cannot_be_unpacked():
-    words = jnp.zeros((4, 2), jnp.int32)
-    with pytest.raises(TypeError, match=r"`words` must be uint8 .* got int32"):
-        packing.unpack(words, packing.FP4, jnp.int4)
-    with pytest.raises(TypeError, match=r"`dtype` .* got int8"):
-        packing.unpack(words.astype(jnp.uint8), packing.FP4, jnp.int8)
-    for length in (8, 17):
-        with pytest.raises(
-            ValueError, match=f"`length` .* from 9 to 16 .* got {length}"
-        ):
-            packing.unpack(words, packing.COMPRESSED_TENSORS, jnp.int4, length=length)
+    def unpack_of(length):
+        layout = packing.COMPRESSED_TENSORS
+        return packing.unpack(words, layout, jnp.int4, length=length)
+
+    assert_raises(
+        [
+            (
+                lambda: packing.pack(codes, packing.GGUF_4BIT),
+                ValueError,
+                r"`codes` must have a multiple of 32 .* got 33",
+            ),
+            (
+                lambda: packing.pack(codes, packing.FP4),
+                ValueError,
+                "multiple of 2 along axis 1; got 33",
+            ),
+            (
+                lambda: packing.pack(codes, packing.FP4, axis=2),
+                ValueError,
+                r"`axis` .* got axis=2, shape \(4, 33\)",
+            ),
+            (lambda: pack_as(jnp.int8), TypeError, "`codes` .* got int8"),
+            (lambda: pack_as(jnp.float32), TypeError, "`codes` .* got float32"),
+            (lambda: pack_as(jnp.uint4), TypeError, "`codes` .* got uint4"),
+            (
+                lambda: packing.unpack(words, packing.FP4, jnp.int4),
+                TypeError,
+                r"`words` must be uint8 .* got int32",
+            ),
+            (
+                lambda: packing.unpack(words.astype(np.uint8), packing.FP4, jnp.int8),
+                TypeError,
+                r"`dtype` .* got int8",
+            ),
+            (lambda: unpack_of(8), ValueError, "`length` .* from 9 to 16 .* got 8"),
+            (lambda: unpack_of(17), ValueError, "`length` .* from 9 to 16 .* got 17"),
+        ]
+    )
