@@ -8,7 +8,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_raises, assert_same
+from cases import assert_raises, assert_same, random_codes
 from small_llama import CONFIG, on_host, with_kernels, with_leaf
 from small_tokenizer import files_of, small_tokenizer
 
@@ -17,7 +17,7 @@ import cage_jax as cage
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
 
 from cage_jax.export import tokenizer_files
-from cage_jax.export.checking import differences
+from cage_jax.export.checking import differences, problems
 from cage_jax.export.model import Model
 from cage_jax.export.native import save
 from cage_jax.export.tensors import by_path
@@ -144,6 +144,82 @@ def test_a_folder_that_lost_its_config(codes, tmp_path):
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"with a config.json; got .*codes.safetensor"):
         cage.load(tmp_path / "model")
+
+
+# --- whether two models are the same, and well-formed ---------------------------------
+
+
+def test_where_two_models_differ(rng):
+    plain = cage.int4(group_size=32)
+    codes = on_host(random_codes(rng, plain, (64, 32)))
+    floats = rng.standard_normal((64, 32)).astype(np.float32)
+    rotated = dataclasses.replace(plain, hadamard=32)
+    asymmetric = cage.int4(group_size=32, symmetric=False)
+    shifted = dataclasses.replace(
+        codes, zero_point=codes.codes[:2], quantizer=asymmetric
+    )
+    scale, other = codes.scale.copy(), floats.copy()
+    scale[1, 3] += 1
+    other[5, 7] = np.nan
+
+    for one, two, expected in [
+        (codes, codes, []),
+        (other, other, []),
+        (floats, other, ["a: 1 of 2048 values"]),
+        (floats, floats[:4], ["a: shapes (64, 32) and (4, 32)"]),
+        (codes, floats, ["a: codes in one, floats in the other"]),
+        (
+            codes,
+            dataclasses.replace(codes, scale=scale),
+            ["a: 1 of 64 scale"],
+        ),
+        (
+            codes,
+            dataclasses.replace(codes, scale=codes.scale[:1]),
+            ["a: scale of (2, 32) and (1, 32)"],
+        ),
+        (
+            codes,
+            dataclasses.replace(codes, quantizer=rotated),
+            ["a: rotated in one alone"],
+        ),
+        (codes, shifted, ["a: zero point in one alone"]),
+    ]:
+        assert differences({"a": one}, {"a": two}) == expected
+        if "shapes" not in str(expected) and "scale of" not in str(expected):
+            assert differences({"a": two}, {"a": one}) == expected
+    found = differences({"a": codes, "b": codes}, {"a": codes, "c": codes})
+    assert found == ["b: only in one of them", "c: only in one of them"]
+
+
+def test_what_is_wrong_with_a_parameter(rng):
+    def made(quantizer, **changes):
+        codes = on_host(random_codes(rng, quantizer, (64, 32)))
+        changes = {name: change(codes) for name, change in changes.items()}
+        return dataclasses.replace(codes, **changes)
+
+    def endless(part):
+        part = part.copy()
+        part[0, :2] = np.inf
+        return part
+
+    fp8 = made(cage.fp8(), codes=lambda codes: codes.codes * np.nan)
+    low = made(cage.int4(), codes=lambda codes: np.full_like(codes.codes, -8))
+    for leaf, text in [
+        (made(cage.int4()), ""),
+        (np.array([1.0, np.nan, np.inf]), "the values must be finite; got 2 not"),
+        (
+            made(cage.int4(), scale=lambda codes: endless(codes.scale)),
+            "the scales must be finite; got 2 not",
+        ),
+        (
+            made(cage.q4_1(), offset=lambda codes: endless(codes.offset)),
+            "the offsets must be finite; got 2 not",
+        ),
+        (fp8, "codes must stand for numbers; got NaN"),
+        (low, "codes must stand for -7 to 7; got -8 to -8"),
+    ]:
+        assert problems("a", leaf) == ([f"`a`: {text}"] if text else [])
 
 
 # --- tokenizers -----------------------------------------------------------------------

@@ -353,6 +353,7 @@ def test_refusals(tmp_path, monkeypatch):
                 platforms="cpu",
             ),
             row(ValueError, r"`platforms` must be .*'gpu'.*'cuda'", platforms=("gpu",)),
+            row(ValueError, r"`platforms` must be .*got \(\)", platforms=()),
             row(
                 ValueError,
                 "`shapes` must fit the shapes of `arguments`",

@@ -364,6 +364,7 @@ def test_malformed(saved, file):
         ({"kernel": entry(keys=["kernel", "a"])}, "its `keys` must be those"),
         ({"kernel": entry(keys="kernel")}, "its `keys` must be those"),
         ({"kernel": entry(keys=[["kernel"]])}, "its `keys` must be those"),
+        ({"-1": {"kind": "none", "keys": [-1]}}, "its `keys` must be those"),
         ({"bias": entry(shape=[31])}, "it must be float32 of shape"),
         ({"bias": entry(dtype="int32")}, "it must be int32 of shape"),
         ({"kernel/a": {"kind": "none"}}, "an array must not lie in another"),
