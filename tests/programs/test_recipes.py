@@ -13,7 +13,7 @@ import cage_jax as cage
 
 pytest.importorskip("flax")
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
 TITLES = [
     "Recipes",
     "Flax's TrainState",
