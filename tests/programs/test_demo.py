@@ -114,17 +114,14 @@ with program.imports("__main__"):
 """
 
 
-@pytest.mark.parametrize("code", [COMPUTES, IMPORTS], ids=["computing", "importing"])
-def test_ctrl_c_ends_in_a_line(code):
-    assert end(start(code)) == (130, "stopped; nothing was written.\n")
-
-
-@pytest.mark.parametrize("status", [0, 2, 130])
-def test_a_status_is_passed_on(status):
-    assert end(start(f"import program; program.run(lambda: {status}, stopped='')")) == (
-        status,
-        "",
-    )
+def test_ctrl_c_ends_in_a_line_and_a_status_is_passed_on():
+    status = "import program; program.run(lambda: {}, stopped='')"
+    stopped = 130, "stopped; nothing was written.\n"
+    expected = {COMPUTES: stopped, IMPORTS: stopped}
+    expected |= {status.format(number): (number, "") for number in (0, 2, 130)}
+    processes = {code: start(code) for code in expected}
+    for code, process in processes.items():
+        assert end(process) == expected[code], code
 
 
 # --- what is missing or wrong ---------------------------------------------------------
@@ -138,19 +135,21 @@ def handler():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "package"),
-    [("demo", "tyro"), ("digits", "sklearn"), ("train_lm", "tyro")],
-)
-def test_a_missing_package_is_named(name, package, monkeypatch, handler):
-    monkeypatch.setitem(sys.modules, package, None)
-    for module in [module for module in sys.modules if module.startswith(package)]:
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    assert package in ended.value.code
-    assert 'pip install -e ".[demo]"' in ended.value.code
-    assert "\n" not in ended.value.code
+def test_a_missing_package_is_named(monkeypatch, handler):
+    for name, package in (
+        ("demo", "tyro"),
+        ("digits", "sklearn"),
+        ("train_lm", "tyro"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            for module in [name for name in sys.modules if name.startswith(package)]:
+                patch.setitem(sys.modules, module, None)
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        assert package in ended.value.code
+        assert 'pip install -e ".[demo]"' in ended.value.code
+        assert "\n" not in ended.value.code
 
 
 def test_who_imports_a_program_gets_its_errors():
@@ -173,18 +172,16 @@ def statuses(monkeypatch):
     return commands, ends
 
 
-@pytest.mark.parametrize(
-    ("flag", "status"), [("--help", 0), ("--bogus", 2), ("--out=demo.py", 2)]
-)
-def test_flags_are_read_before_anything_starts(flag, status, monkeypatch, statuses):
+def test_flags_are_read_before_anything_starts(monkeypatch, statuses):
     monkeypatch.chdir(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["demo.py", flag])
-    try:
-        found = demo.main()
-    except SystemExit as ended:
-        found = ended.code
-    assert found == status
-    assert statuses[0] == []
+    for flag, status in (("--help", 0), ("--bogus", 2), ("--out=demo.py", 2)):
+        monkeypatch.setattr(sys, "argv", ["demo.py", flag])
+        try:
+            found = demo.main()
+        except SystemExit as ended:
+            found = ended.code
+        assert found == status, flag
+        assert statuses[0] == []
 
 
 def test_the_demo_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, statuses):
@@ -208,9 +205,8 @@ def test_a_part_that_fails_is_the_last(tmp_path, monkeypatch, capsys, statuses):
     assert demo.main() == 3
     assert len(commands) == 1
     assert "digits ended with status 3" in capsys.readouterr().out
-
-
-def test_a_signal_is_told_as_a_shell_does():
+    monkeypatch.undo()
+    # A signal is told as a shell does.
     code = "import os; os.kill(os.getpid(), 9)"
     assert demo._status([sys.executable, "-c", code]) == 137
 

@@ -9,6 +9,9 @@ import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import oracles
+import program
 import pytest
 
 
@@ -23,31 +26,33 @@ def as_users_have_it(standard_promotion):
 SMALL = digits.Settings(bits=(3,), seeds=2, steps=40)
 
 
-@pytest.fixture(scope="module")
-def results():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return digits.run(SMALL)
-
-
 def scores(train_loss, test_loss=0.0, accuracy=1.0):
     train_loss = np.asarray(train_loss, np.float64)
     ones = np.ones_like(train_loss)
     return digits.Scores(train_loss, test_loss * ones, accuracy * ones)
 
 
+def main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["digits.py", *map(str, flags)])
+    return digits.main()
+
+
 def quest_numpy(x, axis, bits, clip, block):
     """QuEST's quantizer in float64 NumPy: rotate, RMS scale, mid-rise grid, rotate."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < block:
-        matrix = np.kron([[1, 1], [1, -1]], matrix)
-    matrix /= math.sqrt(block)
-    rotation = np.kron(np.eye(x.shape[axis] // block), matrix)
-    rotated = np.moveaxis(np.float64(x), axis, -1) @ rotation
+    rotated = np.moveaxis(oracles.rotate(x, block, axis), axis, -1)
     step = 2 * clip * np.sqrt(np.mean(rotated**2, -1, keepdims=True)) / (2**bits - 1)
     step = np.where(step == 0, 1.0, step)
     top = 2 ** (bits - 1) - 0.5
     levels = np.clip(np.round(rotated / step + 0.5) - 0.5, -top, top)
-    return np.moveaxis((levels * step) @ rotation, -1, axis)
+    return oracles.rotate(np.moveaxis(levels * step, -1, axis), block, axis)
+
+
+def logits_numpy(params, hidden, quantize):
+    for number, layer in enumerate(params):
+        hidden = np.maximum(hidden, 0) if number else np.float64(hidden)
+        kernel = quantize(np.float64(layer["kernel"]), 0)
+        hidden = quantize(hidden, 1) @ kernel + np.float64(layer["bias"])
+    return hidden
 
 
 def test_data_is_standardized_by_the_training_part_and_stratified():
@@ -64,51 +69,52 @@ def test_data_is_standardized_by_the_training_part_and_stratified():
 
 def test_the_loss_is_the_smoothed_cross_entropy_at_quantized_weights_and_inputs(key):
     params = digits.initial_params(key)
-    train, _ = digits.load()
+    images = np.asarray(digits.load()[0].images)[:50]
+    logits_of = jax.jit(digits.logits_of, static_argnums=2)
+    guess = logits_of(params, images, digits.quantization(None))
+    expected = logits_numpy(params, images, lambda x, axis: x)
+    np.testing.assert_allclose(guess, expected, rtol=1e-5, atol=1e-5)  # float32
     # Labels that the network is sure of: where it is not, smoothing changes nothing.
-    guess = digits.logits_of(params, train.images[:50], digits.quantization(None))
-    data = digits.Data(train.images[:50], jnp.argmax(guess, -1))
+    labels = np.argmax(guess, -1).astype(np.int32)
     loss = jax.jit(digits.loss_of, static_argnums=2)
-    ours = loss(params, data, digits.quantization(4))
-
-    hidden = np.asarray(data.images)
-    for number, layer in enumerate(params):
-        hidden = np.maximum(hidden, 0) if number else hidden
-        kernel = quest_numpy(layer["kernel"], 0, 4, 2.5139305786, 32)
-        hidden = quest_numpy(hidden, 1, 4, 2.5139305786, 32) @ kernel
-        hidden = hidden + np.asarray(layer["bias"])
-    log = hidden - np.log(np.exp(hidden).sum(-1, keepdims=True))
-    targets = 0.9 * np.eye(10)[np.asarray(data.labels)] + 0.01
+    ours = loss(params, digits.Data(images, labels), digits.quantization(4))
+    logits = logits_numpy(
+        params, images, lambda x, axis: quest_numpy(x, axis, 4, 2.5139305786, 32)
+    )
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    targets = 0.9 * np.eye(10)[labels] + 0.01
     # A float32 value next to the middle of two levels may round to the other one: a
     # few of 3200 inputs, each a 50th of one sample's sum.
     np.testing.assert_allclose(ours, -np.mean((targets * log).sum(-1)), rtol=1e-3)
 
 
-def test_without_bits_nothing_is_quantized(key):
-    params = digits.initial_params(key)
-    images = digits.load()[0].images[:8]
-    ours = digits.logits_of(params, images, digits.quantization(None))
-    first, second = params
-    hidden = jnp.maximum(images @ first["kernel"] + first["bias"], 0)
-    expected = hidden @ second["kernel"] + second["bias"]
-    np.testing.assert_array_equal(ours, expected)
-
-
-def test_every_arm_is_measured_and_full_precision_is_lowest(results):
-    (arms,) = results.values()
+def test_the_program_measures_prints_and_writes_every_arm(
+    monkeypatch, tmp_path, capsys
+):
+    path = tmp_path / "new" / "digits.json"
+    flags = "--bits", 3, "--seeds", 2, "--steps", 40, "--json", path
+    assert main(monkeypatch, *flags) == 0
+    written = json.loads(path.read_text())
+    assert written["settings"]["seeds"] == 2
+    arms = {
+        arm: {name: np.array(values) for name, values in each.items()}
+        for arm, each in written["results"]["W3A3"].items()
+    }
     assert list(arms) == list(digits.ARMS)
-    for each in arms.values():
-        assert all(values.shape == (2,) for values in each)
-        assert all(np.isfinite(values).all() for values in each)
-        assert (each.train_loss > digits_entropy()).all()
-        assert ((each.test_accuracy > 0.3) & (each.test_accuracy <= 1)).all()
-    for arm in set(digits.ARMS) - {"full"}:
-        assert (arms["full"].train_loss < arms[arm].train_loss).all(), arm
-
-
-def digits_entropy():
-    """What no classifier can go below: the entropy of the smoothed labels."""
-    return -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
+    # Nothing goes below the entropy of the smoothed labels.
+    entropy = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
+    for arm, each in arms.items():
+        assert all(values.shape == (2,) for values in each.values())
+        assert all(np.isfinite(values).all() for values in each.values())
+        assert (each["train_loss"] > entropy).all()
+        assert ((each["test_accuracy"] > 0.3) & (each["test_accuracy"] <= 1)).all()
+        below = arms["full"]["train_loss"] < each["train_loss"]
+        assert below.all() == (arm != "full"), arm
+    printed = capsys.readouterr().out
+    assert "W3A3" in printed and "CAGE's dose" in printed
+    assert "CAGE is the paper's here; --recommended" in printed
+    assert "W3A3: CAGE" in printed
+    assert f"{arms['cage']['train_loss'].mean():.4f} ±" in printed
 
 
 def test_without_strength_cage_is_plain_ste_to_the_bit():
@@ -117,57 +123,55 @@ def test_without_strength_cage_is_plain_ste_to_the_bit():
         np.testing.assert_array_equal(ours, plain)
 
 
+def trained(settings, bits):
+    """Last and average parameters of STE, STE with the rate to 0, and CAGE."""
+    data, _ = digits.load()
+    begin = digits.start(settings, len(data.labels))
+    arms = jnp.array([0.1, 0.0, 0.1]), jnp.array([0.0, 0.0, 1.0])
+    ends = digits.train(settings, bits, data, begin, *arms)
+    return begin, data, jax.tree.map(np.asarray, ends)
+
+
 def test_recommended_cage_is_another_and_straight_through_arms_are_the_same(x64):
     # Another program may round otherwise: in float32 to another code before long.
-    (published,) = digits.run(SMALL).values()
-    (ours,) = digits.run(dataclasses.replace(SMALL, recommended=True)).values()
-    for arm in ("ste", "ste0", "averaged"):
-        for found, expected in zip(ours[arm], published[arm]):
-            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=arm)
-    assert (ours["cage"].train_loss != ours["ste"].train_loss).all()
-    assert (ours["cage"].train_loss != published["cage"].train_loss).all()
+    settings = digits.Settings(bits=(), seeds=1, steps=20)
+    silence = program.RECOMMENDED_SILENCE
+    changed = dataclasses.replace(settings, recommended=True, silence=silence)
+    ours, published = (jax.tree.leaves(trained(s, 3)[2]) for s in (changed, settings))
+    for found, expected in zip(ours, published):
+        np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-9, atol=1e-12)
+        assert not np.array_equal(found[2], found[0])
+        assert not np.array_equal(found[2], expected[2])
 
 
-def test_the_average_is_that_of_the_last_fifth():
-    # One step before the last ten is left out, and of ten steps the last two count.
-    train, _ = digits.load()
+def test_full_precision_is_adamw_and_the_average_that_of_the_last_fifth():
     settings = digits.Settings(bits=(), seeds=1, steps=10)
-    begin = digits.start(settings, len(train.labels))
-    once = (jnp.array([0.1]), jnp.array([0.0]))
-    last, average = digits.train(settings, None, train, begin, *once)
-    shorter = begin._replace(batches=begin.batches[:, :9])
+    begin, data, (last, average) = trained(settings, None)
     rate = digits.learning_rate(settings, 0.1)
-    before = _plain_adamw(begin.params, shorter.batches[0], train, rate)
-    expected = jax.tree.map(lambda a, b: (a[0, 0] + b) / 2, last, before)
-    for ours, theirs in zip(jax.tree.leaves(average), jax.tree.leaves(expected)):
-        # Two float32 programs of the same nine steps, fused differently.
-        np.testing.assert_allclose(ours[0, 0], theirs, rtol=1e-4, atol=1e-5)
+    tx = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01)
+
+    @jax.jit
+    def iterates(params, batches):
+        def step(carry, batch):
+            params, state = carry
+            part = digits.Data(data.images[batch], data.labels[batch])
+            how = digits.quantization(None)
+            gradient = jax.grad(digits.loss_of)(params, part, how)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), batches)[1]
+
+    found = iterates(jax.tree.map(lambda x: x[0], begin.params), begin.batches[0])
+    for kind, count in ((last, 1), (average, 2)):
+        expected = jax.tree.map(lambda x, n=count: np.asarray(x)[-n:].mean(0), found)
+        for ours, theirs in zip(jax.tree.leaves(kind), jax.tree.leaves(expected)):
+            # Two float32 programs of the same ten steps, fused differently.
+            np.testing.assert_allclose(ours[0, 0], theirs, rtol=1e-4, atol=1e-5)
 
 
-def _plain_adamw(params, batches, data, rate):
-    """AdamW (0.9, 0.95), decay 0.01, written out."""
-    params = jax.tree.map(lambda x: x[0], params)
-    first = second = jax.tree.map(jnp.zeros_like, params)
-    gradient_of = jax.jit(jax.grad(digits.loss_of), static_argnums=2)
-    for number, batch in enumerate(batches, start=1):
-        part = digits.Data(data.images[batch], data.labels[batch])
-        gradient = gradient_of(params, part, digits.quantization(None))
-        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
-        second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g**2, second, gradient)
-        lr = rate(number - 1)
-        bias = (1 - 0.9**number, 1 - 0.95**number)
-        params = jax.tree.map(
-            lambda x, m, v, b=bias, lr=lr: (
-                x - lr * (m / b[0] / (jnp.sqrt(v / b[1]) + 1e-8) + 0.01 * x)
-            ),
-            params,
-            first,
-            second,
-        )
-    return params
-
-
-def test_the_comparison_is_paired():
+def test_the_comparison_is_paired_and_the_verdict_says_who_won():
     arms = {
         "full": scores([1.0, 2.0, 3.0]),
         "ste": scores([1.4, 2.4, 3.4], test_loss=2.0, accuracy=0.5),
@@ -185,31 +189,31 @@ def test_the_comparison_is_paired():
     np.testing.assert_allclose(paired.ste0.mean, 1 / 3)
     np.testing.assert_allclose(paired.test_loss, (-0.5, 0))
     np.testing.assert_allclose(paired.test_accuracy, (0.25, 0))
-
-
-@pytest.mark.parametrize(
-    ("ours", "word"),
-    [([0.9, 1.9], "beats"), ([1.1, 2.1], "loses to"), ([0.9, 2.1], "does not differ")],
-)
-def test_the_verdict_says_who_won(ours, word):
-    other = scores([1.0, 2.0])
-    arms = dict.fromkeys(digits.ARMS, other) | {"cage": scores(ours)}
-    assert f"CAGE {word}" in digits.verdict(4, arms)
-
-
-def test_tiny_is_small():
-    settings = digits.Settings(tiny=True).resolved()
-    assert (settings.seeds, settings.steps) == (2, 60)
-    settings = digits.Settings(tiny=True, steps=500).resolved()
-    assert (settings.seeds, settings.steps) == (2, 500)
-    settings = digits.Settings().resolved()
-    assert (settings.seeds, settings.steps) == (5, 2000)
-
-
-def test_one_seed_has_no_error_and_no_winner():
+    for ours, word in (
+        ([0.9, 1.9], "beats"),
+        ([1.1, 2.1], "loses to"),
+        ([0.9, 2.1], "does not differ"),
+    ):
+        other = dict.fromkeys(digits.ARMS, scores([1.0, 2.0]))
+        assert f"CAGE {word}" in digits.verdict(4, other | {"cage": scores(ours)})
+    # One seed has no error and no winner.
     assert f"{digits.estimate(np.array([0.25])):+.2f}" == "+0.25"
-    arms = dict.fromkeys(digits.ARMS, scores([1.0]))
-    assert "one seed" in digits.verdict(4, arms)
+    assert "one seed" in digits.verdict(4, dict.fromkeys(digits.ARMS, scores([1.0])))
+
+
+def test_a_tiny_run_is_small_and_has_no_winner(monkeypatch, capsys):
+    for changes, expected in (
+        ({"tiny": True}, (2, 60)),
+        ({"tiny": True, "steps": 500}, (2, 500)),
+        ({}, (5, 2000)),
+    ):
+        settings = digits.Settings(**changes).resolved()
+        assert (settings.seeds, settings.steps) == expected
+    arms = dict.fromkeys(digits.ARMS, scores([1.0, 2.0]))
+    monkeypatch.setattr(digits, "run", lambda settings, tell: {4: arms})
+    assert main(monkeypatch, "--tiny", "--bits", 4) == 0
+    printed = capsys.readouterr().out
+    assert "proves nothing" in printed and "W4A4: CAGE" not in printed
 
 
 def test_the_dose_is_the_sum_of_rate_times_strength():
@@ -223,9 +227,8 @@ def test_the_dose_is_the_sum_of_rate_times_strength():
     assert "above 3" in digits.dose_of(dataclasses.replace(settings, strength=1e4))[1]
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
+def test_bad_settings_are_refused(monkeypatch, tmp_path, capsys):
+    for change, text in (
         ({"bits": ()}, r"`--bits` must be one or more.*got none"),
         ({"bits": (4, 4)}, r"each once; got 4 4"),
         ({"bits": (9,)}, r"`--bits` must be from 1 to 8; got 9"),
@@ -235,39 +238,8 @@ def test_the_dose_is_the_sum_of_rate_times_strength():
         ({"strength": math.nan}, r"`--strength` must be finite.*got nan"),
         ({"silence": 1.0}, r"`--silence` must be in \[0, 1\).*got 1"),
         ({"floor": 1.5}, r"`--floor` must be in \[0, 1\].*got 1.5"),
-    ],
-)
-def test_bad_settings_are_refused(change, text):
-    with pytest.raises(ValueError, match=text):
-        digits.run(digits.Settings(**change))
-
-
-def test_the_program_prints_and_writes_all_figures(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "new" / "digits.json"
-    arguments = ["--bits", "3", "--seeds", "2", "--steps", "40", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["digits.py", *arguments])
-    assert digits.main() == 0
-    written = json.loads(path.read_text())
-    assert written["settings"]["seeds"] == 2
-    assert set(written["results"]["W3A3"]) == set(digits.ARMS)
-    assert len(written["results"]["W3A3"]["cage"]["train_loss"]) == 2
-    printed = capsys.readouterr().out
-    assert "W3A3" in printed and "CAGE's dose" in printed
-    assert "CAGE is the paper's here; --recommended" in printed
-    assert "W3A3: CAGE" in printed
-
-
-def test_a_tiny_run_has_no_winner(monkeypatch, capsys):
-    arms = dict.fromkeys(digits.ARMS, scores([1.0, 2.0]))
-    monkeypatch.setattr(digits, "run", lambda settings, tell: {4: arms})
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--tiny", "--bits", "4"])
-    assert digits.main() == 0
-    printed = capsys.readouterr().out
-    assert "proves nothing" in printed
-    assert "W4A4: CAGE" not in printed
-
-
-def test_the_program_says_what_is_wrong(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--json", str(tmp_path)])
-    assert digits.main() == 2
+    ):
+        with pytest.raises(ValueError, match=text):
+            digits.run(digits.Settings(**change))
+    assert main(monkeypatch, "--json", tmp_path) == 2
     assert "`--json` must be a file" in capsys.readouterr().out

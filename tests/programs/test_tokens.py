@@ -177,13 +177,15 @@ def test_bpe_sees_only_what_is_trained_on(cache, tmp_path, tokenizers, monkeypat
     assert sorted(learned) == sorted([tokens.END_OF_TEXT, "ab", "Ġab", "ef", "Ġef"])
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype"),
-    [(256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
-)
-def test_integers_are_as_wide_as_needed(vocabulary, dtype):
-    """Of the rule alone: so large a BPE takes long to train."""
-    assert tokens._dtype(vocabulary) == dtype
+def test_integers_are_as_wide_as_needed():
+    """The rule alone: so large a BPE takes long to train."""
+    for vocabulary, dtype in (
+        (256, "uint8"),
+        (257, "uint16"),
+        (65_536, "uint16"),
+        (65_537, "uint32"),
+    ):
+        assert tokens._dtype(vocabulary) == dtype
 
 
 def test_another_process_makes_the_same_bpe(cache, prose, tokenizers, tmp_path):
@@ -238,14 +240,15 @@ def test_one_document_in_twenty_is_held_out(cache, folder, datasets, small_block
     assert found.held_out.tobytes() == SEPARATOR.join(held_out)
 
 
-@pytest.mark.parametrize("splits", [("validation", "test"), ("test",)])
-def test_a_split_is_held_out(splits, cache, folder, datasets):
+def test_a_split_is_held_out(cache, tmp_path, folder, datasets):
     train = documents(50)
-    others = {split: documents(5, 99 + len(split)) for split in splits}
-    parts = {"train": train, **others}
-    found = load(cache, dataset=folder(**{k: rows(v) for k, v in parts.items()}))
-    assert found.train.tobytes() == SEPARATOR.join(train)
-    assert found.held_out.tobytes() == SEPARATOR.join(others[splits[0]])
+    for splits in (("test",), ("validation", "test")):
+        others = {split: documents(5, 99 + len(split)) for split in splits}
+        parts = {"train": train, **others}
+        name = folder(**{split: rows(contents) for split, contents in parts.items()})
+        found = load(cache, dataset=name)
+        assert found.train.tobytes() == SEPARATOR.join(train)
+        assert found.held_out.tobytes() == SEPARATOR.join(others[splits[0]])
 
 
 def test_documents_of_a_bpe(cache, folder, datasets, tokenizers):
@@ -277,29 +280,25 @@ def test_a_folder_that_changes_is_read_again(cache, folder, datasets):
     assert first.identity != again.identity
 
 
-def test_dataset_without_text(cache, folder, datasets):
-    name = folder(train=[{"content": "a", "id": 1}])
-    with pytest.raises(ValueError, match=r"column 'text'.*content \(str\), id \(int\)"):
-        load(cache, dataset=name)
-    name = folder(train=[{"text": 5}])
-    with pytest.raises(ValueError, match=r"column 'text'.*text \(int\)"):
-        load(cache, dataset=name)
-
-
-def test_dataset_without_train(cache, folder, datasets):
-    with pytest.raises(ValueError, match=r"split 'train'; got .* with test"):
-        load(cache, dataset=folder(test=rows(documents(2))))
-
-
-def test_dataset_that_cannot_be_read(cache, datasets, monkeypatch):
+def test_datasets_that_cannot_be_read(cache, folder, datasets, monkeypatch):
+    for parts, message in (
+        ({"test": rows(documents(2))}, r"split 'train'; got .* with test"),
+        (
+            {"train": [{"content": "a", "id": 1}]},
+            r"column 'text'.*content \(str\), id \(int\)",
+        ),
+        ({"train": [{"text": 5}]}, r"column 'text'.*text \(int\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(cache, dataset=folder(**parts))
     with pytest.raises(ValueError, match=r"`--dataset` must name .* reach 'no/such'"):
         load(cache, dataset="no/such")
 
-    def rows():
+    def cut_off():
         yield {"text": "a"}
         raise OSError("cut\noff")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": cut_off()})
     with pytest.raises(ValueError, match=r"OSError: cut off\. Check") as caught:
         load(cache, dataset="other")
     assert "\n" not in str(caught.value)
@@ -360,9 +359,13 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
+def test_damage_is_made_good(cache, prose, tokenizers):
+    found = load(cache, prose, vocabulary=300)
+    # What is damaged in place must not be mapped.
+    expected = found._replace(train=found.train.copy(), held_out=found.held_out.copy())
+    del found
+    entry = entry_of(cache)
+    for name, damage in (
         ("train.npy", cut),
         ("train.npy", Path.unlink),
         ("train.npy", lambda path: path.write_bytes(b"")),
@@ -378,18 +381,11 @@ def cut(path):
         ("tokenizer.json", cut),
         ("tokenizer.json", lambda path: path.write_text('{"model": {"vocab": {}}}')),
         ("tokenizer.json", lambda path: path.write_text('{"model": null}')),
-    ],
-)
-def test_damage_is_made_good(name, damage, cache, prose, tokenizers):
-    found = load(cache, prose, vocabulary=300)
-    # What is damaged in place must not be mapped.
-    expected = found._replace(train=found.train.copy(), held_out=found.held_out.copy())
-    del found
-    path = entry_of(cache) / name
-    content = path.read_bytes()
-    damage(path)
-    assert_same(load(cache, prose, vocabulary=300), expected)
-    assert path.read_bytes() == content
+    ):
+        content = (entry / name).read_bytes()
+        damage(entry / name)
+        assert_same(load(cache, prose, vocabulary=300), expected)
+        assert (entry / name).read_bytes() == content
 
 
 def child(cache, path, say, environment=None):
@@ -458,66 +454,55 @@ def test_what_is_said(cache, prose, tokenizers, monkeypatch, small_blocks):
 # --- errors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vocabulary": 255}, "`--vocabulary` must be at least 256, .* got 255. Use"),
-        ({"vocabulary": 60_000}, "`--vocabulary` must be at most .* got 60000. Use"),
-        ({"dataset": "a/b"}, "`--dataset` must not come with --text; got 'a/b' and"),
-        ({"limit": 5}, "`--limit` must come with --dataset, .* got 5"),
-        ({"sequence": 5000}, "`--text` must hold at least 5002 tokens .* of 5000; got"),
-    ],
-)
-def test_options_that_cannot_be(options, message, cache, prose):
-    if options.get("vocabulary", 0) > 256:
-        pytest.importorskip("tokenizers", reason="BPE needs tokenizers")
-    with pytest.raises(ValueError, match=message):
-        load(cache, prose, **options)
-
-
-def test_folders_that_cannot_be(prose, tmp_path, datasets):
+def test_what_cannot_be(cache, prose, tmp_path, tokenizers, folder, datasets):
+    for paths, options, message in (
+        (
+            [prose],
+            {"vocabulary": 255},
+            "`--vocabulary` must be at least 256, .* got 255",
+        ),
+        (
+            [prose],
+            {"vocabulary": 60_000},
+            "`--vocabulary` must be at most .* got 60000",
+        ),
+        ([prose], {"dataset": "a/b"}, "must not come with --text; got 'a/b' and"),
+        ([prose], {"limit": 5}, "`--limit` must come with --dataset, .* got 5"),
+        (
+            [prose],
+            {"sequence": 5000},
+            "`--text` must hold at least 5002 .* of 5000; got",
+        ),
+        ([], {"dataset": "./nothing"}, r"folder that is there, .* got '\./nothing'"),
+        ([], {"dataset": "a/b", "limit": 0}, r"`--limit` must be a positive .* got 0"),
+        (
+            [],
+            {"dataset": folder(train=rows(documents(3))), "limit": 1},
+            r"`--dataset` must hold .* got 0 and 0\.",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(cache, *paths, **options)
     with pytest.raises(ValueError, match=r"`--cache` must be a folder .* '/proc/none'"):
         load(Path("/proc/none"), prose)
-    with pytest.raises(ValueError, match=r"folder that is there, .* got '\./nothing'"):
-        load(tmp_path, dataset="./nothing")
-
-
-def test_limit_is_positive(cache):
-    with pytest.raises(ValueError, match=r"`--limit` must be a positive .* got 0"):
-        load(cache, dataset="a/b", limit=0)
-
-
-def test_dataset_that_is_too_small(cache, folder, datasets):
-    name = folder(train=rows(documents(3)))
-    with pytest.raises(ValueError, match=r"`--dataset` must hold .* got 0 and 0\."):
-        load(cache, dataset=name, limit=1)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+    for content, message in (
         (b" \n\t ", "must not be empty"),
         (b"\x7fELF\x00\x01", "must be text"),
         (None, "must name files"),
-    ],
-)
-def test_bad_text(content, message, cache, tmp_path):
-    path = tmp_path / "text"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load(cache, path)
-    assert not list(cache.glob("*/"))
+    ):
+        path = tmp_path / f"text {message}"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "other", path)
+    assert not list((tmp_path / "other").glob("*/"))
 
 
-@pytest.mark.parametrize(
-    ("package", "options", "message"),
-    [
-        ("tokenizers", {"vocabulary": 300}, r'`--vocabulary` .* -e "\.\[demo\]"'),
-        ("datasets", {"dataset": "a/b"}, r'`--dataset` .* pip install -e "\.\[hf\]"'),
-    ],
-)
-def test_missing_package(package, options, message, cache, prose, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=message):
-        load(cache, *([] if "dataset" in options else [prose]), **options)
+def test_missing_package(cache, prose, monkeypatch):
+    for package, paths, options, message in (
+        ("tokenizers", [prose], {"vocabulary": 300}, r'`--vocabulary` .* -e "\.\[demo'),
+        ("datasets", [], {"dataset": "a/b"}, r'`--dataset` .* install -e "\.\[hf\]"'),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ValueError, match=message):
+            load(cache, *paths, **options)
