@@ -1,5 +1,6 @@
 """Runs a part of a test in a process of its own."""
 
+import os
 import subprocess
 import sys
 
@@ -19,5 +20,5 @@ def run(function, path):
     subprocess.run(
         [sys.executable, "-c", code, str(path)],
         check=True,
-        env={"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path), "XLA_FLAGS": ""},
     )

@@ -31,9 +31,10 @@ OF_LINKS = [
 
 @pytest.fixture(autouse=True)
 def as_users_have_it(standard_promotion):
-    """Flax promotes dtypes and ranks by itself."""
+    """Flax promotes dtypes and ranks by itself; pages share no programs."""
     with jax.numpy_rank_promotion("allow"):
         yield
+    jax.clear_caches()
 
 
 def _run(page, **names):
