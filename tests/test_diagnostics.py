@@ -164,6 +164,7 @@ def test_scales_across_what_is_summed_over(rng):
     data |= {"turned": data["dense"], "conv": normal(rng, 4, 8, 8, 16)}
     params["conv"] = normal(rng, 3, 3, 16, 32)
 
+    @jax.jit
     def apply(params, data):
         numbers = ("NHWC", "HWIO", "NHWC")
         found = [
