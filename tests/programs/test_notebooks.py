@@ -60,30 +60,26 @@ def test_a_notebook_runs(path, tmp_path):
     assert not any(output["output_type"] == "error" for output in outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_without_outputs(path):
-    for cell in of_notebook(path, "code"):
-        assert cell["outputs"] == [] and cell["execution_count"] is None
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_installs_what_it_needs(path):
-    first = "".join(of_notebook(path, "code")[0]["source"])
-    (command,) = [line for line in first.splitlines() if "%pip install" in line]
-    extras = command.partition("[")[2].partition("]")[0].split(",")
+def test_notebooks_are_as_they_should_be():
+    """Without outputs, installing what they need, with words under each plot."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(extras) <= project["optional-dependencies"].keys()
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_under_each_plot_is_what_to_see(path):
-    cells = json.loads(path.read_text())["cells"]
-    plots = [
-        number
-        for number, cell in enumerate(cells)
-        if cell["cell_type"] == "code" and "plt.subplots" in "".join(cell["source"])
-    ]
-    assert plots
-    for number in plots:
-        words = "".join(cells[number + 1]["source"])
-        assert cells[number + 1]["cell_type"] == "markdown" and words.startswith("*")
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text())["cells"]
+        sources = ["".join(cell["source"]) for cell in cells]
+        codes = of_notebook(path, "code")
+        for cell in codes:
+            assert cell["outputs"] == [] and cell["execution_count"] is None, path
+        first = "".join(codes[0]["source"])
+        (command,) = [line for line in first.splitlines() if "%pip install" in line]
+        extras = command.partition("[")[2].partition("]")[0].split(",")
+        assert set(extras) <= project["optional-dependencies"].keys(), path
+        plots = [
+            number
+            for number, cell in enumerate(cells)
+            if cell["cell_type"] == "code" and "plt.subplots" in sources[number]
+        ]
+        assert plots, path
+        for number in plots:
+            assert cells[number + 1]["cell_type"] == "markdown", path
+            assert sources[number + 1].startswith("*"), path
