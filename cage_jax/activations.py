@@ -161,7 +161,7 @@ def calibrate(
                 f"`batches` must be tuples of arguments; got one of "
                 f"{type(batch).__name__}. Use [(x,) for x in batches]."
             )
-        now = observe(params, *_split(batch, {}))
+        now = observe(params, *split(batch, {}))
         if seen is not None:
             now = {path: merged(path, (seen[path], now[path])) for path in now}
         seen = now
@@ -305,7 +305,7 @@ def trace(
 ) -> tuple[ClosedJaxpr, list[Origin], list[Any], Any]:
     """A program, the origins of its inputs, these, and its output's structure."""
     paths, leaves, structure = flatten_with_paths(params)
-    arrays, static = _split(args, kwargs)
+    arrays, static = split(args, kwargs)
 
     def flat(leaves, arrays):
         args, kwargs = static.joined(arrays)
@@ -408,7 +408,7 @@ class _Static(NamedTuple):
 _ARRAY = object()
 
 
-def _split(args, kwargs):
+def split(args, kwargs):
     """The arrays among arguments, and the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     kinds = [isinstance(a, (jax.Array, np.ndarray, np.generic)) for a in leaves]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from cage_jax.activations import (
     input_path,
     quantize_input,
     run,
+    split,
 )
 from cage_jax.paths import flatten_with_paths
 from cage_jax.products import Product
@@ -149,10 +151,21 @@ def report(
         warnings.simplefilter("ignore")  # what is unused is among the findings
         rows = rules.report(values)
         quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
-    done = run(function, rules, visit, quantized, grids, args, kwargs)
-    records = {path: iter(entries) for path, entries in done.records.items()}
+    arrays, static = split(args, kwargs)
+    products: list[Product] = []  # what is static, from tracing
+
+    # One program: run one operation at a time, a layer compiles a hundred.
+    @jax.jit
+    def observed(quantized, grids, arrays):
+        args, kwargs = static.joined(arrays)
+        done = run(function, rules, visit, quantized, grids, args, kwargs)
+        products.extend(done.products)
+        return done.records
+
+    found_in = observed(quantized, grids, arrays)
+    records = {path: iter(entries) for path, entries in found_in.items()}
     inputs: dict[str, list[Input]] = {}
-    for product in done.products:
+    for product in products:
         path = input_path(rules, product)
         found = Input(product, None, None)
         if path is not None:
@@ -166,7 +179,7 @@ def report(
         measured = None
         if row.quantizer is not None:
             grid = grid_at(path, params, None)
-            measured = _mean(_measure(leaf, row.quantizer, grid))
+            measured = _mean(_measured(leaf, row.quantizer, grid))
         layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
     unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
     findings = (*unused, *rows.splits, *_findings(layers, rules))
@@ -195,7 +208,10 @@ def _measure(x, quantizer, grid, _=None):
     levels = jnp.asarray(format.values, values.dtype)
     used = jnp.zeros(levels.size, bool)
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
-    return error / jnp.where(size == 0, 1, size), jnp.mean(beyond), 1 - jnp.mean(used)
+    return error / jnp.where(size == 0, 1, size), jnp.mean(beyond), jnp.mean(~used)
+
+
+_measured = jax.jit(_measure, static_argnums=1)
 
 
 def _mean(arrays) -> Measured:
