@@ -1,11 +1,12 @@
+"""The package as a whole: public names, the order of imports, documentation."""
+
 import ast
+import builtins
 import doctest
 import inspect
 import pathlib
 import subprocess
 import sys
-
-import pytest
 
 import cage_jax
 
@@ -170,11 +171,16 @@ def test_there_is_a_place_for_every_module():
     assert {".".join(path.with_suffix("").parts) for path in files} == set(HEIGHT)
 
 
-@pytest.mark.parametrize("name", HEIGHT)
-def test_imports_point_up(name):
-    imported = set()
-    path = (FOLDER / name.replace(".", "/")).with_suffix(".py")
-    for node in ast.walk(ast.parse(path.read_text())):
+def test_imports_point_up():
+    for name, height in HEIGHT.items():
+        path = (FOLDER / name.replace(".", "/")).with_suffix(".py")
+        for other in imported(ast.parse(path.read_text())):
+            assert HEIGHT[other] < height, f"{name} imports {other}"
+
+
+def imported(program):
+    """The modules of the package that a program imports."""
+    for node in ast.walk(program):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are not used here"
             if node.module.startswith("cage_jax"):
@@ -182,26 +188,67 @@ def test_imports_point_up(name):
                 module = node.module.removeprefix("cage_jax.")
                 # Kernels are imported where a program is compiled for them.
                 if module in ("pallas", "export"):
-                    imported |= {f"{module}.{part.name}" for part in node.names}
+                    yield from (f"{module}.{part.name}" for part in node.names)
                 else:
-                    imported.add(module)
+                    yield module
         elif isinstance(node, ast.Import):
             assert not any(a.name.startswith("cage_jax") for a in node.names)
-    assert all(HEIGHT[other] < HEIGHT[name] for other in imported)
 
 
-@pytest.mark.parametrize("name", CONTRACT)
-def test_every_public_name_has_an_example(name):
-    documentation = inspect.getdoc(getattr(cage_jax, name))
-    assert documentation.splitlines()[0].endswith((".", ";"))
-    assert "Example:\n  >>> " in documentation
+# --- documentation --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Rules", "Quantizer", "QuantizedArray"])
-def test_public_methods_are_documented(name):
-    for attribute, value in inspect.getmembers(getattr(cage_jax, name)):
-        if inspect.isfunction(value) or isinstance(value, property):
-            assert attribute.startswith("_") or inspect.getdoc(value), attribute
+def test_every_public_name_has_an_example_that_runs_where_it_is_pasted():
+    """Each is run as a doctest of its module, whose names are not pasted with it."""
+    for name in CONTRACT:
+        value = getattr(cage_jax, name)
+        documentation = inspect.getdoc(value)
+        assert documentation.splitlines()[0].endswith((".", ";")), name
+        assert "Example:\n  >>> " in documentation, name
+        module = sys.modules[value.__module__]
+        collected = {test.name: test for test in doctest.DocTestFinder().find(module)}
+        examples = collected[f"{module.__name__}.{name}"].examples
+        assert examples, name
+        assert not unknown_names(examples), name
+
+
+def unknown_names(examples):
+    """The names that examples use and neither import nor bind, as far as they came."""
+    known, unknown = set(dir(builtins)), set()
+    for example in examples:
+        nodes = list(ast.walk(ast.parse(example.source)))
+        for node in nodes:
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                    known.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    known.add(name)
+                case ast.alias(name=name, asname=alias):
+                    known.add(alias or name.partition(".")[0])
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        unknown |= used - known
+    return unknown
+
+
+def test_names_that_an_example_does_not_bring_are_found():
+    program = """
+    >>> import numpy as np
+    >>> def double(x):
+    ...     return factor * x
+    >>> [double(each) for each in np.ones(n)]
+    >>> n = len("ab")
+    """
+    assert unknown_names(doctest.DocTestParser().get_examples(program)) == {
+        "factor",
+        "n",
+    }
+
+
+def test_public_methods_are_documented():
+    for name in ("Rules", "Quantizer", "QuantizedArray"):
+        for attribute, value in inspect.getmembers(getattr(cage_jax, name)):
+            if inspect.isfunction(value) or isinstance(value, property):
+                assert attribute.startswith("_") or inspect.getdoc(value), attribute
 
 
 def test_descriptions_are_static_arguments():
@@ -217,30 +264,3 @@ def test_options_are_keyword_only():
     for name in ("fake_quant", "quantize", "quantization_error"):
         grid = inspect.signature(getattr(cage_jax, name)).parameters["grid"]
         assert grid.kind == inspect.Parameter.KEYWORD_ONLY
-
-
-def test_the_quick_start_of_the_readme(tmp_path):
-    readme = (FOLDER.parent / "README.md").read_text()
-    program = readme.split("```python\n")[1].split("```")[0]
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "int4 320 bytes" in run.stdout
-    shown = readme.split("what is not:\n\n```\n")[1].split("```")[0]
-    assert run.stdout.endswith(shown)
-
-
-@pytest.mark.parametrize("name", CONTRACT)
-def test_examples_run_where_they_are_pasted(name):
-    found = doctest.DocTestFinder(recurse=False).find(
-        getattr(cage_jax, name), name, module=cage_jax, globs={}
-    )
-    (example,) = found
-    assert example.examples
-    result = doctest.DocTestRunner().run(example)
-    assert result.attempted == len(example.examples)
-    assert not result.failed
