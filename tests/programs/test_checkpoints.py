@@ -1,6 +1,7 @@
 """Folders of runs and their checkpoints, on any mesh, whatever happens."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -151,33 +152,26 @@ def restore_what_is_truncated(path):
         restore(folder, small())
 
 
-@pytest.mark.parametrize(
-    ("other", "difference"),
-    [
-        (
-            {"x": jnp.ones(4), "y": {"z": jnp.ones((64, 64))}},
-            r"x is float32\[5000\] there and float32\[4\] here",
-        ),
-        (
-            {"x": jnp.arange(5000), "y": {"z": jnp.ones((64, 64))}},
-            r"x is float32\[5000\] there and int32\[5000\] here",
-        ),
-        ({"x": jnp.ones(5000)}, r"y/z is float32\[64, 64\] there and nothing here"),
-        (
-            small() | {"w": jnp.ones(3)},
-            r"w is nothing there and float32\[3\] here",
-        ),
-    ],
-    ids=["shape", "dtype", "missing", "more"],
-)
-def test_a_checkpoint_of_another_model_is_refused(other, difference, folder, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
     save(folder, small())
     before = contents(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"{REFUSED}; .*{difference}.*Nothing was over"
+    for other, difference in (
+        (
+            small() | {"x": jnp.ones(4)},
+            r"x is float32\[5000\] there and float32\[4\] h",
+        ),
+        (
+            small() | {"x": jnp.arange(5000)},
+            r"float32\[5000\] there and int32\[5000\] h",
+        ),
+        ({"x": jnp.ones(5000)}, r"y/z is float32\[64, 64\] there and nothing here"),
+        (small() | {"w": jnp.ones(3)}, r"w is nothing there and float32\[3\] here"),
     ):
-        restore(folder, other)
-    assert before == contents(tmp_path)
+        with pytest.raises(
+            ValueError, match=f"{REFUSED}; .*{difference}.*Nothing was over"
+        ):
+            restore(folder, other)
+        assert before == contents(tmp_path)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(folder, standard_promotion):
@@ -217,17 +211,14 @@ def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
 
 
-def test_a_folder_that_cannot_be_made_is_named():
+def test_what_cannot_be_read_or_made_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"`--out` must be a folder .* '/proc/none'"):
         RunFolder(Path("/proc/none"), {}, resume=False)
-
-
-def test_settings_that_are_cut_off_are_named(tmp_path):
-    with RunFolder(tmp_path, {}, resume=False) as folder:
+    with RunFolder(tmp_path / "new", {}, resume=False) as folder:
         save(folder, {"x": jnp.ones(3)})
-    (tmp_path / "settings.json").write_text('{"seed": ')
+    (tmp_path / "new" / "settings.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match=r"settings\.json is no JSON"):
-        RunFolder(tmp_path, {}, resume=True)
+        RunFolder(tmp_path / "new", {}, resume=True)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -244,7 +235,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path), "XLA_FLAGS": ""},
     )
     try:
         assert other.stdout.readline() == "taken\n"
@@ -283,7 +274,7 @@ def test_killed_at_any_moment(tmp_path):
             [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
             stdout=subprocess.PIPE,
             text=True,
-            env={"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"PYTHONPATH": ":".join(sys.path), "XLA_FLAGS": ""},
         ) as run:
             for _ in range(3):
                 run.stdout.readline()
@@ -331,9 +322,3 @@ def write_more_than_fits(folder):
     with folder.checkpoints("trunk") as checkpoints:
         checkpoints.save(1, large)
     chex.assert_trees_all_equal(restore(folder, large, 1), large)
-
-
-def test_the_settings_are_readable(tmp_path):
-    with RunFolder(tmp_path, {"seed": 3}, resume=False):
-        pass
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 3}

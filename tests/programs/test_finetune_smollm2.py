@@ -80,24 +80,19 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     assert results(folder) == found
 
 
-def test_a_reader_that_is_missing(folder, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run(monkeypatch, folder, "--out", tmp_path / "out") == 1
-    text = " ".join(capsys.readouterr().out.split())
-    assert "`--targets` ct_w4a16 must have the package 'transformers'" in text
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_refused(folder, monkeypatch, capsys, tmp_path):
+    for flags, message in (
         (["--model", "nowhere"], "must be a file or a folder"),
         (["--batch", 0], "`--batch` must be at least 1"),
         (["--sequence", 100_000], "`--text` must hold"),
         (["--targets", "q4_0", "q4_0"], "each once"),
-    ],
-)
-def test_refused(folder, monkeypatch, capsys, tmp_path, flags, message):
-    assert run(monkeypatch, folder, *flags, "--out", tmp_path / "out") == 1
+    ):
+        assert run(monkeypatch, folder, *flags, "--out", tmp_path / "out") == 1
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.startswith("error: ") and message in text
+    # A reader that is missing is named before anything is trained.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(monkeypatch, folder, "--out", tmp_path / "new") == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("error: ") and message in text
+    assert "`--targets` ct_w4a16 must have the package 'transformers'" in text
+    assert not (tmp_path / "new").exists()
