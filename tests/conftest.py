@@ -53,6 +53,12 @@ def x64():
 
 
 @pytest.fixture
+def small_arrays_too(monkeypatch):
+    """Kernels of arrays that are otherwise left to the compiler."""
+    monkeypatch.setattr("cage_jax.pallas.tiles.SMALLEST", 0)
+
+
+@pytest.fixture
 def compilations():
     """A context in which so many programs are compiled, no more and no less."""
 

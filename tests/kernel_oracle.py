@@ -1,11 +1,14 @@
-"""What a kernel has to find, in float64 NumPy."""
+"""What a kernel has to find, in float64 NumPy: all groups of an array at once."""
 
 import math
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import scipy.linalg
+import oracles
 
+import cage_jax as cage
 from cage_jax import scale_types, scales
 
 
@@ -58,8 +61,6 @@ class Oracle:
             power = np.floor(np.log2(size.max(-1)))
             scale = 2.0 ** (power - np.floor(np.log2(format.high)))
         elif isinstance(kind, scale_types.Float8):
-            import ml_dtypes
-
             divisor = 1.0
             if kind.has_tensor_divisor:  # one for each of the last two axes
                 axes = tuple(range(groups.ndim - 3, groups.ndim - 1))
@@ -70,21 +71,18 @@ class Oracle:
 
 
 def rotate(x, quantizer):
-    if quantizer.hadamard is None:
-        return x
-    block = quantizer.hadamard
-    matrix = scipy.linalg.hadamard(block) / math.sqrt(block)
-    moved = np.moveaxis(x, quantizer.axis, -1)
-    parts = moved.reshape(*moved.shape[:-1], -1, block) @ matrix
-    return np.moveaxis(parts.reshape(moved.shape), -1, quantizer.axis)
+    """`x` in the basis of a quantizer of one axis, or back."""
+    return oracles.rotate(x, quantizer.hadamard, quantizer.axis)
 
 
 def in_groups(x, axis, size):
+    """`x` with the elements of each group along the last axis."""
     moved = np.moveaxis(x, axis, -1)
     return moved.reshape(*moved.shape[:-1], -1, size)
 
 
 def out_of_groups(groups, axis, shape):
+    """The array of `shape` that has these groups."""
     moved = list(shape)
     moved.append(moved.pop(axis))
     return np.moveaxis(groups.reshape(moved), -1, axis)
@@ -108,3 +106,45 @@ def checked(x, quantizer, values, mask):
     clear = oracle.edge > 1e-4
     np.testing.assert_array_equal((mask != 0)[clear], oracle.passes[clear])
     return values, mask
+
+
+def check_kernel(kernel, x, quantizer):
+    """Compares a kernel with float64 NumPy, and to the bit with the form of XLA.
+
+    Sums are in another order in a kernel: without them both forms are the same. The
+    kernel is called with `x`, with three numbers that are not finite, and with zeros.
+
+    Args:
+      kernel: from an array like `x` to values and a mask.
+      x: NumPy numbers (..., 32 rows or more, 32 columns or more).
+      quantizer: of one axis.
+    """
+    values, mask = checked(x, quantizer, *map(np.asarray, kernel(jnp.asarray(x))))
+    sums = isinstance(quantizer.scale, scales.Gaussian | scales.AbsMean)
+    if x.dtype == np.float32 and not sums and quantizer.hadamard is None:
+
+        @jax.jit
+        def default(x):
+            values, back = jax.vjp(
+                lambda x: cage.fake_quant(x, quantizer, implementation="xla"), x
+            )
+            return values, *back(jnp.ones_like(x))
+
+        expected, passed = default(x)
+        np.testing.assert_array_equal(values, expected)
+        if quantizer.gradient != "identity":
+            np.testing.assert_array_equal(mask, passed)
+    spoilt, (rows, columns) = x.copy(), x.shape[-2:]
+    places = (rows // 4, 5), (rows // 3, columns // 2), (rows - 9, columns - 7)
+    for place, number in zip(places, (np.nan, np.inf, -np.inf)):
+        spoilt.reshape(-1, rows, columns)[-1][place] = number
+    found = np.isnan(np.float32(kernel(jnp.asarray(spoilt))[0]))
+    # A rotation spreads one over its block, and so over all groups of the block.
+    size = math.lcm(*quantizer.groups(x.shape).values(), quantizer.hadamard or 1)
+    groups = in_groups(~np.isfinite(np.float32(spoilt)), quantizer.axis, size)
+    nan = np.broadcast_to(groups.any(-1, keepdims=True), groups.shape)
+    nan = out_of_groups(nan, quantizer.axis, x.shape)
+    assert nan.sum() == 3 * size
+    np.testing.assert_array_equal(found, nan)
+    zeros = np.float32(kernel(jnp.zeros(x.shape, x.dtype))[0])
+    assert not zeros.any() and not np.signbit(zeros).any()

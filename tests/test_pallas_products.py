@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import random_codes
 from jax.experimental.pallas import tpu as pltpu
-from test_serving import kernel_of, oracle
+from test_serving import check
 
 import cage_jax as cage
 from cage_jax import scale_types
 from cage_jax.pallas import kernels, tiles
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
 IN, OUT = 768, 128
 QUANTIZERS = {
@@ -35,13 +36,8 @@ QUANTIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALLEST", 0)
-
-
 def kernel(x, weights, *, scaled=False):
-    """What the kernel makes of it; reads out of bounds, races and gaps show."""
+    """The compiled kernel; reads out of bounds, races and gaps show."""
     found = kernels.product(
         weights.quantizer, weights.shape, x.shape, jnp.float32, scaled=scaled
     )
@@ -49,51 +45,46 @@ def kernel(x, weights, *, scaled=False):
         detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
     )
     with pltpu.force_tpu_interpret_mode(params):
-        return found.tpu(x, weights)
+        return jax.jit(found.tpu).lower(x, weights).compile()
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_sums_of_groups_are_scaled(name, rng):
-    weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
-    x = jnp.asarray(rng.normal(size=(5, IN)), jnp.bfloat16)
-    found = kernel(x, weights)
-    expected, size = oracle(x, weights)
+    weights = random_codes(rng, QUANTIZERS[name], (IN, OUT))
+    tokens = 300 if name == "q4_1" else 5  # two blocks of tokens, or one
+    x = rng.standard_normal((tokens, IN)).astype(jnp.bfloat16)
+    product = kernel(x, weights)
     # Sums of 768 numbers by 128, each rounded to float32, and a few of scales.
-    np.testing.assert_array_less(abs(found - expected), 24 * 2.0**-24 * size + 1e-30)
+    check(product(x, weights), x, weights)
+    # A scale that is no number makes its group NaN.
+    scale = np.array(weights.scale)
+    scale[-1, 5] = np.nan
+    found = product(np.ones_like(x), dataclasses.replace(weights, scale=scale))
+    expected = np.broadcast_to(np.arange(OUT) == 5, found.shape)
+    np.testing.assert_array_equal(np.isnan(found), expected)
 
 
-@pytest.mark.parametrize("name", ["int4 groups of 128", "mxfp4", "nvfp4", "q4_1"])
-def test_of_many_tokens_scaled_weights_are_rounded(name, rng):
-    weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
-    x = jnp.asarray(rng.normal(size=(2, 40, IN)), jnp.bfloat16)
-    found = kernel(x, weights, scaled=True)
-    rounded = np.float64(cage.dequantize(weights).astype(jnp.bfloat16))
-    if weights.tensor_divisor is not None:  # which comes last
-        divisor = np.float64(weights.tensor_divisor)
-        whole = dataclasses.replace(weights, tensor_divisor=jnp.ones((1, 1)))
-        rounded = np.float64(cage.dequantize(whole).astype(jnp.bfloat16)) / divisor
-    size = abs(np.float64(x)) @ abs(rounded)
-    assert found.shape == (2, 40, OUT)
-    np.testing.assert_array_less(
-        abs(found - np.float64(x) @ rounded), 24 * 2.0**-24 * size
-    )
+def check_scaled(names, rng):
+    x = rng.standard_normal((2, 40, IN)).astype(jnp.bfloat16)
+    for name in names:
+        weights = random_codes(rng, QUANTIZERS[name], (IN, OUT))
+        found = kernel(x, weights, scaled=True)(x, weights)
+        divisor, whole = np.float64(1), weights
+        if weights.tensor_divisor is not None:  # which comes last
+            divisor = np.float64(weights.tensor_divisor)
+            one = np.ones((1, 1), np.float32)
+            whole = dataclasses.replace(weights, tensor_divisor=one)
+        rounded = np.asarray(jax.jit(cage.dequantize)(whole)).astype(jnp.bfloat16)
+        rounded = rounded.astype(np.float64) / divisor
+        size = abs(np.float64(x)) @ abs(rounded)
+        assert found.shape == (2, 40, OUT)
+        np.testing.assert_array_less(
+            abs(found - np.float64(x) @ rounded), 24 * 2.0**-24 * size, err_msg=name
+        )
 
 
-def test_blocks_of_tokens(rng):
-    weights = kernel_of(cage.q4_1(), rng, (256, OUT))
-    x = jnp.asarray(rng.normal(size=(300, 256)), jnp.bfloat16)
-    expected, size = oracle(x, weights)
-    found = kernel(x, weights)
-    np.testing.assert_array_less(abs(found - expected), 24 * 2.0**-24 * size)
-
-
-def test_scales_that_are_no_numbers_make_their_group_nan(rng):
-    for name in ("int4 groups of 128", "mxfp4", "nvfp4", "q8_0"):
-        weights = kernel_of(QUANTIZERS[name], rng, (IN, OUT))
-        scale = weights.scale.at[-1, 5].set(jnp.nan)
-        weights = dataclasses.replace(weights, scale=scale)
-        found = kernel(jnp.ones((8, IN), jnp.bfloat16), weights)
-        assert (np.isnan(found).any(0) == (np.arange(OUT) == 5)).all()
+def test_of_many_tokens_scaled_weights_are_rounded(rng):
+    check_scaled(["nvfp4", "q4_1"], rng)
 
 
 # --- where it is taken ----------------------------------------------------------------
@@ -138,10 +129,9 @@ FALLS_BACK = {
 }
 
 
-@pytest.mark.parametrize("name", FALLS_BACK)
-def test_what_no_kernel_is_for(name):
-    quantizer, shape = FALLS_BACK[name]
-    assert tiles.product_tiles_of(quantizer, shape, 8, scaled=False) is None
+def test_what_no_kernel_is_for():
+    for name, (quantizer, shape) in FALLS_BACK.items():
+        assert tiles.product_tiles_of(quantizer, shape, 8, scaled=False) is None, name
 
 
 def test_other_products_are_left_to_the_compiler():
@@ -181,8 +171,8 @@ def test_devices(rng):
     """A compiler that partitions gets its own form, a `shard_map` the kernel."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, columns = jax.P("x", None), jax.P(None, "x")
-    weights = kernel_of(cage.mxfp4(), rng, (IN, 8 * OUT))
-    x = jnp.asarray(rng.normal(size=(8, IN)), jnp.bfloat16)
+    weights = random_codes(rng, cage.mxfp4(), (IN, 8 * OUT))
+    x = jnp.asarray(rng.standard_normal((8, IN)), jnp.bfloat16)
     for spec, of_weights in ((rows, jax.P()), (jax.P(), columns)):
         out = columns if spec == jax.P() else rows
         mapped = jax.shard_map(

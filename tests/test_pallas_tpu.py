@@ -1,23 +1,21 @@
 """Kernels for TPU, interpreted: values, masks and gradients against float64 NumPy."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from kernel_oracle import checked, rotate
+from kernel_oracle import check_kernel, rotate
 
 import cage_jax as cage
 from cage_jax import formats, scale_types, scales
 from cage_jax.pallas import tiles, tpu
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
-# By name the quantizer, and along which of the last two axes.
 QUANTIZERS = {
     "quest": cage.quest(4),
     "quest 1 bit": cage.quest(1),
@@ -39,118 +37,95 @@ QUANTIZERS = {
     "nvfp4": cage.nvfp4(),
     "nvfp4 in a rotation": dataclasses.replace(cage.nvfp4(), hadamard=128),
 }
-EACH = [
-    pytest.param(dataclasses.replace(quantizer, axis=axis), id=f"{name}, axis {axis}")
-    for name, quantizer in QUANTIZERS.items()
-    for axis in (-2, -1)
+# Along one of the last two axes, and along both where kernels differ; the others are in
+# programs/test_every_kernel.py.
+CASES = [
+    ("quest", -2, (2, 384, 256)),
+    ("quest", -1, (128, 256)),
+    ("quest 64", -1, (3, 128, 256)),
+    ("int4 channel", -2, (4096, 128)),  # two blocks along a channel
+    ("int4 channel", -1, (128, 640)),
+    ("int4 groups", -2, (2, 2, 256, 128)),
+    ("int4 groups", -1, (256, 640)),
+    ("int4 up", -2, (256, 128)),
+    ("int8 absmean", -1, (128, 256)),
+    ("int4 groups in a rotation", -1, (128, 256)),
+    ("int4 rotations in a group", -2, (256, 128)),
+    ("mxfp4", -1, (1, 128, 256)),
+    ("e4m3 scales", -1, (128, 256)),
+    ("nvfp4", -2, (3, 256, 128)),
+    ("nvfp4", -1, (256, 384)),
+    ("nvfp4 in a rotation", -2, (256, 128)),
 ]
 
-
-@pytest.fixture(autouse=True)
-def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALLEST", 0)
+SHAPES = {-2: (256, 128), -1: (128, 256)}
 
 
-def interpreted():
-    """Reads and writes out of bounds, races and what is not written show."""
-    return pltpu.force_tpu_interpret_mode(
-        pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    )
+def quantizer_of(name, axis):
+    return dataclasses.replace(QUANTIZERS[name], axis=axis)
 
 
-def kernel(x, quantizer, masked=True):
-    found = tiles.tiles_of(quantizer, x.shape, x.dtype)
-    assert found is not None
-    with interpreted():
-        return tpu.fake_quant(x, tiles=found, masked=masked)
+def interpreted(function, *args):
+    """A compiled function whose kernels are interpreted.
+
+    Reads and writes out of bounds, races and what is not written show.
+    """
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        return jax.jit(function).lower(*args).compile()
 
 
-def check(x, quantizer):
-    return checked(x, quantizer, *kernel(x, quantizer))
+def check(name, axis, shape, rng, dtype="float32"):
+    x = rng.standard_normal(shape).astype(dtype)
+    quantizer = quantizer_of(name, axis)
+    cut = tiles.tiles_of(quantizer, shape, x.dtype)
+    assert cut is not None
+    kernel = interpreted(partial(tpu.fake_quant, tiles=cut, masked=True), x)
+    check_kernel(kernel, x, quantizer)
 
 
-@pytest.mark.parametrize("quantizer", EACH)
-def test_values_and_masks(quantizer, rng):
-    shape = (256, 128) if quantizer.axis == -2 else (128, 256)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    values, mask = check(x, quantizer)
-    expected, back = jax.vjp(
-        lambda x: cage.fake_quant(x, quantizer, implementation="xla"), x
-    )
-    sums = isinstance(quantizer.scale, scales.Gaussian | scales.AbsMean)
-    if sums or quantizer.hadamard:
-        near = np.abs(values - expected) <= 1e-5 * np.abs(expected).max()
-        assert np.mean(near) > 0.99
-        return
-    # Without sums it is the default to the bit.
-    np.testing.assert_array_equal(values, expected)
-    np.testing.assert_array_equal(kernel(x, quantizer, False), expected)
-    if quantizer.gradient != "identity":
-        (passed,) = back(jnp.ones_like(x))
-        np.testing.assert_array_equal(mask, passed)
+@pytest.mark.parametrize("name, axis, shape", CASES)
+def test_values_and_masks(name, axis, shape, rng):
+    check(name, axis, shape, rng)
 
 
-@pytest.mark.parametrize("name", ["quest", "int4 groups", "mxfp4"])
-def test_bfloat16(name, rng):
-    x = jnp.asarray(rng.normal(size=(256, 128)), jnp.bfloat16)
-    check(x, QUANTIZERS[name])
+def test_bfloat16(rng):
+    check("quest", -2, (256, 128), rng, jnp.bfloat16)
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    stack=st.sampled_from([(), (1,), (3,), (2, 2)]),
-    rows=st.sampled_from([128, 256, 384]),
-    columns=st.sampled_from([128, 256, 640]),
-    axis=st.sampled_from([-2, -1]),
-    name=st.sampled_from(["quest", "int4 channel", "int4 groups", "mxfp4", "nvfp4"]),
-)
-def test_shapes(stack, rows, columns, axis, name):
-    rng = np.random.default_rng(rows + columns)
-    x = jnp.asarray(rng.normal(size=(*stack, rows, columns)), jnp.float32)
-    check(x, dataclasses.replace(QUANTIZERS[name], axis=axis))
+def check_without_a_mask(name, axis, rng):
+    x = rng.standard_normal(SHAPES[axis]).astype(np.float32)
+    cut = tiles.tiles_of(quantizer_of(name, axis), x.shape, x.dtype)
+
+    def both(x):
+        values, _ = tpu.fake_quant(x, tiles=cut, masked=True)
+        return tpu.fake_quant(x, tiles=cut, masked=False), values
+
+    np.testing.assert_array_equal(*interpreted(both, x)(x))
 
 
-@pytest.mark.parametrize("axis", [-2, -1])
-@pytest.mark.parametrize("name", ["quest", "quest 64", "int4 groups", "quest groups"])
-def test_the_gradient_of_a_mask(name, axis, rng):
-    quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
-    shape = (256, 128) if quantizer.axis == -2 else (128, 256)
+def test_without_a_mask_the_values_are_the_same(rng):
+    check_without_a_mask("int4 channel", -1, rng)
+
+
+def check_gradient(name, axis, rng):
+    quantizer, shape = quantizer_of(name, axis), SHAPES[axis]
     mask = rng.integers(0, 2, shape).astype(np.int8)
-    cotangent = rng.normal(size=shape).astype(np.float32)
+    cotangent = rng.standard_normal(shape).astype(np.float32)
     cut = tiles.tiles_of(quantizer, shape, jnp.float32)
-    with interpreted():
-        found = tpu.masked_gradient(
-            jnp.asarray(mask), jnp.asarray(cotangent), tiles=cut
-        )
+    function = partial(tpu.masked_gradient, tiles=cut)
+    found = interpreted(function, mask, cotangent)(mask, cotangent)
     expected = rotate(mask * rotate(np.float64(cotangent), quantizer), quantizer)
     # Two products of three parts each, of 24 bits.
     np.testing.assert_allclose(found, expected, atol=4e-6)
 
 
 @pytest.mark.parametrize(
-    "name", ["quest", "int4 channel", "int4 groups", "mxfp4", "nvfp4"]
+    "name, axis",
+    [("quest", -2), ("quest 64", -1), ("int4 groups", -1), ("quest groups", -2)],
 )
-@pytest.mark.parametrize("axis", [-2, -1])
-def test_what_is_not_finite_makes_its_group_nan(name, axis, rng):
-    quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
-    x = np.float32(rng.normal(size=(256, 256)))
-    x[70, 5], x[101, 77], x[200, 150] = np.nan, np.inf, -np.inf
-    values = np.asarray(kernel(jnp.asarray(x), quantizer, masked=False))
-    expected = cage.fake_quant(jnp.asarray(x), quantizer, implementation="xla")
-    np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
-    (size,) = quantizer.groups(x.shape).values()
-    assert np.isnan(values).sum() == 3 * size
-
-
-def test_zeros_stay_zeros():
-    for name in ("int4 channel", "int4 groups", "mxfp4"):
-        values = kernel(jnp.zeros((256, 128)), QUANTIZERS[name], masked=False)
-        np.testing.assert_array_equal(values, np.zeros((256, 128)))
-        assert not np.signbit(values).any()
+def test_the_gradient_of_a_mask(name, axis, rng):
+    check_gradient(name, axis, rng)
 
 
 FALLS_BACK = {
@@ -178,15 +153,11 @@ FALLS_BACK = {
 }
 
 
-@pytest.mark.parametrize("name", FALLS_BACK)
-def test_what_no_kernel_is_for(name):
-    shape, quantizer = FALLS_BACK[name]
-    assert tiles.tiles_of(quantizer, shape, jnp.float32) is None
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_no_kernel_for_other_dtypes(dtype):
-    assert tiles.tiles_of(cage.int4(), (256, 128), jnp.dtype(dtype)) is None
+def test_what_no_kernel_is_for():
+    for name, (shape, quantizer) in FALLS_BACK.items():
+        assert tiles.tiles_of(quantizer, shape, jnp.float32) is None, name
+    for dtype in ("float16", "float64"):
+        assert tiles.tiles_of(cage.int4(), (256, 128), jnp.dtype(dtype)) is None, dtype
 
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
@@ -195,12 +166,12 @@ def test_small_arrays_are_left_to_the_compiler(monkeypatch):
     assert tiles.tiles_of(cage.int4(), (2, 256, 128), jnp.float32) is not None
 
 
-@pytest.mark.parametrize("name", ["quest", "int4 channel", "int4 groups", "mxfp4"])
-def test_the_error_takes_a_kernel_where_that_moves_less(name):
-    quantizer = QUANTIZERS[name]
+def test_the_error_takes_a_kernel_where_that_moves_less():
     x = jax.ShapeDtypeStruct((384, 128), jnp.float32)
-    assert tiles.tiles_of(quantizer, x.shape, x.dtype) is not None
-    function = jax.jit(lambda x: cage.quantization_error(x, quantizer))
-    text = function.trace(x).lower(lowering_platforms=("tpu",)).as_text()
-    # A difference is part of what compilers make, not of a kernel.
-    assert ("cage_fake_quant" in text) == (name == "quest")
+    for name in ("quest", "int4 channel", "int4 groups", "mxfp4"):
+        quantizer = QUANTIZERS[name]
+        assert tiles.tiles_of(quantizer, x.shape, x.dtype) is not None
+        function = jax.jit(partial(cage.quantization_error, quantizer=quantizer))
+        text = function.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+        # A difference is part of what compilers make, not of a kernel.
+        assert ("cage_fake_quant" in text) == (name == "quest"), name
