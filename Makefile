@@ -78,7 +78,7 @@ mutants: $(call stamp,$(EXTRAS))
 
 test-cuda-aot: $(call stamp,test$(comma)cuda)
 	@echo "[test] compiling for an H200; half a minute"
-	@$(BIN)/python -m pytest tests/test_kernels_for_cuda.py
+	@$(BIN)/python -m pytest tests/programs/test_kernels_for_cuda.py
 
 lint: $(call stamp,test$(comma)lint)
 	@$(BIN)/ruff format --check .

@@ -1,14 +1,11 @@
 """Groups in the order of a TPU's memory: the same values."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_kernels_for_tpu import needs_libtpu, on
 
 import cage_jax as cage
 from cage_jax import rounding, scales, tile_order
@@ -17,17 +14,25 @@ GROUPS = [*((-1, n) for n in (32, 64, 128, 256)), *((-2, n) for n in (8, 32, 128
 X = np.random.default_rng(0).normal(size=(2, 256, 512)).astype(np.float32)
 
 
-@pytest.mark.parametrize("axis, size", GROUPS)
-def test_groups_are_found_and_spread_as_numpy_does(axis, size):
+def test_groups_are_found_and_spread_as_numpy_does():
     def largest(x, axes):
         return {"max": jnp.max(x, axis=axes, keepdims=True)}
 
-    split = (2, 256, -1, size) if axis == -1 else (2, -1, size, 512)
-    expected = np.abs(X).reshape(split).max(axis)
-    found = tile_order.reduce_in_tiles(largest, jnp.abs(X), axis, size)["max"]
-    np.testing.assert_array_equal(found, expected)
-    spread = tile_order.spread_in_tiles(found, axis, size)
-    np.testing.assert_array_equal(spread, np.repeat(expected, size, axis))
+    @jax.jit
+    def run(x):
+        found = {}
+        for axis, size in GROUPS:
+            of_group = tile_order.reduce_in_tiles(largest, x, axis, size)["max"]
+            spread = tile_order.spread_in_tiles(of_group, axis, size)
+            found[axis, size] = of_group, spread
+        return found
+
+    for (axis, size), (found, spread) in run(np.abs(X)).items():
+        split = (2, 256, -1, size) if axis == -1 else (2, -1, size, 512)
+        expected = np.abs(X).reshape(split).max(axis)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{axis, size}")
+        expected = np.repeat(expected, size, axis)
+        np.testing.assert_array_equal(spread, expected, err_msg=f"{axis, size}")
 
 
 def test_pieces_are_whole_tiles_and_groups():
@@ -111,17 +116,14 @@ def everything(quantizer, x):
     }
 
 
-@functools.cache
-def as_usual(name):
-    return jax.tree.map(np.asarray, everything(QUANTIZERS[name], jnp.asarray(X * 3)))
+def of_all(names):
+    """Compiles what comes of an array, by the names of quantizers."""
+    return jax.jit(lambda x: {name: everything(QUANTIZERS[name], x) for name in names})
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_all_that_comes_of_an_array_is_the_same(name, request):
-    expected = as_usual(name)
+def test_all_that_comes_of_an_array_is_the_same(request):
+    expected = {name: of_all([name])(X * 3) for name in QUANTIZERS}
     taken = request.getfixturevalue("forms")
-    found = everything(QUANTIZERS[name], jnp.asarray(X * 3))
-    assert taken
 
     def compare(path, one, other):
         one, other = (np.asarray(each, np.float32) for each in (one, other))
@@ -129,78 +131,22 @@ def test_all_that_comes_of_an_array_is_the_same(name, request):
         error = np.abs(one - other) > 1e-6 * np.abs(other).max()
         assert error.mean() < 1e-4, jax.tree_util.keystr(path)
 
-    jax.tree_util.tree_map_with_path(compare, found, expected)
+    for name in QUANTIZERS:
+        before = len(taken)
+        found = of_all([name])(X * 3)
+        assert len(taken) > before, name
+        jax.tree_util.tree_map_with_path(compare, found, {name: expected[name][name]})
 
 
-@pytest.mark.parametrize("name", ["int4", "int4 of rows"])
-def test_explicit_shards_stay_where_they_are(forms, name):
-    quantizer = QUANTIZERS[name]
-    expected = everything(quantizer, jnp.asarray(X))
+def test_explicit_shards_stay_where_they_are(forms):
+    run = of_all(["int4", "int4 of rows"])
+    expected = run(X)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        x = jax.device_put(X, P(None, "a", "b"))
         before = len(forms)
-        found = everything(quantizer, x)
+        found = run(jax.device_put(X, P(None, "a", "b")))
         assert len(forms) > before
-        assert jax.typeof(found["error"]["x"]).sharding.spec == P(None, "a", "b")
-        scale = found["codes"]["x"].scale
-        assert jax.typeof(scale).sharding.spec == P(None, "a", "b")
+    for each in found.values():
+        for array in (each["error"]["x"], each["codes"]["x"].scale):
+            assert jax.typeof(array).sharding.spec == P(None, "a", "b")
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-SCRIPT = """
-import json, sys
-import hlo, jax, jax.numpy as jnp
-import kernels
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import cage_jax as cage
-
-devices = topologies.get_topology_desc(
-    platform="tpu", topology_name=kernels.CHIPS["v5e"]
-).devices
-mesh = jax.sharding.Mesh(devices, "d", axis_types=(AxisType.Auto,))
-
-def moved(function, shape, dtype="float32", spec=None):
-    if spec is None:
-        x = kernels.array(shape, dtype, "v5e")
-    else:
-        x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    found = hlo.moved(jax.jit(function).lower(x).compile().as_text())
-    unit = x.size * x.dtype.itemsize / (1 if spec is None else 4)
-    return [found.memory / unit, sum(found.collectives.values())]
-
-def quantized(quantizer):
-    return lambda x: cage.fake_quant(x, quantizer, implementation="xla")
-
-LAST = {size: cage.int4(group_size=size, axis=-1) for size in (32, 128)}
-ROWS, shape = cage.int4(group_size=32), (65536, 4096)
-found = {f"{size}": moved(quantized(LAST[size]), shape) for size in LAST}
-found["of rows"] = moved(quantized(ROWS), shape)
-found["codes"] = moved(lambda x: cage.quantize(x, LAST[128]).codes, shape)
-for name, quantizer in {"128": LAST[128], "32": LAST[32], "of rows": ROWS}.items():
-    case = kernels.Case(quantizer, "step")
-    found[f"step {name}"] = [kernels.counted(case, "v5e", "xla")["units"], 0]
-for name, spec in {"rows": P("d", None), "columns": P(None, "d")}.items():
-    found[f"split {name}"] = moved(quantized(LAST[32]), shape, spec=spec)
-    found[f"split {name} of rows"] = moved(quantized(ROWS), shape, spec=spec)
-found["cut"] = moved(quantized(LAST[32]), (65536, 4224), spec=P(None, "d"))
-print(json.dumps(found))
-"""
-
-
-@needs_libtpu
-def test_compiled_for_tpu_nothing_is_copied_or_sent():
-    found = on([], SCRIPT)
-    sent = {name: each[1] for name, each in found.items()}
-    assert not any(sent.values()), sent
-    units = {name: each[0] for name, each in found.items()}
-    # Read twice and written once, or a step and once more; of each group a number is
-    # padded to a whole row, or spread over the tiles of a group first.
-    most = {"128": 3.05, "32": 3.2, "of rows": 3.6, "codes": 2.2}
-    most |= {"step 128": 8.1, "step 32": 8.4, "step of rows": 8.6}
-    for name in ("split rows", "split columns"):
-        most |= {name: 3.3, f"{name} of rows": 3.6}
-    assert {name for name in most if units[name] > most[name]} == set(), units
-    # Shards that would cut a tile are left as they were.
-    assert units["cut"] > 6

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pods.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "pods.md"
 
 
 @pytest.fixture(scope="module")

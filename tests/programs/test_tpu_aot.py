@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tpu_aot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("tiny", "v5e:2x2", 16)
 FIGURES = {
     "memory": 2_000_000_000,

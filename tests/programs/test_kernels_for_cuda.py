@@ -1,6 +1,7 @@
 """Kernels compiled for an H200: registers, what they move, and that they are there."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -8,10 +9,10 @@ import cuda_aot
 import gpu
 import pytest
 from kernel_cases import CASES
-from test_kernels_for_tpu import ROOT
 
 import cage_jax as cage
 
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPT = """
 import json, pathlib, sys, tempfile
 import cuda_aot, gpu
@@ -48,7 +49,7 @@ def said(script):
     # A process of its own: the plugin registers itself where JAX starts.
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT / "benchmarks",
+        cwd=BENCHMARKS,
         capture_output=True,
         text=True,
         check=False,
