@@ -1,13 +1,13 @@
 """The study: its problems, its networks, and that it can be stopped."""
 
 import contextlib
-import functools
 import io
 import itertools
 import json
 import re
 import sys
 import tarfile
+from functools import cache, partial
 from types import SimpleNamespace
 
 import cells
@@ -130,7 +130,7 @@ def test_the_record_of_quadratics(tmp_path, only):
     only("ste", "cage", "lotion")
     name, other, *_ = quadratics.names()
     table = cells.Table("quadratics", {"a": 1}, tmp_path)
-    quadratics.measure(QUIET, seeds=2, steps=10, only=[name], table=table)
+    quadratics.measure(QUIET, only=[name], table=table, **quadratics.TINY)
     cell = table.cells[name]
     count = len(quadratics.combinations())
     assert all(len(values) == count for values in cell.values())
@@ -207,27 +207,28 @@ def test_networks(name, rng):
         quantized = rules.quantized(params)
         assert quantized and all(path.startswith("inner/") for path in quantized)
         products.clear()
-        gradients = jax.jit(jax.grad(loss))(params, images)
+        run = jax.grad(loss)
+        # Compiled at the side that 4 does not divide.
+        gradients = (jax.jit(run) if side == 14 else partial(jax.eval_shape, run))(
+            params, images
+        )
         # What is quantized is multiplied with quantized inputs, and nothing else is.
         assert sorted(products) == sorted(x.shape for _, x in quantized.values())
-        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+        if side == 14:
+            assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
 def test_the_record_of_images(tmp_path, only):
-    names = ["digits MLP W4A4 0.1", "digits MLP W2A2 0"]
+    only("ste", "cage", "lotion")
+    name, *_ = classifiers.names()
     table = cells.Table("classifiers", {}, tmp_path)
-    for name, chosen in zip(names, [("ste", "cage", "lotion"), ("ste",)]):
-        only(*chosen)
-        classifiers.measure(QUIET, seeds=2, steps=10, only=[name], table=table)
-    cell = table.cells[names[0]]
+    classifiers.measure(QUIET, only=[name], table=table, **classifiers.TINY)
+    cell = table.cells[name]
     derived = {"full", "ptq", "averaged", "ste0"}
     assert cell.keys() == derived | {"ste", "cage", "lotion"}
-    other = table.cells[names[1]]
-    assert other["ste0"] == other["ste"]  # whose rate goes to 0 there
     for part in ("train_loss", "test_loss", "accuracy"):
         assert all(len(each[part]) == 2 for each in cell.values())
     record = table.record()
-    record["cells"] = {names[0]: cell}
     rows = report.classifiers(record, "train_loss")
     differences = np.subtract(cell["cage"]["train_loss"], cell["ste"]["train_loss"])
     error = np.std(differences, ddof=1) / np.sqrt(2)
@@ -240,23 +241,56 @@ def test_the_record_of_images(tmp_path, only):
     check_picture(plots.classifiers, record, tmp_path)
 
 
-def test_the_record_of_tuned_methods(tmp_path, only):
+def test_where_the_rate_goes_to_0_ste_is_trained_once(monkeypatch, only):
+    only("ste")
+    trained = []
+
+    def train_all(method, network, bits, floor, *others):
+        trained.append((method.words, bits, floor))
+        return methods.Trained(("last", *trained[-1]), ("average", *trained[-1]))
+
+    monkeypatch.setattr(classifiers, "train_all", train_all)
+    monkeypatch.setattr(classifiers, "batches_of", lambda data: data)
+    monkeypatch.setattr(classifiers, "scores", lambda ends, *_: ends)
+    words = methods.WORDS["ste"]
+    for floor, seconds in ((0.1, [(words, 2, 0.0)]), (0.0, [])):
+        trained.clear()
+        found = classifiers.scores_of_methods(None, 2, floor, (None, None), 2, 20)
+        assert trained == [("", None, floor), (words, 2, floor), *seconds]
+        assert found == {
+            "full": ("last", "", None, floor),
+            "ptq": ("last", "", None, floor),
+            "ste": ("last", words, 2, floor),
+            "averaged": ("average", words, 2, floor),
+            "ste0": ("last", words, 2, 0.0),
+        }
+
+
+def test_the_record_of_tuned_methods(tmp_path, monkeypatch, only):
+    """The factor that is best on other seeds is trained on those of other tables."""
     only("ste", "dampening")
+    plain, asked = methods.METHODS["dampening"], []
+
+    def train_all(method, network, bits, floor, data, seeds, steps, key):
+        factor = getattr(method.optimizer, "keywords", {}).get("factor")
+        asked.append((method.words, factor, bits, key))
+        loss = factor or (0.5 if bits else 0.25)
+        return SimpleNamespace(last=np.array([loss, loss]) + key)
+
+    monkeypatch.setattr(tuned, "train_all", train_all)
+    monkeypatch.setattr(
+        tuned, "scores", lambda last, *_: SimpleNamespace(train_loss=last)
+    )
     table = cells.Table("tuned", {}, tmp_path)
     (name, *_) = tuned.names()
     factors = 0.01, 100.0
     tuned.measure(QUIET, seeds=2, steps=40, factors=factors, only=[name], table=table)
+    tried = [(plain.words, factor, 4, tuned.TUNING) for factor in factors]
+    ste = methods.WORDS["ste"], None, 4, tuned.STUDY
+    best = plain.words, 0.01, 4, tuned.STUDY
+    assert asked == [("", None, None, tuned.STUDY), ste, *tried, best]
     found = table.cells[name]["dampening"]
-    assert found["tried"][0] < found["tried"][1] and found["factor"] == 0.01
-    # The one that is best on other seeds, on those of the other tables.
-    data = classifiers.load_digits()
-    method = methods.METHODS["dampening"].times(0.01)
-    network = networks.NETWORKS["MLP"]
-    trained = classifiers.train_all(method, network, 4, 0.1, data[0], 2, 40)
-    parts = tuple(map(classifiers.batches_of, data))
-    expected = classifiers.scores(trained.last, network, 4, parts).train_loss
-    np.testing.assert_allclose(found["train_loss"], expected, rtol=1e-5)
-    assert abs(np.mean(expected) - found["tried"][0]) > 1e-5
+    assert found == {"tried": [1.01, 101.0], "factor": 0.01, "train_loss": [0.01] * 2}
     record = table.record()
     rows = report.tuned(record)
     line = dict(zip(rows.header, rows.cells[0]))
@@ -271,8 +305,9 @@ def test_scores_are_of_quantized_weights_and_inputs():
     parts = tuple(map(classifiers.batches_of, data))
     both = jax.tree.map(lambda x: x[None], params)
     (train_loss, _), (_, accuracy) = classifiers._scores(both, network, 2, parts)
-    weights = cage.fake_quant(params, rules)
-    logits = [network.logits(weights, d.pixels, networks.product_of(2)) for d in data]
+    weights = jax.jit(lambda params: cage.fake_quant(params, rules))(params)
+    logits_of = jax.jit(partial(network.logits, product=networks.product_of(2)))
+    logits = [logits_of(weights, each.pixels) for each in data]
     expected = classifiers.loss_of(logits[0], data[0].labels)
     np.testing.assert_allclose(train_loss[0], expected, rtol=1e-5)
     right = jnp.argmax(logits[1], -1) == data[1].labels
@@ -408,7 +443,7 @@ def test_steps_of_finetuning_written_out(tuning_in, texts, tmp_path, fast):
     target = finetuning.TARGETS["int3 group 64"]
     with tuning_in(tmp_path / "run") as tuning:
         found = tuning.losses("int3 group 64: ste, seed 1")
-        params = base = jax.tree.map(jnp.copy, tuning.base)
+        params = base = jax.tree.map(np.asarray, tuning.base)
     windows = finetuning.Windows(texts.train, 16)
     order = finetuning.Batches(
         windows,
@@ -419,19 +454,24 @@ def test_steps_of_finetuning_written_out(tuning_in, texts, tmp_path, fast):
     rate = optax.cosine_decay_schedule(3e-3, 10, 0.1)
     clip = optax.clip_by_global_norm(1.0)
     tx = optax.chain(clip, optax.adamw(rate, b2=0.95, weight_decay=0.0))
-    state, ends = tx.init(params), []
+    ends = []
 
+    @jax.jit
     def loss(params, tokens):
         weights = cage.fake_quant(params, target.rules)
         logits = llama.logits(weights, tokens[:, :-1], CONFIG)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], 2)
         return -chosen.mean()
 
-    gradient = jax.jit(jax.grad(loss))
+    @jax.jit
+    def one(params, state, tokens):
+        updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
     for step in range(10):
-        updates, state = tx.update(gradient(params, order[step]), state, params)
-        params = optax.apply_updates(params, updates)
-        ends.append(params)
+        params, state = one(params, state, order[step])
+        ends.append(jax.tree.map(np.asarray, params))
     average = jax.tree.map(lambda *parts: sum(parts) / 2, *ends[-2:])
     for arm, end in (("ste", params), ("averaged", average)):
         for name, tokens in texts.judges.items():
@@ -490,8 +530,10 @@ def test_finetuning_goes_on_where_it_stopped(tuning_in, tmp_path, fast, monkeypa
         assert tuning.losses(name) == whole
 
 
-def test_every_method_finetunes(tuning_in, tmp_path, fast):
+def test_every_method_finetunes(tuning_in, tmp_path, fast, monkeypatch):
     """To MXFP4, the target that is least like those of the other tables."""
+    targets = {name: finetuning.TARGETS[name] for name in ("MXFP4", "W4A4")}
+    monkeypatch.setattr(finetuning, "TARGETS", targets)
     others = "ste", "cage", "recommended", "matched"
     rest = [arm for arm in finetuning.ARMS if arm not in others]
     with tuning_in(tmp_path, finetuning.Size(1, 5, 16, 64)) as tuning:
@@ -589,7 +631,7 @@ def test_cells_of_finetuning():
 # --- methods --------------------------------------------------------------------------
 
 
-@functools.cache
+@cache
 def _trained(name, steps=20, factor=None):
     rules = cage.Rules([("x", cage.int3())])
     rate = optax.constant_schedule(0.05)

@@ -13,6 +13,7 @@ import pytest
 import train_lm
 import training
 from batches import Batches
+from checkpoints import newest
 from experiment import USUAL, WRITTEN_AT_ONCE, Experiment, Settings
 from flax import nnx
 from lm import LanguageModel
@@ -38,10 +39,50 @@ def settings(out, **changes):
     return Settings(out=Path(out), **({"devices": 1} | values | changes))
 
 
+def after_each_step(monkeypatch, look):
+    """Calls `look` with the segment and the state after each step."""
+    original = Experiment.step_of
+
+    def step_of(self, segment):
+        run = original(self, segment)
+
+        def keep(*arguments):
+            state = run(*arguments)
+            look(segment, state)
+            return state
+
+        return keep
+
+    monkeypatch.setattr(Experiment, "step_of", step_of)
+
+
+ITERATES = []
+THREE = "ste", "averaged", "cage"
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return train_lm.run(settings(tmp_path_factory.mktemp("run")), CONSOLE)
+    def look(segment, state):
+        if segment.averages:
+            ITERATES.append(jax.tree.map(np.asarray, state.params))
+
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        after_each_step(patch, look)
+        out = tmp_path_factory.mktemp("run")
+        return train_lm.run(settings(out, arms=THREE), CONSOLE)
+
+
+def assert_same(found, expected):
+    """The same arms to the bit."""
+    assert list(found) == list(expected)
+    for arm, result in expected.items():
+        assert found[arm].loss == result.loss
+        chex.assert_trees_all_equal(found[arm].params, result.params)
+        np.testing.assert_array_equal(found[arm].history.losses, result.history.losses)
 
 
 def disturb(monkeypatch, at, act):
@@ -67,29 +108,22 @@ def crash():
     raise RuntimeError("the machine fails")
 
 
-@pytest.mark.parametrize(
-    ("at", "act", "error"),
-    [
-        (7, send(signal.SIGINT), training.Stopped),  # while CAGE is silent
-        (23, send(signal.SIGTERM), training.Stopped),  # while it pulls
-        (18, crash, RuntimeError),  # without time to save
-    ],
-    ids=["ctrl-c", "kill", "crash"],
-)
-def test_a_stopped_run_goes_on_bit_exactly(
-    at, act, error, tmp_path, monkeypatch, undisturbed
-):
-    with monkeypatch.context() as patch:
-        disturb(patch, at, act)
-        with pytest.raises(error):
-            train_lm.run(settings(tmp_path), CONSOLE)
-    resumed = train_lm.run(settings(tmp_path, resume=True), CONSOLE)
-    for arm, result in undisturbed.items():
-        assert resumed[arm].loss == result.loss
-        chex.assert_trees_all_equal(resumed[arm].params, result.params)
-        np.testing.assert_array_equal(
-            resumed[arm].history.losses, result.history.losses
-        )
+def test_a_stopped_run_goes_on_bit_exactly(tmp_path, monkeypatch, undisturbed):
+    """Stopped by Ctrl-C, by a crash without time to save, and by a kill."""
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)  # after each step
+    asked = settings(tmp_path, arms=THREE)
+    for at, act, error, kept in (
+        (7, send(signal.SIGINT), training.Stopped, ("trunk", 7)),
+        (12, crash, RuntimeError, ("trunk", 16)),  # in the third of STE's last steps
+        (7, send(signal.SIGTERM), training.Stopped, ("cage", 19)),  # while it pulls
+    ):
+        with monkeypatch.context() as patch:
+            disturb(patch, at, act)
+            with pytest.raises(error):
+                train_lm.run(asked, CONSOLE)
+        assert newest(tmp_path) == kept
+        asked = settings(tmp_path, arms=THREE, resume=True)
+    assert_same(train_lm.run(asked, CONSOLE), undisturbed)
 
 
 def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
@@ -102,11 +136,10 @@ def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
 
 
 def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbed):
-    """Straight-through arms are those of any other run, to the bit."""
+    """To the bit until then, though the trunk has the state of a curvature."""
     changes = {"strength": 10.0, "recommended": True}
-    found = train_lm.run(settings(tmp_path, **changes), CONSOLE)
-    ste, pulled = found["ste"].history, found["cage"].history
-    chex.assert_trees_all_equal(found["ste"].params, undisturbed["ste"].params)
+    found = train_lm.run(settings(tmp_path, arms=("cage",), **changes), CONSOLE)
+    ste, pulled = undisturbed["ste"].history, found["cage"].history
     np.testing.assert_array_equal(ste.losses[:11], pulled.losses[:11])
     assert not np.array_equal(ste.losses[11:], pulled.losses[11:])
     experiment = Experiment(settings(tmp_path, **changes).resolved())
@@ -118,50 +151,34 @@ def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbe
 
 
 def test_rivals_are_trained_on_the_same_batches(tmp_path, undisturbed):
-    arms = ("matched", "recommended", "dampening", "lotion", "parq", "winq")
+    """One that pulls, and those whose gradients are taken at other weights."""
+    arms = ("recommended", "lotion", "parq", "winq")
     found = train_lm.run(settings(tmp_path, arms=arms, steps=20), CONSOLE)
     assert list(found) == list(arms)
     first = {arm: result.history.losses[0] for arm, result in found.items()}
     ste = undisturbed["ste"].history.losses
     # At quantized weights, at noisy ones, and at those that are not rounded yet.
-    assert first["matched"] == first["recommended"] == first["dampening"] == ste[0]
+    assert first["recommended"] == ste[0]
     assert first["winq"] != ste[0] and abs(first["winq"] - ste[0]) < 1e-2
     assert first["lotion"] == first["parq"] != ste[0]
     # What pulls at all, pulls only after its silence.
-    for arm, branch in (("matched", 16), ("recommended", 10)):
-        losses = found[arm].history.losses
-        np.testing.assert_allclose(losses[:branch], ste[:branch], rtol=1e-6)
-        assert not np.array_equal(losses[branch + 1 :], ste[branch + 1 :])
+    losses = found["recommended"].history.losses
+    np.testing.assert_allclose(losses[:10], ste[:10], rtol=1e-6)
+    assert not np.array_equal(losses[11:], ste[11:])
     last = [result.loss for result in found.values()]
     assert len(set(last)) == len(last) and np.isfinite(last).all()
     report = Experiment(settings(tmp_path, arms=arms, layers=2).resolved()).report
     assert report.rows[0].shape[0] == 2 or "layers" not in report.rows[0].path
 
 
-def test_the_average_is_that_of_the_last_iterates(tmp_path, monkeypatch):
-    iterates = []
-    original = Experiment.step_of
-
-    def step_of(self, segment):
-        run = original(self, segment)
-
-        def keep(state, windows, step):
-            state = run(state, windows, step)
-            if segment.averages:
-                iterates.append(jax.tree.map(np.asarray, state.params))
-            return state
-
-        return keep
-
-    monkeypatch.setattr(Experiment, "step_of", step_of)
-    results = train_lm.run(settings(tmp_path, arms=("averaged",)), CONSOLE)
-    assert len(iterates) == 4
+def test_the_average_is_that_of_the_last_iterates(undisturbed):
+    assert len(ITERATES) == 4
     expected = jax.tree.map(
-        lambda *each: np.mean(np.stack(each), axis=0, dtype=np.float64), *iterates
+        lambda *each: np.mean(np.stack(each), axis=0, dtype=np.float64), *ITERATES
     )
     # Four roundings of a running mean in float32.
     chex.assert_trees_all_close(
-        results["averaged"].params, expected, rtol=1e-5, atol=1e-7
+        undisturbed["averaged"].params, expected, rtol=1e-5, atol=1e-7
     )
 
 
@@ -181,23 +198,21 @@ def spoil(monkeypatch, steps):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    """With stochastic rounding, and where the run is stopped after two such steps."""
     spoil(monkeypatch, (4, 5, 9))
     states = []
-    original = Experiment.step_of
 
-    def step_of(self, segment):
-        run = original(self, segment)
+    def run(out, **changes):
+        asked = settings(tmp_path / out, arms=("ste",), stochastic=True, **changes)
+        return train_lm.run(asked, CONSOLE)
 
-        def keep(state, windows, step):
-            state = run(state, windows, step)
-            states.append(jax.tree.map(np.asarray, (state.params, state.optimizer)))
-            return state
+    def look(segment, state):
+        states.append(jax.tree.map(np.asarray, (state.params, state.optimizer)))
 
-        return keep
-
-    monkeypatch.setattr(Experiment, "step_of", step_of)
-    run = train_lm.run(settings(tmp_path, arms=("ste",), stochastic=True), CONSOLE)
-    history = run["ste"].history
+    with monkeypatch.context() as patch:
+        after_each_step(patch, look)
+        whole = run("whole")
+    history = whole["ste"].history
     assert np.flatnonzero(np.isnan(history.losses)).tolist() == [4, 5, 9]
     counts = [(int(o.total_notfinite), int(o.notfinite_count)) for _, o in states]
     assert counts[3:10] == [(0, 0), (1, 1), (2, 2), (2, 0), (2, 0), (2, 0), (3, 1)]
@@ -207,6 +222,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
         chex.assert_trees_all_equal(inner, states[3][1].inner_state)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(states[6][0], states[3][0])
+    # The key moves on, another number each step, and over a stop.
+    first = jax.random.key_data(jax.random.key(0))
+    assert not np.array_equal(history.key, first)
+    with monkeypatch.context() as patch:
+        disturb(patch, 7, send(signal.SIGTERM))
+        with pytest.raises(training.Stopped):
+            run("parts")
+    assert_same(run("parts", resume=True), whole)
 
 
 def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
@@ -222,36 +245,18 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
     assert "the newest checkpoint is step 8 of trunk" in printed
 
 
-def test_stochastic_rounding_goes_on_bit_exactly(tmp_path, monkeypatch):
-    def run(out, **changes):
-        asked = settings(tmp_path / out, arms=("ste",), stochastic=True, **changes)
-        return train_lm.run(asked, CONSOLE)["ste"]
-
-    expected = run("whole")
-    with monkeypatch.context() as patch:
-        disturb(patch, 7, send(signal.SIGTERM))
-        with pytest.raises(training.Stopped):
-            run("parts")
-    resumed = run("parts", resume=True)
-    chex.assert_trees_all_equal(resumed.params, expected.params)
-    np.testing.assert_array_equal(resumed.history.losses, expected.history.losses)
-    # Another number each step: the key moves on.
-    first = jax.random.key_data(jax.random.key(0))
-    assert not np.array_equal(expected.history.key, first)
-
-
 def test_other_devices_go_on_from_a_checkpoint(tmp_path, monkeypatch, undisturbed):
+    def run(**changes):
+        return train_lm.run(settings(tmp_path, arms=("ste",), **changes), CONSOLE)
+
     with monkeypatch.context() as patch:
         disturb(patch, 9, send(signal.SIGTERM))
         with pytest.raises(training.Stopped):
-            train_lm.run(settings(tmp_path, devices=4, model_devices=2), CONSOLE)
-    resumed = train_lm.run(settings(tmp_path, devices=2, resume=True), CONSOLE)
-    for arm, result in undisturbed.items():
-        # Sums over devices are rounded in another order, and a code may flip.
-        np.testing.assert_allclose(
-            resumed[arm].history.losses, result.history.losses, rtol=2e-3
-        )
-        assert resumed[arm].loss == pytest.approx(result.loss, rel=2e-3)
+            run(devices=4, model_devices=2)
+    found, expected = run(devices=2, resume=True)["ste"], undisturbed["ste"]
+    # Sums over devices are rounded in another order, and a code may flip.
+    np.testing.assert_allclose(found.history.losses, expected.history.losses, rtol=2e-3)
+    assert found.loss == pytest.approx(expected.loss, rel=2e-3)
 
 
 def test_the_program_from_start_to_end(tmp_path, monkeypatch, capsys):
@@ -339,22 +344,23 @@ def test_any_process_may_be_asked_to_stop(monkeypatch):
     assert not look.save and not look.log
 
 
-@pytest.mark.parametrize(
-    ("ste", "recovered", "says"),
-    [(1.5, 0.25, "beats"), (1.1, None, "loses to"), (1.0, None, "loses to")],
-)
-def test_a_share_is_given_where_there_is_a_gap(ste, recovered, says, tmp_path):
-    losses = {"full": 1.1, "ste": ste, "cage": 1.4}
+def test_a_share_is_given_where_there_is_a_gap(tmp_path):
     end = SimpleNamespace(optimizer=SimpleNamespace(total_notfinite=0))
-    results = {arm: Result(loss, None, None, end) for arm, loss in losses.items()}
     experiment = Experiment(settings(tmp_path).resolved())
-    rows = {row["arm"]: row for row in summary(experiment, results)}
-    share = rows["cage"]["share_recovered"]
-    assert share == (None if recovered is None else pytest.approx(recovered))
-    assert rows["ste"]["share_recovered"] is None
-    said = verdict(results)
-    assert f"{says} straight through (STE)" in said
-    assert ("no gap to close" in said) == (recovered is None)
+    for ste, recovered, says in (
+        (1.5, 0.25, "beats"),
+        (1.1, None, "loses to"),
+        (1.0, None, "loses to"),
+    ):
+        losses = {"full": 1.1, "ste": ste, "cage": 1.4}
+        results = {arm: Result(loss, None, None, end) for arm, loss in losses.items()}
+        rows = {row["arm"]: row for row in summary(experiment, results)}
+        share = rows["cage"]["share_recovered"]
+        assert share == (None if recovered is None else pytest.approx(recovered))
+        assert rows["ste"]["share_recovered"] is None
+        said = verdict(results)
+        assert f"{says} straight through (STE)" in said
+        assert ("no gap to close" in said) == (recovered is None)
 
 
 def test_arms_of_before_and_skipped_steps_are_told(tmp_path):
@@ -407,9 +413,8 @@ def test_the_paper_hyperparameters():
         assert 1.5 < experiment.dose() < 3.0
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_bad_settings(tmp_path):
+    for changes, message in (
         ({"steps": 3}, "`--steps` must be at least 10"),
         ({"batch": 0}, "`--batch` must be positive"),
         ({"batch": 6, "microbatch": 4}, "`--microbatch` must divide --batch"),
@@ -431,30 +436,13 @@ def test_the_paper_hyperparameters():
         ({"save_seconds": -1.0}, "`--save-seconds` must be finite and not negative"),
         ({"vocabulary": 100}, "`--vocabulary`"),
         ({"size": "800m"}, "`--tiny` must come without --size"),
-    ],
-)
-def test_bad_settings(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train_lm.run(settings(tmp_path / "new", **changes), CONSOLE)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_file_is_no_folder(tmp_path):
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_lm.run(settings(tmp_path / "new", **changes), CONSOLE)
+        assert not (tmp_path / "new").exists(), message
     (tmp_path / "new").touch()
     with pytest.raises(ValueError, match="`--out` must be a folder; got"):
         train_lm.run(settings(tmp_path / "new"), CONSOLE)
-
-
-def test_codes_of_the_report_and_of_the_arrays_agree(undisturbed, tmp_path):
-    experiment = Experiment(settings(tmp_path).resolved())
-    codes = cage.quantize(undisturbed["cage"].params, experiment.model.rules)
-    total = sum(
-        leaf.nbytes
-        for leaf in jax.tree.leaves(
-            codes, is_leaf=lambda leaf: isinstance(leaf, cage.QuantizedArray)
-        )
-    )
-    assert total == experiment.report.bytes_after
 
 
 # --- keys and values, and distillation ------------------------------------------------
@@ -602,13 +590,7 @@ def test_a_stopped_distillation_goes_on_bit_exactly(distilled, tmp_path, monkeyp
     assert written == (out / "written.npy").read_bytes()
     # What is written is not written again.
     monkeypatch.setattr(Experiment, "write", None)
-    resumed = train_lm.run(distilling(tmp_path, resume=True), CONSOLE)
-    for arm, result in expected.items():
-        assert resumed[arm].loss == result.loss
-        chex.assert_trees_all_equal(resumed[arm].params, result.params)
-        np.testing.assert_array_equal(
-            resumed[arm].history.losses, result.history.losses
-        )
+    assert_same(train_lm.run(distilling(tmp_path, resume=True), CONSOLE), expected)
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path):
@@ -638,15 +620,13 @@ def test_text_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.glob("written*")] == ["written.npy"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "other"], ids=str)
-def test_text_that_is_cut_off_is_named(content, tmp_path):
+def test_text_that_is_cut_off_is_named(tmp_path):
     path = tmp_path / "written.npy"
-    if content == "other":
-        np.save(path, np.zeros((3, 65), np.uint8))
-    else:
+    np.save(path, np.zeros((3, 65), np.uint8))
+    for content in (path.read_bytes(), b"", b"\x93NUMPY"):
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read .*written.npy: .* Remove that"):
-        training._read_written(path, (80, 65), np.uint8)
+        with pytest.raises(ValueError, match=r"cannot read .*written.npy: .* Remove "):
+            training._read_written(path, (80, 65), np.uint8)
 
 
 def test_the_program_says_that_it_distills(distilled, monkeypatch, capsys):
