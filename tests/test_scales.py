@@ -150,6 +150,7 @@ def test_each_rule_on_normal_numbers():
         scale[SignedMax()], np.take_along_axis(x, place, 0) / np.float32(-8)
     )
     mean = np.abs(wide).mean(0, keepdims=True)
+    np.testing.assert_allclose(scale[AbsMean()], mean, ROUNDING)
     # LSQ (arXiv 1902.08153), section 2.1; the highest value of 4 bits is 7.
     np.testing.assert_allclose(scale[Learned()], 2 * mean / np.sqrt(7), ROUNDING)
     span = (wide.max(0) - wide.min(0))[None]
@@ -221,6 +222,8 @@ def test_searched_has_the_least_squared_error(rng):
 
 def test_several_axes(rng):
     x = rng.standard_normal((2, 4, 3, 5)).astype(np.float32)
+    # Of two that differ in sign alone, the first one counts: in the order of all axes.
+    x[1, 1, 0, 4], x[1, 2, 0, 0] = -9, 9
     rows = np.moveaxis(x, (1, 3), (0, 1)).reshape(20, 6)
     for (rule, together), (_, apart) in zip(fit_each(x, (1, 3)), fit_each(rows)):
         chex.assert_shape(together.scale, (2, 1, 3, 1))
@@ -281,9 +284,9 @@ def test_the_largest_numbers_have_a_scale():
         found = dict(zip(NAMES, grids[rule].scale[0]))
         for name in ("largest", "lowest"):
             assert found[name] == pytest.approx(LARGEST / levels, rel=ROUNDING), rule
-    # A range beyond the largest number is not taken for a finite one.
+    # Also a range that is beyond the largest number itself.
     scale = found["a range beyond the largest"]
-    assert np.isnan(scale) or scale == pytest.approx(LARGEST / 7.5, rel=ROUNDING)
+    assert scale == pytest.approx(LARGEST / 7.5, rel=ROUNDING)
 
 
 def test_of_two_that_differ_in_sign_alone_the_first_one_counts():
