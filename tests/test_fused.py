@@ -60,8 +60,9 @@ def optimizer(rules=RULES, **changes):
 
 
 def decays(params):
+    """A mask without what has no kernel, norms, and without something that has one."""
     return jax.tree.map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+        lambda path, _: not {"norm", "rows"} & {key.key for key in path}, params
     )
 
 
