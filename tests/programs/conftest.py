@@ -1,4 +1,4 @@
-"""Tests of programs hold as little memory as they can."""
+"""What tests of programs share."""
 
 import gc
 
@@ -12,3 +12,10 @@ def programs_are_forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def as_users_have_it(standard_promotion):
+    """For programs, which are not the library: jax's own defaults."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

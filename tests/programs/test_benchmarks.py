@@ -28,12 +28,7 @@ from rich.console import Console
 
 import cage_jax as cage
 
-
-@pytest.fixture(autouse=True)
-def as_users_have_it(standard_promotion):
-    """Programs, not the library: jax's own defaults."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 def record(**changes):

@@ -14,12 +14,7 @@ import oracles
 import program
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def as_users_have_it(standard_promotion):
-    """A program adds a bias to a batch, as jax lets users do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 # One size for all tests, so that its training is compiled once.

@@ -24,11 +24,7 @@ from rich.console import Console
 CONSOLE = Console(quiet=True)
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it(standard_promotion):
-    """Flax and optax.adamw need jax's standard promotion."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 def settings(out="unused", **changes):
