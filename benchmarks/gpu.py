@@ -37,9 +37,9 @@ from measurement import Rows
 from rich.console import Console
 
 import cage_jax as cage
-from cage_jax import rounding
-from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.pallas import gpu, tiles
+from cage_jax.quantizers import rounding
 
 SHAPE = (32768, 8192)  # 1 GiB of float32, far above the cache
 SMALL = (1024, 512)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from kernel_cases import Case
 
-from cage_jax import formats, hadamard, scale_types, scales
-from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.quantizers import Quantizer
+from cage_jax import formats, scale_types, scales
+from cage_jax.arrays import hadamard
+from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.quantizers.quantizer import Quantizer
 
 
 def available() -> bool:

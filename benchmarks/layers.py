@@ -16,7 +16,7 @@ from rich.console import Console
 
 import cage_jax as cage
 import cage_jax.flax
-from cage_jax.kv_cache import quantize_kv
+from cage_jax.program.kv_cache import quantize_kv
 
 WEIGHTS = cage.int4(axis=0)
 # The quantizers of weights, and of inputs token by token.

@@ -7,7 +7,7 @@ import measurement
 import tables
 
 import cage_jax as cage
-from cage_jax.quantization import gaussian_error
+from cage_jax.core.quantize import gaussian_error
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "quantizers.md"
 BEGIN, END = "<!-- presets -->\n", "<!-- end of presets -->"

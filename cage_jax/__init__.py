@@ -8,10 +8,29 @@ what is shipped (`quantize`).
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
-from cage_jax.activations import calibrate, quantize_activations
+from cage_jax.core.choose_rotation import choose_rotation
+from cage_jax.core.quantize import (
+    QuantizedArray,
+    dequantize,
+    fake_quant,
+    quantization_error,
+    quantize,
+    with_grids,
+)
+from cage_jax.core.rules import Rules
 from cage_jax.export.loading import load
-from cage_jax.optimizers import cage_adamw, cage_sgd
-from cage_jax.presets import (
+from cage_jax.optim.optimizers import cage_adamw, cage_sgd
+from cage_jax.optim.placements import cage, decoupled, post_step
+from cage_jax.optim.recommended import recommended
+from cage_jax.optim.schedules import (
+    dose,
+    ramp_to_dose,
+    silence_then_constant,
+    silence_then_ramp,
+)
+from cage_jax.program.activations import calibrate, quantize_activations
+from cage_jax.program.low_bit import low_bit, low_bit_dot
+from cage_jax.quantizers.presets import (
     binary,
     ct_w4a16,
     ct_w8a8,
@@ -32,26 +51,7 @@ from cage_jax.presets import (
     quest,
     ternary,
 )
-from cage_jax.quantization import (
-    QuantizedArray,
-    dequantize,
-    fake_quant,
-    quantization_error,
-    quantize,
-    with_grids,
-)
-from cage_jax.quantizers import Quantizer
-from cage_jax.recommendation import recommended
-from cage_jax.rotation import choose_rotation
-from cage_jax.rules import Rules
-from cage_jax.schedules import (
-    dose,
-    ramp_to_dose,
-    silence_then_constant,
-    silence_then_ramp,
-)
-from cage_jax.serving import low_bit, low_bit_dot
-from cage_jax.transform import cage, decoupled, post_step
+from cage_jax.quantizers.quantizer import Quantizer
 
 __all__ = [
     "QuantizedArray",
@@ -105,8 +105,28 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 
+# Public modules, imported where they are first used: some need an extra, and say which.
+_MODULES = {
+    "baselines": "contrib",
+    "curvature": "optim.curvature",
+    "export": "export",
+    "flax": "flax",
+    "formats": "quantizers.formats",
+    "kv_cache": "program.kv_cache",
+    "llama": "llama",
+    "packing": "arrays.packing",
+    "qwix": "qwix",
+    "scale_types": "quantizers.scale_types",
+    "scales": "quantizers.scales",
+    "weightings": "optim.weightings",
+}
+
+
 def __getattr__(name):
-    # What needs an extra is imported where it is first used, and says which.
-    if name in ("flax", "llama", "qwix"):
-        return importlib.import_module(f"cage_jax.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"cage_jax.{_MODULES[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 from jax import lax
 
-from cage_jax.activations import INPUTS, quantize_input
-from cage_jax.activations import calibrate as calibrate_function
-from cage_jax.activations import quantize_activations as quantize_function
-from cage_jax.diagnostics import ModelReport
-from cage_jax.diagnostics import report as report_of_function
-from cage_jax.quantization import fake_quant as fake_quant_tree
-from cage_jax.quantizers import Quantizer
-from cage_jax.rules import INPUT_GRIDS, Rules, check_rules
-from cage_jax.scales import Grid
+from cage_jax.core.quantize import fake_quant as fake_quant_tree
+from cage_jax.core.rules import INPUT_GRIDS, Rules, check_rules
+from cage_jax.program.activations import INPUTS, quantize_input
+from cage_jax.program.activations import calibrate as calibrate_function
+from cage_jax.program.activations import quantize_activations as quantize_function
+from cage_jax.program.model_report import ModelReport
+from cage_jax.program.model_report import report as report_of_function
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scales import Grid
 
 try:
     from flax import linen, nnx
@@ -183,8 +183,8 @@ def report(
       A `ModelReport`; print it, or read its `layers` and `findings`.
 
     Raises:
-      TypeError, ValueError: as `cage_jax.diagnostics.report`, and for Linen without
-        `variables`.
+      TypeError, ValueError: as `cage_jax.program.model_report.report`, and for Linen
+        without `variables`.
 
     Example:
       >>> import cage_jax as cage

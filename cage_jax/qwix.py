@@ -30,13 +30,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import batching
 
-from cage_jax.formats import Format
-from cage_jax.paths import flatten_with_paths
-from cage_jax.products import scan_counts, subjaxprs
-from cage_jax.quantizers import Quantizer
-from cage_jax.rules import Rules
-from cage_jax.scale_types import FULL
-from cage_jax.scales import Grid, ScaleRule
+from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.rules import Rules
+from cage_jax.program.products import scan_counts, subjaxprs
+from cage_jax.quantizers.formats import Format
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scale_types import FULL
+from cage_jax.quantizers.scales import Grid, ScaleRule
 
 _VERSION = "0.1.8"
 

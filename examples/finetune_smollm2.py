@@ -48,9 +48,9 @@ with program.imports(__name__):
 
     import cage_jax as cage
     from cage_jax import llama
-    from cage_jax.export.model import Model
     from cage_jax.export.text import tokenizer_of
-    from cage_jax.perplexity import perplexity, windows
+    from cage_jax.llama.loaded import Model
+    from cage_jax.llama.perplexity import perplexity, windows
 
 Target = Literal["ct_w4a16", "q4_0", "mxfp4"]
 TARGETS: dict[Target, str] = {

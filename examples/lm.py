@@ -14,7 +14,7 @@ from jax import lax
 from sizes import Size
 
 import cage_jax as cage
-from cage_jax.llama import Llama
+from cage_jax.llama.model import Llama
 
 
 class LanguageModel:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)

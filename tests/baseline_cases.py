@@ -7,8 +7,8 @@ from oracles import absmax_round
 
 import cage_jax as cage
 from cage_jax import baselines
-from cage_jax.formats import Integer
-from cage_jax.scales import Fixed
+from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scales import Fixed
 
 GROUP = 4
 STEP = 0.25

@@ -10,9 +10,9 @@ import optax
 
 import cage_jax as cage
 from cage_jax import Quantizer, int2, int3, int4, int8, quest
-from cage_jax.formats import Codebook, Integer, MidRise
-from cage_jax.quantized_array import QuantizedArray
-from cage_jax.scales import AbsMax, Fixed, Gaussian, MinMax, SignedMax
+from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.quantizers.formats import Codebook, Integer, MidRise
+from cage_jax.quantizers.scales import AbsMax, Fixed, Gaussian, MinMax, SignedMax
 
 KERNEL = (64, 32)
 

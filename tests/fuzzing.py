@@ -28,7 +28,7 @@ from small_tokenizer import files_of, small_tokenizer
 import cage_jax as cage
 from cage_jax.export import native
 from cage_jax.export.files import MalformedFileError
-from cage_jax.export.model import Model
+from cage_jax.llama.loaded import Model
 
 SECONDS, TIMES_THE_FILE, SPARE = 1.0, 10, 4 * 2**20
 HUGE = (0, 1, 0x7F, 0xFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)

@@ -9,9 +9,16 @@ import ml_dtypes
 import numpy as np
 import scipy.linalg
 
-from cage_jax.formats import Codebook, Float, Integer, MidRise
-from cage_jax.scale_types import Float8, Full, Narrow, PowerOfTwo
-from cage_jax.scales import AbsMax, AbsMean, Fixed, Gaussian, MinMax, SignedMax
+from cage_jax.quantizers.formats import Codebook, Float, Integer, MidRise
+from cage_jax.quantizers.scale_types import Float8, Full, Narrow, PowerOfTwo
+from cage_jax.quantizers.scales import (
+    AbsMax,
+    AbsMean,
+    Fixed,
+    Gaussian,
+    MinMax,
+    SignedMax,
+)
 
 EPS = float(np.finfo(np.float32).eps)
 

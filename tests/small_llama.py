@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from cases import random_codes
 
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import safetensors_files
-from cage_jax.llama_config import LlamaConfig
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.llama.config import LlamaConfig
 
 # Kernels of three shapes alone, so that few programs are compiled.
 CONFIG = LlamaConfig(

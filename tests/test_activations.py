@@ -13,9 +13,9 @@ from oracles import EPS, absmax_round
 
 import cage_jax as cage
 from cage_jax import Rules, fake_quant, int4, int8, quantize_activations
-from cage_jax.activations import quantize_input
-from cage_jax.formats import Integer
-from cage_jax.scales import AbsMax, Calibrated
+from cage_jax.program.activations import quantize_input
+from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scales import AbsMax, Calibrated
 
 PER_TOKEN = int8(axis=-1)
 STATIC = int8(axis=None, scale=Calibrated())

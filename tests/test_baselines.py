@@ -29,8 +29,8 @@ from oracles import hadamard
 
 import cage_jax as cage
 from cage_jax import baselines
-from cage_jax.formats import Float, Integer
-from cage_jax.scales import Fixed
+from cage_jax.quantizers.formats import Float, Integer
+from cage_jax.quantizers.scales import Fixed
 
 # Each update is compiled; that it agrees with an eager one is asked in
 # test_baselines_conventions.

@@ -24,8 +24,8 @@ from oracles import absmax_scale, hadamard
 
 import cage_jax as cage
 from cage_jax import baselines
-from cage_jax.formats import Float, Integer
-from cage_jax.scales import Fixed
+from cage_jax.quantizers.formats import Float, Integer
+from cage_jax.quantizers.scales import Fixed
 
 TURN = hadamard(8)
 

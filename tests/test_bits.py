@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from cage_jax.bits import pack_bits, unpack_bits
+from cage_jax.arrays.packing import pack_bits, unpack_bits
 
 
 def test_bits_one_after_another(rng):

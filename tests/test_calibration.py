@@ -9,8 +9,8 @@ from cases import assert_raises
 
 import cage_jax as cage
 from cage_jax import Rules, calibrate, fake_quant, int4, int8, quantize_activations
-from cage_jax.formats import Integer
-from cage_jax.scales import AbsMax, Calibrated, Learned, MinMax, Percentile
+from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scales import AbsMax, Calibrated, Learned, MinMax, Percentile
 
 STATIC = int8(axis=None, scale=Calibrated())
 

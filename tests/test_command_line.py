@@ -21,18 +21,18 @@ from small_llama import (
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
-from cage_jax.command_line import TARGETS, WEIGHTS, main
+from cage_jax.cli.main import TARGETS, WEIGHTS, main
 from cage_jax.export.checking import differences
 from cage_jax.export.files import new_folder
-from cage_jax.export.tensors import by_path
+from cage_jax.llama.tensors import by_path
 
 pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
 pytest.importorskip("tokenizers", reason="text is read with it")
 
-from cage_jax.export.model import Model
 from cage_jax.export.native import save
-from cage_jax.perplexity import perplexity
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.perplexity import perplexity
 
 CONFIG = dataclasses.replace(TIED, context=2048)
 PARAMS = params_of(CONFIG)
@@ -361,7 +361,7 @@ def test_what_quantize_says(tmp_path, folder, capsys):
 
 
 def test_progress_is_said_where_there_is_no_terminal(folder, capsys, monkeypatch):
-    monkeypatch.setattr("cage_jax.terminal._SECONDS", 0.0)
+    monkeypatch.setattr("cage_jax.cli.terminal._SECONDS", 0.0)
     capsys.readouterr()
     assert main(["check", str(folder / "codes")]) == 0
     lines = capsys.readouterr().err.splitlines()

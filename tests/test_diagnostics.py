@@ -10,8 +10,8 @@ from oracles import absmax_round
 
 import cage_jax as cage
 from cage_jax import Rules, int2, int4, int8
-from cage_jax.diagnostics import report
-from cage_jax.scales import AbsMax, Calibrated
+from cage_jax.program.model_report import report
+from cage_jax.quantizers.scales import AbsMax, Calibrated
 
 PATHS = ["b", "e", "s", "w"]
 

@@ -10,7 +10,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cage_jax.pallas.dispatch import Kernels, either
+from cage_jax.arrays.dispatch import Kernels, either
 
 # Constants that tell the forms apart in a program's text.
 DEFAULT, TPU, CUDA, XLA_TPU = NUMBERS = 1234.5, 2345.5, 3456.5, 4567.5

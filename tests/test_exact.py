@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.exact import divide, power_below, rounded
+from cage_jax.arrays.exact import divide, power_below, rounded
 
 EDGES = [0.0, -0.0, 1.0, 3.0, 1.5e-45, 1e-39, 2.0**-126, 1e38, np.inf, -np.inf, np.nan]
 

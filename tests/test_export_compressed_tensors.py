@@ -19,10 +19,10 @@ from small_llama import (
 )
 
 import cage_jax as cage
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import safetensors_files
 from cage_jax.export.compressed_tensors import compressed_tensors, read
-from cage_jax.export.tensors import tensors
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.llama.tensors import tensors
 
 pytest.importorskip("safetensors", reason="the files are of it")
 

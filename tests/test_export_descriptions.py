@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cage_jax as cage
-from cage_jax import formats, presets, scale_types, scales
+from cage_jax import formats, scale_types, scales
 from cage_jax.export.descriptions import CLASSES, describe, quantizer_of
 from cage_jax.export.files import MalformedFileError
-from cage_jax.formats import Codebook, Float, Integer, MidRise
-from cage_jax.scales import AbsMax, Calibrated, Fixed, MinMax, Percentile, Searched
+from cage_jax.quantizers import presets
+from cage_jax.quantizers.formats import Codebook, Float, Integer, MidRise
+from cage_jax.quantizers.scales import (
+    AbsMax,
+    Calibrated,
+    Fixed,
+    MinMax,
+    Percentile,
+    Searched,
+)
 
 AXES = {"axis": -1}, {"axis": (0, 1), "group_size": (None, 8)}, {"axis": None}
 OPTIONS = {

@@ -17,9 +17,9 @@ from small_llama import (
 )
 
 import cage_jax as cage
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.gguf import gguf, read
-from cage_jax.llama_config import LlamaConfig
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.llama.config import LlamaConfig
 
 pytest.importorskip("gguf", reason="needs the extra oracles")
 

@@ -18,9 +18,9 @@ pytest.importorskip("gguf", reason="files of GGUF are written with it")
 
 from cage_jax.export import tokenizer_files
 from cage_jax.export.checking import differences, problems
-from cage_jax.export.model import Model
 from cage_jax.export.native import save
-from cage_jax.export.tensors import by_path
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.tensors import by_path
 
 WRITERS = [cage.export.compressed_tensors, cage.export.gguf]
 

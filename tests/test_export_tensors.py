@@ -16,9 +16,9 @@ from small_llama import (
 )
 
 import cage_jax as cage
-from cage_jax.export.tensors import PLACES, tensors, tree_of
-from cage_jax.llama_config import LlamaConfig
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.tensors import PLACES, tensors, tree_of
 
 PARAMS = on_host(params_of())
 

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from small_llama import write_anew
 
 import cage_jax as cage
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import trees
 from cage_jax.export.files import MalformedFileError
-from cage_jax.quantized_array import QuantizedArray
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="the file's format")
 

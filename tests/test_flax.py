@@ -12,7 +12,7 @@ from oracles import absmax_round
 
 import cage_jax as cage
 from cage_jax import Rules, fake_quant, int4, int8
-from cage_jax.scales import Calibrated
+from cage_jax.quantizers.scales import Calibrated
 
 pytest.importorskip("flax")
 
@@ -66,7 +66,7 @@ def assert_close(found, expected, atol=1e-5, rtol=1e-5):
 
 # --- every kind of layer --------------------------------------------------------------
 
-# A layer of Linen and of NNX, the shape of its input, and the axes that are summed over.
+# A layer of Linen and of NNX, the shape of its input, and the axes that are summed.
 LAYERS = {
     "Dense": (nn.Dense(4), lambda rngs: nnx.Linear(8, 4, rngs=rngs), (5, 8), -1),
     "Dense in bfloat16": (

@@ -12,7 +12,7 @@ from cases import assert_raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cage_jax.formats import NF4, Codebook, Float, Format, Integer, MidRise
+from cage_jax.quantizers.formats import NF4, Codebook, Float, Format, Integer, MidRise
 
 NARROW = [Integer(bits) for bits in range(2, 9)]
 FULL = [Integer(bits, narrow=False) for bits in range(2, 9)]

@@ -12,10 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import cage_jax as cage
-from cage_jax.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.optim.statistics import codes_of
 from cage_jax.pallas import tiles, tpu
-from cage_jax.pallas.kernels import adamw_step
-from cage_jax.statistics import codes_of
+from cage_jax.pallas.choice import adamw_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -24,8 +24,8 @@ from cage_jax import (
     quest,
     with_grids,
 )
-from cage_jax.rounding import error_from, fit_for_error, fit_grid
-from cage_jax.scales import Fixed, Gaussian, Grid
+from cage_jax.quantizers.rounding import error_from, fit_for_error, fit_grid
+from cage_jax.quantizers.scales import Fixed, Gaussian, Grid
 
 EPS = float(np.finfo(np.float32).eps)
 ONES = np.ones((8, 3), np.float32)

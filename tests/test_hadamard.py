@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 from cases import normal
 
-from cage_jax.hadamard import _by_factors, _by_product, transform
+from cage_jax.arrays.hadamard import _by_factors, _by_product, transform
 
 BLOCKS = [2, 4, 8, 16, 32, 64, 128, 256]
 

@@ -11,7 +11,7 @@ import pytest
 from cases import assert_raises, assert_same
 
 import cage_jax as cage
-from cage_jax.kv_cache import KVCache, quantize_kv
+from cage_jax.program.kv_cache import KVCache, quantize_kv
 
 BATCH, TOKENS, HEADS, SIZE = 2, 12, 3, 8
 SHAPE = BATCH, TOKENS, HEADS, SIZE

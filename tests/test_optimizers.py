@@ -14,7 +14,7 @@ from optax.tree_utils import tree_get
 from oracles import absmax_round
 
 import cage_jax as cage
-from cage_jax.transform import CageState
+from cage_jax.optim.placements import CageState
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -12,10 +12,11 @@ from kernel_oracle import check_kernel, rotate
 from test_pallas_tpu import FALLS_BACK, QUANTIZERS
 
 import cage_jax as cage
-from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.formats import Float
+from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.pallas import choice as kernels
 from cage_jax.pallas import gpu, tiles
-from cage_jax.scales import Gaussian
+from cage_jax.quantizers.formats import Float
+from cage_jax.quantizers.scales import Gaussian
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
@@ -76,6 +77,7 @@ def test_the_gradient_of_a_mask(rng):
         np.testing.assert_allclose(found, expected, atol=4e-6, err_msg=f"axis {axis}")
 
 
+ADAMW = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 ROWS = cage.int4(group_size=32, axis=-1)
 STEPS = [
     (cage.quest(4), (2, 384, 32), False),
@@ -91,7 +93,7 @@ def test_a_step(quantizer, shape, at_updated, rng):
     kernel = partial(
         gpu.adamw_step,
         tiles=tiles.tiles_for_gpu(quantizer, shape, jnp.float32),
-        adamw=AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1),
+        adamw=ADAMW,
         at_updated=at_updated,
         interpret=True,
     )
@@ -110,6 +112,19 @@ def test_a_step(quantizer, shape, at_updated, rng):
         near = np.abs(found[2] - (x + base + pull * error_at)) < 2e-6
         sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
         assert near.mean() > sure, f"pull {pull}"
+
+
+def test_steps_that_no_kernel_is_for():
+    def found(quantizer, shape, first="float32", at_updated=False, measured=False):
+        options = {"at_updated": at_updated, "measured": measured}
+        like = quantizer, shape, jnp.float32, jnp.dtype(first)
+        return kernels.adamw_step(*like, ADAMW, **options).cuda is not None
+
+    # All four arrays would be read twice.
+    channel, rows = (cage.quest(4), (384, 64)), (ROWS, (64, 128))
+    assert found(*channel) and not found(*channel, at_updated=True)
+    assert found(*rows, at_updated=True) and not found(*rows, measured=True)
+    assert found(*rows, "bfloat16") and not found(*rows, "float16")
 
 
 FOR_TPU_ALONE = {

@@ -12,7 +12,8 @@ from test_serving import check
 
 import cage_jax as cage
 from cage_jax import scale_types
-from cage_jax.pallas import kernels, tiles
+from cage_jax.pallas import choice as kernels
+from cage_jax.pallas import tiles
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 

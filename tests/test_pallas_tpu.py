@@ -21,6 +21,7 @@ QUANTIZERS = {
     "quest 1 bit": cage.quest(1),
     "quest 64": cage.quest(4, hadamard=64),
     "quest groups": cage.quest(4, group_size=256),
+    "not rotated": cage.quest(4, hadamard=None),
     "int4 channel": cage.int4(),
     "int4 groups": cage.int4(group_size=32, gradient="clip", scale=scales.AbsMax(0.9)),
     "int4 up": cage.Quantizer(formats.Integer(4, narrow=False, ties="up")),
@@ -43,6 +44,7 @@ CASES = [
     ("quest", -2, (2, 384, 256)),
     ("quest", -1, (128, 256)),
     ("quest 64", -1, (3, 128, 256)),
+    ("not rotated", -2, (256, 128)),
     ("int4 channel", -2, (4096, 128)),  # two blocks along a channel
     ("int4 channel", -1, (128, 640)),
     ("int4 groups", -2, (2, 2, 256, 128)),
@@ -161,7 +163,7 @@ def test_what_no_kernel_is_for():
 
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALLEST", 256 * 128 + 1)
+    monkeypatch.setattr(tiles, "SMALLEST", 2 * 256 * 128)
     assert tiles.tiles_of(cage.int4(), (256, 128), jnp.float32) is None
     assert tiles.tiles_of(cage.int4(), (2, 256, 128), jnp.float32) is not None
 

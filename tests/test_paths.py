@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from cage_jax import Rules, int4
-from cage_jax.paths import flatten_with_paths, path_in_errors
+from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 
 RULES = Rules([("(layers/[01]|up)/kernel", int4())])
 

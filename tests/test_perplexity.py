@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from cases import assert_raises
 
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 pytest.importorskip("flax", reason="the model needs flax")
 
 from cage_jax import llama
-from cage_jax.perplexity import greedy, perplexity
+from cage_jax.llama.perplexity import greedy, perplexity
 
 CONFIG = LlamaConfig(vocabulary=50, width=32, hidden=64, layers=1, heads=2)
 PARAMS = llama.initial_params(CONFIG, seed=3)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import cage_jax as cage
-from cage_jax.rounding import fit_grid
+from cage_jax.quantizers.rounding import fit_grid
 
 SHAPE = 128, 48
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.products import DATA, Product, find, map_inputs
+from cage_jax.program.products import DATA, Product, find, map_inputs
 
 W, X = np.ones((8, 4), np.float32), np.ones((5, 8), np.float32)
 

@@ -23,7 +23,7 @@ from cage_jax import (
     quantize,
     quest,
 )
-from cage_jax.scales import AbsMean, Gaussian
+from cage_jax.quantizers.scales import AbsMean, Gaussian
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
-from cage_jax import QuantizedArray, int4, quantize, quantized_array
+from cage_jax import QuantizedArray, int4, quantize
+from cage_jax.core import quantized_array
 
 # Every kind of code, scale, zero point, offset and divisor.
 QUANTIZERS = {

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 from oracles import rotate
 
 from cage_jax import Quantizer, fake_quant, int2, int3, int4, int8, quantize, quest
-from cage_jax.formats import Integer, MidRise
-from cage_jax.scales import AbsMax, Fixed, Gaussian, MinMax
+from cage_jax.quantizers.formats import Integer, MidRise
+from cage_jax.quantizers.scales import AbsMax, Fixed, Gaussian, MinMax
 
 EPS = float(np.finfo(np.float32).eps)
 

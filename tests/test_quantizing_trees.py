@@ -24,8 +24,8 @@ from cage_jax import (
     quantize,
     quest,
 )
-from cage_jax.rounding import fit_grid
-from cage_jax.scales import AbsMax, Fixed
+from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.scales import AbsMax, Fixed
 
 ONES = np.ones((8, 3), np.float32)
 FUNCTIONS = (fake_quant, quantize, quantization_error)

@@ -29,7 +29,7 @@ from qwix_models import (
 )
 
 import cage_jax as cage
-from cage_jax.diagnostics import report
+from cage_jax.program.model_report import report
 
 linen = pytest.importorskip("flax.linen")
 

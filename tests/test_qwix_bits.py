@@ -32,7 +32,7 @@ from qwix_models import (
 )
 
 import cage_jax as cage
-from cage_jax.rounding import fit_grid
+from cage_jax.quantizers.rounding import fit_grid
 
 linen = pytest.importorskip("flax.linen")
 

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cage_jax import Rules, diagnostics, int4, int8, quantize, quest
+from cage_jax import Rules, int4, int8, quantize, quest
+from cage_jax.program import model_report as diagnostics
 
 RULES = Rules(
     [

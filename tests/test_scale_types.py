@@ -11,8 +11,8 @@ from cases import assert_raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cage_jax.formats import Float, Integer, MidRise
-from cage_jax.scale_types import Float8, Full, Narrow, PowerOfTwo
+from cage_jax.quantizers.formats import Float, Integer, MidRise
+from cage_jax.quantizers.scale_types import Float8, Full, Narrow, PowerOfTwo
 
 TINY = 2.0**-126  # of float32; what is smaller counts as zero
 BAD = [np.inf, -np.inf, np.nan]

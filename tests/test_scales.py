@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from cases import assert_raises
 
-from cage_jax.formats import Integer, MidRise
-from cage_jax.scale_types import FULL as FULL_SCALE
-from cage_jax.scale_types import PowerOfTwo
-from cage_jax.scales import (
+from cage_jax.quantizers.formats import Integer, MidRise
+from cage_jax.quantizers.scale_types import FULL as FULL_SCALE
+from cage_jax.quantizers.scale_types import PowerOfTwo
+from cage_jax.quantizers.scales import (
     AbsMax,
     AbsMean,
     Fixed,

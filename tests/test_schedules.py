@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cage_jax import dose, ramp_to_dose, silence_then_constant, silence_then_ramp
-from cage_jax.schedules import check_learning_rate, check_strength
+from cage_jax.optim.schedules import check_learning_rate, check_strength
 
 EPS = float(np.finfo(np.float32).eps)
 MOST = 512

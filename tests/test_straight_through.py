@@ -10,10 +10,10 @@ import pytest
 from cases import KERNEL, QUANTIZERS, normal
 
 from cage_jax import Quantizer, Rules, fake_quant, int4, quest
-from cage_jax.formats import Integer, MidRise
-from cage_jax.products import scan_counts
-from cage_jax.rounding import fit_grid
-from cage_jax.scales import AbsMax, Fixed, Grid, SignedMax
+from cage_jax.program.products import scan_counts
+from cage_jax.quantizers.formats import Integer, MidRise
+from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.scales import AbsMax, Fixed, Grid, SignedMax
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
-from cage_jax import rounding, scales, tile_order
+from cage_jax import scales
+from cage_jax.arrays import tile_order
+from cage_jax.quantizers import rounding
 
 GROUPS = [*((-1, n) for n in (32, 64, 128, 256)), *((-2, n) for n in (8, 32, 128))]
 X = np.random.default_rng(0).normal(size=(2, 256, 512)).astype(np.float32)
@@ -36,11 +38,16 @@ def test_groups_are_found_and_spread_as_numpy_does():
 
 
 def test_pieces_are_whole_tiles_and_groups():
-    sharding = jax.typeof(jnp.zeros(8)).sharding
+    mesh = AbstractMesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    whole, columns = (NamedSharding(mesh, spec) for spec in (P(), P(None, "d")))
 
-    def pieces(shape, axis, size):
+    def pieces(shape, axis, size, sharding=whole):
         return tile_order.tile_pieces(shape, axis, size, sharding)
 
+    # Nine tiles are not for eight devices.
+    assert pieces((4096, 1024), -1, 32, columns) == 8
+    assert pieces((4096, 1152), -1, 32) == 1
+    assert pieces((4096, 1152), -1, 32, columns) is None
     assert pieces((2048, 1024), -1, 32) == 8
     assert pieces((4096, 1536), -1, 256) == 2
     assert pieces((3, 2048, 1280), -1, 128) == 2

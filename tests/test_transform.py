@@ -12,8 +12,8 @@ from cases import train
 from oracles import absmax_round, absmax_scale
 
 import cage_jax as cage
-from cage_jax.formats import Integer
-from cage_jax.scales import Fixed
+from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scales import Fixed
 
 # By count. The strength is silent at first; `post_step` looks one step ahead.
 LEARNING_RATE = np.array([0.05, 0.04, 0.07, 0.06, 0.03, 0.02, 0.01])

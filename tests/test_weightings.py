@@ -16,8 +16,8 @@ from oracles import hadamard
 
 import cage_jax as cage
 from cage_jax import weightings
-from cage_jax.curvature import Step
-from cage_jax.scales import AbsMax, Fixed
+from cage_jax.optim.curvature import Step
+from cage_jax.quantizers.scales import AbsMax, Fixed
 
 # Positions in float32, and their differences from a value, over the mean of weights.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}

@@ -31,9 +31,9 @@ from text import pieces
 
 import cage_jax as cage
 from cage_jax import baselines, llama
-from cage_jax.export.model import Model
 from cage_jax.export.text import tokenizer_of
-from cage_jax.perplexity import perplexity
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.perplexity import perplexity
 
 SEEDS = 3
 BATCH, LEARNING_RATE, FLOOR = 1, 1e-4, 0.1

@@ -18,8 +18,8 @@ from methods import METHODS, Method, Training, full, train
 from rich.console import Console
 
 import cage_jax as cage
-from cage_jax.formats import Integer
-from cage_jax.scales import Fixed
+from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scales import Fixed
 
 Geometry = Literal["axis-aligned", "rotated", "badly scaled", "correlated"]
 SHAPE = (8, 8)  # of the weights: a matrix, for Muon

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.export.tensors import Array
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.llama.tensors import Array
 
 
 def problems(path: str, leaf: Array) -> list[str]:

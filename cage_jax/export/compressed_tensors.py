@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.arrays.packing import COMPRESSED_TENSORS, FP4, pack, unpack
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import tokenizer_files
 from cage_jax.export.files import (
     MalformedFileError,
@@ -24,17 +26,15 @@ from cage_jax.export.files import (
     new_folder,
     read_json,
 )
-from cage_jax.export.folding import why_not_folded
-from cage_jax.export.model import Model
 from cage_jax.export.safetensors_files import read as read_arrays
 from cage_jax.export.safetensors_files import write as write_arrays
-from cage_jax.export.tensors import PLACES, Tensor, by_path, tensors, tree_of
-from cage_jax.formats import Float, Integer
-from cage_jax.llama_config import LlamaConfig
-from cage_jax.packing import COMPRESSED_TENSORS, FP4, pack, unpack
-from cage_jax.presets import ct_w4a16, fp8, mxfp4, nvfp4
-from cage_jax.quantized_array import QuantizedArray
-from cage_jax.scale_types import Full, Narrow
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.folding import why_not_folded
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.tensors import PLACES, Tensor, by_path, tensors, tree_of
+from cage_jax.quantizers.formats import Float, Integer
+from cage_jax.quantizers.presets import ct_w4a16, fp8, mxfp4, nvfp4
+from cage_jax.quantizers.scale_types import Full, Narrow
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SUPPORTED = (
@@ -97,7 +97,7 @@ def compressed_tensors(
       >>> import cage_jax as cage
       >>> from cage_jax import llama
       >>> from cage_jax.export.compressed_tensors import compressed_tensors, read
-      >>> from cage_jax.llama_config import LlamaConfig
+      >>> from cage_jax.llama.config import LlamaConfig
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
       >>> rules = cage.Rules(
       ...     [("layers/.*/kernel", cage.ct_w4a16(group_size=32)), (".*", None)]

@@ -15,10 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from cage_jax.export.files import MalformedFileError
-from cage_jax.formats import Codebook, Float, Format, Integer, MidRise
-from cage_jax.quantizers import Quantizer
-from cage_jax.scale_types import Float8, Full, Narrow, PowerOfTwo, ScaleType
-from cage_jax.scales import (
+from cage_jax.quantizers.formats import Codebook, Float, Format, Integer, MidRise
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scale_types import Float8, Full, Narrow, PowerOfTwo, ScaleType
+from cage_jax.quantizers.scales import (
     AbsMax,
     AbsMean,
     Calibrated,

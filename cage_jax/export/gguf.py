@@ -11,9 +11,9 @@ from cage_jax.export.files import MalformedFileError, Path, as_path, new_file
 from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
 from cage_jax.export.gguf_files import read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
-from cage_jax.export.model import Model
-from cage_jax.export.tensors import PLACES, Tensor, tensors, tree_of
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.tensors import PLACES, Tensor, tensors, tree_of
 
 _FLOAT_DTYPES = ("float32", "float16")
 
@@ -69,7 +69,7 @@ def gguf(
       >>> import pathlib, tempfile
       >>> from cage_jax import llama
       >>> from cage_jax.export.gguf import gguf, read
-      >>> from cage_jax.llama_config import LlamaConfig
+      >>> from cage_jax.llama.config import LlamaConfig
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=96, layers=2, heads=4)
       >>> rules = cage.Rules(
       ...     [
@@ -154,7 +154,7 @@ def read(path: Path) -> Model:
       >>> import pathlib, tempfile
       >>> from cage_jax import llama
       >>> from cage_jax.export.gguf import gguf, read
-      >>> from cage_jax.llama_config import LlamaConfig
+      >>> from cage_jax.llama.config import LlamaConfig
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=96, layers=2, heads=4)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "model.gguf")

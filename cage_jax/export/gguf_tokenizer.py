@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from cage_jax.export.files import MalformedFileError
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _PREFIX = "tokenizer.ggml."

@@ -9,9 +9,9 @@ from cage_jax.export import native, trees
 from cage_jax.export.compressed_tensors import read as read_compressed_tensors
 from cage_jax.export.files import MalformedFileError, Path
 from cage_jax.export.gguf import read as read_gguf
-from cage_jax.export.model import Model
 from cage_jax.export.stablehlo import is_folder as is_program
 from cage_jax.export.stablehlo import read_codes
+from cage_jax.llama.loaded import Model
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")

@@ -5,9 +5,9 @@ import pathlib
 
 from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import MalformedFileError, Path, new_folder, read_json
-from cage_jax.export.model import Model
-from cage_jax.export.tensors import by_path
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.loaded import Model
+from cage_jax.llama.tensors import by_path
 
 CODES, CONFIG = "codes.safetensors", "config.json"
 

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.bits import unpack_bits
+from cage_jax.arrays.packing import unpack_bits
+from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
@@ -35,8 +37,6 @@ from cage_jax.export.files import (
 )
 from cage_jax.export.safetensors_files import read, write
 from cage_jax.export.trees import Tree, described, malformed
-from cage_jax.paths import flatten_with_paths
-from cage_jax.quantized_array import QuantizedArray, decoded, packed
 
 Weights = Literal["arguments", "constants"]
 PROGRAM, WEIGHTS, DESCRIPTION = "program.bin", "weights.safetensors", "program.json"

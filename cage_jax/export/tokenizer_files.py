@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 
 from cage_jax.export.files import Path
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 NAMES = (
     "added_tokens.json",

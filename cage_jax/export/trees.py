@@ -26,6 +26,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import SequenceKey
 
+from cage_jax.arrays.paths import flatten_with_keys, name_of, path_in_errors
+from cage_jax.arrays.sharding import devices_along
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.descriptions import describe, quantizer_of
 from cage_jax.export.files import (
     MalformedFileError,
@@ -35,9 +38,6 @@ from cage_jax.export.files import (
     new_folder,
 )
 from cage_jax.export.safetensors_files import read, write
-from cage_jax.paths import flatten_with_keys, name_of, path_in_errors
-from cage_jax.quantized_array import QuantizedArray
-from cage_jax.shards import devices_along
 
 FORMAT, VERSION = "cage_jax", "1"
 

@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Literal
 
-from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.operations import times
+from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.exact import times
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
-from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
+from cage_jax.quantizers.rounding import basis_factor, fit_in_basis, of_groups
 
 # As IEEE 754 has them, of float32; to the nearest even number.
 _INSTRUCTIONS = {

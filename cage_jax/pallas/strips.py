@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.hadamard import hadamard_matrix
-from cage_jax.quantizers import Quantizer
-from cage_jax.rounding import (
+from cage_jax.arrays.hadamard import hadamard_matrix
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import (
     apply_scale,
     passes,
     round_in_basis,
@@ -22,7 +22,7 @@ from cage_jax.rounding import (
     to_elements,
     turn_back,
 )
-from cage_jax.scales import Grid
+from cage_jax.quantizers.scales import Grid
 
 PARTS = 3  # numbers of 8 bits of mantissa that a float32 number of 24 is the sum of
 

@@ -9,12 +9,12 @@ import math
 
 import jax.numpy as jnp
 
-from cage_jax.formats import Float, Format, Integer, MidRise
-from cage_jax.quantizers import Quantizer
-from cage_jax.scale_types import Narrow
-from cage_jax.scales import ReducedScale
+from cage_jax.arrays.tile_order import LANES, SMALLEST, is_large
+from cage_jax.quantizers.formats import Float, Format, Integer, MidRise
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scale_types import Narrow
+from cage_jax.quantizers.scales import ReducedScale
 
-LANES = 128
 # Of 8-bit masks, which have the highest tiles.
 _SUBLANES = 32
 # Of 16-bit numbers.
@@ -33,8 +33,6 @@ _SECTOR = 16
 _CODES_BYTES = 2**20
 _INPUTS_BYTES = 2**23
 _OUTPUTS_BYTES = 2**21
-# Below that an array stays on the chip, and one program more costs more than it saves.
-SMALLEST = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,15 +173,6 @@ def _suits(quantizer, dtype):
         and quantizer.hadamard_seed is None
         and quantizer.rounding == "nearest"
     )
-
-
-def is_large(shape: tuple[int, ...], least: int) -> bool:
-    """Whether an array has so many elements that it is worth a kernel, or tiles.
-
-    One is not that has any length, while a program is exported.
-    """
-    lengths_known = all(isinstance(length, int) for length in shape)
-    return lengths_known and math.prod(shape) >= least
 
 
 def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:

@@ -15,12 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cage_jax.adamw import AdamW, StepNumbers
-from cage_jax.operations import times
+from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.exact import times
+from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
-from cage_jax.pallas.tiles import LANES, Tiles
-from cage_jax.rounding import basis_factor, fit_in_basis, of_groups
-from cage_jax.scale_types import largest_of
+from cage_jax.pallas.tiles import Tiles
+from cage_jax.quantizers.rounding import basis_factor, fit_in_basis, of_groups
+from cage_jax.quantizers.scale_types import largest_of
 
 
 def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:

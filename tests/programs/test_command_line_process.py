@@ -9,15 +9,15 @@ from small_tokenizer import files_of, small_tokenizer
 
 pytest.importorskip("tokenizers", reason="text is read with it")
 
-from cage_jax.export.model import Model
 from cage_jax.export.native import save
+from cage_jax.llama.loaded import Model
 
 
 def test_the_program_is_installed(tmp_path):
     tokenizer = files_of(small_tokenizer("It was the best of times. " * 10))
     save(Model(params_of(), CONFIG, tokenizer), tmp_path / "model")
     done = subprocess.run(
-        [sys.executable, "-m", "cage_jax.command_line", "check", tmp_path / "model"],
+        [sys.executable, "-m", "cage_jax.cli.main", "check", tmp_path / "model"],
         capture_output=True,
         text=True,
         check=False,

@@ -16,7 +16,7 @@ from sizes import SIZES
 from small_runs import CONSOLE, assert_same, disturb, send, settings
 
 import cage_jax as cage
-from cage_jax.llama import Llama
+from cage_jax.llama.model import Llama
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 

@@ -9,8 +9,8 @@ import pytest
 from small_tokenizer import VOCABULARY, files_of, small_tokenizer
 
 import cage_jax as cage
-from cage_jax.export.model import Model
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.loaded import Model
 
 nnx = pytest.importorskip("flax.nnx")
 llama = pytest.importorskip("cage_jax.llama")

@@ -7,7 +7,7 @@ import jax
 import pytest
 from small_tokenizer import files_of, small_tokenizer
 
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("orbax", reason="the example needs the extra demo")

@@ -20,8 +20,8 @@ from rich.console import Console
 
 import cage_jax as cage
 from cage_jax import llama
-from cage_jax.export.model import Model
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.loaded import Model
 
 QUIET = Console(quiet=True)
 

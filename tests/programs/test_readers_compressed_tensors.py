@@ -24,10 +24,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 
 from cage_jax import llama
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.compressed_tensors import compressed_tensors, read
-from cage_jax.export.tensors import tensors
-from cage_jax.llama_config import LlamaConfig
-from cage_jax.quantized_array import QuantizedArray
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.tensors import tensors
 
 # Those of transformers, PyTorch and torchao, which this project cannot mend.
 pytestmark = pytest.mark.filterwarnings(

@@ -19,7 +19,7 @@ import cage_jax as cage
 from cage_jax import llama
 from cage_jax.export.gguf import gguf, read
 from cage_jax.export.gguf_files import read_content
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
 
 pytest.importorskip("gguf", reason="needs the extra oracles")
 pytest.importorskip("tokenizers", reason="needs the extra demo")

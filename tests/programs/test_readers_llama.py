@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cage_jax import llama
-from cage_jax.export.tensors import tensors
-from cage_jax.llama_config import LlamaConfig
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.tensors import tensors
 
 CONFIG = LlamaConfig(
     vocabulary=96, width=64, hidden=96, layers=3, heads=4, kv_heads=2, head_size=32

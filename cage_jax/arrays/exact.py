@@ -1,0 +1,69 @@
+"""Arithmetic that comes out the same, to the bit, in every program.
+
+A compiler turns the division by a broadcast into a product with its reciprocal in one
+program and not in another, and contracts a product and a sum into one operation.
+
+`clamp`, `times`, `finite` and `select` do what `jnp.clip`, `jnp.where` and others do,
+in as few operations as possible. Those of `jax.numpy` are functions of their own in a
+program, with broadcasts of their scalars; a quantized model has thousands of them, and
+each takes time to trace and compile. A loop over layers also receives each broadcast
+as an array, for memory to read again and again, so numbers are operands of products
+and sums here where they can be.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+
+def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
+    """`a / b`, rounded once; `b` like `a` or a number of its dtype."""
+    # That the divisor depends on `a`, a compiler has to believe: NaN is unequal to
+    # itself. A product, since a selection wants both sharded alike.
+    one = lax.convert_element_type(lax.eq(a, a), a.dtype)
+    return lax.div(a, lax.mul(b, one))
+
+
+def rounded(product: jax.Array) -> jax.Array:
+    """A product that is rounded before it goes into a sum."""
+    largest = jnp.finfo(product.dtype).max
+    return clamp(product, -largest, largest)
+
+
+def power_below(x: jax.Array) -> jax.Array:
+    """The largest power of two not above `|x|`: 0 below the normal numbers.
+
+    Of an infinity it is infinity, and of NaN too.
+    """
+    limits = jnp.finfo(x.dtype)
+    word = {32: jnp.int32, 64: jnp.int64}[limits.bits]
+    exponent = ~((1 << limits.nmant) - 1)  # all bits but those of the mantissa
+    bits = lax.bitcast_convert_type(jnp.abs(x), word) & jnp.asarray(exponent, word)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+def clamp(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
+    """`x` within two numbers; NaN stays NaN."""
+    number = np.dtype(x.dtype).type
+    return lax.clamp(number(low), x, number(high))
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """`x` times a number."""
+    return x if factor == 1 else lax.mul(x, np.dtype(x.dtype).type(factor))
+
+
+def finite(value: jax.Array, x: jax.Array) -> jax.Array:
+    """`value`, but NaN where `x` is NaN or an infinity."""
+    return lax.select(lax.is_finite(x), value, lax.sub(x, x))
+
+
+def select(condition: jax.Array, x: ArrayLike, other: ArrayLike) -> jax.Array:
+    """`x` where the condition holds, else `other`; one of them may be a number."""
+    if not isinstance(x, jax.Array):
+        x = lax.full_like(other, x)
+    elif not isinstance(other, jax.Array):
+        other = lax.full_like(x, other)
+    return lax.select(condition, x, other)

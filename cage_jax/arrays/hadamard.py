@@ -1,0 +1,120 @@
+"""The block-Hadamard transform of one axis."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cage_jax.arrays.sharding import across_shards
+
+_NEAR = 32
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """Multiplies each block of `axis` by the Hadamard matrix of entries 1 and -1.
+
+    The matrix is Sylvester's. Times `block**-0.5` this is a rotation, which is its own
+    inverse and transpose; without the factor it is exact for small whole numbers, such
+    as codes. It begins with a product of matrices, not with sums, which a compiler
+    could contract with a product that `x` comes from.
+
+    Args:
+      x: any float array.
+      block: a power of two that divides `x.shape[axis]`.
+      axis: the axis to transform, from 0.
+
+    Returns:
+      An array like `x`.
+    """
+    return across_shards(lambda x: _of_blocks(x, block, axis), x, {axis: block})
+
+
+def _of_blocks(x, block, axis):
+    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    blocks = x.reshape(*before, size // block, block, *after)
+    # A matrix unit multiplies by the whole matrix fastest.
+    transformed = lax.platform_dependent(
+        blocks,
+        cpu=functools.partial(_by_factors, axis=axis + 1),
+        default=functools.partial(_by_product, axis=axis + 1),
+    )
+    return transformed.reshape(x.shape)
+
+
+def _by_product(x, axis):
+    return jnp.moveaxis(_times_matrix(x, axis), -1, axis)
+
+
+def _by_factors(x, axis):
+    """By the Kronecker factors of the matrix, which are Hadamard matrices too."""
+    before, block, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    stages = block.bit_length() - 1
+    first, second = 2 ** (stages // 2), 2 ** (stages - stages // 2)
+    if math.prod(after) < second:  # too few columns: small matrices are slow
+        return jnp.moveaxis(_of_last_axis(jnp.moveaxis(x, axis, -1)), -1, axis)
+    x = x.reshape(*before, first, second, *after)
+    x = _matrix_times(_matrix_times(x, axis), axis + 1)
+    return x.reshape(*before, block, *after)
+
+
+def _of_last_axis(x):
+    """The sum of the far rows, each with its sign, after the product with near ones."""
+    block = x.shape[-1]
+    near = min(block, max(_NEAR, block // 4))
+    far = block // near
+    rows = x.reshape(*x.shape[:-1], far, near)
+    rows = _times_matrix(rows, rows.ndim - 1)
+    axis = rows.ndim - 2
+    signs = hadamard_matrix(far).astype(x.dtype).reshape(far, *[1] * axis, far, 1)
+    terms = (
+        lax.mul(lax.slice_in_dim(rows, i, i + 1, axis=axis), signs[i])
+        for i in range(far)
+    )
+    return functools.reduce(lax.add, terms).reshape(x.shape)
+
+
+def _times_matrix(x, axis):
+    """The product, its axis the last."""
+    matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
+    return jnp.tensordot(x, matrix, ((axis,), (0,)), precision=lax.Precision.HIGHEST)
+
+
+def _matrix_times(x, axis):
+    """The product, its axis in place: one of two matrices for each index before it."""
+    matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
+    batch = tuple(range(axis))
+    dimensions = (((axis + 1,), (axis,)), (batch, batch))
+    matrices = _for_each_before(matrix, x, axis)
+    return lax.dot_general(matrices, x, dimensions, precision=lax.Precision.HIGHEST)
+
+
+def _for_each_before(matrix, x, axis):
+    """A matrix for each index before `axis`, sharded as `x` is along those axes."""
+    shape, dimensions = (*x.shape[:axis], *matrix.shape), (axis, axis + 1)
+    sharding = jax.typeof(x).sharding
+    before = sharding.spec[:axis]
+    if not any(before):  # what is sharded as the compiler likes has none here
+        return lax.broadcast_in_dim(matrix, shape, dimensions)
+    # Outside of a mesh, JAX from 0.11 on takes no notice of `out_sharding`.
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return lax.broadcast_in_dim(
+            matrix,
+            shape,
+            dimensions,
+            out_sharding=NamedSharding(sharding.mesh, P(*before, None, None)),
+        )
+
+
+@functools.cache
+def hadamard_matrix(block: int) -> np.ndarray:
+    """Sylvester's, of entries 1 and -1, float64 of shape (block, block)."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix

@@ -1,0 +1,302 @@
+"""Codes of 2, 4 and 8 bits packed into words, in the orders that files have.
+
+    import cage_jax as cage
+    from cage_jax.arrays import packing
+
+    codes = cage.quantize(kernel, cage.ct_w4a16()).codes.T  # (out, in)
+    words = packing.pack(codes, packing.COMPRESSED_TENSORS)  # (out, in / 8), int32
+
+Plain `jax.numpy`: under `jit` and `vmap`, along any axis of a stack, and of sharded
+arrays without a collective where each device has whole words.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.sharding import across_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The order of codes in words.
+
+    The first code of a word is in its lowest bits, the next one `stride` places later.
+    Whole numbers are stored from 0 on, floats as their bits.
+
+    Args:
+      word: dtype of a word.
+      stride: how far neighbours in a word are apart in the array.
+      bits: width of a code; None for that of the codes' dtype.
+      zero: how 0 is stored, for whole numbers; None for half of what a code can be.
+      pads: whether an array may end within a word, the rest of which is 0.
+    """
+
+    word: np.dtype
+    stride: int = 1
+    bits: int | None = None
+    zero: int | None = None
+    pads: bool = False
+
+
+COMPRESSED_TENSORS = Layout(np.dtype(np.int32), pads=True)
+"""`pack-quantized` of compressed-tensors, along the inputs of (out, in)."""
+FP4 = Layout(np.dtype(np.uint8), bits=4)
+"""E2M1 of MXFP4 and NVFP4 in safetensors: two neighbours a byte."""
+GGUF_4BIT = Layout(np.dtype(np.uint8), stride=16, bits=4)
+"""Q4_0, Q4_1 and MXFP4 of GGUF: of 32 codes the first 16 in the low halves of bytes."""
+GGUF_TQ2_0 = Layout(np.dtype(np.uint8), stride=32, bits=2, zero=1)
+"""TQ2_0 of GGUF: four codes a byte, 32 places apart, of -1, 0 and 1."""
+
+
+def pack(codes: jax.Array, layout: Layout, *, axis: int = -1) -> jax.Array:
+    """Codes in words.
+
+    Args:
+      codes: int2, int4, int8, float4_e2m1fn or float8 of any shape, such as those of a
+        `QuantizedArray`.
+      layout: their order in the file.
+      axis: along which neighbours go into one word.
+
+    Returns:
+      `layout.word` of the shape of `codes`, with so many times fewer along `axis`.
+
+    Raises:
+      TypeError: for codes of another dtype.
+      ValueError: for an axis that `codes` lack, or that has no whole number of words
+        where the format does not pad them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cage_jax import packing
+      >>> codes = jnp.array([[-8, -7, 0, 7, 1, 2, 3, 4]], jnp.int4)
+      >>> packing.pack(codes, packing.COMPRESSED_TENSORS).tolist()
+      [[-878053360]]
+      >>> packing.pack(codes, packing.FP4)[0].tolist()
+      [16, 248, 169, 203]
+    """
+    axis, bits, count = _checked(codes, layout, axis)
+    length = codes.shape[axis]
+    short = -length % (count * layout.stride)
+    if short and not layout.pads:
+        raise ValueError(
+            f"`codes` must have a multiple of {count * layout.stride} along axis "
+            f"{axis}; got {length}, shape {codes.shape}. Pack along the axis of the "
+            f"groups, or leave the array unquantized: the format does not pad."
+        )
+    stored = _stored(codes, layout, bits)
+    if short:
+        stored = jnp.pad(stored, [(0, short * (i == axis)) for i in range(codes.ndim)])
+    return _packed(stored, layout, bits, axis)
+
+
+def unpack(
+    words: jax.Array,
+    layout: Layout,
+    dtype: jax.typing.DTypeLike,
+    *,
+    axis: int = -1,
+    length: int | None = None,
+) -> jax.Array:
+    """The codes that `pack` put into words.
+
+    Args:
+      words: `layout.word` of any shape.
+      layout: their order in the file.
+      dtype: of the codes.
+      axis: along which the words are.
+      length: how many codes there are along it; None for all that the words hold.
+
+    Returns:
+      The codes, `dtype`.
+
+    Raises:
+      TypeError: for words or codes of another dtype.
+      ValueError: for an axis that `words` lack, and a length that is not theirs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cage_jax import packing
+      >>> codes = jnp.array([0.5, -6, 1, 3], jnp.float4_e2m1fn)
+      >>> words = packing.pack(codes, packing.FP4)
+      >>> packing.unpack(words, packing.FP4, codes.dtype).tolist()
+      [0.5, -6.0, 1.0, 3.0]
+    """
+    words, dtype = jnp.asarray(words), jnp.dtype(dtype)
+    if words.dtype != layout.word:
+        raise TypeError(
+            f"`words` must be {layout.word} in this layout; got {words.dtype}. Use "
+            f"words.view({layout.word.name!r}) of the file's bytes."
+        )
+    bits, count = _bits(dtype, layout, "dtype")
+    axis = _axis(axis, words, "words")
+    held = words.shape[axis] * count
+    length = held if length is None else length
+    least = held - (count * layout.stride - 1) * layout.pads
+    if not max(least, 0) <= length <= held or words.shape[axis] % layout.stride:
+        raise ValueError(
+            f"`length` must be that of the codes along axis {axis}, from {least} to "
+            f"{held} and whole blocks of {count * layout.stride} unless padded; got "
+            f"{length}, words of shape {words.shape}. Use None for all of them."
+        )
+
+    def apart(words):
+        before, size, after = _around(words, axis)
+        words = words.reshape(*before, size // layout.stride, layout.stride, *after)
+        shifts = np.arange(count, dtype=np.int32) * bits
+        shifts = shifts.reshape(count, *[1] * (1 + len(after)))
+        wide = jnp.expand_dims(words.astype(jnp.int32), axis + 1)
+        wide = jnp.broadcast_to(
+            wide, (*wide.shape[: axis + 1], count, *wide.shape[axis + 2 :])
+        )
+        shifts = jnp.broadcast_to(shifts, wide.shape)
+        parts = lax.shift_right_logical(wide, shifts) & (2**bits - 1)
+        return parts.reshape(*before, size * count, *after)
+
+    codes = across_shards(apart, words, {axis: layout.stride})
+    codes = lax.slice_in_dim(codes, 0, length, axis=axis)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return lax.bitcast_convert_type(codes.astype(f"uint{bits}"), dtype)
+    return (codes - _zero(layout, bits)).astype(jnp.int8).astype(dtype)
+
+
+def _packed(stored, layout, bits, axis):
+    count = 8 * layout.word.itemsize // bits
+
+    def together(stored):
+        before, size, after = _around(stored, axis)
+        split = (*before, -1, count, layout.stride, *after)
+
+        def part(i):
+            if layout.stride == 1:  # a TPU does these in one pass, and the others not
+                return lax.slice_in_dim(stored, i, None, stride=count, axis=axis)
+            return lax.index_in_dim(stored.reshape(split), i, axis + 1, keepdims=False)
+
+        words = part(0)
+        for i in range(1, count):
+            words = words | (part(i) << (bits * i))
+        return words.reshape(*before, size // count, *after).astype(layout.word)
+
+    return across_shards(together, stored, {axis: count * layout.stride})
+
+
+def _stored(codes, layout, bits):
+    """The bits of each code in an int32."""
+    if jnp.issubdtype(codes.dtype, jnp.floating):
+        return lax.bitcast_convert_type(codes, f"uint{bits}").astype(jnp.int32)
+    return codes.astype(jnp.int32) + _zero(layout, bits)
+
+
+def _zero(layout, bits):
+    return 2 ** (bits - 1) if layout.zero is None else layout.zero
+
+
+def _around(x, axis):
+    return x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+
+
+def _checked(codes, layout, axis):
+    bits, count = _bits(codes.dtype, layout, "codes")
+    return _axis(axis, codes, "codes"), bits, count
+
+
+def _axis(axis, x, name):
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"`axis` must be within the dimensions of `{name}`; got axis={axis}, shape "
+            f"{x.shape}. Use an axis from {-x.ndim} to {x.ndim - 1}."
+        )
+    return axis % x.ndim
+
+
+def _bits(dtype, layout, name):
+    """The width of a code, and how many are in a word."""
+    bits = 0
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        bits = jnp.iinfo(dtype).bits
+    elif jnp.issubdtype(dtype, jnp.floating):
+        bits = jnp.finfo(dtype).bits
+    if bits not in (2, 4, 8) or layout.bits not in (None, bits):
+        wanted = f"{layout.bits or '2, 4 or 8'} bits"
+        raise TypeError(
+            f"`{name}` must be signed integers or floats of {wanted} in this layout; "
+            f"got {dtype}. Use the `codes` of a QuantizedArray, or their dtype."
+        )
+    return bits, 8 * layout.word.itemsize // bits
+
+
+def pack_bits(numbers: Any, bits: int) -> Any:
+    """Numbers of `bits` bits each in bytes, the last of which ends with zeros.
+
+    Args:
+      numbers: uint8 of shape (count,), below 2**bits; of NumPy or jax.
+      bits: 1 to 8.
+
+    Returns:
+      uint8 of shape (ceil(count * bits / 8),), of NumPy or jax as `numbers`.
+
+    Example:
+      >>> import numpy as np
+      >>> from cage_jax.arrays.packing import pack_bits, unpack_bits
+      >>> data = pack_bits(np.array([1, 2, 7], np.uint8), 3)
+      >>> [f"{byte:08b}" for byte in data], unpack_bits(data, 3, 3).tolist()
+      (['11010001', '00000001'], [1, 2, 7])
+    """
+    count, width = _period(bits)
+    xp = _library(numbers)
+    size = numbers.shape[0]
+    rows = xp.pad(numbers, (0, -size % count)).reshape(-1, count)
+
+    def byte(place):
+        found = xp.zeros_like(rows[:, 0])
+        for i in range(count):
+            shift = bits * i - 8 * place
+            if 0 <= shift < 8:
+                found = found | rows[:, i] << np.uint8(shift)
+            elif -bits < shift < 0:
+                found = found | rows[:, i] >> np.uint8(-shift)
+        return found
+
+    found = xp.stack([byte(place) for place in range(width)], axis=1)
+    return found.reshape(-1)[: -(-size * bits // 8)]
+
+
+def unpack_bits(data: Any, bits: int, count: int) -> Any:
+    """The first `count` numbers that `pack_bits` put into bytes.
+
+    Args:
+      data: uint8 of shape (ceil(count * bits / 8),), of NumPy or jax.
+      bits: 1 to 8.
+      count: how many numbers.
+
+    Returns:
+      uint8 of shape (count,), of NumPy or jax as `data`.
+    """
+    together, width = _period(bits)
+    xp = _library(data)
+    rows = xp.pad(data, (0, -data.shape[0] % width)).reshape(-1, width)
+
+    def number(i):
+        place, shift = divmod(bits * i, 8)
+        found = rows[:, place] >> np.uint8(shift)
+        if shift + bits > 8:
+            found = found | rows[:, place + 1] << np.uint8(8 - shift)
+        return found & np.uint8(2**bits - 1)
+
+    found = xp.stack([number(i) for i in range(together)], axis=1)
+    return found.reshape(-1)[:count]
+
+
+def _period(bits):
+    """How many numbers fill how many whole bytes."""
+    whole = math.lcm(bits, 8)
+    return whole // bits, whole // 8
+
+
+def _library(array):
+    return jnp if isinstance(array, jax.Array) else np

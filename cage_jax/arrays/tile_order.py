@@ -1,0 +1,175 @@
+"""Groups in the order in which a TPU has an array in memory.
+
+There an array is tiles of 8 rows by 128 columns. To split an axis into groups, a
+compiler copies it into another layout and back, or does what comes before and after in
+passes of their own. An array of (rows / 8, columns / 128, 8, 128) is the same memory:
+groups are whole axes of that, once it is split where tiles end. Of groups that are
+shorter than a tile it has several side by side, each of which is found with the others
+masked. Nothing is copied, and all is done in one pass with its neighbours.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from cage_jax.arrays.sharding import devices_along
+
+LANES = 128
+# Below that an array stays on the chip, and one program more costs more than it saves.
+SMALLEST = 2**18
+_ROWS = 8
+# Each masks a tile once more: eight take longer than the copies, by the compiler's own
+# estimate of cycles.
+_MOST_GROUPS = 4
+
+
+def is_large(shape: tuple[int, ...], least: int) -> bool:
+    """Whether an array has so many elements that it is worth a kernel, or tiles.
+
+    One is not that has any length, while a program is exported.
+    """
+    lengths_known = all(isinstance(length, int) for length in shape)
+    return lengths_known and math.prod(shape) >= least
+
+
+def tile_pieces(
+    shape: tuple[int, ...], axis: int, size: int, sharding: NamedSharding
+) -> int | None:
+    """Into how many pieces of whole tiles and groups both last axes can be cut.
+
+    Args:
+      shape: of an array.
+      axis: of its groups: -1 or -2.
+      size: of a group.
+      sharding: of the array, or of what it has for each group.
+
+    Returns:
+      What the number of devices has to divide that have a part each; None where an
+      array is small or no such tiles, or where its explicit shards cut them.
+    """
+    if axis < -2 or len(shape) < 2 or not is_large(shape, SMALLEST):
+        return None
+    tile = [_ROWS, LANES]
+    beside = 1 if size % tile[axis] == 0 else tile[axis] / size
+    if beside % 1 or beside > (_MOST_GROUPS if axis == -1 else 1):
+        return None
+    tile[axis] = max(tile[axis], size)
+    devices = devices_along(sharding, len(shape))[-2:]
+    counts = [length // unit for length, unit in zip(shape[-2:], tile)]
+    if [n * unit for n, unit in zip(counts, tile)] != [*shape[-2:]]:
+        return None
+    if any(n % count for n, count in zip(counts, devices)):
+        return None
+    return math.gcd(*counts)
+
+
+def reduce_in_tiles(function: Callable, x: jax.Array, axis: int, size: int) -> Any:
+    """What `function(blocks, axes)` gives for each group.
+
+    Args:
+      function: reduces `axes`, which it keeps with size 1, and gives the same where
+        zeros are added to what it reduces.
+      x: an array (..., rows, columns) of such tiles.
+      axis: of its groups: -1 or -2.
+      size: of a group.
+
+    Returns:
+      A tree of arrays (..., rows, columns / size), or (..., rows / size, columns).
+    """
+    # (..., tiles of rows, tiles of columns, 8, 128)
+    x = _tiles(x)
+    *stack, down, across, rows, lanes = x.shape
+    if axis == -2:
+        x = x.reshape(*stack, -1, size // rows, across, rows, lanes)
+        found = function(x, (x.ndim - 4, x.ndim - 2))
+        return jax.tree.map(
+            lambda each: jnp.squeeze(each, (-4, -2)).reshape(
+                *stack, each.shape[-5], across * lanes
+            ),
+            found,
+        )
+    if size >= lanes:
+        x = x.reshape(*stack, down, -1, size // lanes, rows, lanes)
+        found = function(x, (x.ndim - 3, x.ndim - 1))
+    else:
+        shape = *stack, down, across, lanes // size, rows, lanes
+        x = jnp.broadcast_to(jnp.expand_dims(x, -3), shape)
+        own = _along(-3, x) == _group(x, size)
+        x = jnp.where(own, x, jnp.zeros_like(x))
+        found = function(x, (x.ndim - 1,))
+
+    def whole(each):
+        # (..., down, across, groups beside each other, rows, 1)
+        each = jnp.moveaxis(jnp.squeeze(each, -1), -1, -3)
+        each = each.reshape(*stack, down * rows, *each.shape[-2:])
+        return each.reshape(*stack, down * rows, -1)
+
+    return jax.tree.map(whole, found)
+
+
+def spread_in_tiles(per_group: jax.Array, axis: int, size: int) -> jax.Array:
+    """What each group has once, for each of its elements.
+
+    Args:
+      per_group: an array (..., rows, groups), or (..., groups, columns).
+      axis: of the groups: -1 or -2.
+      size: of a group.
+
+    Returns:
+      An array (..., rows, columns).
+    """
+    *stack, rows, columns = per_group.shape
+    if axis == -2:
+        tiles = per_group.reshape(*stack, rows, columns // LANES, LANES)
+        tiles = jnp.expand_dims(tiles, (-4, -2))
+        shape = *stack, rows, size // _ROWS, columns // LANES, _ROWS, LANES
+        tiles = jnp.broadcast_to(tiles, shape)
+        return _untiled(tiles.reshape(*stack, -1, *shape[-3:]))
+    beside = max(1, LANES // size)
+    tiles = per_group.reshape(*stack, rows, columns // beside, beside)
+    tiles = tiles.reshape(*stack, rows // _ROWS, _ROWS, columns // beside, beside)
+    tiles = jnp.moveaxis(tiles, -3, -2)
+    shape = *tiles.shape[:-1], LANES
+    found = jnp.broadcast_to(tiles[..., :1], shape)
+    for i in range(1, beside):
+        other = jnp.broadcast_to(tiles[..., i : i + 1], shape)
+        found = jnp.where(_group(found, size) == i, other, found)
+    times = max(1, size // LANES)
+    if times > 1:
+        shape = *shape[:-2], times, *shape[-2:]
+        found = jnp.broadcast_to(jnp.expand_dims(found, -3), shape)
+        found = found.reshape(*shape[:-4], -1, *shape[-2:])
+    return _untiled(found)
+
+
+def _tiles(x):
+    """(..., rows / 8, columns / 128, 8, 128)."""
+    *stack, rows, columns = x.shape
+    # One axis at a time, the last one first: sharded arrays are reshaped only so.
+    x = x.reshape(*stack, rows, columns // LANES, LANES)
+    x = x.reshape(*stack, rows // _ROWS, _ROWS, columns // LANES, LANES)
+    return jnp.moveaxis(x, -3, -2)
+
+
+def _untiled(tiles):
+    *stack, down, across, rows, lanes = tiles.shape
+    x = jnp.moveaxis(tiles, -2, -3).reshape(*stack, down * rows, across, lanes)
+    return x.reshape(*stack, down * rows, across * lanes)
+
+
+def _group(x, size):
+    """Which of the groups of a tile each element of tiles is in."""
+    return _along(-1, x) >> (size.bit_length() - 1)
+
+
+def _along(axis, x):
+    """Where each element is along an axis."""
+    sharding = jax.typeof(x).sharding  # whatever is explicit of it
+    return lax.broadcasted_iota(
+        jnp.int32, x.shape, x.ndim + axis, out_sharding=sharding
+    )

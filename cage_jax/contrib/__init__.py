@@ -1,0 +1,36 @@
+"""Rivals and relatives of CAGE, as pieces that compose with it and with Optax.
+
+Driven by the same `Rules`. Those that change gradients or weights are transformations:
+`dampening` and `lotion` in front of an optimizer, `freezing`, `interpolation`,
+`trained_rows` and `averaging` behind it. Those that change the forward pass take the
+place of `fake_quant`: `ewgs`, `noisy_fake_quant`, `binary_relax`, `parq`. And
+`two_point_gradient` and `fogzo` take that of `jax.value_and_grad`.
+"""
+
+from cage_jax.contrib.averaging import averaged, averaging
+from cage_jax.contrib.efqat import trained_rows
+from cage_jax.contrib.ewgs import ewgs, ewgs_delta
+from cage_jax.contrib.lotion import lotion
+from cage_jax.contrib.oscillation import cosine_ramp, dampening, freezing
+from cage_jax.contrib.relaxation import binary_relax, parq, parq_schedule
+from cage_jax.contrib.winq import interpolation, noisy_fake_quant
+from cage_jax.contrib.zeroth_order import fogzo, two_point_gradient
+
+__all__ = [
+    "averaged",
+    "averaging",
+    "binary_relax",
+    "cosine_ramp",
+    "dampening",
+    "ewgs",
+    "ewgs_delta",
+    "fogzo",
+    "freezing",
+    "interpolation",
+    "lotion",
+    "noisy_fake_quant",
+    "parq",
+    "parq_schedule",
+    "trained_rows",
+    "two_point_gradient",
+]

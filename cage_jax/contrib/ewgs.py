@@ -1,0 +1,198 @@
+"""EWGS: gradients scaled, weight by weight, by the distance to the rounded value."""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cage_jax.arrays.exact import clamp
+from cage_jax.contrib.arguments import check_number
+from cage_jax.core.quantize import fake_quant, grid_at
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_and_round,
+    fit_in_basis,
+    in_basis,
+    position_of,
+    to_elements,
+)
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+
+def ewgs(
+    params: Any,
+    rules: Rules,
+    delta: float | jax.Array | Mapping[str, Any],
+    *,
+    grid: Mapping[str, Grid] | None = None,
+) -> Any:
+    """`fake_quant` whose gradient is scaled by `1 + delta * sign(g) * (x - x_q)`.
+
+    It takes the place of `fake_quant` in the loss, and has its values. `g` is the
+    gradient at the quantized weights, `x` the weights with their grid laid on [0, 1]
+    and clipped to it, `x_q` these quantized; the quantizer's `gradient` (identity,
+    clip, trust) masks what passes, and all of this is in the rotated basis where there
+    is a rotation. With `delta` 0 it is `fake_quant`, to the bit. The gradient of a
+    learned grid is that of `fake_quant`.
+
+    Args:
+      params: a tree of parameters.
+      rules: which parameters are quantized, and how.
+      delta: of all parameters, or of each by path, as `ewgs_delta` gives.
+      grid: as in `fake_quant`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`; for a `delta` that is negative, or lacks
+        a path.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> loss = lambda x: jnp.sum(baselines.ewgs(x, rules, 0.5)["kernel"])
+      >>> jax.grad(loss)(x)["kernel"].ravel().round(4)
+      Array([1.    , 1.    , 1.0179], dtype=float32)
+
+    Source: EWGS, arXiv 2104.00903.
+    """
+    check_rules(rules)
+    if not isinstance(delta, Mapping):
+        check_number(delta, "delta", "Use ewgs_delta(loss, params, rules, key).")
+
+    def apply(path, quantizer, x):
+        own = delta
+        if isinstance(delta, Mapping):
+            if path not in delta:
+                raise ValueError(
+                    f"`delta` must have an entry for each quantized parameter; got the "
+                    f"paths {list(delta)}. Use ewgs_delta, or one number for all."
+                )
+            own = delta[path]
+        found = grid_at(path, params, grid)
+        wide = compute_dtype(x.dtype)
+        scaled = _scaled(quantizer, x, found, jnp.asarray(own).astype(wide))
+        return fake_quant(scaled, quantizer, grid=found)
+
+    return rules.map(apply, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled(quantizer, x, grid, delta):
+    """`x`, with a gradient that is scaled by the distance to the rounded value."""
+    return x
+
+
+def _scaled_forward(quantizer, x, grid, delta):
+    return x, (x, grid, delta)
+
+
+def _scaled_backward(quantizer: Quantizer, saved, cotangent):
+    x, grid, delta = saved
+    values, transformed, fitted = fit_and_round(x, quantizer, grid)
+    low, high = quantizer.format.low, quantizer.format.high
+    position = clamp(position_of(transformed, quantizer, fitted), low, high)
+    distance = (position - values) / (high - low)
+    gradient = in_basis(cotangent, quantizer)
+    extra = delta * jnp.abs(gradient) * distance
+    extra = back_from_basis(extra, quantizer) * basis_factor(quantizer) ** 2
+    gradient = (cotangent.astype(extra.dtype) + extra).astype(cotangent.dtype)
+    return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(saved[2])
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+def ewgs_delta(
+    loss: Callable[[Any], jax.Array],
+    params: Any,
+    rules: Rules,
+    key: jax.Array,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+) -> dict[str, jax.Array]:
+    """The paper's `delta` of each quantized parameter, to be found again now and then.
+
+    delta = max(0, mean of the Hessian's diagonal) / (3 * deviation of the gradient)
+
+    of the parameter with its grid laid on [0, 1], at the quantized parameters. The mean
+    is Hutchinson's estimate by one vector of random signs for all parameters: one
+    product with the Hessian, in reverse mode twice. Average it over batches and keys.
+
+    Args:
+      loss: a function of the quantized parameters, a tree like `params`, which gives a
+        scalar. It must not quantize them itself.
+      params: a tree of parameters, all of real floats.
+      rules: which parameters are quantized, and how.
+      key: of `jax.random`.
+      grid: as in `fake_quant`.
+
+    Returns:
+      A dict from path to a scalar, float32 or wider; 0 where the gradient is 0.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> loss = lambda x: jnp.sum(x["kernel"] ** 2)
+      >>> delta = baselines.ewgs_delta(loss, x, rules, jax.random.key(0))
+      >>> round(float(delta["kernel"]), 3)
+      1.159
+
+    Source: EWGS, arXiv 2104.00903.
+    """
+    check_rules(rules)
+    quantized = fake_quant(params, rules, grid=grid)
+    vectors, along = {}, jax.tree.map(jnp.zeros_like, quantized)
+
+    def draw(path, quantizer, x, zeros):
+        transformed = in_basis(x, quantizer)
+        found = fit_in_basis(transformed, quantizer, grid_at(path, params, grid))
+        width = found.step * (quantizer.format.high - quantizer.format.low)
+        width = to_elements(width, quantizer, x.shape)
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        signs = jax.random.rademacher(own, x.shape, width.dtype)
+        vectors[path] = signs, width
+        vector = back_from_basis(signs * width, quantizer) * basis_factor(quantizer)
+        return vector.astype(zeros.dtype)
+
+    along = rules.map(draw, params, along)
+
+    def slope(x):
+        gradient = jax.grad(loss)(x)
+        wide = jnp.result_type(float)
+        parts = jax.tree.map(lambda g, v: jnp.sum(g * v).astype(wide), gradient, along)
+        return sum(jax.tree.leaves(parts)), gradient
+
+    curved, gradient = jax.grad(slope, has_aux=True)(quantized)
+    deltas = {}
+
+    def measure(path, quantizer, x, gradient, curved):
+        signs, width = vectors[path]
+        scaled = width * basis_factor(quantizer)
+        gradient = scaled * in_basis(gradient, quantizer)
+        mean = jnp.mean(signs * scaled * in_basis(curved, quantizer))
+        deviation = 3 * jnp.std(gradient)
+        known = deviation > 0
+        ratio = jnp.maximum(mean, 0.0) / jnp.where(known, deviation, 1.0)
+        deltas[path] = jnp.where(known, ratio, 0.0)
+
+    rules.map(measure, params, gradient, curved)
+    return deltas

@@ -1,0 +1,130 @@
+"""LOTION: the loss that random rounding is expected to have, to second order."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.paths import path_in_errors
+from cage_jax.contrib.arguments import check_known_values, check_number, quantized
+from cage_jax.core.quantize import needed_grid
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.placements import check_params
+from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
+from cage_jax.quantizers.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_in_basis,
+    in_basis,
+    position_of,
+    to_elements,
+)
+from cage_jax.quantizers.scales import compute_dtype
+
+
+class LotionState(NamedTuple):
+    """State of `lotion`.
+
+    Attributes:
+      lotion_count: steps done, int32.
+      fisher: the running average of squared gradients, by path, in the basis in which
+        the parameter is quantized.
+    """
+
+    lotion_count: jax.Array
+    fisher: dict[str, jax.Array]
+
+
+def lotion(
+    rules: Rules, strength: ScalarOrSchedule = 1.0, *, decay: float = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `strength / 2 * sum(fisher * variance)` to the updates.
+
+    The variance is that of unbiased random rounding, `s**2 * D * (1 - D)` on a uniform
+    grid with steps of `s`, where a weight lies `D` steps above the level below it, and
+    `(x - below) * (above - x)` on any. `fisher` is the running average, from 0 on, of
+    the squared updates that come in. Scales and `fisher` are constants: the gradient
+    is `strength / 2 * fisher * (below + above - 2 * x)`, 0 at a level itself (where
+    the variance has its least value and a kink) and beyond the grid. Where there is a
+    rotation all of this is in the rotated basis.
+
+    It belongs in front of any optimizer. The gradients should be those at the weights
+    as they are, without `fake_quant` in the loss: what is added stands for it. Computed
+    in float32; the updates keep their dtype.
+
+    Args:
+      rules: which parameters are quantized, and how.
+      strength: a number, or a schedule from the step's count.
+      decay: of the running average.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind or out of range; in
+        `update` without `params`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> tx = baselines.lotion(rules, decay=0.5)
+      >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.125]])}
+      >>> gradients = {"kernel": jnp.full((3, 1), 2.0)}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates["kernel"].ravel().tolist()
+      [2.0, 2.0, 2.25]
+
+    Source: LOTION, arXiv 2510.08757.
+    """
+    check_rules(rules)
+    check_strength(strength)
+    check_number(decay, "decay", "The paper uses 0.999.", most=1)
+
+    def init(params):
+        fisher = {}
+        for path, (quantizer, x) in quantized(rules, params).items():
+            with path_in_errors(path):
+                check_known_values(quantizer, "lotion")
+            fisher[path] = jnp.zeros_like(x, compute_dtype(x.dtype))
+        return LotionState(jnp.zeros([], jnp.int32), fisher)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        level = value_at(strength, state.lotion_count)
+        fisher = dict(state.fisher)
+
+        def add(path, quantizer, x, update):
+            if update is None:
+                return None
+            x = lax.stop_gradient(x.astype(compute_dtype(x.dtype)))
+            gradient, factor = update.astype(x.dtype), basis_factor(quantizer)
+            before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
+            square = jnp.square(in_basis(gradient, quantizer) * factor)
+            fisher[path] = before + share * (square - before)
+            slope = _variance_slope(x, quantizer, needed_grid(path, quantizer, params))
+            pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
+            pull = back_from_basis(pull, quantizer) * factor
+            return (gradient + pull).astype(update.dtype)
+
+        updates = rules.map(add, params, updates)
+        return updates, LotionState(optax.safe_increment(state.lotion_count), fisher)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _variance_slope(x, quantizer, grid):
+    """The derivative of the variance of random rounding, by each rotated weight."""
+    transformed = in_basis(x, quantizer)
+    grid = fit_in_basis(transformed, quantizer, grid)
+    format, position = quantizer.format, position_of(transformed, quantizer, grid)
+    position = clamp(position, format.low, format.high)
+    below, above = format.neighbours(position)
+    slope = jnp.where(position == below, 0.0, below + above - 2 * position)
+    return slope * to_elements(grid.step, quantizer, x.shape)

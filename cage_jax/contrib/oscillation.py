@@ -1,0 +1,280 @@
+"""Against weights that oscillate between two levels: dampening and freezing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cage_jax.arrays.exact import select
+from cage_jax.arrays.paths import path_in_errors
+from cage_jax.contrib.arguments import (
+    check_number,
+    check_own_codes,
+    check_steps,
+    quantized,
+)
+from cage_jax.core.quantize import needed_grid, quantization_error
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.placements import check_params
+from cage_jax.optim.schedules import (
+    ScalarOrSchedule,
+    Schedule,
+    check_strength,
+    value_at,
+)
+from cage_jax.quantizers.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_and_round,
+    fit_in_basis,
+    in_basis,
+    is_inside,
+    restore,
+)
+from cage_jax.quantizers.scales import compute_dtype
+
+
+class DampeningState(NamedTuple):
+    """State of `dampening`.
+
+    Attributes:
+      dampening_count: steps done, int32.
+    """
+
+    dampening_count: jax.Array
+
+
+def dampening(
+    rules: Rules, strength: ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `strength * sum((Q(w) - clip(w)) ** 2)` to the updates.
+
+    It belongs in front of any optimizer, as the regularizer of a loss does. `Q(w)` and
+    the grid's ends, to which `clip` goes, are constants: the gradient is
+    `2 * strength * (w - Q(w))` within the grid and 0 beyond it (in the rotated basis
+    where there is a rotation). Where nothing is clipped it is `cage.cage` with twice
+    the strength. Computed in float32; the updates keep their dtype.
+
+    Args:
+      rules: which parameters are quantized, and how.
+      strength: a number, or a schedule from the step's count such as `cosine_ramp`.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind, a strength that is
+        negative or NaN; in `update` without `params`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> tx = optax.chain(baselines.dampening(rules, 0.25), optax.sgd(1.0))
+      >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> gradients = {"kernel": jnp.zeros((3, 1))}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates["kernel"].ravel().tolist()
+      [-0.0, -0.0, -0.125]
+
+    Source: Nagel et al., arXiv 2203.11086.
+    """
+    check_rules(rules)
+    check_strength(strength)
+
+    def init(params):
+        quantized(rules, params)
+        return DampeningState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        level = value_at(strength, state.dampening_count)
+
+        def add(path, quantizer, x, update):
+            if update is None:
+                return None
+            x = x.astype(compute_dtype(x.dtype))
+            grid = needed_grid(path, quantizer, params)
+            pull = jnp.asarray(2 * level, x.dtype) * _error_within(x, quantizer, grid)
+            return (update.astype(x.dtype) + pull).astype(update.dtype)
+
+        count = optax.safe_increment(state.dampening_count)
+        return rules.map(add, params, updates), DampeningState(count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _error_within(x, quantizer, grid):
+    """`x - Q(x)`, without what lies beyond the grid."""
+    transformed = in_basis(x, quantizer)
+    fitted = fit_in_basis(transformed, quantizer, grid)
+    inside = is_inside(transformed, quantizer, fitted, 0.0)
+    error = in_basis(quantization_error(x, quantizer, grid=grid), quantizer)
+    within = back_from_basis(select(inside, error, 0), quantizer)
+    return within * basis_factor(quantizer) ** 2
+
+
+def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
+    """From 0 up to `peak` by half a cosine, and `peak` from there on.
+
+    Args:
+      total_steps: length of the training in optimizer steps.
+      peak: the last value.
+
+    Returns:
+      A schedule from the step's count (from 0) to
+      `peak * (1 - cos(pi * count / total_steps)) / 2`.
+
+    Raises:
+      TypeError, ValueError: for arguments out of range.
+
+    Example:
+      >>> from cage_jax import baselines
+      >>> strength = baselines.cosine_ramp(10, peak=1.0)
+      >>> [round(float(strength(count)), 3) for count in (0, 5, 10, 20)]
+      [0.0, 0.5, 1.0, 1.0]
+
+    Source: Nagel et al., arXiv 2203.11086, for the strength of dampening.
+    """
+    check_steps(total_steps, "total_steps", 1, "Use the number of optimizer steps.")
+    check_number(peak, "peak", "The paper uses 0.1.")
+
+    def schedule(count):
+        elapsed = jnp.asarray(count).astype(jnp.result_type(float)) / total_steps
+        return peak * (1 - jnp.cos(jnp.pi * jnp.minimum(elapsed, 1.0))) / 2
+
+    return schedule
+
+
+class FreezingState(NamedTuple):
+    """State of `freezing`; dicts by path, of arrays like the parameters.
+
+    Attributes:
+      freezing_count: steps done, int32.
+      previous_values: the last quantized weights in units of their grid.
+      direction: of their last change: -1, 1, or 0 before the first; int8.
+      frequency: the running average of oscillations, one change back a step being 1.
+      value_average: that of the values; of frozen weights as it was then.
+      frozen: which weights are pinned, bool.
+    """
+
+    freezing_count: jax.Array
+    previous_values: dict[str, jax.Array]
+    direction: dict[str, jax.Array]
+    frequency: dict[str, jax.Array]
+    value_average: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+
+
+def freezing(
+    rules: Rules, threshold: ScalarOrSchedule, *, momentum: float = 0.01
+) -> optax.GradientTransformationExtraArgs:
+    """Pins weights that oscillate too often to the rounded average of their codes.
+
+    It belongs behind the learning rate, last. A weight oscillates in a step when its
+    code changes in the opposite direction of its last change. Where the running
+    average of that is above the threshold the weight is frozen, for good: each update
+    from there on takes it to the value of its rounded average code on the grid of that
+    step. What an optimizer keeps of it, such as momentum, goes on. Averages are float32
+    (float64 for float64); the updates keep their dtype.
+
+    Args:
+      rules: which parameters are quantized, and how; without rotation.
+      threshold: a number, or a schedule from the step's count such as
+        `optax.cosine_decay_schedule(0.1, total_steps, alpha=0.1)`, the paper's from
+        0.1 to 0.01. A single change back counts `momentum`, so a threshold below that
+        freezes at the first one.
+      momentum: of both running averages.
+
+    Returns:
+      A transformation whose `update` needs `params`. The state's `frozen` says which
+      weights are, see `optax.tree_utils.tree_get(state, "frozen")`.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind or out of range; in `init`
+        for a quantizer with a rotation; in `update` without `params`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> threshold = optax.cosine_decay_schedule(0.1, 1000, alpha=0.1)
+      >>> tx = optax.chain(optax.sgd(0.1), baselines.freezing(rules, threshold))
+      >>> state = tx.init({"kernel": jnp.ones((8, 4))})
+      >>> int(optax.tree_utils.tree_get(state, "frozen")["kernel"].sum())
+      0
+
+    Source: Nagel et al., arXiv 2203.11086.
+    """
+    check_rules(rules)
+    check_strength(threshold, "threshold")
+    check_number(momentum, "momentum", "The paper uses 0.01.", most=1)
+
+    def values_of(path, quantizer, x, params):
+        x = x.astype(compute_dtype(x.dtype))
+        grid = needed_grid(path, quantizer, params)
+        values, _, grid = fit_and_round(jax.lax.stop_gradient(x), quantizer, grid)
+        return values, grid
+
+    def init(params):
+        values = {}
+        for path, (quantizer, x) in quantized(rules, params).items():
+            with path_in_errors(path):
+                check_own_codes(quantizer, "freezing")
+                values[path], _ = values_of(path, quantizer, x, params)
+        zeros = jax.tree.map(jnp.zeros_like, values)
+        return FreezingState(
+            freezing_count=jnp.zeros([], jnp.int32),
+            previous_values=values,
+            direction=jax.tree.map(lambda x: x.astype(jnp.int8), zeros),
+            frequency=zeros,
+            value_average=jax.tree.map(jnp.copy, values),  # both can be donated
+            frozen=jax.tree.map(lambda x: x.astype(bool), zeros),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        level = value_at(threshold, state.freezing_count)
+        after = FreezingState(
+            optax.safe_increment(state.freezing_count),
+            *(dict(part) for part in state[1:]),
+        )
+
+        def step(path, quantizer, x, update):
+            if update is None:
+                return None
+            reached = (x + update).astype(x.dtype)
+            values, grid = values_of(path, quantizer, reached, params)
+            dtype = values.dtype
+            average, frozen = state.value_average[path], state.frozen[path]
+            values = jnp.where(frozen, quantizer.format.round(average), values)
+
+            change = jnp.sign(values - state.previous_values[path]).astype(jnp.int8)
+            back = change * state.direction[path] == -1
+            rate = jnp.asarray(momentum, dtype)
+            frequency = state.frequency[path]
+            frequency += rate * (back.astype(dtype) - frequency)
+            frozen |= frequency > jnp.asarray(level, dtype)
+            average = jnp.where(frozen, average, average + rate * (values - average))
+            pinned = jnp.where(frozen, quantizer.format.round(average), values)
+
+            after.previous_values[path] = pinned
+            after.direction[path] = jnp.where(
+                change != 0, change, state.direction[path]
+            )
+            after.frequency[path] = frequency
+            after.value_average[path] = average
+            after.frozen[path] = frozen
+            moved = restore(pinned, quantizer, grid, reached) - x
+            return jnp.where(frozen, moved.astype(update.dtype), update)
+
+        return rules.map(step, params, updates), after
+
+    return optax.GradientTransformationExtraArgs(init, update)

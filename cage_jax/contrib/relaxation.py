@@ -1,0 +1,178 @@
+"""Quantizers that harden over time: BinaryRelax and PARQ."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cage_jax.arrays.exact import clamp
+from cage_jax.contrib.arguments import check_number, check_steps
+from cage_jax.core.quantize import grid_at, needed_grid, quantization_error
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.schedules import Schedule
+from cage_jax.quantizers.rounding import fit_in_basis, in_basis, position_of, restore
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+
+def binary_relax(
+    params: Any,
+    rules: Rules,
+    relaxation: float | jax.Array,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+) -> Any:
+    """The relaxed weights `(1 - relaxation) * x + relaxation * Q(x)`.
+
+    It takes the place of `fake_quant` in the loss: the parameters are the latent
+    weights, which get the gradient at the relaxed ones, unchanged and unmasked. With 0
+    these are the latent weights, with 1 `fake_quant`'s but for rounding. Computed in
+    float32 (float64 for float64); the dtype is kept.
+
+    Args:
+      params: a tree of parameters.
+      rules: which parameters are quantized, and how.
+      relaxation: theta, in [0, 1]; from 0 to 1 in a line over the training, such as
+        `optax.linear_schedule(0.0, 1.0, steps, start)(count)`.
+      grid: as in `fake_quant`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`, and for a relaxation out of range.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> baselines.binary_relax(params, rules, 0.5)["kernel"].ravel().tolist()
+      [0.5, -3.5, 1.125]
+
+    Source: BinaryRelax, arXiv 1801.06313; its schedule as in torchao.
+    """
+    check_rules(rules)
+    check_number(relaxation, "relaxation", "Let it go from 0 to 1.", most=1)
+
+    def relax(path, quantizer, x):
+        wide = x.astype(compute_dtype(x.dtype))
+        error = quantization_error(wide, quantizer, grid=grid_at(path, params, grid))
+        return (wide - jnp.asarray(relaxation, wide.dtype) * error).astype(x.dtype)
+
+    return rules.map(relax, params)
+
+
+def parq(
+    params: Any,
+    rules: Rules,
+    inverse_slope: float | jax.Array,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+) -> Any:
+    """The weights after PARQ's proximal map, a staircase with ramps for risers.
+
+    Between two levels with center `c` a weight goes to `c + (x - c) / inverse_slope`,
+    clipped to them; beyond the grid to its end. It takes the place of `fake_quant` in
+    the loss: the parameters are the latent weights, which get the gradient at the map's
+    values, unchanged and unmasked. With 1 they are left as they are, with 0 they are
+    `fake_quant`'s. Where there is a rotation all of this is in the rotated basis.
+    Computed in float32 (float64 for float64); the dtype is kept.
+
+    Args:
+      params: a tree of parameters.
+      rules: which parameters are quantized, and how.
+      inverse_slope: rho, in [0, 1]; from 1 to 0 over the training, by
+        `parq_schedule(total_steps)(count)`.
+      grid: as in `fake_quant`. The authors' code finds the grid every 10 steps only;
+        here it is found in each call unless it is given.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`, and for an inverse slope out of range.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> params = {"kernel": jnp.array([[0.625], [-3.5], [1.375]])}
+      >>> baselines.parq(params, rules, 0.75)["kernel"].ravel().round(4)
+      Array([ 0.5833, -3.5   ,  1.4167], dtype=float32)
+
+    Source: PARQ, arXiv 2503.15748.
+    """
+    check_rules(rules)
+    check_number(inverse_slope, "inverse_slope", "Let it go from 1 to 0.", most=1)
+
+    def ramp(path, quantizer, x):
+        found = needed_grid(path, quantizer, params, grid)
+        value = lax.stop_gradient(_ramped(x, quantizer, found, inverse_slope))
+        return value + (x - lax.stop_gradient(x))
+
+    return rules.map(ramp, params)
+
+
+def _ramped(x, quantizer, grid, inverse_slope):
+    format = quantizer.format
+    transformed = in_basis(x, quantizer)
+    grid = fit_in_basis(transformed, quantizer, grid)
+    position = position_of(transformed, quantizer, grid)
+    slope = jnp.asarray(inverse_slope, position.dtype)
+    within = clamp(position, format.low, format.high)
+    below, above = format.neighbours(within)
+    center = (below + above) / 2
+    steep = (within - center) / jnp.where(slope > 0, slope, 1.0)
+    ramped = jnp.clip(center + steep, below, above)
+    values = jnp.where(slope > 0, ramped, format.round(position))
+    return jnp.where(slope < 1, restore(values, quantizer, grid, x), x)
+
+
+def parq_schedule(
+    total_steps: int, *, start: int = 0, steepness: float = 10.0
+) -> Schedule:
+    """PARQ's inverse slope: a mirrored sigmoid from 1 at `start` to 0 at the end.
+
+    Args:
+      total_steps: the step from which on it is 0.
+      start: the step until which it is 1.
+      steepness: of the sigmoid.
+
+    Returns:
+      A schedule from the step's count (from 0) to the inverse slope.
+
+    Raises:
+      TypeError, ValueError: for arguments out of range.
+
+    Example:
+      >>> from cage_jax import baselines
+      >>> inverse_slope = baselines.parq_schedule(100)
+      >>> [round(float(inverse_slope(count)), 3) for count in (0, 25, 50, 75, 100)]
+      [1.0, 0.93, 0.5, 0.07, 0.0]
+
+    Source: PARQ, arXiv 2503.15748; the default is that of torchao.
+    """
+    check_steps(start, "start", 0, "Use the step at which to begin.")
+    check_steps(total_steps, "total_steps", start + 1, "End after the start.")
+    check_number(steepness, "steepness", "The authors' code uses 10.")
+    if steepness == 0:
+        raise ValueError("`steepness` must be positive; got 0. Use 10.")
+
+    def sigmoid(share):
+        return 1 / (1 + jnp.exp(steepness * (share - 0.5)))
+
+    last = 1 / (1 + math.exp(steepness / 2))
+    first = 1 - last
+
+    def schedule(count):
+        elapsed = jnp.asarray(count).astype(jnp.result_type(float)) - start
+        share = jnp.clip(elapsed / (total_steps - start), 0.0, 1.0)
+        inverse_slope = (sigmoid(share) - last) / (first - last)
+        return jnp.where(share < 1, jnp.clip(inverse_slope, 0.0, 1.0), 0.0)
+
+    return schedule

@@ -1,0 +1,155 @@
+"""WinQ: gradients at noisy weights, and weights interpolated to the grid at times."""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cage_jax.contrib.arguments import check_number, check_steps, quantized
+from cage_jax.core.quantize import fake_quant, needed_grid, quantization_error
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.placements import check_params
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+
+def noisy_fake_quant(
+    params: Any,
+    rules: Rules,
+    key: jax.Array,
+    *,
+    deviation: float = 1e-3,
+    grid: Mapping[str, Grid] | None = None,
+) -> Any:
+    """`fake_quant` of the weights with normal noise: `Q(W + U)`.
+
+    It takes the place of `fake_quant` in the loss, with the straight-through gradient
+    of that at `W + U`. Parameters that no rule names get no noise. The noise is drawn
+    in float32 (float64 for float64); the dtype of parameters is kept.
+
+    Args:
+      params: a tree of parameters.
+      rules: which parameters are quantized, and how.
+      key: of `jax.random`, a new one for each step; each parameter draws its own
+        numbers from it.
+      deviation: of the noise, the same for all weights.
+      grid: as in `fake_quant`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`, and for a deviation that is negative.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+      >>> noisy = baselines.noisy_fake_quant(params, rules, jax.random.key(0))
+      >>> bool((noisy["kernel"] != 1).any()), bool((noisy["bias"] != 1).any())
+      (True, False)
+
+    Source: WinQ, arXiv 2605.17471.
+    """
+    check_rules(rules)
+    check_number(deviation, "deviation", "The paper uses 1e-3.")
+
+    def add(path, quantizer, x):
+        del quantizer
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        wide = compute_dtype(x.dtype)
+        noise = jax.random.normal(own, x.shape, wide)
+        return (x.astype(wide) + jnp.asarray(deviation, wide) * noise).astype(x.dtype)
+
+    return fake_quant(rules.map(add, params), rules, grid=grid)
+
+
+class InterpolationState(NamedTuple):
+    """State of `interpolation`.
+
+    Attributes:
+      interpolation_count: steps done, int32.
+    """
+
+    interpolation_count: jax.Array
+
+
+def interpolation(
+    rules: Rules, share: float = 0.4, *, every: int = 60_000
+) -> optax.GradientTransformationExtraArgs:
+    """Takes the weights to `(1 - share) * W + share * Q(W)` after every `every` steps.
+
+    It belongs behind the learning rate, last: `W` are the weights after the update. In
+    the other steps nothing is quantized and the updates pass bit-identical. With
+    `every` 1 it is `cage.post_step` with a learning rate times strength of `share`, and
+    PV-Tuning's decay of its buffer. Computed in float32; the updates keep their dtype.
+
+    Args:
+      rules: which parameters are quantized, and how.
+      share: alpha, in [0, 1]; the paper has 0.1 to 0.6, best near 0.4.
+      every: K, a number of steps.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind or out of range; in
+        `update` without `params`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> tx = optax.chain(optax.sgd(1.0), baselines.interpolation(rules, 0.5, every=1))
+      >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> gradients = {"kernel": jnp.zeros((3, 1))}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates["kernel"].ravel().tolist()
+      [-0.0, -0.0, -0.125]
+
+    Source: WinQ, arXiv 2605.17471; PV-Tuning, arXiv 2405.14852.
+    """
+    check_rules(rules)
+    check_number(share, "share", "The paper has 0.4 as the best.", most=1)
+    check_steps(every, "every", 1, "Use the number of steps in between.")
+
+    def init(params):
+        quantized(rules, params)
+        return InterpolationState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        count = optax.safe_increment(state.interpolation_count)
+
+        def pull(path, quantizer, x, update):
+            if update is None:
+                return None
+            grid = needed_grid(path, quantizer, params)
+            own = jnp.asarray(share, compute_dtype(x.dtype))
+            return _pulled_if(count % every == 0, x, update, own, quantizer, grid)
+
+        return rules.map(pull, params, updates), InterpolationState(count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def _pulled_if(active, x, update, share, quantizer, grid):
+    """The update, with a share of the error at what it reaches if `active`."""
+
+    def pulled():
+        reached = (x + update).astype(x.dtype).astype(share.dtype)
+        error = quantization_error(reached, quantizer, grid=grid)
+        return (update.astype(error.dtype) - share * error).astype(update.dtype)
+
+    return lax.cond(active, pulled, lambda: update)

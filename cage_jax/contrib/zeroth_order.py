@@ -1,0 +1,213 @@
+"""Gradients from the loss at two points: ZeroQAT's, and FOGZO's beside the STE's."""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cage_jax.contrib.arguments import check_number, check_steps
+from cage_jax.core.quantize import needed_grid
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.quantizers.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_in_basis,
+    in_basis,
+    to_elements,
+)
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+
+def two_point_gradient(
+    loss: Callable[[Any], jax.Array],
+    params: Any,
+    key: jax.Array,
+    *,
+    radius: float = 1e-3,
+) -> tuple[jax.Array, Any]:
+    """`(L(x + radius u) - L(x - radius u)) / (2 radius) * u`, with normal `u`.
+
+    It takes the place of `jax.value_and_grad(loss)(params)`: two forward passes and no
+    backward pass. Through the staircase of `fake_quant` in the loss it sees what
+    `radius` is wide enough to see, without a straight-through rule. All parameters of
+    real floats take part, learned grids beside them too (`with_grids`), of which the
+    radius must be below the smallest scale; others get zeros. Points are in the dtype
+    of the parameters, `u` in float32 or wider.
+
+    Args:
+      loss: a function of the parameters, with `fake_quant(params, rules)` inside.
+      params: a tree of parameters.
+      key: of `jax.random`, a new one for each step.
+      radius: how far away the two points are, in deviations of `u`.
+
+    Returns:
+      The mean of both losses, and a tree like `params`.
+
+    Raises:
+      TypeError, ValueError: for a radius that is not positive.
+
+    Example:
+      >>> from cage_jax import baselines
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> loss = lambda x: jnp.sum(3 * x)
+      >>> x = jnp.zeros(1)
+      >>> value, g = baselines.two_point_gradient(loss, x, jax.random.key(0))
+      >>> u = jax.random.normal(jax.random.split(jax.random.key(0), 1)[0], 1)
+      >>> bool(abs(g - 3 * u**2).max() < 1e-4)
+      True
+
+    Source: SPSA, Spall 1992; ZeroQAT, arXiv 2509.00031; the radius is MeZO's, arXiv
+    2305.17333.
+    """
+    check_number(radius, "radius", "MeZO uses 1e-3.")
+    if not isinstance(radius, jax.Array) and radius == 0:
+        raise ValueError("`radius` must be positive; got 0. MeZO uses 1e-3.")
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    directions = [_direction(x, own) for x, own in zip(leaves, keys)]
+
+    def at(distance):
+        moved = [
+            x if u is None else (x + (distance * u).astype(x.dtype))
+            for x, u in zip(leaves, directions)
+        ]
+        return loss(jax.tree.unflatten(structure, moved))
+
+    above, below = at(radius), at(-radius)
+    slope = (above - below) / (2 * radius)
+    gradient = [
+        jnp.zeros_like(x) if u is None else (slope.astype(u.dtype) * u).astype(x.dtype)
+        for x, u in zip(leaves, directions)
+    ]
+    return (above + below) / 2, jax.tree.unflatten(structure, gradient)
+
+
+def _direction(x, key):
+    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+        return None
+    return jax.random.normal(key, x.shape, compute_dtype(x.dtype))
+
+
+def fogzo(
+    loss: Callable[[Any], jax.Array],
+    params: Any,
+    rules: Rules,
+    key: jax.Array,
+    *,
+    beta: float | jax.Array = 0.999,
+    samples: int = 1,
+    grid: Mapping[str, Grid] | None = None,
+) -> tuple[jax.Array, Any]:
+    """The straight-through gradient, corrected by the loss at two points.
+
+    It takes the place of `jax.value_and_grad(loss)(params)`, and costs two more forward
+    passes for each sample. In units of `epsilon`, the step of each weight's grid over
+    2 sqrt(3), quantized weights have the gradient
+
+        (L(x + v) - L(x - v)) / 2 * v,  v = sqrt(beta) s g / |g| + sqrt(1 - beta) u
+
+    with `g` the straight-through gradient, its norm that of all quantized weights, `s`
+    a random sign, and `u` uniform on sqrt(3) [-1, 1], by which rounding is smoothed to
+    the identity. Where there is a rotation all that is of the rotated weights. Other
+    parameters keep their gradient.
+
+    Args:
+      loss: a function of the parameters, with `fake_quant(params, rules)` inside.
+      params: a tree of parameters.
+      rules: which parameters are quantized, and how.
+      key: of `jax.random`, a new one for each step.
+      beta: the trust in the straight-through gradient, in [0, 1]; the paper goes from
+        1 down in a line, to 0.999 and less.
+      samples: of which the mean is taken.
+      grid: as in `fake_quant`.
+
+    Returns:
+      The loss, and a tree like `params`.
+
+    Raises:
+      TypeError, ValueError: for arguments out of range.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import baselines
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
+      >>> loss = lambda x: jnp.sum(cage.fake_quant(x, rules)["kernel"] ** 2)
+      >>> value, g = baselines.fogzo(loss, x, rules, jax.random.key(0))
+      >>> float(value), g["kernel"].shape
+      (13.5, (3, 1))
+
+    Source: FOGZO, arXiv 2510.23926. There `epsilon` is one number; with several steps
+    of grids this is the same in weights over their own.
+    """
+    check_rules(rules)
+    check_number(beta, "beta", "The paper ends at 0.999.", most=1)
+    check_steps(samples, "samples", 1, "The paper uses 1.")
+    value, gradient = jax.value_and_grad(loss)(params)
+    quantized = rules.quantized(params)
+    quantizers = {path: quantizer for path, (quantizer, _) in quantized.items()}
+    units, guides = {}, {}
+
+    def guide(path, quantizer, x, g):
+        given = needed_grid(path, quantizer, params, grid)
+        fitted = fit_in_basis(in_basis(x, quantizer), quantizer, given)
+        step = to_elements(fitted.step, quantizer, x.shape)
+        units[path] = step * basis_factor(quantizer) / (2 * math.sqrt(3))
+        guides[path] = units[path] * in_basis(g, quantizer)
+        return g
+
+    rules.map(guide, params, gradient)
+    wide = jnp.result_type(float)
+    norm = jnp.sqrt(sum(jnp.sum(g * g).astype(wide) for g in guides.values()))
+    norm = jnp.where(norm == 0, 1, norm)
+    total = {path: jnp.zeros_like(g) for path, g in guides.items()}
+    for own in jax.random.split(key, samples):
+        vectors = _guided(guides, norm, beta, own)
+        losses = []
+        for sign in (1, -1):
+            away = {
+                path: sign * back_from_basis(units[path] * v, quantizers[path])
+                for path, v in vectors.items()
+            }
+            losses.append(loss(_moved(params, rules, away)))
+        slope = (losses[0] - losses[1]) / 2
+        for path, v in vectors.items():
+            total[path] += slope.astype(v.dtype) * v / samples
+
+    def corrected(path, quantizer, x, g):
+        square = basis_factor(quantizer) ** 2
+        return (back_from_basis(total[path] / units[path], quantizer) * square).astype(
+            g.dtype
+        )
+
+    return value, rules.map(corrected, params, gradient)
+
+
+def _moved(params, rules, away):
+    """Parameters, those that are quantized moved by arrays by path."""
+
+    def move(path, quantizer, x, same):
+        return (x + away[path]).astype(x.dtype)
+
+    return rules.map(move, params, params)
+
+
+def _guided(guides, norm, beta, key):
+    """A draw of `v`, by path."""
+    sign_key, key = jax.random.split(key)
+    sign = jax.random.rademacher(sign_key, (), norm.dtype)
+    vectors = {}
+    for path, g in guides.items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        most = math.sqrt(3)
+        drawn = jax.random.uniform(own, g.shape, g.dtype, -most, most)
+        share = jnp.asarray(beta, g.dtype)
+        scale = (sign / norm).astype(g.dtype)
+        vectors[path] = jnp.sqrt(share) * scale * g + jnp.sqrt(1 - share) * drawn
+    return vectors

@@ -1,0 +1,1 @@
+"""Quantizing arrays and trees of parameters: rules, codes, gradients, the report."""

@@ -1,0 +1,48 @@
+"""Choosing, for each parameter, whether it is rotated before it is quantized."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from cage_jax.core.quantize import quantization_error
+from cage_jax.core.rules import Rules
+
+
+def choose_rotation(params: Any, rules: Rules) -> Rules:
+    """Rules that rotate a parameter only where that lowers its quantization error.
+
+    Args:
+      params: a tree of arrays with values, outside of `jax.jit`.
+      rules: of which some quantizers have a rotation.
+
+    Returns:
+      `rules`, behind a rule without a rotation for each parameter that has the smaller
+      error so.
+
+    Raises:
+      TypeError: for abstract parameters.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> exact = {"kernel": jnp.tile(jnp.arange(-7.0, 8), (4, 1)).T[:8]}
+      >>> rules = cage.Rules([(r".*kernel", cage.int4(hadamard=8))])
+      >>> cage.choose_rotation(exact, rules).match("kernel").hadamard is None
+      True
+
+    Source: RoSTE, arXiv 2502.09003, the lower level of its problem.
+    """
+    plain = []
+    for path, (quantizer, x) in rules.quantized(params).items():
+        if quantizer.hadamard is None:
+            continue
+        other = dataclasses.replace(quantizer, hadamard=None, hadamard_seed=None)
+        sizes = [
+            float(jnp.sum(jnp.square(quantization_error(x, q).astype(jnp.float32))))
+            for q in (quantizer, other)
+        ]
+        if sizes[1] < sizes[0]:
+            plain.append((re.escape(path), other, rules.match_inputs(path)))
+    return Rules([*plain, *rules])

@@ -1,0 +1,498 @@
+"""Quantizing arrays, and trees of them by path, with straight-through gradients."""
+
+import dataclasses
+import functools
+import math
+import warnings
+import zlib
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.dispatch import Implementation, check_implementation
+from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
+from cage_jax.core.rules import Rules
+from cage_jax.core.straight_through import straight_through
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+_ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
+
+
+@overload
+def fake_quant(
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    grid: Grid | None = None,
+    key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array: ...
+@overload
+def fake_quant(
+    x: Any,
+    quantizer: Rules,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+    key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> Any: ...
+def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
+    """Quantizes and dequantizes `x`, with a straight-through gradient.
+
+    Computed in float32 (float64 for float64); the dtype is kept. The gradient goes to
+    `x` as the quantizer's `gradient` says (identity, clip, trust; in the rotated basis
+    where there is a rotation): the gradient of `loss(fake_quant(params, rules))` is
+    exactly the gradient of the loss at the quantized parameters, under that mask. It
+    goes to the scale where that is learned (LSQ), and to no other scale. It can be
+    differentiated in reverse any number of times; forward mode (`jax.jvp`) is not
+    defined.
+
+    An all-zero group gives zeros (tiny numbers where the grid has no zero). A NaN or
+    an infinity makes its whole group NaN, and so does a sum of a rotation that is
+    beyond the largest float.
+
+    Args:
+      x: an array of real floats, or a tree of parameters.
+      quantizer: a `Quantizer` for an array, `Rules` for a tree: each parameter that a
+        rule names is quantized, the others are left as they are.
+      grid: where the grid lies, instead of what the scale rule finds in `x`: a `Grid`
+        for an array, a dict from path to `Grid` for a tree (such as the `grids` in
+        the state of `cage(..., freeze_scale=True)`). Where its scale is 0 the grid is
+        found in `x`. A learned grid must be given, here or in `x` by `with_grids`;
+        where its scale is not positive the group becomes NaN.
+      key: of `jax.random`, needed for stochastic rounding and for nothing else; in a
+        tree each parameter draws its own numbers from it.
+      implementation: None for a kernel where the program is compiled for a platform
+        that has a faster one, and runs on one device, inside of a `shard_map`, or on
+        explicit shards of whole groups; "xla" for none anywhere; "pallas" for the
+        kernel, or an error where it cannot run. Kernels agree with the rest to the bit,
+        but for sums (rotations, means) in another order: a value at a tie may go the
+        other way.
+
+    Returns:
+      An array, or a tree, like `x`.
+
+    Raises:
+      TypeError: for integers, complex numbers, and a quantizer of the wrong kind.
+      ValueError: for an axis out of range, a group or a Hadamard block that does not
+        divide, a grid of the wrong shape; with the parameter's path in a tree; for
+        `implementation` "pallas" where no kernel can run.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[0.5], [-3.5], [1.3]])
+      >>> cage.fake_quant(x, cage.int4()).ravel().tolist()
+      [0.5, -3.5, 1.5]
+      >>> jax.grad(lambda x: (3 * cage.fake_quant(x, cage.int4())).sum())(x).ravel()
+      Array([3., 3., 3.], dtype=float32)
+
+    Source: Bengio et al., arXiv 1308.3432 (straight through); QuEST, arXiv 2502.05003.
+    """
+    if _is_of_nnx(x):
+        raise TypeError(
+            f"`x` must be an array or a tree of parameters; got the NNX module "
+            f"{type(x).__name__}, whose other state would no longer be updated. Use "
+            f"cage_jax.flax.fake_quant(model, rules)."
+        )
+    check_implementation(implementation)
+    apply = functools.partial(_fake_quant_array, implementation=implementation)
+    return _apply(apply, x, quantizer, grid, key)
+
+
+def quantize(x, quantizer, *, grid=None, key=None):
+    """The codes and scales of `x`.
+
+    `dequantize(quantize(x, quantizer))` equals `fake_quant(x, quantizer)` to the bit,
+    with the same `grid` for both. Codes have no gradient, and to differentiate through
+    their scales is an error: `fake_quant` has the straight-through gradient.
+
+    Args:
+      x: an array of real floats, or a tree of parameters.
+      quantizer: a `Quantizer` for an array, `Rules` for a tree.
+      grid: as in `fake_quant`.
+      key: as in `fake_quant`.
+
+    Returns:
+      A `QuantizedArray`, or a tree like `x` with one in place of each parameter that a
+      rule names.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> quantized = cage.quantize(jnp.array([[0.5], [-3.5], [1.3]]), cage.int4())
+      >>> quantized.codes.ravel().tolist(), quantized.scale.ravel().tolist()
+      ([1, -7, 3], [0.5])
+    """
+    if _is_of_nnx(x):
+        raise TypeError(
+            f"`x` must be an array or a tree of parameters; got the NNX module "
+            f"{type(x).__name__}, which cannot hold codes and has other state. Use "
+            f"quantize(nnx.state(model, nnx.Param), rules)."
+        )
+    return _apply(_quantize_array, x, quantizer, grid, key)
+
+
+def dequantize(x, quantizer=None):
+    """The values that codes stand for.
+
+    Args:
+      x: a `QuantizedArray`, or a tree with some of them among its leaves.
+      quantizer: None, or the `Quantizer` or `Rules` that made `x`, to have them
+        checked: codes know their quantizer.
+
+    Returns:
+      An array in the dtype of the original, or a tree like `x`.
+
+    Raises:
+      TypeError: for an array that is not quantized.
+      ValueError: for codes that another quantizer made.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> quantized = cage.quantize(jnp.array([[0.5], [-3.5], [1.3]]), cage.int4())
+      >>> cage.dequantize(quantized).ravel().tolist()
+      [0.5, -3.5, 1.5]
+    """
+    paths, leaves, structure = flatten_with_paths(x, is_leaf=_is_quantized)
+    if not any(map(_is_quantized, leaves)):
+        raise TypeError(
+            f"`x` must be a QuantizedArray, or a tree with some; got "
+            f"{type(x).__name__} without any. Use `quantize` first, or `fake_quant` "
+            f"for both in turn."
+        )
+    values = []
+    for path, leaf in zip(paths, leaves):
+        if _is_quantized(leaf):
+            with path_in_errors(path):
+                _check_maker(leaf, quantizer, path)
+            leaf = decoded(leaf)
+        values.append(leaf)
+    return structure.unflatten(values)
+
+
+def quantization_error(x, quantizer, *, grid=None):
+    """`x - fake_quant(x)`: what CAGE pulls on. A constant for differentiation.
+
+    Always to the nearest value, also where the quantizer rounds stochastically.
+
+    Args:
+      x: an array of real floats, or a tree of parameters.
+      quantizer: a `Quantizer` for an array, `Rules` for a tree.
+      grid: as in `fake_quant`.
+
+    Returns:
+      An array like `x`, or a tree with zeros for the parameters that are left alone.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[0.5], [-3.5], [1.3]])
+      >>> error = cage.quantization_error(x, cage.int4())
+      >>> error.ravel().tolist()
+      [0.0, 0.0, -0.20000004768371582]
+    """
+    if isinstance(quantizer, Rules):
+        zeros = jax.tree.map(jnp.zeros_like, x)
+        return quantizer.map(
+            lambda path, q, leaf, _: _error_array(leaf, q, grid_at(path, x, grid)),
+            x,
+            zeros,
+        )
+    return _apply(_error_array, x, quantizer, grid)
+
+
+def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
+    """Puts learned grids beside the parameters, so that any optimizer trains both.
+
+    `fake_quant`, `quantize`, `quantization_error` and the CAGE transformations find
+    them there.
+
+    Args:
+      params: a tree of parameters.
+      rules: of which some quantizers are learned, such as `lsq()`.
+
+    Returns:
+      `{"params": params, "grids": {path: Grid}}`, the grids as they are found in the
+      parameters.
+
+    Raises:
+      ValueError: where no rule with a learned quantizer matches.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r".*kernel", cage.lsq(4))])
+      >>> variables = cage.with_grids({"kernel": jnp.ones((8, 4))}, rules)
+      >>> quantized = cage.fake_quant(variables, rules)["params"]
+      >>> round(float(variables["grids"]["kernel"].scale[0, 0]), 4)
+      0.7559
+
+    Source: LSQ, arXiv 1902.08153, section 2.
+    """
+    grids = {
+        path: fit_grid(x, quantizer)
+        for path, (quantizer, x) in rules.quantized(params).items()
+        if quantizer.scale.needs_grid
+    }
+    if not grids:
+        raise ValueError(
+            f"`rules` must match a parameter with a learned quantizer; got {rules}. "
+            f"Use lsq(), or leave the grids out."
+        )
+    return {"params": params, "grids": grids}
+
+
+def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
+    """The grid that is given for a path, else that which `with_grids` put beside it."""
+    if grid is None:
+        beside = isinstance(x, Mapping) and set(x) == {"params", "grids"}
+        return x["grids"].get(path) if beside else None
+    if not isinstance(grid, Mapping):
+        raise TypeError(
+            f"`grid` must map each path to its Grid; got {type(grid).__name__}. Use "
+            f"the `grids` of the state, or a dict."
+        )
+    if path not in grid:
+        raise ValueError(
+            f"`grid` must have an entry for each quantized parameter; got the paths "
+            f"{list(grid)}. Add this one, with scale 0 for a grid found in the array."
+        )
+    return grid[path]
+
+
+def needed_grid(
+    path: str, quantizer: Quantizer, x: Any, grid: Mapping[str, Grid] | None = None
+) -> Grid | None:
+    """`grid_at`; raises where that is None and the quantizer cannot do without."""
+    found = grid_at(path, x, grid)
+    check_grid_given(quantizer, found)
+    return found
+
+
+def _apply(function, x, quantizer, grid, key=None):
+    if isinstance(quantizer, Rules):
+        _check_no_codes(x, quantizer)
+        if quantizer.misses(x):
+            warnings.warn(
+                f"no parameter is quantized by {quantizer.in_words}. Print "
+                f"rules.report(params) to see the paths; a part of a tree has shorter "
+                f"ones.",
+                stacklevel=3,
+            )
+        drawn = False
+
+        def apply(path, quantizer, leaf):
+            nonlocal drawn
+            own = None
+            if key is not None and quantizer.rounding == "stochastic":
+                drawn = True
+                own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return function(leaf, quantizer, grid_at(path, x, grid), own, path)
+
+        result = quantizer.map(apply, x)
+        if key is not None and not drawn:
+            raise _unused_key(quantizer)
+        return result
+    if not isinstance(quantizer, Quantizer):
+        name = getattr(quantizer, "__name__", "int4")
+        called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
+        if isinstance(x, (Quantizer, Rules)):
+            called = " The parameters come first."
+        raise TypeError(
+            f"`quantizer` must be a Quantizer, or Rules for a tree; got "
+            f"{short(quantizer)}.{called} Use a preset such as int4(), or "
+            f"Rules([(pattern, int4())])."
+        )
+    if isinstance(x, Mapping) or any(
+        hasattr(leaf, "shape") and leaf is not x for leaf in jax.tree.leaves(x)
+    ):
+        raise TypeError(
+            f"`x` must be an array where `quantizer` is a Quantizer; got a tree "
+            f"({type(x).__name__}). Use Rules([('.*', quantizer)]) for a tree."
+        )
+    if key is not None and quantizer.rounding != "stochastic":
+        raise _unused_key(quantizer)
+    return function(x, quantizer, grid, key)
+
+
+def _is_of_nnx(x):
+    """Whether it is a module of Flax NNX, which is a tree; without importing Flax."""
+    return any(
+        base.__name__ == "Module" and base.__module__.startswith("flax.nnx")
+        for base in type(x).__mro__
+    )
+
+
+def _check_no_codes(tree, rules):
+    paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_quantized)
+    for path, leaf in zip(paths, leaves):
+        if _is_quantized(leaf) and rules.match(path):
+            raise TypeError(
+                f"`{path}`: a parameter must not be quantized already; got {leaf!r}. "
+                f"Use dequantize, or low_bit for a model on its codes."
+            )
+
+
+def _unused_key(quantizer):
+    return ValueError(
+        f"`key` has no meaning without stochastic rounding; got one with {quantizer}. "
+        f"Leave it out, or use dataclasses.replace(quantizer, rounding='stochastic')."
+    )
+
+
+def gaussian_error(quantizer: Quantizer) -> float:
+    """The mean squared error of a quantizer on normal numbers of deviation 1.
+
+    Args:
+      quantizer: anything; a learned grid is taken as it starts, and rounding is to the
+        nearest.
+
+    Returns:
+      The mean over an array of about (4096, 64) of a fixed seed, with the scales along
+      the first axis.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax.core.quantize import gaussian_error
+      >>> round(gaussian_error(cage.quest(4)), 3)
+      0.012
+    """
+    sizes = [size for size in quantizer.group_sizes if size is not None]
+    whole = len(sizes) < len(quantizer.group_sizes)
+    size = None if whole or quantizer.axis is None else math.prod(sizes)
+    if quantizer.axis is not None:
+        quantizer = dataclasses.replace(quantizer, axis=-2, group_size=size)
+    block = math.lcm(quantizer.hadamard or 1, size or 1)
+    shape = block * max(4096 // block, 1), 64
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    grid = fit_grid(x, quantizer) if quantizer.scale.needs_grid else None
+    error = quantization_error(x, quantizer, grid=grid)
+    return float(np.mean(np.square(np.asarray(error, np.float64))))
+
+
+def _is_quantized(leaf):
+    return isinstance(leaf, QuantizedArray)
+
+
+def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):
+    x = _checked(x, quantizer, grid, key)
+    noise = _noise(x, quantizer, key)
+    return straight_through(quantizer, x, grid, noise, implementation, path)
+
+
+def _quantize_array(x, quantizer, grid, key, path=""):
+    del path  # what raises, does it here
+    x = _checked(x, quantizer, grid, key)
+    return encoded(x, quantizer, grid, _noise(x, quantizer, key))
+
+
+def _noise(x, quantizer, key):
+    """Uniform numbers for stochastic rounding, or None."""
+    if key is None:
+        return None
+    return jax.random.uniform(key, x.shape, compute_dtype(x.dtype))
+
+
+def _check_maker(quantized, quantizer, path):
+    maker = quantizer.match(path) if isinstance(quantizer, Rules) else quantizer
+    if quantizer is not None and maker != quantized.quantizer:
+        raise ValueError(
+            f"`quantizer` must be the one that made the codes, {quantized.quantizer}; "
+            f"got {maker}. Leave it out: codes know their quantizer."
+        )
+
+
+def _error_array(x, quantizer, grid, key=None, path=""):
+    del path
+    x = lax.stop_gradient(_checked(x, quantizer, grid, key, rounds=False))
+    grid = lax.stop_gradient(grid)
+    # A kernel and the difference move 5 copies on a TPU; what compilers make of both 3,
+    # and less as a part of what uses it, but 7 and more with a rotation.
+    implementation = "xla" if quantizer.hadamard is None else None
+    return x - straight_through(quantizer, x, grid, None, implementation)
+
+
+def _checked(x, quantizer, grid, key, rounds=True):
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"`x` must be an array of real floats; got dtype {x.dtype}. Convert it to "
+            f"{_ALLOWED_FLOATS}, or leave it unquantized."
+        )
+    scale_shape = quantizer.scale_shape(x.shape)
+    check_grid_given(quantizer, grid)
+    if grid is not None:
+        _check_grid(grid, quantizer, x.shape, scale_shape)
+    if rounds and key is None and quantizer.rounding == "stochastic":
+        raise ValueError(
+            f"`key` must be given for stochastic rounding; got None, quantizer "
+            f"{quantizer}. Use a new key of jax.random at each step."
+        )
+    return x
+
+
+def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
+    """Raises where a learned or calibrated grid is not given."""
+    if quantizer.scale.needs_grid and grid is None:
+        kind = "learned" if quantizer.scale.learned else "calibrated"
+        raise ValueError(
+            f"`grid` must be given for a {kind} scale; got None, quantizer "
+            f"{quantizer}. Use variables = with_grids(params, rules) in place of the "
+            f"parameters; for the inputs of a model, calibrate(model, rules, ...)."
+        )
+
+
+def _check_grid(grid, quantizer, shape, scale_shape):
+    if not isinstance(grid, Grid):
+        raise TypeError(
+            f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
+            f"Grid(scale, zero_point) of `cage_jax.scales`, and Grid(**grid) of what a "
+            f"file gave back as a dict."
+        )
+    wants = {
+        "zero_point": quantizer.asymmetric,
+        "offset": quantizer.scale.has_offset,
+        "tensor_divisor": quantizer.scale_type.has_tensor_divisor,
+    }
+    for name, wanted in wants.items():
+        if (getattr(grid, name) is not None) != wanted:
+            text = name.replace("_", " ")
+            raise ValueError(
+                f"`grid` must have a {text} when the quantizer has one, and none "
+                f"otherwise; got {name}={getattr(grid, name)}, quantizer {quantizer}. "
+                f"Take the grid from the state of the same rules."
+            )
+    for name, value in grid._asdict().items():
+        tensor = name == "tensor_divisor"
+        expected = quantizer.tensor_shape(shape) if tensor else scale_shape
+        if value is not None and jnp.shape(value) != expected:
+            each = "tensor" if tensor else "group"
+            raise ValueError(
+                f"`grid` must have one {name} for each {each}, shape {expected}; got "
+                f"shape {jnp.shape(value)}, x.shape={shape}. Take the grid from the "
+                f"state of the same rules."
+            )
+    if quantizer.scale.needs_grid and not isinstance(grid.scale, jax.core.Tracer):
+        least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0
+        if not least > 0:
+            raise ValueError(
+                f"`grid` must have positive scales; got {least}. Lower the "
+                f"learning rate of the scales, or start them again by with_grids."
+            )

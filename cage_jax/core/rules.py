@@ -1,0 +1,430 @@
+"""`Rules`: one table that says by path how each parameter is quantized."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Self
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.weight_report import Report, Row, split_text
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+INPUT_GRIDS = (
+    "input_grids"  # where NNX modules keep grids; no rule is for what is there
+)
+
+
+class Rule(NamedTuple):
+    """One line of `Rules`.
+
+    Attributes:
+      pattern: a regular expression for whole paths.
+      weights: the quantizer of the parameter, or None.
+      inputs: the quantizer of what it is multiplied with, or None.
+    """
+
+    pattern: str
+    weights: Quantizer | None
+    inputs: Quantizer | None = None
+
+    def __str__(self) -> str:
+        inputs = f", inputs {self.inputs}" if self.inputs else ""
+        return f"({self.pattern!r}, {self.weights}{inputs})"
+
+
+class Rules:
+    """A table of patterns and quantizers; the first pattern that matches wins.
+
+    One table drives the straight-through forward pass, the CAGE correction, the
+    report and the export, so that they cannot disagree. It is immutable and hashable.
+
+    Args:
+      rules: tuples of a regular expression, which must match the whole path of a
+        parameter (`re.fullmatch`), and a `Quantizer`, or None to leave the parameter
+        alone. A parameter that no pattern matches is left alone too. A third entry is
+        the `Quantizer` of what the parameter is multiplied with, its input, see
+        `quantize_activations`. Paths are joined by "/", such as
+        "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
+        Linen (with or without the leading "params") and NNX (with or without the
+        trailing ".value").
+
+    Raises:
+      TypeError: for something else than tuples of a string and a `Quantizer` or None.
+      ValueError: for a pattern that is not a regular expression.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([
+      ...     (r".*(attention|mlp)/.*kernel", cage.int4(group_size=32)),
+      ...     (r".*", None),
+      ... ])
+      >>> params = {"mlp": {"up": {"kernel": jnp.ones((64, 32))}}, "norm": jnp.ones(64)}
+      >>> print(rules.report(params))
+      path           shape     quantizer                                    bits  bytes  becomes
+      mlp/up/kernel  (64, 32)  int4 absmax, group 32 of axis -2, identity   5.00   8192     1280
+      norm           (64,)     - left alone by rule 2 '.*'                 32.00    256      256
+      total          2112                                                   5.82   8448     1536
+    """
+
+    __slots__ = ("_compiled", "_rules")
+
+    def __init__(self, rules: Iterable[tuple]):
+        self._rules = _checked(rules)
+        self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
+
+    def match(self, path: str) -> Quantizer | None:
+        """The quantizer of the parameter at `path`, or None.
+
+        Args:
+          path: joined by "/".
+
+        Returns:
+          The `Quantizer` of the first rule whose pattern matches the whole path.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> cage.Rules([(r".*bias", None), (r".*", cage.int8())]).match("up/bias")
+        """
+        rule = self.rule_of(path)
+        return None if rule is None else rule.weights
+
+    def match_inputs(self, path: str) -> Quantizer | None:
+        """The quantizer of what the parameter at `path` is multiplied with, or None.
+
+        Args:
+          path: joined by "/".
+
+        Returns:
+          The third entry of the first rule whose pattern matches the whole path.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> rules = cage.Rules([(r".*kernel", cage.int4(), cage.int8(axis=-1))])
+          >>> print(rules.match_inputs("up/kernel"))
+          int8 absmax, axis -1, identity
+        """
+        rule = self.rule_of(path)
+        return None if rule is None else rule.inputs
+
+    def rule_of(self, path: str) -> Rule | None:
+        """The first rule whose pattern matches the whole path, or None."""
+        index = self._index(path)
+        return None if index is None else self._rules[index]
+
+    def map(self, function: Callable, tree: Any, *rest: Any) -> Any:
+        """Calls `function(path, quantizer, leaf, *rest)` on each quantized parameter.
+
+        Args:
+          function: gets the path, the `Quantizer`, the leaf of `tree` and those of
+            `rest` in the same place (which may be None or a subtree there).
+          tree: of arrays. Scalars and arrays without elements have nothing to
+            quantize and are left alone.
+          rest: trees with the structure of `tree` down to its leaves.
+
+        Returns:
+          `tree` with the results in place; the other leaves are the very same, or
+          those of the first of `rest` where there is one.
+
+        Raises:
+          TypeError, ValueError: what `function` raises, with the parameter's path in
+            front, and TypeError for a matched parameter that is not real floating.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> import jax.numpy as jnp
+          >>> rules = cage.Rules([(r"kernel", cage.int8())])
+          >>> rules.map(lambda path, quantizer, x: quantizer.bits,
+          ...           {"kernel": jnp.ones((4, 4)), "bias": None})
+          {'bias': None, 'kernel': 8}
+        """
+        paths, leaves, structure = _flatten(tree)
+        others = [structure.flatten_up_to(each) for each in rest]
+        results = []
+        for path, leaf, *other in zip(paths, leaves, *others):
+            quantizer = self._quantizer(path, leaf)
+            if quantizer is None:
+                results.append(other[0] if other else leaf)
+                continue
+            with path_in_errors(path):
+                results.append(function(path, quantizer, leaf, *other))
+        return structure.unflatten(results)
+
+    def misses(self, tree: Any) -> bool:
+        """Whether there is a quantizer here, but none for any leaf of `tree`.
+
+        Args:
+          tree: of arrays.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> cage.Rules([(r"up/kernel", cage.int8())]).misses({"kernel": 1.0})
+          True
+        """
+        if not any(rule.weights for rule in self._rules):
+            return False
+        return not any(map(self.match, _flatten(tree)[0]))
+
+    def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
+        """The quantizer and the leaf of each parameter that is quantized, by path.
+
+        Args:
+          tree: of arrays.
+
+        Returns:
+          A dict in the order of the tree's leaves.
+
+        Raises:
+          TypeError: for a matched parameter that is not real floating.
+          ValueError: for two parameters with the same path, and for one that its
+            quantizer cannot divide into groups.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> import jax.numpy as jnp
+          >>> list(cage.Rules([(r".*", cage.int8())]).quantized([jnp.ones((4, 4))]))
+          ['0']
+        """
+        found = {}
+        paths, leaves, _ = _flatten(tree)
+        for path, leaf in zip(paths, leaves):
+            quantizer = self._quantizer(path, leaf)
+            if quantizer is None:
+                continue
+            if path in found:
+                raise ValueError(
+                    f"`{path}`: paths must tell parameters apart; got two with this "
+                    f"one. Rename one of them, or use one kind of key for both."
+                )
+            with path_in_errors(path):
+                quantizer.groups(leaf.shape)
+            found[path] = (quantizer, leaf)
+        return found
+
+    def report(self, params: Any) -> Report:
+        """What becomes of each parameter: quantizer, bits, bytes, or why it is skipped.
+
+        Warns of a rule that matches nothing, with the nearest path if one is near, and
+        of shardings that cut a rotated block, or groups, such that devices send each
+        other weights at each step.
+
+        Args:
+          params: a tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings
+            where there are.
+
+        Returns:
+          A `Report`; print it, or read its `rows`.
+
+        Raises:
+          TypeError, ValueError: for a parameter that its rule cannot quantize, with
+            its path.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> import jax.numpy as jnp
+          >>> report = cage.Rules([(r".*", cage.int8(axis=None))]).report(jnp.ones(96))
+          >>> report.rows[0].bits_per_weight
+          8.333333333333334
+        """
+        every, leaves, _ = _flatten(params)
+        kept = [not _is_grid(leaf) for leaf in leaves]
+        paths = [path for path, keep in zip(every, kept) if keep]
+        leaves = [leaf for leaf, keep in zip(leaves, kept) if keep]
+        rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
+        unused = [
+            rule.pattern
+            for i, rule in self._unused(paths)
+            # What is left for a closing (".*", None) may be nothing.
+            if rule.weights
+            or rule.inputs
+            or not any(map(self._compiled[i].fullmatch, paths))
+        ]
+        for pattern in unused:
+            warnings.warn(unused_text(pattern, paths), stacklevel=2)
+        report = Report(tuple(rows), tuple(unused))
+        for text in report.splits:
+            warnings.warn(text, stacklevel=2)
+        return report
+
+    def why_unused(self, tree: Any) -> tuple[str, ...]:
+        """Of each rule that has a quantizer and decides nothing, why; as sentences.
+
+        Args:
+          tree: of arrays. Where `optax.masked` has hidden a part of it nothing is said.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> rules = cage.Rules([(r"kernal", cage.int8()), (r".*", cage.int4())])
+          >>> print(*rules.why_unused({"kernel": 1.0}))
+          the rule 'kernal' matches no parameter. The nearest path is 'kernel'.
+        """
+        paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_grid_or_hidden)
+        if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+            return ()
+        return tuple(
+            unused_text(rule.pattern, paths)
+            for _, rule in self._unused(paths)
+            if rule.weights
+        )
+
+    def _unused(self, paths):
+        used = set(map(self._index, paths))
+        return [(i, rule) for i, rule in enumerate(self._rules) if i not in used]
+
+    def _row(self, path, leaf) -> Row:
+        quantizer = self._quantizer(path, leaf)
+        shape = np.shape(leaf)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        bits, reason, split = None, None, None
+        if quantizer is not None:
+            with path_in_errors(path):
+                bits = quantizer.storage_bits(shape, compute_dtype(dtype))
+            split = split_text(quantizer, shape, getattr(leaf, "sharding", None))
+        elif 0 in shape or not shape:
+            reason = "no elements" if shape else "a scalar"
+        elif (index := self._index(path)) is None:
+            reason = "no rule matches"
+        else:
+            reason = f"left alone by rule {index + 1} {self._rules[index].pattern!r}"
+        inputs = self.match_inputs(path)
+        return Row(path, shape, dtype, quantizer, bits, reason, inputs, split)
+
+    def _index(self, path: str) -> int | None:
+        for index, pattern in enumerate(self._compiled):
+            if pattern.fullmatch(path):
+                return index
+        return None
+
+    def _quantizer(self, path, leaf) -> Quantizer | None:
+        is_grid = _is_grid(leaf) or INPUT_GRIDS in path.split("/")
+        quantizer = None if is_grid else self.match(path)
+        if quantizer is None:
+            return None
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"`{path}`: a quantized parameter must be an array; got "
+                f"{type(leaf).__name__}. Convert it with `jnp.asarray`, or give it a "
+                f"rule with None before the one that matches."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"`{path}`: a quantized parameter must be real floating; got dtype "
+                f"{leaf.dtype}. Give it a rule ({re.escape(path)!r}, None) before the "
+                f"one that matches."
+            )
+        return None if leaf.size == 0 or leaf.ndim == 0 else quantizer
+
+    def __iter__(self) -> Iterator["Rule"]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules) and self._rules == other._rules
+
+    def __hash__(self) -> int:
+        return hash(self._rules)
+
+    @property
+    def in_words(self) -> str:
+        """As warnings name it: a table of many rules by its first."""
+        if len(self) < 3:
+            return repr(self)
+        return f"the {len(self)} rules from {self._rules[0].pattern!r} on"
+
+    def __repr__(self) -> str:
+        return f"Rules([{', '.join(map(str, self._rules))}])"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo) -> Self:
+        return self
+
+
+def check_rules(rules: Any, remedy: str = "") -> None:
+    """Raises for something else than `Rules`."""
+    if not isinstance(rules, Rules):
+        raise TypeError(
+            f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
+            f"Rules([(pattern, quantizer), ...]).{remedy}"
+        )
+
+
+def unused_text(pattern: str, paths: list[str]) -> str:
+    """Why a pattern decides nothing, and what is near."""
+    shadowed = [path for path in paths if re.fullmatch(pattern, path)]
+    if shadowed:
+        return (
+            f"the rule {pattern!r} decides nothing: an earlier rule takes all that "
+            f"it matches, such as {shadowed[0]!r}. Move it up or leave it out."
+        )
+    part = [path for path in paths if re.search(pattern, path)]
+    if part:
+        return (
+            f"the rule {pattern!r} matches no parameter: a pattern must match the "
+            f"whole path, such as {part[0]!r}. Use {f'.*({pattern}).*'!r}."
+        )
+    near = difflib.get_close_matches(re.sub(r"[\\.*()^$]", "", pattern), paths, 1, 0)
+    hint = f" The nearest path is {near[0]!r}." if near else ""
+    return f"the rule {pattern!r} matches no parameter.{hint}"
+
+
+def _checked(rules) -> tuple[Rule, ...]:
+    example = 'Rules([(r".*kernel", int4()), (r".*", None)])'
+    if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
+        raise TypeError(
+            f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. Use "
+            f"{example}."
+        )
+    checked = []
+    for rule in rules:
+        if not isinstance(rule, (tuple, list)) or len(rule) not in (2, 3):
+            raise TypeError(
+                f"`rules` must be a list of (pattern, quantizer) pairs, or triples with "
+                f"a quantizer for inputs; got the entry {rule!r}. Use {example}."
+            )
+        pattern, *quantizers = rule
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"`rules` must have strings as patterns; got {pattern!r}. Use {example}."
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`rules` must have regular expressions as patterns; got {pattern!r}: "
+                f"{error}. Write '.*' for any text."
+            ) from None
+        for quantizer in quantizers:
+            if quantizer is not None and not isinstance(quantizer, Quantizer):
+                name = getattr(quantizer, "__name__", "int4")
+                remedy = (
+                    f" Call the preset: {name}(...)." if callable(quantizer) else ""
+                )
+                raise TypeError(
+                    f"`rules` must map {pattern!r} to a Quantizer or None; got "
+                    f"{quantizer!r}.{remedy} Use {example}."
+                )
+        checked.append(Rule(pattern, *quantizers))
+    return tuple(checked)
+
+
+def _flatten(tree):
+    """Learned grids are leaves: what they consist of is no parameter of the model."""
+    return flatten_with_paths(tree, is_leaf=_is_grid)
+
+
+def _is_grid(leaf):
+    return isinstance(leaf, Grid)
+
+
+def _is_grid_or_hidden(leaf):
+    return isinstance(leaf, (Grid, optax.MaskedNode))

@@ -1,0 +1,169 @@
+"""The straight-through gradient of one array, and that of a learned grid."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cage_jax.arrays.dispatch import Kernels, either, kernel_required
+from cage_jax.arrays.exact import select
+from cage_jax.arrays.sharding import shards_of
+from cage_jax.pallas.choice import fake_quant as fake_quant_kernels
+from cage_jax.pallas.choice import masked_gradient as masked_gradient_kernels
+from cage_jax.quantizers.rounding import (
+    back_from_basis,
+    basis_factor,
+    fit_and_round,
+    in_basis,
+    of_groups,
+    passes,
+    position_of,
+    restore,
+)
+
+
+def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
+    """`x` quantized and dequantized; its gradients are the quantizer's."""
+    shards = shards_of(x, quantizer.pieces(x.shape))
+
+    def local(x, grid=None, noise=None):
+        # Where nothing is traced the error comes at once, and the caller has the path.
+        if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
+            kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
+            x = kernel_required(kernels, x, path)
+        return _cage_jax_fake_quant(quantizer, implementation, x, grid, noise)
+
+    if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
+        return local(x, grid, noise)
+
+    # A kernel cannot be partitioned, but runs on each shard.
+    return jax.shard_map(
+        local, mesh=shards.mesh, in_specs=shards.spec, out_specs=shards.spec
+    )(x)
+
+
+def _has_kernel(quantizer, shape, x, grid, noise):
+    x = jax.ShapeDtypeStruct(shape, x.dtype)
+    return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False))
+
+
+# Under `jax.jit` a program with many arrays of one shape traces this once. `products`
+# knows it by its name, which is that of `FAKE_QUANT`.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
+    return _straight_through(quantizer, implementation, x, grid, noise)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _straight_through(quantizer, implementation, x, grid, noise):
+    def value(x, grid, noise):
+        values, _, found = fit_and_round(x, quantizer, grid, noise)
+        return restore(values, quantizer, found, x)
+
+    kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
+    return either(value, kernels, x, grid, noise, implementation=implementation)
+
+
+def _forward(quantizer, implementation, x, grid, noise):
+    # Functions with a rule of their own, not what they do, keep the second derivative:
+    # reverse over reverse differentiates this code.
+    if quantizer.scale.learned:
+        value = _straight_through(quantizer, implementation, x, grid, noise)
+        return value, (grid, noise, x, None)
+    if quantizer.gradient == "identity":
+        value = _straight_through(quantizer, implementation, x, grid, noise)
+        return value, (grid, noise, None, None)
+    value, mask = _value_and_mask(quantizer, implementation, x, grid, noise)
+    masked = _masked(quantizer, implementation, x, value, mask)
+    return masked, (grid, noise, None, mask)
+
+
+def _value_and_mask(quantizer, implementation, x, grid, noise):
+    """The mask is one of 8-bit integers where there is a kernel for this."""
+    kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=True)
+
+    def value_and_mask(x, grid, noise):
+        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
+        mask = passes(transformed, quantizer, found)
+        mask = mask.astype(jnp.int8) if kernels else mask
+        return restore(values, quantizer, found, x), mask
+
+    x = lax.stop_gradient(x)
+    return either(
+        value_and_mask, kernels, x, grid, noise, implementation=implementation
+    )
+
+
+def _backward(quantizer, implementation, saved, cotangent):
+    grid, noise, x, mask = saved
+    grid_gradient = jax.tree.map(jnp.zeros_like, grid)
+    if x is not None:
+        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
+        position = position_of(transformed, quantizer, found)
+        passing = passes(transformed, quantizer, found)
+        gradient = in_basis(cotangent, quantizer) * basis_factor(quantizer)
+        grid_gradient = _learned_gradient(
+            gradient, values, position, passing, quantizer, grid
+        )
+        mask = None if quantizer.gradient == "identity" else passing
+    gradient = cotangent
+    if mask is not None:
+        gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
+    return gradient, grid_gradient, jax.tree.map(jnp.zeros_like, noise)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _masked(quantizer, implementation, x, value, mask):
+    """`value`, a constant, with the gradient of `x` where the mask has it pass."""
+    return value
+
+
+def _masked_forward(quantizer, implementation, x, value, mask):
+    return _masked(quantizer, implementation, x, value, mask), mask
+
+
+def _masked_backward(quantizer, implementation, mask, cotangent):
+    gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
+    return gradient, None, None
+
+
+def _masked_gradient(quantizer, implementation, mask, cotangent):
+    def gradient(mask, cotangent):
+        # The rotation is orthonormal: its transpose rotates back.
+        passing = mask if mask.dtype == bool else lax.ne(mask, mask.dtype.type(0))
+        found = select(passing, in_basis(cotangent, quantizer), 0)
+        found = back_from_basis(found, quantizer) * basis_factor(quantizer) ** 2
+        return found.astype(cotangent.dtype)
+
+    kernels = Kernels()
+    if mask.dtype != bool:
+        kernels = masked_gradient_kernels(quantizer, cotangent)
+    return either(gradient, kernels, mask, cotangent, implementation=implementation)
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
+
+
+def _learned_gradient(gradient, values, position, mask, quantizer, grid):
+    """LSQ's: of `scale * round(x / scale)` with a straight-through round."""
+    shape = gradient.shape
+    count = math.prod(quantizer.groups(shape).values())
+    share = (count * quantizer.format.high) ** -0.5
+
+    def of_group(parts):
+        total = functools.partial(jnp.sum, keepdims=True)
+        return of_groups(total, parts, quantizer) * share
+
+    inside = mask.astype(gradient.dtype)
+    found = jax.tree.map(jnp.zeros_like, grid)
+    scale = of_group(gradient * (values - inside * position))
+    found = found._replace(scale=scale.astype(grid.scale.dtype))
+    if grid.offset is not None:
+        offset = of_group(gradient * (1 - inside))
+        found = found._replace(offset=offset.astype(grid.offset.dtype))
+    return found
+
+
+_straight_through.defvjp(_forward, _backward)

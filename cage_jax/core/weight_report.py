@@ -1,0 +1,163 @@
+"""The report of a table of rules: what becomes of each parameter."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from cage_jax.arrays.sharding import devices_along
+from cage_jax.quantizers.quantizer import Quantizer
+
+
+class Row(NamedTuple):
+    """One parameter of a `Report`.
+
+    Attributes:
+      path: joined by "/".
+      shape: of the parameter.
+      dtype: of the parameter.
+      quantizer: None where it is left alone.
+      quantized_bits: of all codes, scales and zero points; None where left alone.
+      reason: why it is left alone; None where it is quantized.
+      inputs: the quantizer that its rule has for what it is multiplied with, or None.
+      split: why devices send each other weights to quantize it, or None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    quantizer: Quantizer | None
+    quantized_bits: int | None
+    reason: str | None
+    inputs: Quantizer | None = None
+    split: str | None = None
+
+    @property
+    def size(self) -> int:
+        """How many weights the parameter has."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the parameter as it is."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of its codes, packed, with scales and zero points."""
+        if self.quantized_bits is None:
+            return self.bytes_before
+        return -(-self.quantized_bits // 8)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight, scales and zero points included."""
+        return 8 * self.bytes_after / self.size if self.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a table of rules makes of a tree of parameters; `print` shows a table.
+
+    Attributes:
+      rows: one `Row` a parameter.
+      unused_rules: the patterns that decide nothing.
+    """
+
+    rows: tuple[Row, ...]
+    unused_rules: tuple[str, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters as they are."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters once quantized."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight over all parameters."""
+        size = sum(row.size for row in self.rows)
+        return 8 * self.bytes_after / size if size else 0.0
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Why devices send each other weights, each once with the first path."""
+        paths: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.split is not None:
+                paths.setdefault(row.split, []).append(row.path)
+        return tuple(
+            f"`{first}`{f' and {len(more)} more' if more else ''}: {split}"
+            for split, (first, *more) in paths.items()
+        )
+
+    def __str__(self) -> str:
+        cells = [("path", "shape", "quantizer", "bits", "bytes", "becomes")]
+        for row in self.rows:
+            what = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
+            cells.append((row.path, str(row.shape), what, *_figures(row)))
+        size = sum(row.size for row in self.rows)
+        cells.append(("total", str(size), "", *_figures(self)))
+        lines = [table(cells, left=3)]
+        if inputs := [row for row in self.rows if row.inputs is not None]:
+            lines.append(
+                f"inputs of {len(inputs)} parameters, such as {inputs[0].path}: "
+                f"{inputs[0].inputs}; in a model of quantize_activations"
+            )
+        lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
+        return "\n".join([*lines, *self.splits])
+
+
+def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | None:
+    """Why devices send each other weights to quantize an array, or None.
+
+    A scale that they find together is no reason: of that they send a number each.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return None
+    devices = devices_along(sharding, len(shape))
+    for axis, size in quantizer.groups(shape).items():
+        here, block = shape[axis] // devices[axis], quantizer.hadamard
+        if shape[axis] % devices[axis]:  # no array can be sharded so
+            continue
+        if block is not None and here % block:
+            name, value = "hadamard", block
+        elif here % size and size % here:
+            name, value = "group_size", size
+        else:
+            continue
+        fits = math.gcd(here, value)
+        remedy = f", or use {name}={fits}" if fits > 1 else ""
+        return (
+            f"`{name}` should divide what a device has of axis {axis - len(shape)}, or "
+            f"devices send each other weights at each step; got {name}={value}, {here} "
+            f"of {shape[axis]} on a device. Shard another axis{remedy}."
+        )
+    return None
+
+
+def table(cells: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells in columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _figures(part: Row | Report) -> tuple[str, str, str]:
+    return (
+        f"{part.bits_per_weight:.2f}",
+        str(part.bytes_before),
+        str(part.bytes_after),
+    )

@@ -1,0 +1,226 @@
+"""The dimensions of a Llama, as its files give them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+# What a file may say at most: far above any model, far below what fills a memory.
+_MOST, _MOST_LAYERS = 2**24, 2**12
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The dimensions of a Llama-style model: RMSNorm, RoPE, SwiGLU, grouped heads.
+
+    Args:
+      vocabulary: number of tokens.
+      width: of the residual stream.
+      hidden: width of the SwiGLU.
+      layers: number of layers.
+      heads: number of heads that ask.
+      kv_heads: number of heads of keys and values; None for as many.
+      head_size: width of a head; None for `width / heads`.
+      rope_theta: base of the rotary embedding.
+      norm_epsilon: of the norms, beside the mean square.
+      tied: whether the embedding is the head too.
+      context: the longest sequence.
+      bos: the token that begins a text, or None.
+      eos: the tokens that end it.
+
+    Raises:
+      TypeError, ValueError: for numbers that are no model.
+
+    Example:
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> config.head_size, config.kv_heads
+      (16, 4)
+      >>> config.shapes()["layers/gate/kernel"]
+      (2, 64, 192)
+    """
+
+    vocabulary: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int = None  # type: ignore[assignment]
+    head_size: int = None  # type: ignore[assignment]
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tied: bool = False
+    context: int = 2048
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        counts = ("vocabulary", "width", "hidden", "layers", "heads", "kv_heads")
+        for name in (*counts, "context"):
+            _check_count(name, getattr(self, name))
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(
+                f"`layers` must be at most {_MOST_LAYERS}; got {self.layers}."
+            )
+        if self.head_size is None:
+            if self.width % self.heads:
+                raise ValueError(
+                    f"`heads` must divide the width; got heads={self.heads}, width="
+                    f"{self.width}. Give the `head_size` too, or other heads."
+                )
+            object.__setattr__(self, "head_size", self.width // self.heads)
+        _check_count("head_size", self.head_size)
+        if self.head_size % 2:
+            raise ValueError(
+                f"`head_size` must be even, for pairs that rotate; got "
+                f"{self.head_size}. Use 64 or 128."
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"`kv_heads` must divide `heads`; got {self.kv_heads}, heads="
+                f"{self.heads}. Use None for as many."
+            )
+        for name in ("rope_theta", "norm_epsilon"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` must be a number; got {value!r}.")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`{name}` must be positive; got {value}.")
+
+        for token in (*self.eos, *(() if self.bos is None else (self.bos,))):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"`bos` and `eos` must be tokens; got {token!r}.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by path; those of layers are stacked."""
+        width, hidden = self.width, self.hidden
+        asked, kept = self.heads * self.head_size, self.kv_heads * self.head_size
+        layer = {
+            "attention_norm/scale": (width,),
+            "query/kernel": (width, asked),
+            "key/kernel": (width, kept),
+            "value/kernel": (width, kept),
+            "output/kernel": (asked, width),
+            "mlp_norm/scale": (width,),
+            "gate/kernel": (width, hidden),
+            "up/kernel": (width, hidden),
+            "down/kernel": (hidden, width),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            "embedding/embedding": (self.vocabulary, width)
+        }
+        shapes |= {
+            f"layers/{name}": (self.layers, *shape) for name, shape in layer.items()
+        }
+        shapes["norm/scale"] = (width,)
+        if not self.tied:
+            shapes["head/kernel"] = (width, self.vocabulary)
+        return shapes
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """What a `config.json` of transformers says.
+
+        Args:
+          config: the file as a dict.
+
+        Raises:
+          ValueError: for a model that is not Llama's, or that has what is not in
+            `LlamaConfig`, such as biases or scaled rotations.
+        """
+        kind = config.get("model_type")
+        if kind not in ("llama", "mistral"):
+            raise ValueError(
+                f"`config` must be of a Llama; got model_type={kind!r}. Other models "
+                f"are not read yet: load their parameters with their own library."
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"`config` must describe its rotation; got {rope!r}.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        _check_supported("rope_type", kind, "default")
+        _check_supported("hidden_act", config.get("hidden_act", "silu"), "silu")
+        for name in ("attention_bias", "mlp_bias"):
+            _check_supported(name, bool(config.get(name, False)), False)
+        _check_supported("sliding_window", config.get("sliding_window"), None)
+
+        def needed(name):
+            if name not in config:
+                raise ValueError(
+                    f"`config` must have {name!r}; got {sorted(config)}. Take the "
+                    f"config.json that belongs to the model."
+                )
+            return config[name]
+
+        eos = config.get("eos_token_id")
+        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        return cls(
+            vocabulary=needed("vocab_size"),
+            width=needed("hidden_size"),
+            hidden=needed("intermediate_size"),
+            layers=needed("num_hidden_layers"),
+            heads=needed("num_attention_heads"),
+            kv_heads=cast(int, config.get("num_key_value_heads")),
+            head_size=cast(int, config.get("head_dim")),
+            rope_theta=theta,
+            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            context=config.get("max_position_embeddings", 2048),
+            bos=config.get("bos_token_id"),
+            eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+
+    def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
+        """The `config.json` of transformers.
+
+        Args:
+          dtype: of the model in the file.
+        """
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "intermediate_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rms_norm_eps": self.norm_epsilon,
+            # Older and newer versions of transformers look in one place each.
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": self.bos,
+            "eos_token_id": list(self.eos)
+            if len(self.eos) > 1
+            else (*self.eos, None)[0],
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int; got {value!r}. Use a count.")
+    if not 1 <= value <= _MOST:
+        raise ValueError(f"`{name}` must be in [1, {_MOST}]; got {value}.")
+
+
+def _check_supported(name, value, supported):
+    if value != supported:
+        raise ValueError(
+            f"`config` must have {name}={supported!r}; got {value!r}, which is not "
+            f"supported. Use a model without it."
+        )

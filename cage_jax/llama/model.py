@@ -1,0 +1,285 @@
+"""A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads.
+
+Weights are quantized from outside, by `cage_jax.fake_quant(params, rules)`; the inputs
+of the linear layers are quantized here, by the `inputs` quantizer, token by token, and
+so are the keys and values of attention, by the `kv` quantizer.
+
+The parameters of all layers are stacked, and the layers are one loop: a deep model
+compiles as fast as a shallow one.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from cage_jax.core.quantize import fake_quant
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.program.kv_cache import KVCache, quantize_kv
+from cage_jax.quantizers.quantizer import Quantizer
+
+FEW_LAYERS = 2
+
+
+class Llama(nnx.Module):
+    """Logits of the next token.
+
+    Args:
+      config: the model's dimensions.
+      dtype: of computation; parameters are float32, so are the logits.
+      inputs: quantizer of the linear layers' inputs, or None.
+      kv: quantizer of keys and values, or None.
+      rngs: for the initial weights.
+
+    Example:
+      >>> from cage_jax.llama.model import Llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+      (1, 8, 256)
+
+    Source: Llama, arXiv 2302.13971; grouped heads, arXiv 2305.13245.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        inputs: Quantizer | None = None,
+        kv: Quantizer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(dtype)
+        self.embedding = nnx.Embed(
+            config.vocabulary,
+            config.width,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.depth = config.layers
+        layers = [
+            Layer(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
+            for _ in range(self.depth)
+        ]
+        states = [nnx.state(layer) for layer in layers]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+        self.layers = nnx.merge(nnx.graphdef(layers[0]), stacked)
+        self.norm = _norm(config, dtype, rngs)
+        self.tied = config.tied
+        if not self.tied:
+            self.head = _linear(config.width, config.vocabulary, dtype, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps tokens (batch, sequence) to logits (batch, sequence, vocabulary)."""
+        # Tokens in one axis: products of two matrices are the fastest on any device.
+        x = by_tokens(self.embedding(tokens.reshape(-1)))
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one_more(x, state):
+            x, _ = nnx.merge(graphdef, state)(x, *tokens.shape)
+            return by_tokens(x), None
+
+        # Few layers run faster where they are not a loop.
+        x, _ = jax.lax.scan(one_more, x, stacked, unroll=self.depth <= FEW_LAYERS)
+        return self._logits(x).reshape(*tokens.shape, -1)
+
+    def decode(
+        self, tokens: jax.Array, caches: list[KVCache]
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """The same for one more token: (batch,) to logits (batch, vocabulary).
+
+        Args:
+          tokens: the next of each sequence.
+          caches: of the tokens before, one a layer; `empty_caches` at first.
+
+        Returns:
+          The logits, and the caches with this token in them.
+        """
+        x, longer = self.embedding(tokens), []
+        graphdef, stacked = nnx.split(self.layers)
+        for number, cache in enumerate(caches):
+            state = jax.tree.map(lambda array: array[number], stacked)  # noqa: B023
+            x, cache = nnx.merge(graphdef, state)(x, len(tokens), 1, cache)
+            longer.append(cache)
+        return self._logits(x), longer
+
+    def empty_caches(self, batch: int, length: int) -> list[KVCache]:
+        """Caches with room for `length` tokens of each sequence."""
+        return [self.layers.empty_cache(batch, length)] * self.depth
+
+    def _logits(self, x):
+        head = self.embedding.attend if self.tied else self.head
+        return head(self.norm(x)).astype(jnp.float32)
+
+
+class Layer(nnx.Module):
+    """Causal attention, then a SwiGLU, each behind a norm and beside a shortcut."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jnp.dtype,
+        inputs: Quantizer | None,
+        kv: Quantizer | None,
+        rngs: nnx.Rngs,
+    ):
+        width, hidden = config.width, config.hidden
+        self.inputs, self.kv, self.dtype = inputs, kv, dtype
+        self.asked = config.heads, config.head_size
+        self.kept = config.kv_heads, config.head_size
+        self.rope_theta = config.rope_theta
+        asked, kept = math.prod(self.asked), math.prod(self.kept)
+        self.attention_norm = _norm(config, dtype, rngs)
+        self.query = _linear(width, asked, dtype, rngs)
+        self.key = _linear(width, kept, dtype, rngs)
+        self.value = _linear(width, kept, dtype, rngs)
+        self.output = _linear(asked, width, dtype, rngs)
+        self.mlp_norm = _norm(config, dtype, rngs)
+        self.gate = _linear(width, hidden, dtype, rngs)
+        self.up = _linear(width, hidden, dtype, rngs)
+        self.down = _linear(hidden, width, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, batch: int, sequence: int, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Maps (batch * sequence, width) to the same shape; with a cache, one token."""
+        normed = self._quantized(self.attention_norm(x))
+        mixed, cache = self._attention(normed, (batch, sequence), cache)
+        x = x + mixed
+        return x + self._mlp(self._quantized(self.mlp_norm(x))), cache
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache with room for `length` tokens of each sequence."""
+        return KVCache.empty((batch, length, *self.kept), self.kv, self.kv, self.dtype)
+
+    def _attention(self, x, tokens, cache):
+        start = 0 if cache is None else cache.count
+        query = self._rotary(self.query(x).reshape(*tokens, *self.asked), start)
+        key = self._rotary(self.key(x).reshape(*tokens, *self.kept), start)
+        value = self.value(x).reshape(*tokens, *self.kept)
+        seen: dict[str, Any] = {"is_causal": True}
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value, mask = cache.read()
+            seen = {"mask": mask[None, None]}
+        elif self.kv is not None:
+            key, value, mask = quantize_kv(key, value, self.kv, self.kv)
+            seen = {"mask": mask[None, None]}
+        mixed = jax.nn.dot_product_attention(query, key, value, **seen)
+        mixed = mixed.reshape(x.shape[0], math.prod(self.asked))
+        return self.output(self._quantized(mixed)), cache
+
+    def _mlp(self, x):
+        return self.down(self._quantized(nnx.silu(self.gate(x)) * self.up(x)))
+
+    def _quantized(self, x):
+        return x if self.inputs is None else fake_quant(x, self.inputs)
+
+    def _rotary(self, x, start):
+        return _rotary(x, start, self.rope_theta)
+
+
+def logits(
+    params: Any,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    inputs: Quantizer | None = None,
+    kv: Quantizer | None = None,
+) -> jax.Array:
+    """`Llama` as a function of its parameters.
+
+    Args:
+      params: a dict of the paths and shapes of `config.shapes()`, such as
+        `cage_jax.load(path).params` or its values after `dequantize`; or the
+        `nnx.state` of a `Llama`.
+      tokens: (batch, sequence), ints.
+      config: the model's dimensions.
+      dtype: as in `Llama`.
+      inputs: as in `Llama`.
+      kv: as in `Llama`.
+
+    Returns:
+      float32 of shape (batch, sequence, vocabulary).
+
+    Example:
+      >>> from cage_jax import llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> params = llama.initial_params(config, seed=0)
+      >>> llama.logits(params, jnp.zeros((1, 8), jnp.int32), config).shape
+      (1, 8, 256)
+    """
+    graphdef, state = _abstract(config, jnp.dtype(dtype), inputs, kv)
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
+    state = jax.tree.map(lambda leaf: leaf, state)  # replaced in place
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)(tokens)
+
+
+def initial_params(config: LlamaConfig, *, seed: int) -> dict[str, Any]:
+    """Random parameters as a dict, for `logits`.
+
+    Args:
+      config: the model's dimensions.
+      seed: of the random numbers.
+    """
+    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config, dtype, inputs, kv):
+    def make():
+        rngs = nnx.Rngs(0)
+        return Llama(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
+
+    return nnx.split(nnx.eval_shape(make))
+
+
+def by_tokens(x: jax.Array) -> jax.Array:
+    """`x` split along "data" by its first axis, where there is such a mesh."""
+    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def _linear(size_in, size_out, dtype, rngs):
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+def _norm(config, dtype, rngs):
+    epsilon = config.norm_epsilon
+    return nnx.RMSNorm(config.width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def _rotary(x, start, base):
+    """Rotates pairs of features of (batch, sequence, heads, size) by position."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
+    angle = position[:, None] * frequency[None, :]
+    cosine, sine = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,0 +1,166 @@
+"""How well a Llama guesses a text."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.model import logits as logits_of
+
+
+class Perplexity(NamedTuple):
+    """How well a text was guessed.
+
+    Attributes:
+      loss: the mean negative log-probability of a token, in nats.
+      tokens: how many were guessed.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        """E to the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def windows(tokens: Any, context: int) -> np.ndarray:
+    """Tokens in windows one after the other; the rest is dropped.
+
+    Args:
+      tokens: (count,), ints.
+      context: the length of a window. A text shorter than one is one window.
+
+    Returns:
+      int32 of shape (windows, context).
+
+    Raises:
+      ValueError: for fewer than two tokens, of which none is guessed.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    context = min(context, len(tokens))
+    if context < 2:
+        raise ValueError(
+            f"`tokens` and `context` must be at least 2, of which one is guessed; got "
+            f"{len(tokens)} tokens and a context of {context}. Give a longer text."
+        )
+    count = len(tokens) // context
+    return tokens[: count * context].reshape(count, context)
+
+
+def perplexity(
+    params: Any,
+    tokens: Any,
+    config: LlamaConfig,
+    *,
+    context: int = 512,
+    batch: int = 1,
+    track: Callable[[Iterator], Iterator] = iter,
+    **options: Any,
+) -> Perplexity:
+    """The perplexity of a text, in windows that do not overlap.
+
+    In each window every token but the first is guessed from those before it.
+
+    Args:
+      params: as in `llama.logits`: floats. Codes go through `dequantize` first.
+      tokens: (count,), ints, of which the rest of the last window is dropped.
+      config: the model's dimensions.
+      context: tokens in a window.
+      batch: windows at a time.
+      track: is given the batches and gives them back, to show progress.
+      **options: of `llama.logits`: `dtype`, `inputs`, `kv`.
+
+    Returns:
+      A `Perplexity`; its `value` is e to the mean loss.
+
+    Raises:
+      ValueError: for a text of fewer than two tokens, and tokens that the model has
+        not.
+
+    Example:
+      >>> from cage_jax import llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> from cage_jax.llama.perplexity import perplexity
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> params = llama.initial_params(config, seed=0)
+      >>> perplexity(params, list(b"a text of bytes"), config).tokens
+      14
+    """
+    cut = windows(tokens, context)
+    if cut.min() < 0 or cut.max() >= config.vocabulary:
+        raise ValueError(
+            f"`tokens` must be in [0, {config.vocabulary}), the model's; got "
+            f"{cut.min()} to {cut.max()}. Use the model's own tokenizer."
+        )
+    loss_of = _loss(config, tuple(sorted(options.items())))
+    total = 0.0
+    parts = [cut[start : start + batch] for start in range(0, len(cut), batch)]
+    for part in track(iter(parts)):
+        total += float(loss_of(params, jnp.asarray(part)))
+    count = cut.size - len(cut)
+    return Perplexity(total / count, count)
+
+
+@functools.lru_cache(maxsize=8)
+def _loss(config, options):
+    @jax.jit
+    def loss(params, tokens):
+        logits = logits_of(params, tokens, config, **dict(options))[:, :-1]
+        guessed = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        return jnp.sum(jax.nn.logsumexp(logits, -1) - guessed)
+
+    return loss
+
+
+def greedy(
+    params: Any, tokens: Any, config: LlamaConfig, *, count: int, **options: Any
+) -> list[int]:
+    """The likeliest next tokens, one after the other.
+
+    Args:
+      params: as in `llama.logits`.
+      tokens: (before,), ints: the text to go on from, of at least one token.
+      config: the model's dimensions.
+      count: how many tokens to append.
+      **options: of `llama.logits`.
+
+    Returns:
+      The new tokens.
+
+    Example:
+      >>> from cage_jax import llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> from cage_jax.llama.perplexity import greedy
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> params = llama.initial_params(config, seed=0)
+      >>> len(greedy(params, [1, 2, 3], config, count=4))
+      4
+    """
+    before = len(tokens)
+    if before < 1:
+        raise ValueError(
+            f"`tokens` must have one to go on from; got {before}. Give the beginning "
+            f"of the text, or the config's `bos`."
+        )
+    text = jnp.zeros((1, before + count), jnp.int32)
+    text = text.at[0, :before].set(jnp.asarray(tokens, jnp.int32))
+
+    @jax.jit
+    def run(params, text):
+        def one_more(place, text):
+            # What is behind `place` is not seen, for attention is causal.
+            logits = logits_of(params, text, config, **options)
+            last = lax.dynamic_index_in_dim(logits, place - 1, 1, keepdims=False)
+            return text.at[:, place].set(jnp.argmax(last, -1).astype(text.dtype))
+
+        return lax.fori_loop(before, before + count, one_more, text)
+
+    return np.asarray(run(params, text))[0, before:].tolist()

@@ -1,0 +1,4 @@
+"""CAGE as Optax transformations.
+
+Schedules, curvature, statistics, placements, the fused step and ready-made optimizers.
+"""

@@ -1,0 +1,179 @@
+"""Ready-made optimizers with the CAGE correction in the right place."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import optax
+
+from cage_jax.arrays.adamw import AdamW
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.curvature import Curvature
+from cage_jax.optim.fused_adamw import FusedAdamW, FusedStep
+from cage_jax.optim.placements import decoupled, post_step
+from cage_jax.optim.recommended import chosen
+from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate
+
+Placement = Literal["decoupled", "post_step"]
+
+
+def cage_adamw(
+    learning_rate: ScalarOrSchedule,
+    rules: Rules,
+    strength: ScalarOrSchedule | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any | Callable | None = None,
+    *,
+    total_steps: int | None = None,
+    nesterov: bool = False,
+    placement: Placement = "decoupled",
+    curvature: Curvature | None = None,
+    freeze_scale: bool = False,
+    statistics: bool = False,
+) -> FusedAdamW:
+    """AdamW with the decoupled CAGE correction, the paper's default.
+
+    x <- x - lr * (m / (sqrt(v) + eps) + weight_decay * x + strength * (x - Q(x)))
+
+    With strength 0 it is `optax.adamw`, to the bit.
+
+    Args:
+      learning_rate: a number or a schedule from the step's count.
+      rules: which parameters are quantized, and how.
+      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
+        paper's; None for the recommended one, of a training of `total_steps`.
+      b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
+        `optax.adamw`; the paper uses b1=0.9, b2=0.95, weight_decay=0.1. `mask` says
+        which parameters decay.
+      placement: "decoupled" for the error at the weights before the step, "post_step"
+        for the order of the authors' PyTorch code; see the functions of these names.
+      total_steps: length of the training in optimizer steps, in place of `strength`:
+        strength and curvature are then those of `recommended`.
+      curvature: as in `cage`.
+      freeze_scale: as in `cage`.
+      statistics: as in `cage`.
+
+    Returns:
+      A transformation; clip gradients in front of it:
+      `optax.chain(optax.clip_by_global_norm(1.0), cage_adamw(...))`. Its `fused_step`
+      is the same step in place, `(gradients, state, params) -> (params, state)`, with
+      a kernel for each large parameter where it runs on one TPU.
+
+    Raises:
+      TypeError, ValueError: as `decoupled` and `recommended`; for neither `strength`
+        nor `total_steps`, and for both.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> rules = cage.Rules([(r".*kernel", cage.int4(group_size=32))])
+      >>> tx = cage.cage_adamw(1e-3, rules, total_steps=1000)
+
+      As in the paper:
+
+      >>> strength = cage.silence_then_ramp(total_steps=1000)
+      >>> tx = cage.cage_adamw(1e-3, rules, strength, weight_decay=0.1)
+
+    Source: CAGE, arXiv 2510.18784, algorithm 1; AdamW, arXiv 1711.05101.
+    """
+    check_learning_rate(learning_rate)
+    check_rules(rules)
+    adamw = optax.adamw(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
+        nesterov=nesterov,
+    )
+    if placement not in get_args(Placement):
+        near = difflib.get_close_matches(str(placement), get_args(Placement), 1)
+        raise ValueError(
+            f"`placement` must be one of {get_args(Placement)}; got {placement!r}. Use "
+            f"{near[0] if near else 'decoupled'!r}; for the coupled form use "
+            f"optax.chain(cage(rules, strength), optax.adamw(learning_rate))."
+        )
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    place = decoupled if placement == "decoupled" else post_step
+    transformation = place(
+        adamw,
+        rules,
+        strength,
+        learning_rate,
+        curvature=curvature,
+        freeze_scale=freeze_scale,
+        statistics=statistics,
+    )
+    numbers = b1, b2, eps, eps_root, weight_decay
+    known = not nesterov and all(isinstance(n, (int, float)) for n in numbers)
+    fused = AdamW(*numbers) if known else None
+    return FusedAdamW(
+        transformation,
+        FusedStep(
+            rules, strength, learning_rate, fused, mask, placement == "post_step"
+        ),
+    )
+
+
+def cage_sgd(
+    learning_rate: ScalarOrSchedule,
+    rules: Rules,
+    strength: ScalarOrSchedule | None = None,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    *,
+    total_steps: int | None = None,
+    curvature: Curvature | None = None,
+    freeze_scale: bool = False,
+    statistics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with the decoupled CAGE correction, which stays out of the momentum.
+
+    x <- x - lr * (momentum of the gradient + strength * (x - Q(x)))
+
+    With strength 0 it is `optax.sgd`, to the bit. Without momentum it is the coupled
+    form, hence oscillation dampening (arXiv 2203.11086) with half its strength.
+
+    Args:
+      learning_rate: a number or a schedule from the step's count.
+      rules: which parameters are quantized, and how.
+      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
+        paper's; None for the recommended one, of a training of `total_steps`.
+      momentum, nesterov: as in `optax.sgd`.
+      total_steps: as in `cage_adamw`.
+      curvature: as in `cage`.
+      freeze_scale: as in `cage`.
+      statistics: as in `cage`.
+
+    Returns:
+      A transformation.
+
+    Raises:
+      TypeError, ValueError: as `cage_adamw`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> tx = cage.cage_sgd(0.1, rules, momentum=0.9, total_steps=1000)
+
+    Source: CAGE, arXiv 2510.18784.
+    """
+    check_learning_rate(learning_rate)
+    check_rules(rules)
+    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    return decoupled(
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+        rules,
+        strength,
+        learning_rate,
+        curvature=curvature,
+        freeze_scale=freeze_scale,
+        statistics=statistics,
+    )

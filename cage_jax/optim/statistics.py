@@ -1,0 +1,159 @@
+"""What the correction saw at a step: errors, codes that change, norms that drift."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cage_jax.core.quantize import quantization_error, quantize
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.scales import Grid
+
+
+class CageStatistics(NamedTuple):
+    """What the correction saw at the last step; float32 scalars but for the last two.
+
+    Read them with `optax.tree_utils.tree_get(state, "codes_flipped")`.
+
+    Attributes:
+      correction_strength: lambda.
+      relative_error_mean: of ||e|| / ||x||, the mean over the quantized parameters.
+      relative_error_max: of the same, the maximum.
+      correction_ratio: norm of the correction over the norm of the update it is added
+        to, over all quantized parameters; 0 while silent.
+      codes_flipped: share of the codes that differ from the step before.
+      norm_drift: relative change of the parameters' norm since the pull began.
+      reference_norm: the norm when the pull began.
+      previous_codes: the codes at this step, each a byte, int8, by path.
+    """
+
+    correction_strength: jax.Array
+    relative_error_mean: jax.Array
+    relative_error_max: jax.Array
+    correction_ratio: jax.Array
+    codes_flipped: jax.Array
+    norm_drift: jax.Array
+    reference_norm: jax.Array
+    previous_codes: dict[str, jax.Array]
+
+
+class Seen(NamedTuple):
+    """What one parameter adds to the statistics.
+
+    Attributes:
+      error: the sum of squares of its quantization error, a float32 scalar.
+      norm: of itself, where the error is taken.
+      update: of its update before the correction.
+      flipped: how many codes differ from the step before.
+      codes: at this step, each a byte, int8.
+    """
+
+    error: jax.Array
+    norm: jax.Array
+    update: jax.Array
+    flipped: jax.Array
+    codes: jax.Array
+
+
+def first(quantized: Mapping[str, tuple[Quantizer, jax.Array]]) -> CageStatistics:
+    """Those before the first step, of parameters by path."""
+    zero = jnp.zeros([], jnp.float32)
+    return CageStatistics(
+        *(zero,) * 6,
+        reference_norm=_root([squares(x) for _, x in quantized.values()]),
+        previous_codes={
+            path: codes_of(x, quantizer, fit_grid(x, quantizer))
+            for path, (quantizer, x) in quantized.items()
+        },
+    )
+
+
+def seen(
+    quantizer: Quantizer,
+    x: jax.Array,
+    update: jax.Array,
+    grid: Grid | None,
+    previous: jax.Array,
+) -> Seen:
+    """What a parameter adds.
+
+    Args:
+      quantizer: of the parameter.
+      x: where the error is taken.
+      update: the parameter's, before the correction.
+      grid: as in `quantize`.
+      previous: the codes at the step before.
+    """
+    codes = codes_of(x, quantizer, grid)
+    return Seen(
+        squares(quantization_error(x, quantizer, grid=grid)),
+        squares(x),
+        squares(update),
+        jnp.sum(codes != previous, dtype=jnp.float32),
+        codes,
+    )
+
+
+def gathered(
+    each: Mapping[str, Seen],
+    level: jax.Array | float,
+    coefficient: jax.Array | float,
+    before: CageStatistics,
+    weighed: Iterable[jax.Array] = (),
+) -> CageStatistics:
+    """The statistics of a step.
+
+    Args:
+      each: what each parameter adds, by path.
+      level: lambda.
+      coefficient: what the error was multiplied with.
+      before: the statistics of the step before.
+      weighed: the errors where they are weighted with a curvature.
+    """
+    parts = each.values()
+    ratios = [_ratio(jnp.sqrt(one.error), jnp.sqrt(one.norm)) for one in parts]
+    relative = jnp.stack(ratios) if ratios else jnp.zeros([1], jnp.float32)
+    norm = _root(one.norm for one in parts)
+    began = before.correction_strength != 0
+    reference = jnp.where(began, before.reference_norm, norm)
+    errors = [squares(error) for error in weighed] or [one.error for one in parts]
+    correction = jnp.abs(jnp.float32(coefficient)) * _root(errors)
+    flipped = sum((one.flipped for one in parts), start=jnp.zeros([], jnp.float32))
+    total = sum(one.codes.size for one in parts)
+    codes = {path: one.codes for path, one in each.items()}
+    return CageStatistics(
+        correction_strength=jnp.float32(level),
+        relative_error_mean=jnp.mean(relative),
+        relative_error_max=jnp.max(relative),
+        correction_ratio=_ratio(correction, _root(one.update for one in parts)),
+        codes_flipped=flipped / max(total, 1),
+        norm_drift=_ratio(norm - reference, reference),
+        reference_norm=reference,
+        previous_codes={**before.previous_codes, **codes},
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def codes_of(x: jax.Array, quantizer: Quantizer, grid: Grid | None) -> jax.Array:
+    """The codes of the nearest values, each in a byte, to be compared; int8."""
+    codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)
+    return lax.bitcast_convert_type(codes.codes.astype(codes.byte_dtype), jnp.int8)
+
+
+def squares(x: jax.Array) -> jax.Array:
+    """Their sum, float32."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+def _ratio(part, whole):
+    """`part / whole`, 0 where `whole` is 0."""
+    return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
+
+
+def _root(sums):
+    return jnp.sqrt(sum(sums, start=jnp.zeros([], jnp.float32)))

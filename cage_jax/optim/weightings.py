@@ -1,0 +1,209 @@
+"""What the correction is weighted with besides curvature: thresholds and flips.
+
+The dose stays the same in all: weights are divided by their mean over all parameters
+that are pulled. They are found at the parameters at which the gradients were taken (in
+`post_step` before the update, the error being that after it), on the learned grid or on
+that which the scale rule finds there, also under `freeze_scale`; and where there is a
+rotation they are weights of the rotated errors. Nothing gets a gradient.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.paths import path_in_errors
+from cage_jax.core.quantize import check_grid_given, grid_at
+from cage_jax.optim.curvature import Arrays, Curvature, Step, weighed, weighted
+from cage_jax.optim.statistics import codes_of
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import fit_in_basis, in_basis, position_of
+from cage_jax.quantizers.scales import Grid, compute_dtype
+
+
+def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
+    """Weighs errors by the distance of each weight to the next rounding threshold.
+
+    Of a weight between two values of the grid let `a` be the distance to the nearer one
+    over half of that between both: 0 on the grid, 1 at the threshold. Weights are
+    `(1 - a) ** power` over their mean, and 1 where that is 0: what is far from a
+    threshold is settled first. Beyond the grid `a` goes on as within its last step, up
+    to 1. Computed in float32 (float64 for float64), in the shape of each parameter.
+
+    Args:
+      power: the larger, the more the weights differ.
+      near: weigh with `a ** power` instead: what is about to flip is pulled most.
+
+    Returns:
+      A source without a state.
+
+    Raises:
+      ValueError: for a power out of range; in `update` for a quantizer without codes of
+        its own.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import weightings
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r"w", cage.int4())])
+      >>> source = weightings.by_distance()
+      >>> tx = optax.chain(cage.cage(rules, 0.5, curvature=source), optax.sgd(1.0))
+      >>> params = {"w": jnp.array([[3.5], [1.5625], [0.6875], [0.625]])}
+      >>> gradients = {"w": jnp.zeros((4, 1))}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> [round(float(each), 4) for each in updates["w"].ravel()]
+      [-0.0, -0.0375, -0.0375, -0.05]
+
+    Source: none of its own; that weights near a threshold are those that oscillate is
+    from Nagel et al. 2022, arXiv 2203.11086.
+    """
+    if not 0 < power < float("inf"):
+        raise ValueError(
+            f"`power` must be positive and finite; got {power}. Use 1.0, or leave the "
+            f"curvature out for equal weights."
+        )
+
+    def function(errors, step):
+        scores = {}
+        for path, x, quantizer, grid in _with_codes(step, "by_distance"):
+            away = _distance(x, quantizer, grid)
+            scores[path] = (away if near else 1 - away) ** power
+        return _weighed(errors, scores, step)
+
+    return weighted(function)
+
+
+class FlipsState(NamedTuple):
+    """How often codes changed; dicts by path, of arrays like the parameters.
+
+    Attributes:
+      steps: done, int32.
+      codes_before: those at the last step, each a byte, int8.
+      flip_frequency: the average of changes, one a step being 1, before it is debiased;
+        float32.
+    """
+
+    steps: jax.Array
+    codes_before: dict[str, jax.Array]
+    flip_frequency: dict[str, jax.Array]
+
+
+def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
+    """Weighs errors by how often the code of each weight has changed.
+
+    Weights are `f + floor * mean(f)` over their mean, of the frequency `f` with which
+    the code of a weight differs from that at the step before, and 1 where nothing has
+    flipped so far. Every step is quantized, also while the strength is 0.
+
+    Args:
+      decay: of the exponential average of flips.
+      floor: the weight of what never flips, in parts of the mean.
+
+    Returns:
+      A source with a `FlipsState`: 5 bytes for each quantized weight.
+
+    Raises:
+      ValueError: for numbers out of range; in `update` for a quantizer without codes of
+        its own.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import weightings
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> rules = cage.Rules([(r"w", cage.int4())])
+      >>> tx = cage.cage(rules, 1.0, curvature=weightings.by_flips(0.5))
+      >>> gradients = {"w": jnp.zeros((3, 1))}
+      >>> state = tx.init(gradients)
+      >>> for x in (1.2, 1.3, 1.2):
+      ...     params = {"w": jnp.array([[3.5], [1.1], [x]])}
+      ...     _, state = tx.update(gradients, state, params)
+      >>> optax.tree_utils.tree_get(state, "flip_frequency")["w"].ravel().tolist()
+      [0.0, 0.0, 0.75]
+
+    Source: Nagel et al. 2022, arXiv 2203.11086, for the frequency; there of changes
+    back, and to dampen or freeze weights, see `baselines`.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(
+            f"`decay` must be at least 0 and below 1; got {decay}. Use 0.99."
+        )
+    if not 0 <= floor < float("inf"):
+        raise ValueError(
+            f"`floor` must be finite and not negative; got {floor}. Use 0.1."
+        )
+
+    def init(params):
+        return FlipsState(
+            jnp.zeros([], jnp.int32),
+            {path: jnp.zeros_like(x, jnp.int8) for path, x in params.items()},
+            {path: jnp.zeros_like(x, jnp.float32) for path, x in params.items()},
+        )
+
+    def update(state, step):
+        codes, frequency = dict(state.codes_before), dict(state.flip_frequency)
+        for path, x, quantizer, grid in _with_codes(step, "by_flips"):
+            codes[path] = codes_of(x, quantizer, grid)
+            # Before the first step there are no codes.
+            flipped = (codes[path] != state.codes_before[path]) & (state.steps > 0)
+            new = (1 - decay) * flipped.astype(jnp.float32)
+            frequency[path] = decay * frequency[path] + new
+        return FlipsState(optax.safe_increment(state.steps), codes, frequency)
+
+    def weigh(errors, state, step):
+        return _weighed(errors, state.flip_frequency, step, floor)
+
+    return Curvature(init, update, weigh)
+
+
+def _with_codes(
+    step: Step, name: str
+) -> Iterator[tuple[str, jax.Array, Quantizer, Grid | None]]:
+    """Of each quantized parameter path, array, quantizer and learned grid."""
+    for path, (quantizer, x) in step.rules.quantized(step.params).items():
+        grid = grid_at(path, step.params, None)
+        with path_in_errors(path):
+            check_grid_given(quantizer, grid)
+            if quantizer.scale.finds_values:
+                raise ValueError(
+                    f"`curvature` {name}() must have a quantizer with a grid and codes "
+                    f"of its own; got {quantizer}. Use a source of "
+                    f"`cage_jax.curvature`, such as fisher(relative=True)."
+                )
+        yield path, lax.stop_gradient(x.astype(compute_dtype(x.dtype))), quantizer, grid
+
+
+def _distance(x, quantizer, grid):
+    """From the nearest value, 0, to the threshold on that side, 1; in the basis."""
+    format = quantizer.format
+    transformed = in_basis(x, quantizer)
+    fitted = fit_in_basis(transformed, quantizer, grid)
+    position = position_of(transformed, quantizer, fitted)
+    thresholds = (format.values[1:] + format.values[:-1]) / 2
+    # What lies outside of all thresholds has the outermost step for its own.
+    within = clamp(position, thresholds[0], thresholds[-1])
+    below, above = format.neighbours(within)
+    half = jnp.where(above > below, above - below, 1.0) / 2
+    away = jnp.abs(position - format.round(position)) / half
+    return jnp.where(away < 1, away, 1.0)  # of NaN too, which must not be in the mean
+
+
+def _weighed(
+    errors: Arrays, scores: Arrays, step: Step, floor: float = 0.0
+) -> dict[str, jax.Array]:
+    """Errors times scores plus `floor` times their mean, over the mean of that."""
+    totals = [jnp.sum(scores[path], dtype=jnp.float32) for path in errors]
+    count = float(sum(error.size for error in errors.values()))
+    mean = sum(totals, start=jnp.float32(0)) / count
+    found, quantizers = {}, step.quantizers
+    for path, error in errors.items():
+        score = scores[path]
+        share = jnp.where(mean > 0, score / mean.astype(score.dtype), 1.0)
+        weight = ((share + floor) / (1 + floor)).astype(error.dtype)
+        found[path] = weighed(weight, error, quantizers[path])
+    return found

@@ -1,0 +1,417 @@
+"""Activations: the inputs of a program's products quantized, by the weight's path.
+
+The input of a product is seen as a matrix of (tokens, features): the features are
+summed over with the weight, the tokens are all the rest. An input quantizer says what
+of it shares a scale: `axis=-1` the features (a scale per token), `axis=0` the tokens (a
+scale per feature), `axis=None` everything.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.quantize import fake_quant
+from cage_jax.core.rules import Rules, check_rules, unused_text
+from cage_jax.program.products import DATA, Origin, Product, find, map_inputs
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import any_of_group, fit_grid
+from cage_jax.quantizers.scales import Grid
+
+INPUTS = "/inputs"  # behind a weight's path: where the grid of its input is kept
+
+
+def quantize_activations(function: Callable, rules: Rules) -> Callable:
+    """`function` with the inputs of its weights quantized, as the rules say by path.
+
+    Whatever multiplies a weight is found in the traced program: layers of any
+    framework, `x @ w`, convolutions, tied embeddings, under `jax.jit`, `jax.checkpoint`
+    and `jax.lax.scan`. The weights themselves are not quantized here, but by
+    `fake_quant(params, rules)` before. Call it under `jax.jit`: else it is traced anew
+    by each call.
+
+    Args:
+      function: of parameters, then anything, to a tree of arrays. What of the rest is
+        no array is left as it is, such as `train=True`.
+      rules: of which some have a quantizer for inputs, along axis -1, 0 or None: the
+        features, the tokens, or all of the input as a matrix of (tokens, features).
+
+    Returns:
+      A function like `function`. Its first argument may be what `calibrate` returns.
+
+    Raises:
+      TypeError: for something else than `Rules`.
+      ValueError: by a call, for a rule with inputs whose parameters multiply nothing,
+        for an input without the axis, for a grid that was not calibrated, and for a
+        product that is out of reach, such as in a custom derivative.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
+      >>> params, x = {"w": jnp.eye(4)}, jnp.array([[0.3, -1.0, 0.2, 0.1]])
+      >>> def apply(params, x):
+      ...     return x @ params["w"]
+      >>> quantized = jax.jit(cage.quantize_activations(apply, rules))
+      >>> y = quantized(cage.fake_quant(params, rules), x)
+      >>> [round(float(each), 4) for each in 127 * y[0]]
+      [38.0, -127.0, 25.0, 13.0]
+
+    Source: Jacob et al., arXiv 1712.05877 (quantized inputs in training).
+    """
+    check_no_module(function, "Use cage_jax.flax.quantize_activations.")
+    if not callable(function):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got a "
+            f"{type(function).__name__}. Use quantize_activations(model.apply, rules)."
+        )
+    check_rules(rules)
+
+    def visit(path, product, quantizer, x, grid):
+        return quantize_input(x, product.features, quantizer, grid), None
+
+    @functools.wraps(function)
+    def quantized(params, *args, **kwargs):
+        params, grids = apart(params)
+        done = run(function, rules, visit, params, grids, args, kwargs)
+        check_reached(rules, done)
+        return done.output
+
+    return quantized
+
+
+def check_no_module(function: Callable, remedy: str) -> None:
+    """Raises for a module of Flax in the place of a function of parameters."""
+    if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got the "
+            f"module {type(function).__name__}. {remedy}"
+        )
+
+
+def calibrate(
+    function: Callable, rules: Rules, params: Any, batches: Iterable[tuple]
+) -> dict[str, Any]:
+    """Finds in data the grids of the inputs that are calibrated or learned.
+
+    Each input is seen as it is where the other inputs are quantized, but for those that
+    are calibrated too.
+
+    Args:
+      function: as in `quantize_activations`.
+      rules: of which some input quantizers have the scale `Calibrated` or `Learned`.
+      params: the parameters, or what `with_grids` or this function returned.
+      batches: the arguments of `function` behind the parameters, a tuple for each.
+
+    Returns:
+      `{"params": params, "grids": {path: Grid}}` for `quantize_activations`, where an
+      input's path is that of its weight and "/inputs". A weight in a scan has a grid
+      for each repetition.
+
+    Raises:
+      ValueError: without batches, where no input needs a grid, and for an input with
+        NaN or infinity.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> static = cage.int8(axis=None, scale=cage.scales.Calibrated())
+      >>> rules = cage.Rules([(r"w", None, static)])
+      >>> batches = [(jnp.ones((3, 2)),), (jnp.zeros((3, 2)),)]
+      >>> def apply(params, x):
+      ...     return x @ params["w"]
+      >>> variables = cage.calibrate(apply, rules, {"w": jnp.eye(2)}, batches)
+      >>> round(127 * float(variables["grids"]["w/inputs"].scale), 3)
+      1.0
+    """
+    check_rules(rules)
+    params, grids = apart(params)
+    quantizers: dict[str, Quantizer] = {}
+
+    def visit(path, product, quantizer, x, grid):
+        if not quantizer.scale.needs_grid:
+            return quantize_input(x, product.features, quantizer, None), None
+        quantizers[path] = quantizer
+        return x, fit_input_grid(x, product.features, quantizer)
+
+    def merged(path, grids):
+        scale, format = quantizers[path].scale, quantizers[path].format
+        return functools.reduce(lambda a, b: scale.merged(a, b, format), grids)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def observe(params, arrays, static):
+        args, kwargs = static.joined(arrays)
+        done = run(function, rules, visit, params, {}, args, kwargs)
+        check_reached(rules, done)
+        # One weight may multiply several inputs.
+        return {path: merged(path, done.records[path]) for path in quantizers}
+
+    seen: dict[str, Grid] | None = None
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(
+                f"`batches` must be tuples of arguments; got one of "
+                f"{type(batch).__name__}. Use [(x,) for x in batches]."
+            )
+        now = observe(params, *split(batch, {}))
+        if seen is not None:
+            now = {path: merged(path, (seen[path], now[path])) for path in now}
+        seen = now
+    if seen is None:
+        raise ValueError(
+            "`batches` must have a batch to calibrate with; got none. Give a list of "
+            "tuples of arguments."
+        )
+    if not seen:
+        raise ValueError(
+            f"`rules` must have inputs with a calibrated or learned scale; got "
+            f"{rules}. Use int8(axis=None, scale=Calibrated()) in a rule."
+        )
+    for path, grid in seen.items():
+        if not all(bool(jnp.isfinite(part).all()) for part in jax.tree.leaves(grid)):
+            raise ValueError(
+                f"`{path}`: `batches` must give finite inputs; got NaN or infinity in "
+                f"the input of this weight. Look for it in the data or the parameters."
+            )
+    new = {path + INPUTS: _known(grid) for path, grid in seen.items()}
+    return {"params": params, "grids": grids | new}
+
+
+def _known(grid):
+    return grid._replace(scale=jnp.where(grid.scale == 0, 1, grid.scale))
+
+
+# --- one input ------------------------------------------------------------------------
+
+
+def quantize_input(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
+) -> jax.Array:
+    """`fake_quant` of the input of a product.
+
+    Args:
+      x: the input.
+      features: its axes that are summed over, ascending.
+      quantizer: along the axes of the matrix of (tokens, features).
+      grid: of `fit_input_grid`, or None.
+
+    Returns:
+      An array like `x`.
+    """
+    if quantizer.scale.needs_grid and grid is None:
+        raise ValueError(
+            f"`inputs` of this weight must be calibrated first; got no grid for "
+            f"{quantizer}. Use variables = calibrate(model, rules, [(x,), ...])."
+        )
+    x, quantizer, grid, back = arranged(x, features, quantizer, grid)
+    return back(fake_quant(x, quantizer, grid=grid))
+
+
+def fit_input_grid(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer
+) -> Grid:
+    """The grid that a scale rule finds in an input; without the axes of tokens.
+
+    The scale is 0 where there are zeros only, which say nothing.
+    """
+    if quantizer.axis == -1:
+        raise ValueError(
+            f"`inputs` must not have a calibrated or learned scale per token, since "
+            f"tokens differ; got {quantizer}. Use axis=None or axis=0."
+        )
+    keep = () if quantizer.axis is None else tuple(x.shape[a] for a in features)
+    x, quantizer, _, _ = arranged(x, features, quantizer, None)
+    grid, empty = fit_grid(x, quantizer), ~any_of_group(x != 0, quantizer)
+    grid = grid._replace(scale=jnp.where(empty, 0, grid.scale))
+    return jax.tree.map(lambda g: g.reshape(keep), grid)
+
+
+def arranged(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
+) -> tuple[jax.Array, Quantizer, Grid | None, Callable]:
+    """An input such that a quantizer of (tokens, features) can be applied to it.
+
+    Returns:
+      The input, the quantizer along its axes, the grid in its shape, and the way back.
+    """
+    x, quantizer, back = _arranged(x, features, quantizer)
+    if grid is not None:
+        shape = quantizer.scale_shape(x.shape)
+        grid = jax.tree.map(lambda g: g.reshape(shape), grid)
+    return x, quantizer, grid, back
+
+
+def _arranged(x, features, quantizer):
+    def along(axes):
+        axis = axes[0] if len(axes) == 1 else tuple(axes)
+        return dataclasses.replace(quantizer, axis=axis)
+
+    if quantizer.rounding != "nearest":
+        raise ValueError(
+            f"`inputs` must be rounded to the nearest; got {quantizer}. Round the "
+            f"weights stochastically, where there is a key."
+        )
+    tokens = tuple(axis for axis in range(x.ndim) if axis not in features)
+    blocks = quantizer.group_size is not None or quantizer.hadamard is not None
+    match quantizer.axis:
+        case None:
+            return x, quantizer, lambda x: x
+        case 0 if tokens and not blocks:
+            return x, along(tokens), lambda x: x
+        case -1 if len(features) == 1 or not blocks:
+            return x, along(features), lambda x: x
+        case -1:
+            order = tokens + tuple(features)
+            moved = jnp.transpose(x, order)
+            flat = moved.reshape(*moved.shape[: len(tokens)], -1)
+            back = np.argsort(order).tolist()
+            return flat, quantizer, lambda y: y.reshape(moved.shape).transpose(back)
+    raise ValueError(
+        f"`inputs` must be quantized along axis -1 (a scale per token), 0 without "
+        f"groups (a scale per feature) or None (one for all); got {quantizer}, an "
+        f"input of shape {x.shape}. Use int8(axis=-1)."
+    )
+
+
+# --- whole programs -------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """A program that was run with other inputs of its products.
+
+    Attributes:
+      output: of the program.
+      records: of each path, those of `visit` in the order of the products.
+      products: all, also those whose inputs were left alone.
+      paths: of the parameters.
+    """
+
+    output: Any
+    records: dict[str, list[Any]]
+    products: list[Product]
+    paths: list[str]
+
+
+def trace(
+    function: Callable, params: Any, args: tuple, kwargs: dict
+) -> tuple[ClosedJaxpr, list[Origin], list[Any], Any]:
+    """A program, the origins of its inputs, these, and its output's structure."""
+    paths, leaves, structure = flatten_with_paths(params)
+    arrays, static = split(args, kwargs)
+
+    def flat(leaves, arrays):
+        args, kwargs = static.joined(arrays)
+        return function(structure.unflatten(leaves), *args, **kwargs)
+
+    program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, arrays)
+    origins = [(path,) for path in paths] + [DATA] * len(arrays)
+    return program, origins, [*leaves, *arrays], jax.tree.structure(shape)
+
+
+def run(
+    function: Callable,
+    rules: Rules,
+    visit: Callable,
+    params: Any,
+    grids: dict[str, Grid],
+    args: tuple,
+    kwargs: dict,
+) -> Done:
+    """Calls `function` with `visit` at the inputs that the rules quantize.
+
+    Args:
+      function: of parameters, then anything.
+      rules: of which some have a quantizer for inputs.
+      visit: gets the path, the product, its input's quantizer, the input and its grid
+        or None; returns another input and a record.
+      params: without grids.
+      grids: by path.
+      args: behind the parameters.
+      kwargs: likewise.
+
+    """
+    program, origins, values, structure = trace(function, params, args, kwargs)
+
+    def visit_one(path, product, x, grid):
+        with path_in_errors(path + INPUTS):
+            return visit(path, product, rules.match_inputs(path), x, grid)
+
+    given = {
+        path.removesuffix(INPUTS): grid
+        for path, grid in grids.items()
+        if path.endswith(INPUTS)
+    }
+    wanted = functools.partial(input_path, rules)
+    outputs, records = map_inputs(program, origins, values, wanted, visit_one, given)
+    paths = flatten_with_paths(params)[0]
+    return Done(structure.unflatten(outputs), records, find(program, origins), paths)
+
+
+def check_reached(rules: Rules, done: Done) -> None:
+    """Raises for inputs that rules ask for and that cannot be quantized."""
+    for product in done.products:
+        name = input_path(rules, product)
+        if name is not None and product.beyond is not None:
+            raise ValueError(
+                f"`{name}`: its input must be within reach to be quantized; got a "
+                f"product inside of {product.beyond}. Quantize it there, with "
+                f"`fake_quant`, and leave the inputs out of the rule."
+            )
+    reached = {input_path(rules, product) for product in done.products}
+    for rule in rules:
+        if rule.inputs is None:
+            continue
+        own = [path for path in done.paths if rules.rule_of(path) is rule]
+        if not own:
+            warnings.warn(unused_text(rule.pattern, done.paths), stacklevel=4)
+        elif not reached.intersection(own):
+            raise ValueError(
+                f"`{own[0]}`: a parameter must multiply data to have an input; got one "
+                f"that does not, by the rule {rule.pattern!r}. Leave the quantizer of "
+                f"inputs out of that rule."
+            )
+
+
+def input_path(rules: Rules, product: Product) -> str | None:
+    """The path whose rule quantizes the input of a product, or None."""
+    return next((p for p in product.paths if rules.match_inputs(p)), None)
+
+
+def apart(params: Any) -> tuple[Any, dict[str, Grid]]:
+    """The parameters, and the grids beside them if there are any."""
+    if isinstance(params, dict) and set(params) == {"params", "grids"}:
+        return params["params"], params["grids"]
+    return params, {}
+
+
+class _Static(NamedTuple):
+    """Arguments without their arrays; hashable if what is left is."""
+
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    def joined(self, arrays):
+        """The arguments and keyword arguments again."""
+        arrays = iter(arrays)
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.leaves]
+        return self.structure.unflatten(leaves)
+
+
+_ARRAY = object()
+
+
+def split(args, kwargs):
+    """The arrays among arguments, and the rest."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    kinds = [isinstance(a, (jax.Array, np.ndarray, np.generic)) for a in leaves]
+    arrays = [leaf for leaf, is_array in zip(leaves, kinds) if is_array]
+    rest = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, kinds)]
+    return arrays, _Static(structure, tuple(rest))

@@ -1,0 +1,343 @@
+"""What became of each parameter of a model and of its input, and what may be wrong."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.quantize import (
+    fake_quant,
+    gaussian_error,
+    grid_at,
+    quantization_error,
+)
+from cage_jax.core.rules import Rules, check_rules, unused_text
+from cage_jax.core.weight_report import Row, table
+from cage_jax.program.activations import (
+    apart,
+    arranged,
+    input_path,
+    quantize_input,
+    run,
+    split,
+)
+from cage_jax.program.products import Product
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import fit_and_round, is_inside
+
+_CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
+_DEAD = 0.5  # share of the levels that no value takes
+_ENOUGH = 16  # values for each level, before unused ones mean something
+_COSTLY = 2  # bits a weight of the scales, where there are
+_MANY = 4096  # weights
+_WORSE = 1.5  # error over that of normal numbers
+
+
+class Measured(NamedTuple):
+    """How well an array fits its grid.
+
+    Attributes:
+      error: ||x - Q(x)|| / ||x||.
+      clipped: share of the values beyond the ends of the grid.
+      dead: share of the grid's levels that no value takes.
+    """
+
+    error: float
+    clipped: float
+    dead: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a parameter is multiplied with.
+
+    Attributes:
+      product: where and how.
+      quantizer: None where it is left alone.
+      measured: None where it is left alone.
+    """
+
+    product: Product
+    quantizer: Quantizer | None
+    measured: Measured | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A parameter and its inputs.
+
+    Attributes:
+      weight: quantizer and bytes, or why it is left alone.
+      measured: of the weight; None where it is left alone, or has no values.
+      inputs: one for each product with data; none for what is added or looked up.
+    """
+
+    weight: Row
+    measured: Measured | None
+    inputs: tuple[Input, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What becomes of each parameter of a model; `print` shows a table and findings.
+
+    Attributes:
+      layers: one for each parameter.
+      findings: what may be wrong, in sentences.
+    """
+
+    layers: tuple[Layer, ...]
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "weight", "inputs", *_HEAD)
+        lines = [line for layer in self.layers for line in _lines(layer)]
+        text = table([head, *lines], left=4)
+        notes = self.findings or ("Nothing looks wrong.",)
+        return "\n".join([text, "", *(f"- {note}" for note in notes)])
+
+
+_HEAD = ("error", "clipped", "dead", "input error", "clipped", "dead")
+
+
+def report(
+    function: Callable, rules: Rules, params: Any, *args: Any, **kwargs: Any
+) -> ModelReport:
+    """What becomes of each parameter of a program and of its inputs, with their errors.
+
+    Rules that decide nothing are among the findings, not warned of.
+
+    Args:
+      function: of parameters, then anything, as in `quantize_activations`.
+      rules: for weights, inputs or both.
+      params: with values, or what `with_grids` or `calibrate` returned.
+      args: an example of what `function` gets behind the parameters.
+      kwargs: likewise.
+
+    Returns:
+      A `ModelReport`. Errors of inputs are those of the example, with all weights and
+      inputs before them quantized.
+
+    Raises:
+      TypeError, ValueError: as `fake_quant` and `quantize_activations`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax.numpy as jnp
+      >>> from cage_jax.program.model_report import report
+      >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
+      >>> params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
+      >>> def apply(params, x):
+      ...     return x @ params["w"] + params["b"][None, :]
+      >>> found = report(apply, rules, params, jnp.linspace(-1, 1, 16).reshape(2, 8))
+      >>> [len(layer.inputs) for layer in found.layers]
+      [0, 1]
+    """
+    check_rules(rules)
+    values, grids = apart(params)
+
+    def visit(path, product, quantizer, x, grid):
+        measured = _measure(*arranged(x, product.features, quantizer, grid))
+        x = quantize_input(x, product.features, quantizer, grid)
+        return x, measured
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is unused is among the findings
+        rows = rules.report(values)
+        quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
+    arrays, static = split(args, kwargs)
+    products: list[Product] = []  # what is static, from tracing
+
+    # One program: run one operation at a time, a layer compiles a hundred.
+    @jax.jit
+    def observed(quantized, grids, arrays):
+        args, kwargs = static.joined(arrays)
+        done = run(function, rules, visit, quantized, grids, args, kwargs)
+        products.extend(done.products)
+        return done.records
+
+    found_in = observed(quantized, grids, arrays)
+    records = {path: iter(entries) for path, entries in found_in.items()}
+    inputs: dict[str, list[Input]] = {}
+    for product in products:
+        path = input_path(rules, product)
+        found = Input(product, None, None)
+        if path is not None:
+            measured = None if product.beyond else _mean(next(records[path]))
+            found = Input(product, rules.match_inputs(path), measured)
+        for path in product.paths:
+            inputs.setdefault(path, []).append(found)
+    paths, leaves, _ = flatten_with_paths(values)
+    layers = []
+    for row, (path, leaf) in zip(rows.rows, zip(paths, leaves)):
+        measured = None
+        if row.quantizer is not None:
+            grid = grid_at(path, params, None)
+            measured = _mean(_measured(leaf, row.quantizer, grid))
+        layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
+    unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
+    findings = (*unused, *rows.splits, *_findings(layers, rules))
+    return ModelReport(tuple(layers), findings)
+
+
+def _to_nearest(rules):
+    def nearest(quantizer):
+        return quantizer and dataclasses.replace(quantizer, rounding="nearest")
+
+    return Rules([(r.pattern, nearest(r.weights), nearest(r.inputs)) for r in rules])
+
+
+# --- measuring ------------------------------------------------------------------------
+
+
+def _measure(x, quantizer, grid, _=None):
+    """The figures of `Measured` as arrays."""
+    quantizer = dataclasses.replace(quantizer, rounding="nearest")
+    values, transformed, found = fit_and_round(x, quantizer, grid)
+    format = quantizer.format
+    error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
+    size = jnp.linalg.norm(x.ravel())
+    # Half a step beyond the end is rounded, not clipped.
+    beyond = ~is_inside(transformed, quantizer, found, format.edge)
+    levels = jnp.asarray(format.values, values.dtype)
+    used = jnp.zeros(levels.size, bool)
+    used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
+    return error / jnp.where(size == 0, 1, size), jnp.mean(beyond), jnp.mean(~used)
+
+
+_measured = jax.jit(_measure, static_argnums=1)
+
+
+def _mean(arrays) -> Measured:
+    """Over the repetitions of a scan, if any."""
+    return Measured(*(float(np.mean(array)) for array in arrays))
+
+
+# --- words ----------------------------------------------------------------------------
+
+
+def _lines(layer):
+    row = layer.weight
+    weight = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
+    begin = row.path, str(row.shape), weight
+    if not layer.inputs:
+        yield (
+            *begin,
+            "- in no product with data",
+            *_figures(layer.measured),
+            *_figures(),
+        )
+    for each in layer.inputs:
+        what = "- as it is" if each.quantizer is None else str(each.quantizer)
+        if each.product.beyond:
+            what = f"- out of reach in {each.product.beyond}"
+        yield (*begin, what, *_figures(layer.measured), *_figures(each.measured))
+
+
+def _figures(measured=None):
+    if measured is None:
+        return ("",) * len(Measured._fields)
+    return tuple(f"{part:.3f}" for part in measured)
+
+
+def _findings(layers, rules):
+    if not any(layer.weight.quantizer or _quantized(layer) for layer in layers):
+        yield "nothing is quantized. Compare the rules' patterns with the paths above."
+    for layer in layers:
+        path, size = layer.weight.path, layer.weight.size
+        if rules.match_inputs(path) and not layer.inputs:
+            yield (
+                f"{path}: a rule quantizes its input, but it is in no product with "
+                f"data. Is it never called? Else leave the quantizer of inputs out."
+            )
+        yield from _costly(layer.weight)
+        yield from _across(layer)
+        yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
+        for each in layer.inputs:
+            size = math.prod((*each.product.shape, *each.product.repeats))
+            yield from _found(f"{path}, input", each.quantizer, each, size)
+
+
+def _quantized(layer):
+    return any(each.quantizer for each in layer.inputs)
+
+
+def _costly(row):
+    if row.quantizer is None or row.size < _MANY:
+        return
+    more = row.bits_per_weight - row.quantizer.bits
+    if more > _COSTLY:
+        yield (
+            f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
+            f"weights share one: {row.quantizer.scale_shape(row.shape)} scales for "
+            f"{row.shape} weights. Name the axes of its inputs, such as axis=0 for "
+            f"(in, heads, size) and axis=(0, 1, 2) for the kernel of a convolution."
+        )
+
+
+def _across(layer):
+    row = layer.weight
+    if row.quantizer is None or not layer.inputs:
+        return
+    shared = set(row.quantizer.groups(row.shape))
+    summed = [axes for each in layer.inputs for axes in _summed(each.product, row)]
+    if summed and not any(shared.issuperset(axes) for axes in summed):
+        first = summed[0] if len(summed[0]) > 1 else summed[0][0]
+        yield (
+            f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
+            f"and a scale is for axis {row.quantizer.axis}: it cannot be taken out of "
+            f"the product. Use axis={first}."
+        )
+
+
+def _summed(product, row):
+    """The axes of a parameter that a product may sum over, told by their lengths."""
+    axes = tuple(range(len(row.shape)))
+    if product.operation == "conv_general_dilated":  # all but the outputs
+        channels = product.shape[product.features[0]]
+        places = {axes[:-1]: -2, axes[1:]: 1}  # (..., in, out) and (out, in, ...)
+        return [
+            run for run, place in places.items() if channels % row.shape[place] == 0
+        ]
+    length = math.prod(product.shape[axis] for axis in product.features)
+    runs = [axes[i:j] for i in axes for j in range(i + 1, len(axes) + 1)]
+    return [
+        run for run in runs if math.prod(row.shape[axis] for axis in run) == length > 1
+    ]
+
+
+def _found(what, quantizer, layer, size):
+    measured = layer.measured
+    if measured is None:
+        return
+    if quantizer.scale.finds_values:  # of which the codes are not known
+        return
+    if not math.isfinite(measured.error):
+        yield f"{what}: there are NaNs or infinities. Find where they begin."
+        return
+    if measured.error == 0 and round((1 - measured.dead) * quantizer.levels) == 1:
+        yield f"{what}: all values are the same, such as zero."
+        return
+    usual = math.sqrt(gaussian_error(quantizer))
+    if not measured.error <= _WORSE * usual:
+        yield (
+            f"{what}: the error is {measured.error:.2f} of the norm, where normal "
+            f"numbers have {usual:.2f}. A few large values may stretch the grid: use "
+            f"groups, a rotation or more bits."
+        )
+    if measured.clipped > _CLIPPED:
+        yield (
+            f"{what}: {measured.clipped:.1%} of the values lie beyond the grid. Use a "
+            f"wider scale, or calibrate again."
+        )
+    if measured.dead > _DEAD and size >= _ENOUGH * quantizer.levels:
+        yield (
+            f"{what}: {measured.dead:.0%} of the levels are not used. The grid is "
+            f"wider than most values: use groups, or a clipped or searched scale."
+        )

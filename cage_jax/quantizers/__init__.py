@@ -1,0 +1,1 @@
+"""How one array is quantized: formats, scale types, scale rules, presets, rounding."""

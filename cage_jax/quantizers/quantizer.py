@@ -1,0 +1,319 @@
+"""Quantizers: a format, where its grid lies, and what passes its gradient."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from cage_jax.quantizers.formats import Format
+from cage_jax.quantizers.scale_types import FULL, ScaleType
+from cage_jax.quantizers.scales import AbsMax, ScaleRule
+
+Gradient = Literal["identity", "clip", "trust"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How an array is quantized: an immutable, hashable description.
+
+    It holds no state and is not callable, so it is static under `jax.jit` and left
+    alone by `optax.inject_hyperparams`. Change a field with `dataclasses.replace`.
+
+    Args:
+      format: the values a code can take, such as `Integer(4)`.
+      scale: where the grid lies in each group, such as `AbsMax()`. Scales are
+        computed in float32 (float64 for float64 arrays) and are constants for
+        differentiation.
+      axis: the axis or axes that share a scale; None stands for all, one scale per
+        tensor. The default, -2, is the contracted one of a Flax Dense kernel
+        (in, out) and of a scanned stack of them (layers, in, out): one scale per
+        output channel.
+      group_size: how many neighbours along `axis` share a scale; None for all. With
+        several axes a tuple, with an entry (or None) for each.
+      scale_type: which numbers a scale can be, such as `PowerOfTwo()`.
+      hadamard: block of the Hadamard rotation of `axis` before quantizing and back
+        after it; a power of two, or None for no rotation.
+      hadamard_seed: None, or a seed of random signs that values get before they are
+        rotated, so that a row that happens to look like one of the matrix is spread
+        too.
+      rounding: "nearest", or "stochastic": to one of the two neighbours, so that the
+        mean is the value. Then `fake_quant` and `quantize` need a `key`; the error that
+        CAGE pulls on is always to the nearest.
+      gradient: what passes straight through: "identity" everything, "clip" where the
+        (rotated) value lies within the grid, "trust" where it lies at most half a
+        step beyond it (the trust rule of QuEST).
+
+    Raises:
+      TypeError, ValueError: for arguments that do not fit together.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> format, scale = cage.formats.Integer(4), cage.scales.AbsMax()
+      >>> print(cage.Quantizer(format, scale, axis=0, group_size=32))
+      int4 absmax, group 32 of axis 0, identity
+    """
+
+    format: Format
+    scale: ScaleRule = AbsMax()
+    _: dataclasses.KW_ONLY
+    axis: int | tuple[int, ...] | None = -2
+    group_size: int | tuple[int | None, ...] | None = None
+    scale_type: ScaleType = FULL
+    hadamard: int | None = None
+    hadamard_seed: int | None = None
+    rounding: Rounding = "nearest"
+    gradient: Gradient = "identity"
+
+    def __post_init__(self):
+        if not isinstance(self.format, Format):
+            raise TypeError(
+                f"`format` must be a Format such as Integer(4); got {self.format!r}. "
+                f"See `cage_jax.formats`, or use a preset such as int4()."
+            )
+        if not isinstance(self.scale, ScaleRule):
+            raise TypeError(
+                f"`scale` must be a rule such as AbsMax(); got {self.scale!r}. See "
+                f"`cage_jax.scales`; a known scale is Fixed(value)."
+            )
+        if not isinstance(self.scale_type, ScaleType):
+            raise TypeError(
+                f"`scale_type` must be a ScaleType such as PowerOfTwo(); got "
+                f"{self.scale_type!r}. See `cage_jax.scale_types`."
+            )
+        self.scale.check(self.format, self.scale_type)
+        self._check_axes()
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(
+                f"`rounding` must be one of {get_args(Rounding)}; got "
+                f"{self.rounding!r}. Use 'nearest'."
+            )
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(
+                f"`gradient` must be one of {get_args(Gradient)}; got "
+                f"{self.gradient!r}. Use 'clip' where the scale cuts outliers."
+            )
+
+    def _check_axes(self):
+        axes, sizes = self._axes, self.group_sizes
+        if any(isinstance(a, bool) or not isinstance(a, int) for a in axes):
+            raise TypeError(
+                f"`axis` must be an int, a tuple of ints or None; got {self.axis!r}. "
+                f"Use -2 for one scale per output channel of a (in, out) kernel."
+            )
+        if len(sizes) != len(axes):
+            raise ValueError(
+                f"`group_size` must have one entry for each axis; got group_size="
+                f"{self.group_size}, axis={self.axis}. Use a tuple such as "
+                f"{(128,) * max(len(axes), 2)}, or None for one scale per channel."
+            )
+        for size in sizes:
+            if size is not None and (
+                isinstance(size, bool) or not isinstance(size, int)
+            ):
+                raise TypeError(
+                    f"`group_size` must be an int or None for each axis; got "
+                    f"{self.group_size!r}. Use a divisor of the axis, such as 128."
+                )
+            if size is not None and size < 1:
+                raise ValueError(
+                    f"`group_size` must be positive; got {self.group_size}. Use a "
+                    f"divisor of the axis, or None for one scale per channel."
+                )
+        block = self.hadamard
+        if block is None:
+            if self.hadamard_seed is not None:
+                raise ValueError(
+                    f"`hadamard_seed` has no meaning without a rotation; got "
+                    f"hadamard_seed={self.hadamard_seed}, hadamard=None. Set "
+                    f"`hadamard`, or leave the seed out."
+                )
+            return
+        seed = self.hadamard_seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(
+                f"`hadamard_seed` must be an int or None; got {seed!r}. Use 0."
+            )
+        if seed is not None and seed < 0:
+            raise ValueError(f"`hadamard_seed` must be at least 0; got {seed}. Use 0.")
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(
+                f"`hadamard` must be an int or None; got {block!r}. Use a power of two "
+                f"such as 128."
+            )
+        if block < 2 or block & (block - 1):
+            raise ValueError(
+                f"`hadamard` must be a power of two of at least 2; got {block}. Use "
+                f"32, 64 or 128, or None for no rotation."
+            )
+        if len(axes) != 1:
+            raise ValueError(
+                f"`hadamard` rotates one axis; got axis={self.axis}. Name the "
+                f"contracted axis alone, or use hadamard=None."
+            )
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        if self.axis is None:
+            return ()
+        return self.axis if isinstance(self.axis, tuple) else (self.axis,)
+
+    @property
+    def group_sizes(self) -> tuple[int | None, ...]:
+        """`group_size` for each of `axis`; none where that is None."""
+        if isinstance(self.group_size, tuple):
+            return self.group_size
+        if self.group_size is None:
+            return (None,) * len(self._axes)
+        return (self.group_size,)
+
+    @property
+    def bits(self) -> int:
+        """Width of one code."""
+        return self.format.bits
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether the grid has a zero point."""
+        return self.scale.asymmetric
+
+    @property
+    def levels(self) -> int:
+        """How many values a code can stand for."""
+        return len(self.format.values)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the negative of an array gives the negative of its values."""
+        affine = self.scale.asymmetric or self.scale.has_offset
+        return (self.format.symmetric or self.scale.signed) and not affine
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether quantized values stay as they are when quantized again.
+
+        Up to rounding. Under a long pull a quantizer that is not idempotent walks:
+        see the norm drift among the statistics of `cage`, and its `freeze_scale`.
+        """
+        if self.rounding != "nearest" or not self.scale_type.idempotent(self.format):
+            return False
+        return self.scale.idempotent(self.format)
+
+    def groups(self, shape: tuple[int, ...]) -> dict[int, int]:
+        """The size of a group along each axis that shares a scale.
+
+        Args:
+          shape: of the array to quantize.
+
+        Returns:
+          For each shared axis, counted from 0 and ascending, how many neighbours
+          share a scale.
+
+        Raises:
+          ValueError: for an axis out of range, and for a group or a Hadamard block
+            that does not divide its axis.
+        """
+        ndim = len(shape)
+        if self.axis is None:
+            return dict(enumerate(shape))
+        groups = {}
+        for axis, size in zip(self._axes, self.group_sizes):
+            if not -ndim <= axis < ndim:
+                raise ValueError(
+                    f"`axis` must be within the dimensions of `x`; got axis={axis}, "
+                    f"x.shape={shape}. Use an axis from {-ndim} to {ndim - 1}, "
+                    f"axis=None for one scale per tensor, or None in `Rules` to leave "
+                    f"the parameter alone."
+                )
+            length = shape[axis]
+            if axis % ndim in groups:
+                raise ValueError(
+                    f"`axis` must name each axis once; got axis={self.axis}, x.shape="
+                    f"{shape}. Leave the repeated one out."
+                )
+            if size is not None and length % size:
+                raise ValueError(
+                    f"`group_size` must divide axis {axis} of `x`; got group_size="
+                    f"{size}, x.shape={shape}. Use a divisor of {length}, or None for "
+                    f"one scale per channel; where another axis is summed over, name "
+                    f"that one, such as axis=(0, 1, 2) for a convolution."
+                )
+            if self.hadamard is not None and length % self.hadamard:
+                largest = length & -length
+                remedy = f"Use {largest} or less" if largest > 1 else "Use None"
+                raise ValueError(
+                    f"`hadamard` must divide axis {axis} of `x`; got hadamard="
+                    f"{self.hadamard}, x.shape={shape}. {remedy}."
+                )
+            groups[axis % ndim] = length if size is None else size
+        return dict(sorted(groups.items()))
+
+    def pieces(self, shape: tuple[int, ...]) -> dict[int, int]:
+        """`groups`, as many together as a rotation mixes or a tensor's scale spans."""
+        if self.scale_type.has_tensor_divisor:
+            return {axis: shape[axis] for axis in self.tensor_axes(shape)}
+        groups = self.groups(shape)
+        if self.hadamard is None:
+            return groups
+        return {axis: math.lcm(size, self.hadamard) for axis, size in groups.items()}
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales: that of `x`, a shared axis counting its groups."""
+        groups = self.groups(shape)
+        return tuple(
+            _group_count(length, groups[axis]) if axis in groups else length
+            for axis, length in enumerate(shape)
+        )
+
+    def tensor_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes that one tensor spans, for scale types with a scale for each.
+
+        All but the leading ones of a stack: those before the shared axes and before
+        the last two.
+        """
+        first = min([*self.groups(shape), max(len(shape) - 2, 0)])
+        return tuple(range(first, len(shape)))
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of whole tensors."""
+        axes = self.tensor_axes(shape)
+        return tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+
+    def storage_bits(self, shape: tuple[int, ...], scale_dtype=jnp.float32) -> int:
+        """Bits of an array of `shape`: its codes and all that its grid stores.
+
+        Args:
+          shape: of the array.
+          scale_dtype: of scales that are stored as they are computed.
+        """
+        scale_bits = 8 * jnp.dtype(self.scale_type.dtype or scale_dtype).itemsize
+        per_group = scale_bits * (2 if self.scale.has_offset else 1)
+        per_group += self.bits if self.asymmetric else 0
+        bits = self.bits * math.prod(shape)
+        bits += per_group * math.prod(self.scale_shape(shape))
+        if self.scale_type.has_tensor_divisor:
+            wide = 8 * jnp.dtype(scale_dtype).itemsize
+            bits += wide * math.prod(self.tensor_shape(shape))
+        return bits
+
+    def __str__(self):
+        parts = [f"{self.format} {self.scale}"]
+        if self.axis is None:
+            parts.append("per tensor")
+        elif self.group_size is None:
+            parts.append(f"axis {self.axis}")
+        else:
+            parts.append(f"group {self.group_size} of axis {self.axis}")
+        if str(self.scale_type):
+            parts.append(str(self.scale_type))
+        if self.hadamard is not None:
+            signs = "" if self.hadamard_seed is None else " with random signs"
+            parts.append(f"hadamard {self.hadamard}{signs}")
+        if self.rounding != "nearest":
+            parts.append(self.rounding)
+        return ", ".join([*parts, self.gradient])
+
+
+def _group_count(length, size):
+    return length // size if size else 1

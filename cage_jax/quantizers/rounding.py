@@ -1,0 +1,397 @@
+"""One array to its grid and back: rotate, fit the grid of each group, round; scale.
+
+Codes and values must come out the same, to the bit, in every program: compilers
+contract a product and a sum to one operation, turn the division by a broadcast into a
+product, and gather constants, in one program and not in another. So divisions by a
+scale and sums after a product are those of `exact`, but where a product is exact.
+
+Only `fit_grid` splits an array into groups. The rest keeps its shape and spreads the
+grid instead, so that it fuses with what comes before and after.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.dispatch import Kernels, either
+from cage_jax.arrays.exact import clamp, divide, rounded, times
+from cage_jax.arrays.hadamard import transform
+from cage_jax.arrays.sharding import across_shards
+from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scales import Grid, ReducedScale, compute_dtype
+
+_WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Grid:
+    """The grid that the scale rule finds in `x`, with the shape of the scales.
+
+    Args:
+      x: an array of real floats.
+      quantizer: how it is quantized.
+      grid: kept wherever its scale is not 0 and the group is finite.
+
+    Returns:
+      A `Grid` in the dtype of computation.
+    """
+    return fit_in_basis(in_basis(x, quantizer), quantizer, grid)
+
+
+def fit_for_error(
+    x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
+) -> tuple[Grid, jax.Array | None]:
+    """All of `x - fake_quant(x)` that is not elementwise in `x`.
+
+    Returns:
+      The grid, of which `grid` is kept as in `fit_grid`, and with a rotation the
+      rounded values turned back, without their scale and as narrow as is exact.
+    """
+    x = lax.stop_gradient(x)
+    if quantizer.hadamard is None:
+        return fit_grid(x, quantizer, grid), None
+    values, _, grid = fit_and_round(x, quantizer, grid)
+    turned_back = turn_back(values, quantizer, grid, x.shape)
+    if step := _whole_step(quantizer, x.shape):
+        turned_back = (turned_back / step).astype(_WHOLE)
+    return grid, turned_back
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def error_from(
+    x: jax.Array, quantizer: Quantizer, grid: Grid, turned_back: jax.Array | None
+) -> jax.Array:
+    """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
+    x, grid = lax.stop_gradient((x, grid))
+    if turned_back is None:
+        values = round_in_basis(x, quantizer, grid)
+        turned_back = turn_back(values, quantizer, grid, x.shape)
+    elif step := _whole_step(quantizer, x.shape):
+        turned_back = turned_back.astype(x.dtype) * step
+    # As `x - x * (code / t)`, of `t = x / step`, XLA for GPU makes one kernel of it and
+    # the fit, where groups lie in the last axis; but only of what does nothing else. A
+    # norm or a step, which fuse with this form, would move one to five copies more.
+    return x - apply_scale(turned_back, quantizer, grid, x)
+
+
+def fit_and_round(x, quantizer, grid, noise=None):
+    """The rounded values of `x`, itself in their basis, and their grid."""
+    transformed = in_basis(x, quantizer)
+    grid = fit_in_basis(transformed, quantizer, grid)
+    return round_in_basis(transformed, quantizer, grid, noise), transformed, grid
+
+
+def in_basis(x, quantizer):
+    """`x` in the dtype of computation and, up to `basis_factor`, rotated."""
+    x = x.astype(compute_dtype(x.dtype))
+    if quantizer.hadamard is None:
+        return x
+    (axis,) = quantizer.groups(x.shape)
+    return transform(_signed(x, quantizer, axis), quantizer.hadamard, axis)
+
+
+def back_from_basis(x, quantizer):
+    """The transpose of `in_basis`; its inverse, up to `basis_factor` squared."""
+    if quantizer.hadamard is None:
+        return x
+    (axis,) = quantizer.groups(x.shape)
+    return _signed(transform(x, quantizer.hadamard, axis), quantizer, axis)
+
+
+def _signed(x, quantizer, axis):
+    """`x` times the random signs, if any, which are the same along all other axes."""
+    if quantizer.hadamard_seed is None:
+        return x
+    drawn = np.random.default_rng(quantizer.hadamard_seed).integers(0, 2, x.shape[axis])
+    along = [1] * x.ndim
+    along[axis] = -1
+    signs = jnp.asarray(2 * drawn.reshape(along) - 1, x.dtype)
+    return x * jnp.broadcast_to(signs, x.shape)
+
+
+def basis_factor(quantizer):
+    """What makes the unscaled transform a rotation."""
+    return 1.0 if quantizer.hadamard is None else quantizer.hadamard**-0.5
+
+
+def fit_in_basis(transformed, quantizer, grid, **known):
+    """`fit_grid` of what `in_basis` gives, with what is `known` to `fit`."""
+    shape = transformed.shape
+    if quantizer.scale.needs_grid and grid is not None:
+        # A learned scale that is not positive has no values; it must not pass unseen.
+        grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
+        return grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
+    scale, format, scale_type = quantizer.scale, quantizer.format, quantizer.scale_type
+    sized = times(transformed, basis_factor(quantizer))
+    if isinstance(scale, ReducedScale):
+        count = math.prod(quantizer.groups(shape).values())
+        whole = reduce_groups(
+            functools.partial(scale.part, count=count), sized, quantizer
+        )
+        axes = quantizer.tensor_axes(shape)
+        fitted = scale.stored(whole, count, format, scale_type, axes, **known)
+    else:
+        axes = _tensor_axes(quantizer, shape)
+        alone = scale.ignores_zeros and not scale_type.has_tensor_divisor
+        fitted = (reduce_groups if alone else of_groups)(
+            lambda x, groups: scale.fit(x, groups, format, scale_type, axes),
+            sized,
+            quantizer,
+        )
+    shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
+    return fitted if grid is None else _kept(grid, fitted, shapes)
+
+
+def _kept(grid, fitted, shapes):
+    """`grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
+    unknown = (grid.scale == 0) | jnp.isnan(fitted.scale)
+    # A tensor's divisor is found again only with all of its scales.
+    axes = [axis for axis, n in enumerate(shapes[1]) if n != shapes[0][axis]]
+    all_unknown = jnp.all(unknown, axis=axes, keepdims=True)
+    # What a given grid may lack: then it rounds by what it stores.
+    grid = grid._replace(
+        inverse=1 / grid.step if grid.inverse is None else grid.inverse,
+        origin=grid.offset if grid.origin is None else grid.origin,
+    )
+    return fitted._replace(
+        **{
+            name: jnp.where(
+                all_unknown if name == "tensor_divisor" else unknown,
+                found,
+                getattr(grid, name).astype(found.dtype),
+            )
+            for name, found in fitted._asdict().items()
+            if found is not None
+        }
+    )
+
+
+def round_in_basis(transformed, quantizer, grid, noise=None):
+    """What `in_basis` gives, in units of the grid and rounded to its values."""
+    format, position = quantizer.format, position_of(transformed, quantizer, grid)
+    if noise is None:
+        return format.round(position)
+    below, above = format.neighbours(position)
+    up = noise * (above - below) < position - below
+    return jnp.where(up, above, below)
+
+
+def position_of(transformed, quantizer, grid):
+    """Where what `in_basis` gives lies, in units of the grid."""
+    spread = functools.partial(
+        to_elements, quantizer=quantizer, shape=transformed.shape
+    )
+    transformed = _from_origin(transformed, quantizer, grid)
+    if grid.inverse is None:
+        position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
+        # It changes nothing, but lets compilers divide and round in one pass.
+        position = rounded(position)
+    else:
+        position = rounded(transformed * spread(grid.inverse * basis_factor(quantizer)))
+    if grid.zero_point is not None:
+        position = position + spread(grid.zero_point)
+    return position
+
+
+def passes(transformed, quantizer, grid):
+    """Where the gradient passes."""
+    format = quantizer.format
+    # A value at the very end of the grid, as absmax puts one into each group, must not
+    # fall out of it because dividing by the scale rounds.
+    widest = max(abs(format.low), format.high)
+    slack = 4 * float(jnp.finfo(transformed.dtype).eps) * widest
+    if quantizer.gradient == "trust":
+        slack += format.edge
+    return is_inside(transformed, quantizer, grid, slack)
+
+
+def is_inside(transformed, quantizer, grid, beyond):
+    """Whether it lies on the grid, or not farther off its ends than `beyond`, in units.
+
+    Without a division: what shares the quotient with the rounding, a compiler would not
+    do in one pass with it.
+    """
+    spread = functools.partial(
+        to_elements, quantizer=quantizer, shape=transformed.shape
+    )
+    ends = quantizer.format.low - beyond, quantizer.format.high + beyond
+    if grid.inverse is not None:
+        position = position_of(transformed, quantizer, grid)
+        return lax.eq(clamp(position, *ends), position)
+    transformed = _from_origin(transformed, quantizer, grid)
+    step = times(grid.step, 1 / basis_factor(quantizer))
+    if ends[0] == -ends[1] and grid.zero_point is None:
+        return lax.le(lax.abs(transformed), spread(lax.abs(times(step, ends[1]))))
+    zero = 0 if grid.zero_point is None else grid.zero_point
+    one, other = ((end - zero) * step for end in ends)
+    low, high = spread(jnp.minimum(one, other)), spread(jnp.maximum(one, other))
+    return lax.le(low, transformed) & lax.le(transformed, high)
+
+
+def _from_origin(transformed, quantizer, grid):
+    origin = grid.offset if grid.origin is None else grid.origin
+    if origin is None:
+        return transformed
+    origin = origin / basis_factor(quantizer)
+    return transformed - to_elements(origin, quantizer, transformed.shape)
+
+
+def restore(values, quantizer, grid, like):
+    """Turns rounded values into an array such as `like`."""
+    return apply_scale(
+        turn_back(values, quantizer, grid, like.shape), quantizer, grid, like
+    )
+
+
+def turn_back(values, quantizer, grid, shape, back=None):
+    """Rounded values in the basis of `x`, but for what `apply_scale` multiplies with.
+
+    With a function `back` in place of `back_from_basis`.
+    """
+    back = back or back_from_basis
+    if grid.zero_point is not None:
+        values = values - to_elements(grid.zero_point, quantizer, shape)
+    if quantizer.hadamard is None:
+        return values
+    if scaled_last(quantizer, shape):
+        return back(values, quantizer)
+    product = rounded(values * to_elements(grid.step, quantizer, shape))
+    if grid.offset is not None:
+        product = product + to_elements(grid.offset, quantizer, shape)
+    return back(product, quantizer)
+
+
+def apply_scale(turned_back, quantizer, grid, like):
+    """What `turn_back` gives, scaled and in the dtype of `like`."""
+    factor = basis_factor(quantizer)
+    if not scaled_last(quantizer, like.shape):
+        return rounded(times(turned_back, factor)).astype(like.dtype)
+    spread = functools.partial(to_elements, quantizer=quantizer, shape=like.shape)
+    product = rounded(lax.mul(turned_back, spread(times(grid.step, factor))))
+    if grid.offset is not None:
+        product = product + spread(grid.offset)
+    return product.astype(like.dtype)
+
+
+def scaled_last(quantizer, shape):
+    """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
+    block = quantizer.hadamard
+    if block is None:
+        return True
+    whole = all(size % block == 0 for size in quantizer.groups(shape).values())
+    return whole and not quantizer.scale.has_offset
+
+
+def _whole_step(quantizer, shape):
+    """That of which turned-back values are multiples that `_WHOLE` holds, or None."""
+    format, block = quantizer.format, quantizer.hadamard
+    if format.step is None or not scaled_last(quantizer, shape):
+        return None
+    widest = max(-format.low, format.high)
+    if quantizer.asymmetric:
+        widest = format.high - format.low
+    fits = block * widest / format.step <= jnp.iinfo(_WHOLE).max
+    return format.step if fits else None
+
+
+def of_groups(function, x, quantizer):
+    """What `function(blocks, axes)` gives for each group, shaped as the scales."""
+    shape = x.shape
+
+    def whole(x):
+        found = function(*_in_groups(x, quantizer))
+        return jax.tree.map(lambda each: _out_of_groups(each, quantizer, shape), found)
+
+    return across_shards(whole, x, _split_axes(shape, quantizer))
+
+
+def reduce_groups(function, x, quantizer):
+    """`of_groups` of what stays the same where zeros are added to a group."""
+    tiled = functools.partial(reduce_in_tiles, function)
+    return either(
+        lambda x: of_groups(function, x, quantizer),
+        _in_tile_order(tiled, quantizer, x.shape, x),
+        x,
+    )
+
+
+def any_of_group(x, quantizer):
+    """Whether anything in each group is true, with the shape of the scales."""
+    return reduce_groups(functools.partial(jnp.any, keepdims=True), x, quantizer)
+
+
+def _in_groups(x, quantizer):
+    """`x` with each shared axis as (groups, group), and the axes of a group."""
+    shape, split = x.shape, _split_axes(x.shape, quantizer)
+    # One axis at a time, the last one first: sharded arrays are reshaped only so.
+    for axis, size in reversed(split.items()):
+        parts = shape[axis] // size, size
+        x = x.reshape(*shape[:axis], *parts, *x.shape[axis + 1 :])
+    return x, tuple(_place(axis, split) for axis in quantizer.groups(shape))
+
+
+def _out_of_groups(per_group, quantizer, shape):
+    """What `_in_groups` of `shape` was reduced to, with the shape of the scales."""
+    split = _split_axes(shape, quantizer)
+    return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
+
+
+def to_elements(per_group, quantizer, shape):
+    """What each group has once, for each element of an array of `shape`."""
+    return either(
+        lambda per_group: _to_elements(per_group, quantizer, shape),
+        _in_tile_order(spread_in_tiles, quantizer, shape, per_group),
+        per_group,
+    )
+
+
+def _to_elements(per_group, quantizer, shape):
+    split = _split_axes(shape, quantizer)
+    spread = jnp.expand_dims(per_group, [_place(axis, split) for axis in split])
+    whole = list(shape)
+    for axis, size in reversed(split.items()):
+        whole[axis : axis + 1] = shape[axis] // size, size
+    spread = jnp.broadcast_to(spread, whole)
+    for axis in split:
+        spread = spread.reshape(*shape[: axis + 1], *spread.shape[axis + 2 :])
+    return spread
+
+
+def _tensor_axes(quantizer, shape):
+    """The axes of a tensor, where `_in_groups` puts them."""
+    split = _split_axes(shape, quantizer)
+    axes = []
+    for axis in quantizer.tensor_axes(shape):
+        place = _place(axis, split)
+        axes += [place - 1, place] if axis in split else [place]
+    return tuple(axes)
+
+
+def _split_axes(shape, quantizer):
+    """The size of a group along each axis that has several."""
+    groups = quantizer.groups(shape)
+    return {axis: size for axis, size in groups.items() if size != shape[axis]}
+
+
+def _in_tile_order(function, quantizer, shape, sharded):
+    """A form for TPU, where groups are parts of one of the last two axes alone."""
+    split = _split_axes(shape, quantizer)
+    if not split or len(quantizer.groups(shape)) > 1 or quantizer.hadamard:
+        return Kernels()
+    ((axis, size),) = split.items()
+    axis -= len(shape)
+    pieces = tile_pieces(shape, axis, size, jax.typeof(sharded).sharding)
+    if not pieces:
+        return Kernels()
+    form = functools.partial(function, axis=axis, size=size)
+    return Kernels(xla_tpu=form, pieces=pieces)
+
+
+def _place(axis, split):
+    """Where `_in_groups` puts an axis, or its groups' elements where it is split."""
+    return axis + sum(other <= axis for other in split)

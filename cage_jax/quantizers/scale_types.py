@@ -1,0 +1,281 @@
+"""Scale types: which numbers a scale can be where it is stored.
+
+A scale rule finds the bound of each group; its scale type turns the bound into the
+scale that a file holds. Like the rules, a type is an immutable, hashable description.
+From a finite bound it never makes an infinity or NaN: it saturates, and what would
+underflow becomes its smallest number.
+"""
+
+import abc
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.exact import clamp, divide, finite, power_below, select, times
+from cage_jax.quantizers.formats import Float, Format
+
+PowerRounding = Literal["down", "nearest", "up"]
+
+
+class StoredScale(NamedTuple):
+    """A scale as it is stored; all arrays are in the dtype of computation.
+
+    Attributes:
+      scale: what is stored for each group.
+      tensor_divisor: what all scales of a tensor are divided by, or None.
+      inverse: what values are multiplied with to be rounded, where a file's own
+        program does not round by the stored scale; None for the reciprocal of it.
+    """
+
+    scale: jax.Array
+    tensor_divisor: jax.Array | None = None
+    inverse: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleType(abc.ABC):
+    """Turns the bound of each group into its stored scale."""
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Of the stored scales; None for the dtype of computation."""
+        return None
+
+    @property
+    def has_tensor_divisor(self) -> bool:
+        """Whether a tensor has one more scale, float32, for all of it."""
+        return False
+
+    @property
+    def signed(self) -> bool:
+        """Whether a scale can be negative."""
+        return True
+
+    def idempotent(self, format: Format) -> bool:
+        """Whether the bound of quantized values gives the same scale again."""
+        return True
+
+    @abc.abstractmethod
+    def store(
+        self,
+        bound: jax.Array,
+        range: float,
+        format: Format,
+        axes: tuple[int, ...],
+        largest: jax.Array | None = None,
+    ) -> StoredScale:
+        """The stored scale of each group.
+
+        Args:
+          bound: what lies at the end of each group's grid; may be 0, an infinity or
+            NaN, and negative where the grid is turned around.
+          range: the end of the grid in units of the scale.
+          format: the format of the codes.
+          axes: those that a tensor spans.
+          largest: the largest finite bound of the only tensor, where it is known.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(ScaleType):
+    """Scales as they are computed: float32, or float64 for float64 arrays."""
+
+    def store(self, bound, range, format, axes, largest=None):
+        return StoredScale(_valid(_quotient(bound, range), format))
+
+    def __str__(self):
+        return ""
+
+
+FULL = Full()
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(ScaleType):
+    """Scales rounded to float16 or bfloat16.
+
+    Args:
+      name: "float16" or "bfloat16".
+      unrounded: round values by the scale before it is rounded, and leave a scale that
+        underflows at 0, as the programs that write GGUF files do.
+    """
+
+    name: Literal["float16", "bfloat16"] = "float16"
+    unrounded: bool = False
+
+    def __post_init__(self):
+        if self.name not in ("float16", "bfloat16"):
+            raise ValueError(
+                f"`name` must be 'float16' or 'bfloat16'; got {self.name!r}. Use "
+                f"Full() for float32."
+            )
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.name)
+
+    def store(self, bound, range, format, axes, largest=None):
+        limits = jnp.finfo(self.dtype)
+        ideal = _quotient(bound, range)
+        if not self.unrounded:
+            ideal = _valid(ideal, format)
+            # The smallest normal number: some processors take smaller ones for 0.
+            tiny = float(limits.tiny)
+            ideal = jnp.where(jnp.abs(ideal) < tiny, jnp.sign(ideal) * tiny, ideal)
+        largest = float(limits.max)
+        scale = jnp.clip(ideal, -largest, largest).astype(self.dtype)
+        scale = jnp.where(jnp.isfinite(bound), scale.astype(bound.dtype), jnp.nan)
+        if not self.unrounded:
+            return StoredScale(scale)
+        # Of scales that are cut off, or whose reciprocal is no number, the stored one.
+        usable = (jnp.abs(ideal) <= largest) & (jnp.abs(ideal) >= 2.0**-126)
+        inverse = 1 / jnp.where(usable, ideal, jnp.where(scale == 0, jnp.inf, scale))
+        return StoredScale(scale, inverse=inverse)
+
+    def __str__(self):
+        return f"{self.name} scales"
+
+
+# Where a bound goes to the next power of two. For E4M3 compressed-tensors takes that of
+# E2M1; for the formats that it lacks, half a step above the largest value.
+_TURNS = {"e2m1": 1.75, "e2m3": 1.9375, "e3m2": 1.875, "e4m3": 1.75, "e5m2": 1.875}
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerOfTwo(ScaleType):
+    """Powers of two, in 8 bits of exponent: E8M0, the scales of MX formats.
+
+    Args:
+      rounding: from the power of two of the bound to that of the grid's end: "down" as
+        the OCP specification has it (the largest values may be clipped), "nearest" as
+        compressed-tensors has it (up where the bound would round to the next power),
+        "up" as qwix has it (nothing is clipped).
+    """
+
+    rounding: PowerRounding = "down"
+
+    def __post_init__(self):
+        if self.rounding not in get_args(PowerRounding):
+            raise ValueError(
+                f"`rounding` must be one of {get_args(PowerRounding)}; got "
+                f"{self.rounding!r}. Use 'down' for the OCP specification's rule."
+            )
+
+    @property
+    def dtype(self):
+        return jnp.dtype(jnp.float8_e8m0fnu)
+
+    @property
+    def signed(self):
+        return False
+
+    def idempotent(self, format):
+        # The largest values become 448, which goes to the next power of two.
+        return not (self.rounding == "nearest" and format == Float("e4m3"))
+
+    def store(self, bound, range, format, axes, largest=None):
+        if self.rounding == "up":
+            ideal = _quotient(bound, range)
+            power = power_below(ideal)
+            scale = jnp.where(power == ideal, power, 2 * power)
+        else:
+            if self.rounding == "nearest":
+                turn = _TURNS.get(getattr(format, "name", ""), 1.75)
+                power = power_below(bound)
+                bound_power = jnp.where(bound >= turn * power, 2 * power, power)
+            else:
+                bound_power = power_below(bound)
+            scale = bound_power * 2.0 ** -np.floor(np.log2(format.high))
+        # 2**-127 is not a normal float32, which some processors take for 0.
+        scale = clamp(scale, 2.0**-126, 2.0**127)
+        scale = select(bound == 0, 1.0, scale)
+        return StoredScale(
+            select(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype)
+        )
+
+    def __str__(self):
+        return f"e8m0 scales {self.rounding}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(ScaleType):
+    """E4M3, below one float32 number for the whole tensor: the scales of NVFP4.
+
+    scale = stored scale / tensor_divisor, with tensor_divisor such that the largest
+    stored scale of a tensor is 448.
+
+    Args:
+      tensor_divisor: False for E4M3 alone.
+    """
+
+    tensor_divisor: bool = True
+
+    @property
+    def dtype(self):
+        return jnp.dtype(jnp.float8_e4m3fn)
+
+    @property
+    def has_tensor_divisor(self):
+        return self.tensor_divisor
+
+    @property
+    def signed(self):
+        return False
+
+    def store(self, bound, range, format, axes, largest=None):
+        own = Float("e4m3")
+        ideal, divisor = _quotient(bound, range), None
+        if self.tensor_divisor:
+            if largest is None:
+                largest = largest_of(bound, axes)
+            else:
+                largest = largest.reshape([1] * bound.ndim)
+            # Below this the smallest step would be no normal number.
+            largest = jnp.maximum(largest, 2.0**-105)
+            # As PyTorch divides a number by a tensor, so that files agree to the bit;
+            # the sixteenth keeps reciprocals of huge numbers normal.
+            divisor = (own.high * range / 16) * (1 / (largest / 16))
+            ideal = jnp.broadcast_to(divisor, ideal.shape) * ideal
+        smallest = 2.0**-9
+        scale = jnp.maximum(own.round(ideal), smallest)
+        # 1/8 is what compressed-tensors writes for a group of zeros.
+        scale = select(bound == 0, 0.125, scale)
+        scale = select(jnp.isfinite(bound), scale, jnp.nan)
+        return StoredScale(scale.astype(bound.dtype), divisor)
+
+    def __str__(self):
+        return "e4m3 scales" + (" and one a tensor" if self.tensor_divisor else "")
+
+
+def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The largest finite bound along `axes`, which are kept with size 1; 0 of none."""
+    finite = jnp.where(jnp.isfinite(bound), bound, 0)
+    return jnp.max(finite, axis=axes, keepdims=True, initial=0)
+
+
+def step(scale: jax.Array, tensor_divisor: jax.Array | None) -> jax.Array:
+    """The distance between neighbouring whole numbers of a format."""
+    if tensor_divisor is None:
+        return scale
+    return divide(scale, jnp.broadcast_to(tensor_divisor, scale.shape))
+
+
+def _quotient(bound, range):
+    return divide(bound, bound.dtype.type(range))
+
+
+def _valid(scale, format):
+    """Turns infinity into NaN, and zero into a scale that keeps zeros (almost) zero.
+
+    As zero counts what has no finite reciprocal.
+    """
+    tiny = jnp.finfo(scale.dtype).tiny
+    # It changes nothing, but lets compilers find the quotient and this in one pass.
+    scale = clamp(scale, -jnp.inf, jnp.inf)
+    normal = lax.convert_element_type(lax.ge(lax.abs(scale), tiny), scale.dtype)
+    instead = times(1 - normal, 1.0 if format.has_zero else float(tiny))
+    return finite(lax.add(lax.mul(scale, normal), instead), scale)

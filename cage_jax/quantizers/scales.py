@@ -1,0 +1,738 @@
+"""Scale rules: where the grid of a group of values lies.
+
+A rule reduces each group of an array to a `Grid`. It is an immutable, hashable
+description, so that a `Quantizer` made of it can be static under `jit`.
+
+A scale must come out the same, to the bit, in every program that computes it: training,
+evaluation, export. So constants are folded here, to one operation each, and not left to
+a compiler that folds them in one program and not in another.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.exact import clamp, divide, finite, power_below, rounded
+from cage_jax.quantizers.formats import Format, Integer
+from cage_jax.quantizers.scale_types import FULL, Full, ScaleType, step
+
+
+class Grid(NamedTuple):
+    """Where the grid of each group lies.
+
+    value = step * (code value - zero_point) + offset, step = scale / tensor_divisor
+
+    Attributes:
+      scale: as it is stored, at least float32; one entry per group. 0 stands for "not
+        known yet", see `fake_quant`.
+      zero_point: the code of real zero as a float of a whole value, or None.
+      offset: the value of code 0, or None.
+      tensor_divisor: one entry per tensor, or None.
+      inverse: what values less `origin` are multiplied with to be rounded, where a
+        target rounds by other numbers than it stores (GGUF); None for 1 / step.
+      origin: what is taken away before that; None for `offset`.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    offset: jax.Array | None = None
+    tensor_divisor: jax.Array | None = None
+    inverse: jax.Array | None = None
+    origin: jax.Array | None = None
+
+    @property
+    def step(self) -> jax.Array:
+        """The distance between neighbouring whole numbers of the format."""
+        return step(self.scale, self.tensor_divisor)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleRule(abc.ABC):
+    """Reduces groups of values to their grid."""
+
+    @abc.abstractmethod
+    def fit(
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        format: Format,
+        scale_type: ScaleType = FULL,
+        tensor_axes: tuple[int, ...] = (),
+    ) -> Grid:
+        """The grid of each group of `x`.
+
+        Args:
+          x: float32 or float64.
+          axes: the axes that a group spans; they are kept with size 1.
+          format: the format whose codes the groups will be rounded to.
+          scale_type: which numbers a scale can be.
+          tensor_axes: the axes that a tensor spans, for scale types with one more
+            scale for each tensor.
+
+        Returns:
+          A `Grid`. An all-zero group gets scale 1 (the smallest normal number where
+          the format has no zero, so that zeros stay close to zero). A group with a
+          NaN or an infinity gets a NaN scale, hence no valid value.
+        """
+
+    def check(self, format: Format, scale_type: ScaleType) -> None:
+        """Raises ValueError where the rule does not suit the format or scale type."""
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether the rule gives a zero point."""
+        return False
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the rule gives an offset."""
+        return False
+
+    @property
+    def signed(self) -> bool:
+        """Whether the scale takes the sign of the group."""
+        return False
+
+    @property
+    def learned(self) -> bool:
+        """Whether the grid is trained, from a start that the rule finds."""
+        return False
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a grid that was found before has to be given."""
+        return self.learned
+
+    @property
+    def ignores_zeros(self) -> bool:
+        """Whether `fit` gives the same where zeros are added to each group."""
+        return False
+
+    @property
+    def finds_values(self) -> bool:
+        """Whether what it finds are the values themselves: a grid that cannot be kept.
+
+        So it is with the quantizers of other libraries.
+        """
+        return False
+
+    def merged(self, before: Grid, now: Grid, format: Format) -> Grid:
+        """What is kept of the grids of two batches, of which a scale of 0 says nothing.
+
+        That is the first one.
+        """
+        return _where(before.scale == 0, now, before)
+
+    @abc.abstractmethod
+    def clips(self, format: Format) -> bool:
+        """Whether values of a group can lie beyond the end of its grid."""
+
+    @abc.abstractmethod
+    def idempotent(self, format: Format) -> bool:
+        """Whether fitting quantized values gives the same grid again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReducedScale(ScaleRule):
+    """A rule that finds one number in a group, which can be found part by part."""
+
+    @abc.abstractmethod
+    def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
+        """That number of a part of each group; `count` is the size of whole groups."""
+
+    @abc.abstractmethod
+    def joined(self, one: jax.Array, other: jax.Array) -> jax.Array:
+        """That of two parts together."""
+
+    @abc.abstractmethod
+    def bound(self, whole: jax.Array, count: int) -> jax.Array:
+        """What lies at `end`, from the number of whole groups."""
+
+    @abc.abstractmethod
+    def end(self, format: Format) -> float:
+        """In units of the scale."""
+
+    def stored(
+        self, whole, count, format, scale_type=FULL, tensor_axes=(), largest=None
+    ) -> Grid:
+        """The grid of groups whose number is known, with arguments as for `fit`.
+
+        With that of `ScaleType.store`: `largest`, of the whole tensor.
+        """
+        bound, end = self.bound(whole, count), self.end(format)
+        return _grid(scale_type.store(bound, end, format, tensor_axes, largest))
+
+    def bounds(self, x, axes):
+        """What lies at `end`, of each group."""
+        count = _count(x, axes)
+        return self.bound(self.part(x, axes, count), count)
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=(), largest=None):
+        count = _count(x, axes)
+        whole = self.part(x, axes, count)
+        return self.stored(whole, count, format, scale_type, tensor_axes, largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax(ReducedScale):
+    """scale = clip * max|x| / half the format's range; `clip` below 1 cuts outliers."""
+
+    clip: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self.clip, "clip", "Use 1.0 to keep every value in range.")
+
+    def part(self, x, axes, count):
+        return _largest(x, axes)
+
+    def joined(self, one, other):
+        return lax.max(one, other)
+
+    def bound(self, whole, count):
+        return whole
+
+    def end(self, format):
+        return format.half_range / self.clip
+
+    def clips(self, format):
+        return self.clip < 1 or format.high < format.half_range
+
+    def idempotent(self, format):
+        return self.clip == 1 and format.low == -format.high
+
+    def __str__(self):
+        return "absmax" if self.clip == 1 else f"absmax clip {self.clip:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SignedMax(ScaleRule):
+    """scale = the value of largest size / the lowest value of the format.
+
+    So that value, of either sign, gets the code that has no counterpart, -8 of 4 bits;
+    the scale is negative where the value is positive. The rule of GGUF's Q4_0. Of two
+    values of the same size and opposite sign the first one counts.
+    """
+
+    def check(self, format, scale_type):
+        if format.low >= 0:
+            raise ValueError(
+                f"`scale` SignedMax needs a format with negative values; got format "
+                f"{format}. Use Integer(bits, narrow=False)."
+            )
+        if not scale_type.signed:
+            raise ValueError(
+                f"`scale` SignedMax needs a scale type with a sign; got scale_type "
+                f"{scale_type}. Use Narrow() or Full()."
+            )
+
+    @property
+    def signed(self):
+        return True
+
+    @property
+    def ignores_zeros(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        size = _largest(x, axes)
+        place = functools.reduce(
+            lambda outer, axis: (
+                outer * x.shape[axis] + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+            ),
+            axes,
+            jnp.zeros(x.shape, jnp.int32),
+        )
+        never = jnp.int32(_count(x, axes))
+
+        def first(sign):
+            found = jnp.where(x == sign * size, place, never)
+            return jnp.min(found, axis=axes, keepdims=True, initial=never)
+
+        bound = jnp.where(first(-1) < first(1), size, -size)
+        return _grid(scale_type.store(bound, -format.low, format, tensor_axes))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return "signed max"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMean(ReducedScale):
+    """The format's smallest positive value stands for the mean of |x|.
+
+    The scale of ternary (BitNet b1.58, arXiv 2402.17764) and binary weights (XNOR-Net,
+    arXiv 1603.05279).
+    """
+
+    def check(self, format, scale_type):
+        if format.high <= 0:
+            raise ValueError(
+                f"`scale` AbsMean needs a format with positive values; got {format}. "
+                f"Use Integer(2) or MidRise(1)."
+            )
+
+    def part(self, x, axes, count):
+        return _sum(lax.abs(x), x, axes, count)
+
+    def joined(self, one, other):
+        return lax.add(one, other)
+
+    def bound(self, whole, count):
+        return _mean(whole, count)
+
+    def end(self, format):
+        return float(format.values[format.values > 0][0])
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        # Of two levels all values have one size; of more the zeros lower the mean.
+        return len(format.values) == 2
+
+    def __str__(self):
+        return "absmean"
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(ScaleRule):
+    """AbsMax, of the smallest bound that `percent` of the values do not exceed."""
+
+    percent: float = 99.9
+
+    def __post_init__(self):
+        _check_positive(self.percent, "percent", "Use 99.9.")
+        if self.percent > 100:
+            raise ValueError(
+                f"`percent` must be at most 100; got {self.percent}. Use AbsMax() to "
+                f"keep every value in range."
+            )
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.percentile(
+            jnp.abs(x), self.percent, axis=axes, keepdims=True, method="higher"
+        )
+        bound = jnp.where(jnp.isfinite(_largest(x, axes)), bound, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return _grid(scale_type.store(bound, format.half_range, format, tensor_axes))
+
+    def clips(self, format):
+        return self.percent < 100 or format.high < format.half_range
+
+    def idempotent(self, format):
+        return self.percent == 100 and format.low == -format.high
+
+    def __str__(self):
+        return f"percentile {self.percent:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(ScaleRule):
+    """AbsMax with the clip, of `count` between `least` and 1, of least squared error.
+
+    Each group is quantized `count` times, so this is slow: it suits weights that are
+    rounded after training, and grids that are found once.
+    """
+
+    count: int = 40
+    least: float = 0.2
+
+    def __post_init__(self):
+        if isinstance(self.count, bool) or not isinstance(self.count, int):
+            raise TypeError(f"`count` must be an int; got {self.count!r}. Use 40.")
+        if self.count < 2:
+            raise ValueError(f"`count` must be at least 2; got {self.count}. Use 40.")
+        _check_positive(self.least, "least", "Use 0.2.")
+        if self.least >= 1:
+            raise ValueError(f"`least` must be below 1; got {self.least}. Use 0.2.")
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        largest = _largest(x, axes)
+        power = jnp.where(jnp.isfinite(largest), _positive(power_below(largest)), 1)
+        # In units in which no square overflows; a tensor's own divisor needs all.
+        unit = jnp.broadcast_to(power, x.shape)
+
+        def stored(clip):
+            end = format.half_range
+            return scale_type.store(largest * clip, end, format, tensor_axes)
+
+        def error(clip):
+            found = stored(clip)
+            steps = jnp.broadcast_to(step(found.scale, found.tensor_divisor), x.shape)
+            value = rounded(format.round(divide(x, steps)) * steps)
+            square = rounded(jnp.square(divide(x - value, unit)))
+            return jnp.sum(square, axis=axes, keepdims=True)
+
+        def better(best, clip):
+            least, kept = best
+            found = error(clip)
+            return (
+                jnp.where(found < least, found, least),
+                jnp.where(found < least, clip, kept),
+            ), None
+
+        clips = jnp.linspace(1, self.least, self.count, dtype=x.dtype)
+        start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
+        (_, clip), _ = lax.scan(better, start, clips)
+        return _grid(stored(clip))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        # Clip 1 has no error on quantized values, unless the grid has uneven ends.
+        return format.low == -format.high
+
+    def __str__(self):
+        return f"searched among {self.count}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(ReducedScale):
+    """The scale with the least squared error if a group were normal with mean 0.
+
+    scale = c * rms(x) / half the format's range, with `c` the format's
+    `gaussian_clip`: QuEST's published constants for its mid-rise grid
+    (arXiv 2502.05003), the minimum of the closed-form error for the others.
+    """
+
+    def part(self, x, axes, count):
+        # The bound of `_sum` keeps compilers from contracting the square with the sum
+        # in one program and not in another.
+        return _sum(lax.mul(x, x), x, axes, count)
+
+    def joined(self, one, other):
+        return lax.add(one, other)
+
+    def bound(self, whole, count):
+        return lax.sqrt(_mean(whole, count))
+
+    def end(self, format):
+        return format.half_range / format.gaussian_clip
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return False
+
+    def __str__(self):
+        return "gaussian"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(ScaleRule):
+    """The scale that is given; a power of two divides without rounding."""
+
+    scale: float
+
+    def __post_init__(self):
+        _check_positive(self.scale, "scale", "Use the distance between two levels.")
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.where(jnp.isfinite(_largest(x, axes)), self.scale, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return _grid(scale_type.store(bound, 1.0, format, tensor_axes))
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return f"fixed {self.scale:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(ScaleRule):
+    """Asymmetric: the format's range spans the group's.
+
+    scale = (max - min) / (high - low).
+
+    Args:
+      zero_point: True: the range is widened to hold zero, and the zero point is rounded
+        so that zero is exact. False: code 0 stands for the minimum, as a float (the
+        rule of GGUF's Q4_1).
+    """
+
+    zero_point: bool = True
+
+    def check(self, format, scale_type):
+        if not self.zero_point:
+            if not isinstance(format, Integer) or format.signed:
+                raise ValueError(
+                    f"`scale` MinMax(zero_point=False) needs unsigned integers; got "
+                    f"format {format}. Use Integer(bits, narrow=False, signed=False)."
+                )
+        elif not isinstance(format, Integer) or format.symmetric:
+            raise ValueError(
+                f"`scale` MinMax needs an integer format of full range; got format "
+                f"{format}. Use Integer(bits, narrow=False), or AbsMax()."
+            )
+
+    @property
+    def asymmetric(self):
+        return self.zero_point
+
+    @property
+    def has_offset(self):
+        return not self.zero_point
+
+    @property
+    def ignores_zeros(self):
+        return self.zero_point
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        # The range of a float offset need not hold zero.
+        initial = 0 if self.zero_point else None
+        top = jnp.max(_infinite_if_nan(x), axis=axes, keepdims=True, initial=initial)
+        bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
+        end = 2 * format.half_range
+        # Where the difference is no number, that of the quotients is.
+        wide = jnp.isfinite(top) & jnp.isfinite(bottom) & jnp.isinf(top - bottom)
+        ends = jnp.full_like(top, end)
+        halves = divide(top, ends) - divide(bottom, ends)
+        bound = jnp.where(wide, halves, divide(top - bottom, ends))
+        stored = scale_type.store(bound, 1.0, format, tensor_axes)
+        if self.zero_point:
+            zero_point = format.low - divide(bottom, step(*stored[:2]))
+            zero_point = clamp(jnp.round(zero_point), format.low, format.high)
+            return _grid(stored)._replace(zero_point=zero_point)
+        offset = bottom
+        if scale_type.dtype is not None:
+            largest = float(jnp.finfo(scale_type.dtype).max)
+            offset = jnp.clip(bottom, -largest, largest).astype(scale_type.dtype)
+        offset = jnp.where(jnp.isfinite(bottom), offset.astype(x.dtype), jnp.nan)
+        origin = None if stored.inverse is None else bottom
+        return _grid(stored)._replace(offset=offset, origin=origin)
+
+    def clips(self, format):
+        return False
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return "minmax" if self.zero_point else "minmax with an offset"
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(ScaleRule):
+    """A scale, and with `offset` an offset, that is trained beside the weights.
+
+    LSQ (arXiv 1902.08153): the gradient of the scale is that of `scale * round(x /
+    scale)` with a straight-through round, times 1 / sqrt(values in a group * highest
+    value of the format). It starts at 2 mean|x| / sqrt(highest value). LSQ+
+    (arXiv 2004.09576) adds an offset, which starts with the scale so that the grid
+    spans the group's values.
+    """
+
+    offset: bool = False
+
+    def check(self, format, scale_type):
+        if format.high <= 0:
+            raise ValueError(
+                f"`scale` Learned needs a format with positive values; got {format}. "
+                f"Use Integer(bits)."
+            )
+        if not isinstance(scale_type, Full):
+            raise ValueError(
+                f"`scale_type` of a learned scale must be Full(), since steps of an "
+                f"optimizer are small; got {scale_type}. Round what is learned when it "
+                f"is shipped."
+            )
+
+    @property
+    def has_offset(self):
+        return self.offset
+
+    @property
+    def learned(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        if not self.offset:
+            count = _count(x, axes)
+            bound = 2 * _mean(_sum(lax.abs(x), x, axes, count), count)
+            end = math.sqrt(format.high)
+            return _grid(scale_type.store(bound, end, format, tensor_axes))
+        span = MinMax(zero_point=False)
+        found = span.fit(x, axes, format, scale_type, tensor_axes)
+        low = rounded(format.low * found.scale)
+        return found._replace(offset=found.offset - low)
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        return "learned" + (" with an offset" if self.offset else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated(ScaleRule):
+    """A grid that another rule finds once, in data that `calibrate` is given.
+
+    Args:
+      rule: what is done with each batch.
+      decay: None: the widest grid of all batches. Otherwise the moving average: that of
+        the batches before counts so much.
+    """
+
+    rule: ScaleRule = dataclasses.field(default_factory=AbsMax)
+    decay: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.rule, ScaleRule) or self.rule.needs_grid:
+            raise TypeError(
+                f"`rule` must be a rule that finds a scale in data; got {self.rule!r}. "
+                f"Use AbsMax() or Percentile(99.9)."
+            )
+        if self.decay is not None:
+            _check_positive(self.decay, "decay", "Use 0.9, or None for the widest.")
+            if self.decay >= 1:
+                raise ValueError(
+                    f"`decay` must be below 1; got {self.decay}. Use 0.9, or None for "
+                    f"the widest."
+                )
+
+    def check(self, format, scale_type):
+        self.rule.check(format, scale_type)
+
+    @property
+    def asymmetric(self):
+        return self.rule.asymmetric
+
+    @property
+    def has_offset(self):
+        return self.rule.has_offset
+
+    @property
+    def signed(self):
+        return self.rule.signed
+
+    @property
+    def needs_grid(self):
+        return True
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        return self.rule.fit(x, axes, format, scale_type, tensor_axes)
+
+    def merged(self, before, now, format):
+        if self.asymmetric or self.has_offset:
+            ends = [
+                self._of(widest, _value_of(before, end), _value_of(now, end))
+                for widest, end in (
+                    (jnp.minimum, format.low),
+                    (jnp.maximum, format.high),
+                )
+            ]
+            found = self.rule.fit(jnp.stack(ends), (0,), format)
+            found = jax.tree.map(lambda entry: entry[0], found)
+        else:
+            scale = self._of(jnp.maximum, before.scale, now.scale)
+            found = before._replace(scale=scale)
+        known = _where(now.scale == 0, before, found)
+        return _where(before.scale == 0, now, known)
+
+    def _of(self, widest, before, now):
+        if self.decay is None:
+            return widest(before, now)
+        return self.decay * before + (1 - self.decay) * now
+
+    def clips(self, format):
+        return True
+
+    def idempotent(self, format):
+        return True
+
+    def __str__(self):
+        average = "" if self.decay is None else f", average of decay {self.decay:g}"
+        return f"calibrated {self.rule}{average}"
+
+
+def _where(condition, grid, other):
+    return jax.tree.map(functools.partial(jnp.where, condition), grid, other)
+
+
+def _value_of(grid, code):
+    """The value of a code."""
+    code = code if grid.zero_point is None else code - grid.zero_point
+    value = code * grid.step
+    return value if grid.offset is None else value + grid.offset
+
+
+def compute_dtype(dtype) -> np.dtype:
+    """In what values of `dtype` are computed and scaled: float32, or float64."""
+    # NumPy's promotion, since jax's raises where users made it strict.
+    return np.promote_types(dtype, np.float32)
+
+
+def _grid(stored):
+    scale, tensor_divisor, inverse = stored
+    return Grid(scale, tensor_divisor=tensor_divisor, inverse=inverse)
+
+
+def _largest(x, axes):
+    sizes = _infinite_if_nan(lax.abs(x))
+    return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
+
+
+def _infinite_if_nan(x):
+    """For a maximum: XLA for CPU drops NaN from those of large arrays.
+
+    Without an infinity for each element, which a loop would be handed as an array.
+    """
+    word = np.dtype(f"int{8 * x.dtype.itemsize}")
+    infinity = np.array(np.inf, x.dtype).view(word)[()]
+    # As whole numbers, those of NaN are above that of infinity.
+    bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
+    return lax.select(lax.ne(x, x), lax.bitcast_convert_type(bits, x.dtype), x)
+
+
+def _positive(power):
+    return jnp.where(power == 0, 1, power)
+
+
+def _count(x, axes):
+    return math.prod(x.shape[axis] for axis in axes)
+
+
+def _sum(sizes, x, axes, count):
+    """The sum of sizes of `x`, a part of `count`; NaN where `x` is infinite."""
+    if not isinstance(count, int):
+        raise ValueError(
+            f"`scale` must be no mean over an axis of any length; got x.shape="
+            f"{x.shape} and a mean over {count} values. Give the program a fixed "
+            f"shape, or use AbsMax()."
+        )
+    most = float(jnp.finfo(x.dtype).max) / max(count, 1)
+    # The sum of huge ones stays finite.
+    sizes = finite(clamp(sizes, 0, most), x)
+    return lax.expand_dims(lax.reduce_sum(sizes, axes), axes)
+
+
+def _mean(total, count):
+    return lax.div(total, total.dtype.type(count))
+
+
+def _check_positive(value, name, remedy):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be positive and finite; got {value}. {remedy}")
