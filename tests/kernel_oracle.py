@@ -27,7 +27,7 @@ class Oracle:
     def __init__(self, x, quantizer):
         x = np.float64(x)
         axis = quantizer.axis
-        (size,) = quantizer.groups(x.shape).values()
+        (size,) = quantizer.blocks(x.shape).sizes
         rotated = rotate(x, quantizer)
         groups = in_groups(rotated, axis, size)
         format = quantizer.format
@@ -140,7 +140,7 @@ def check_kernel(kernel, x, quantizer):
         spoilt.reshape(-1, rows, columns)[-1][place] = number
     found = np.isnan(np.float32(kernel(jnp.asarray(spoilt))[0]))
     # A rotation spreads one over its block, and so over all groups of the block.
-    size = math.lcm(*quantizer.groups(x.shape).values(), quantizer.hadamard or 1)
+    size = math.lcm(*quantizer.blocks(x.shape).sizes, quantizer.hadamard or 1)
     groups = in_groups(~np.isfinite(np.float32(spoilt)), quantizer.axis, size)
     nan = np.broadcast_to(groups.any(-1, keepdims=True), groups.shape)
     nan = out_of_groups(nan, quantizer.axis, x.shape)

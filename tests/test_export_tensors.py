@@ -110,7 +110,7 @@ def test_a_layer_of_codes_has_the_values_of_the_layer():
         for (path, layer), found in zip(keys, decoded):
             np.testing.assert_array_equal(found, values[path][layer], str(path))
             array = arrays[path, layer]
-            assert array.scale.shape == array.quantizer.scale_shape(array.shape)
+            assert array.scale.shape == array.quantizer.blocks(array.shape).scale_shape
 
 
 def test_layers_apart_are_as_layers_stacked():

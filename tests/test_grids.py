@@ -57,7 +57,9 @@ def test_the_grid_that_is_found_may_be_given(rng):
     codes = codes_given(smaller, grids)
     assert_same(jax.jit(dequantize)(codes), given(smaller, grids))
     for name in names:
-        assert grids[name].scale.shape == QUANTIZERS[name].scale_shape(KERNEL), name
+        assert grids[name].scale.shape == QUANTIZERS[name].blocks(KERNEL).scale_shape, (
+            name
+        )
         assert_same(codes[name].scale, grids[name].scale)
 
 

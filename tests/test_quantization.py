@@ -149,7 +149,7 @@ def test_the_same_bits_alone_and_together(case, rng):
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), codes)
     assert like == QuantizedArray.abstract(quantizer, case.shape)
     assert codes.codes.dtype == quantizer.format.code_dtype
-    assert codes.scale.shape == quantizer.scale_shape(case.shape)
+    assert codes.scale.shape == quantizer.blocks(case.shape).scale_shape
     assert codes.scale.dtype == (quantizer.scale_type.dtype or jnp.float32)
     assert (codes.zero_point is not None) == quantizer.asymmetric
     if quantizer.asymmetric:

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from oracles import rotate
 
-from cage_jax import Quantizer, fake_quant, int2, int3, int4, int8, quantize, quest
+from cage_jax import (
+    Quantizer,
+    fake_quant,
+    int2,
+    int3,
+    int4,
+    int8,
+    nvfp4,
+    quantize,
+    quest,
+)
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.scales import AbsMax, Fixed, Gaussian, MinMax
 
@@ -283,8 +293,9 @@ def test_groups_and_scales():
     ]
     for quantizer, shape, groups, scale_shape in table:
         row = f"{quantizer} {shape}"
-        assert list(quantizer.groups(shape).items()) == list(groups.items()), row
-        assert quantizer.scale_shape(shape) == scale_shape, row
+        blocks = quantizer.blocks(shape)
+        assert list(blocks.by_axis.items()) == list(groups.items()), row
+        assert blocks.scale_shape == scale_shape, row
 
 
 def test_storage_bits():
@@ -506,10 +517,19 @@ def test_shapes_that_do_not_fit():
         ),
     ]
     for quantizer, shape, message in table:
-        for function in (
-            quantizer.groups,
-            quantizer.scale_shape,
-            quantizer.storage_bits,
-        ):
+        for function in (quantizer.blocks, quantizer.storage_bits):
             call = functools.partial(function, shape)
             assert_raises([(call, ValueError, f"^{re.escape(message)}$")])
+
+
+def test_blocks_are_made_once_for_a_quantizer_and_a_shape():
+    blocks = int4(group_size=16).blocks((64, 32))
+    assert int4(group_size=16).blocks((64, 32)) is blocks
+    assert int4(group_size=32).blocks((64, 32)) is not blocks
+    assert blocks.pieces == ((0, 16),)
+    assert quest(4, hadamard=32).blocks((64, 32)).pieces == ((0, 64),)
+    rotated = int4(hadamard=32, group_size=16).blocks((64, 32))
+    assert rotated.pieces == ((0, 32),)  # a rotation mixes two groups
+    tensor = nvfp4().blocks((2, 64, 32))
+    assert tensor.pieces == ((1, 64), (2, 32))
+    assert tensor.tensor_shape == (2, 1, 1)

@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
 from cage_jax import scales
-from cage_jax.arrays import tile_order
-from cage_jax.quantizers import rounding
+from cage_jax.arrays import blocks, tile_order
 
 GROUPS = [*((-1, n) for n in (32, 64, 128, 256)), *((-2, n) for n in (8, 32, 128))]
 X = np.random.default_rng(0).normal(size=(2, 256, 512)).astype(np.float32)
@@ -95,7 +94,7 @@ def forms(monkeypatch):
         taken.append(kernels.xla_tpu)
         return kernels.xla_tpu(*args)
 
-    monkeypatch.setattr(rounding, "either", either)
+    monkeypatch.setattr(blocks, "either", either)
     jax.clear_caches()
     yield taken
     monkeypatch.undo()

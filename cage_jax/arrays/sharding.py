@@ -1,7 +1,7 @@
 """Arrays split over devices: what splits their axes once more."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +45,8 @@ class Shards(NamedTuple):
     shape: tuple[int, ...]
 
 
-def shards_of(x: jax.Array, sizes: Mapping[int, int]) -> Shards | None:
-    """Explicit shards of which each has whole pieces of these sizes, else None.
+def shards_of(x: jax.Array, pieces: Iterable[tuple[int, int]]) -> Shards | None:
+    """Explicit shards that keep pieces, pairs of axis and length, whole; else None.
 
     Then what is done with each piece can be done in a `shard_map`.
     """
@@ -56,7 +56,7 @@ def shards_of(x: jax.Array, sizes: Mapping[int, int]) -> Shards | None:
         return None
     devices = devices_along(sharding, x.ndim)
     shape = tuple(length // count for length, count in zip(x.shape, devices))
-    if any(shape[axis] % size for axis, size in sizes.items()):
+    if any(shape[axis] % size for axis, size in pieces):
         return None
     return Shards(mesh, sharding.spec, shape)
 

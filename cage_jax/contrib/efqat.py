@@ -74,7 +74,7 @@ def trained_rows(
         sizes = {}
         for path, (quantizer, x) in rules.quantized(params).items():
             size = jnp.abs(x.astype(compute_dtype(x.dtype)))
-            axes = tuple(quantizer.groups(x.shape))
+            axes = quantizer.blocks(x.shape).axes
             sizes[path] = jnp.mean(size, axis=axes, keepdims=True)
         wide = jnp.result_type(float)
         rows = [size.ravel().astype(wide) for size in sizes.values()]

@@ -20,7 +20,6 @@ from cage_jax.quantizers.rounding import (
     fit_in_basis,
     in_basis,
     position_of,
-    to_elements,
 )
 from cage_jax.quantizers.scales import Grid, compute_dtype
 
@@ -166,7 +165,7 @@ def ewgs_delta(
         transformed = in_basis(x, quantizer)
         found = fit_in_basis(transformed, quantizer, grid_at(path, params, grid))
         width = found.step * (quantizer.format.high - quantizer.format.low)
-        width = to_elements(width, quantizer, x.shape)
+        width = quantizer.blocks(x.shape).spread(width)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         signs = jax.random.rademacher(own, x.shape, width.dtype)
         vectors[path] = signs, width

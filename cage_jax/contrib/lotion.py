@@ -20,7 +20,6 @@ from cage_jax.quantizers.rounding import (
     fit_in_basis,
     in_basis,
     position_of,
-    to_elements,
 )
 from cage_jax.quantizers.scales import compute_dtype
 
@@ -127,4 +126,4 @@ def _variance_slope(x, quantizer, grid):
     position = clamp(position, format.low, format.high)
     below, above = format.neighbours(position)
     slope = jnp.where(position == below, 0.0, below + above - 2 * position)
-    return slope * to_elements(grid.step, quantizer, x.shape)
+    return slope * quantizer.blocks(x.shape).spread(grid.step)

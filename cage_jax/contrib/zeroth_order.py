@@ -16,7 +16,6 @@ from cage_jax.quantizers.rounding import (
     basis_factor,
     fit_in_basis,
     in_basis,
-    to_elements,
 )
 from cage_jax.quantizers.scales import Grid, compute_dtype
 
@@ -157,7 +156,7 @@ def fogzo(
     def guide(path, quantizer, x, g):
         given = needed_grid(path, quantizer, params, grid)
         fitted = fit_in_basis(in_basis(x, quantizer), quantizer, given)
-        step = to_elements(fitted.step, quantizer, x.shape)
+        step = quantizer.blocks(x.shape).spread(fitted.step)
         units[path] = step * basis_factor(quantizer) / (2 * math.sqrt(3))
         guides[path] = units[path] * in_basis(g, quantizer)
         return g

@@ -436,10 +436,10 @@ def _checked(x, quantizer, grid, key, rounds=True):
             f"`x` must be an array of real floats; got dtype {x.dtype}. Convert it to "
             f"{_ALLOWED_FLOATS}, or leave it unquantized."
         )
-    scale_shape = quantizer.scale_shape(x.shape)
+    blocks = quantizer.blocks(x.shape)
     check_grid_given(quantizer, grid)
     if grid is not None:
-        _check_grid(grid, quantizer, x.shape, scale_shape)
+        _check_grid(grid, quantizer, blocks)
     if rounds and key is None and quantizer.rounding == "stochastic":
         raise ValueError(
             f"`key` must be given for stochastic rounding; got None, quantizer "
@@ -459,7 +459,7 @@ def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
         )
 
 
-def _check_grid(grid, quantizer, shape, scale_shape):
+def _check_grid(grid, quantizer, blocks):
     if not isinstance(grid, Grid):
         raise TypeError(
             f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
@@ -481,13 +481,13 @@ def _check_grid(grid, quantizer, shape, scale_shape):
             )
     for name, value in grid._asdict().items():
         tensor = name == "tensor_divisor"
-        expected = quantizer.tensor_shape(shape) if tensor else scale_shape
+        expected = blocks.tensor_shape if tensor else blocks.scale_shape
         if value is not None and jnp.shape(value) != expected:
             each = "tensor" if tensor else "group"
             raise ValueError(
                 f"`grid` must have one {name} for each {each}, shape {expected}; got "
-                f"shape {jnp.shape(value)}, x.shape={shape}. Take the grid from the "
-                f"state of the same rules."
+                f"shape {jnp.shape(value)}, x.shape={blocks.shape}. Take the grid from "
+                f"the state of the same rules."
             )
     if quantizer.scale.needs_grid and not isinstance(grid.scale, jax.core.Tracer):
         least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0

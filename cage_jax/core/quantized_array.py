@@ -201,17 +201,17 @@ class QuantizedArray:
           ValueError: for a shape that the quantizer does not fit.
         """
         shape, wide = tuple(shape), compute_dtype(dtype)
-        groups = quantizer.scale_shape(shape)
+        blocks = quantizer.blocks(shape)
         of: Any = jax.ShapeDtypeStruct
-        scale = of(groups, quantizer.scale_type.dtype or wide)
+        scale = of(blocks.scale_shape, quantizer.scale_type.dtype or wide)
         code, asymmetric = quantizer.format.code_dtype, quantizer.asymmetric
         divided = quantizer.scale_type.has_tensor_divisor
         return cls(
             codes=of(shape, code),
             scale=scale,
-            zero_point=of(groups, code) if asymmetric else None,
+            zero_point=of(blocks.scale_shape, code) if asymmetric else None,
             offset=scale if quantizer.scale.has_offset else None,
-            tensor_divisor=of(quantizer.tensor_shape(shape), wide) if divided else None,
+            tensor_divisor=of(blocks.tensor_shape, wide) if divided else None,
             quantizer=quantizer,
             dtype=jnp.dtype(dtype),
         )

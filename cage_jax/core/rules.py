@@ -203,7 +203,7 @@ class Rules:
                     f"one. Rename one of them, or use one kind of key for both."
                 )
             with path_in_errors(path):
-                quantizer.groups(leaf.shape)
+                quantizer.blocks(leaf.shape)
             found[path] = (quantizer, leaf)
         return found
 

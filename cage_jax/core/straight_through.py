@@ -1,7 +1,6 @@
 """The straight-through gradient of one array, and that of a learned grid."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from cage_jax.quantizers.rounding import (
     basis_factor,
     fit_and_round,
     in_basis,
-    of_groups,
     passes,
     position_of,
     restore,
@@ -26,7 +24,7 @@ from cage_jax.quantizers.rounding import (
 
 def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
     """`x` quantized and dequantized; its gradients are the quantizer's."""
-    shards = shards_of(x, quantizer.pieces(x.shape))
+    shards = shards_of(x, quantizer.blocks(x.shape).pieces)
 
     def local(x, grid=None, noise=None):
         # Where nothing is traced the error comes at once, and the caller has the path.
@@ -148,13 +146,12 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 def _learned_gradient(gradient, values, position, mask, quantizer, grid):
     """LSQ's: of `scale * round(x / scale)` with a straight-through round."""
-    shape = gradient.shape
-    count = math.prod(quantizer.groups(shape).values())
-    share = (count * quantizer.format.high) ** -0.5
+    blocks = quantizer.blocks(gradient.shape)
+    share = (blocks.count * quantizer.format.high) ** -0.5
 
     def of_group(parts):
         total = functools.partial(jnp.sum, keepdims=True)
-        return of_groups(total, parts, quantizer) * share
+        return blocks.reduce(total, parts) * share
 
     inside = mask.astype(gradient.dtype)
     found = jax.tree.map(jnp.zeros_like, grid)

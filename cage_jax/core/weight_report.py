@@ -123,7 +123,7 @@ def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | 
     if not isinstance(sharding, NamedSharding):
         return None
     devices = devices_along(sharding, len(shape))
-    for axis, size in quantizer.groups(shape).items():
+    for axis, size in quantizer.blocks(shape).by_axis.items():
         here, block = shape[axis] // devices[axis], quantizer.hadamard
         if shape[axis] % devices[axis]:  # no array can be sharded so
             continue

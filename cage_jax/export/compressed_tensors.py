@@ -245,7 +245,7 @@ def _scheme_of(tensor: Tensor, dtype: str) -> _Scheme | None:
         )
     if quantizer.hadamard is not None:
         _refuse(tensor, why_not_folded(tensor.path))
-    if set(quantizer.groups(array.shape)) != {0}:
+    if quantizer.blocks(array.shape).axes != (0,):
         _refuse(tensor, "Use that axis: a scale per output, or per group of inputs.")
     format, (size,) = quantizer.format, quantizer.group_sizes
     scale, symmetric = str(array.scale.dtype), not quantizer.asymmetric

@@ -84,7 +84,7 @@ def _kind(array, axis):
         or array.zero_point is not None
         or array.tensor_divisor is not None
         or array.scale.dtype != jnp.float16
-        or quantizer.groups(array.shape) != {axis % 2: _BLOCK}
+        or quantizer.blocks(array.shape).by_axis != {axis % 2: _BLOCK}
     ):
         return None
     if array.offset is not None:

@@ -226,7 +226,7 @@ def _chosen(fused, gradients, state, params, implementation):
             continue
         quantizer, x = quantized[path][0], leaves[place]
         gradient, first, second = (tree[place] for tree in others)
-        shards = shards_of(x, quantizer.pieces(x.shape))
+        shards = shards_of(x, quantizer.blocks(x.shape).pieces)
         kernels = Kernels()
         if (
             cage_state.grids is None

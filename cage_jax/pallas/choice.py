@@ -91,7 +91,7 @@ def adamw_step(
     found = _kernels(kernel, for_tpu, for_gpu)
     plain = quantizer.hadamard is None and not (at_updated or measured)
     if plain and all(
-        _one_more(n, axis, shape) for axis, n in quantizer.groups(shape).items()
+        _one_more(n, axis, shape) for axis, n in quantizer.blocks(shape).by_axis.items()
     ):
         # A compiler's step moves 8 copies, a kernel's 7: less than 1.15.
         found = dataclasses.replace(found, by_name=found.by_name | {"tpu"})

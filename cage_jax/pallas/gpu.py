@@ -20,7 +20,7 @@ from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
-from cage_jax.quantizers.rounding import basis_factor, fit_in_basis, of_groups
+from cage_jax.quantizers.rounding import basis_factor, fit_in_basis
 
 # As IEEE 754 has them, of float32; to the nearest even number.
 _INSTRUCTIONS = {
@@ -256,7 +256,7 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
         rotated = rotate(kept, parts=_parts(x))
         if found is None:
             grid = fit_in_basis(rotated, quantizer, None)
-            found = grid, of_groups(poison_of, rotated, quantizer)
+            found = grid, quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
         grid, poison = found
         return Strip(kept, rotated, grid, poison, rotate, quantizer)
 

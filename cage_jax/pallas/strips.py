@@ -19,7 +19,6 @@ from cage_jax.quantizers.rounding import (
     passes,
     round_in_basis,
     scaled_last,
-    to_elements,
     turn_back,
 )
 from cage_jax.quantizers.scales import Grid
@@ -73,7 +72,7 @@ class Strip(NamedTuple):
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = apply_scale(turned_back, quantizer, self.grid, like)
         # Whatever a maximum or a clip makes of NaN.
-        return value + to_elements(self.poison, quantizer, shape)
+        return value + quantizer.blocks(shape).spread(self.poison)
 
     def mask(self) -> jax.Array:
         """Where the gradient passes: 1, elsewhere 0; int32."""

@@ -123,7 +123,7 @@ def tiles_of(
         return None
     if shape[-1] % LANES or shape[-2] % _SUBLANES:
         return None  # the compiler may lay it out otherwise, and would copy it
-    ((axis, group),) = quantizer.groups(shape).items()
+    ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     if axis < len(shape) - 2:
         return None
     stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
@@ -193,7 +193,7 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     """
     if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
         return None
-    ((axis, group),) = quantizer.groups(shape).items()
+    ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     if axis < len(shape) - 2 or quantizer.scale_type.has_tensor_divisor:
         return None
     stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
@@ -268,7 +268,7 @@ def product_tiles_of(
         return None
     if not isinstance(tokens, int):  # any number of them, while a program is exported
         return None
-    groups, format = quantizer.groups(shape), quantizer.format
+    groups, format = quantizer.blocks(shape).by_axis, quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
     if format.of_zero_code is None and (shifted or not isinstance(format, Float)):
         return None

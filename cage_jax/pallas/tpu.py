@@ -20,7 +20,7 @@ from cage_jax.arrays.exact import times
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
-from cage_jax.quantizers.rounding import basis_factor, fit_in_basis, of_groups
+from cage_jax.quantizers.rounding import basis_factor, fit_in_basis
 from cage_jax.quantizers.scale_types import largest_of
 
 
@@ -79,7 +79,7 @@ def _largest_bounds(x, tiles):
         def one(i, carry):
             rotated = rotate(_strip(x_ref, i, tiles).astype(jnp.float32))
             sized = times(rotated, basis_factor(quantizer))
-            bounds = of_groups(quantizer.scale.bounds, sized, quantizer)
+            bounds = quantizer.blocks(sized.shape).reduce(quantizer.scale.bounds, sized)
             largest = largest_of(bounds, (0, 1))
             largest_ref[...] = lax.max(
                 largest_ref[...], jnp.broadcast_to(largest, largest_ref.shape)
@@ -417,7 +417,7 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
             x = strip_at(i)
             rotated = rotate(x, parts=PARTS)
             grid = fit_in_basis(rotated, quantizer, None, **known)
-            poison = of_groups(poison_of, rotated, quantizer)
+            poison = quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
             then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
             return carry
 

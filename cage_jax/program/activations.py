@@ -22,7 +22,7 @@ from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.program.products import DATA, Origin, Product, find, map_inputs
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import any_of_group, fit_grid
+from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scales import Grid
 
 INPUTS = "/inputs"  # behind a weight's path: where the grid of its input is kept
@@ -229,7 +229,9 @@ def fit_input_grid(
         )
     keep = () if quantizer.axis is None else tuple(x.shape[a] for a in features)
     x, quantizer, _, _ = arranged(x, features, quantizer, None)
-    grid, empty = fit_grid(x, quantizer), ~any_of_group(x != 0, quantizer)
+    grid, blocks = fit_grid(x, quantizer), quantizer.blocks(x.shape)
+    any_of_group = functools.partial(jnp.any, keepdims=True)
+    empty = ~blocks.reduce(any_of_group, x != 0, ignores_zeros=True)
     grid = grid._replace(scale=jnp.where(empty, 0, grid.scale))
     return jax.tree.map(lambda g: g.reshape(keep), grid)
 
@@ -244,7 +246,7 @@ def arranged(
     """
     x, quantizer, back = _arranged(x, features, quantizer)
     if grid is not None:
-        shape = quantizer.scale_shape(x.shape)
+        shape = quantizer.blocks(x.shape).scale_shape
         grid = jax.tree.map(lambda g: g.reshape(shape), grid)
     return x, quantizer, grid, back
 

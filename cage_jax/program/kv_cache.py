@@ -462,13 +462,13 @@ def _group_size(shape, quantizer, name):
             size = group
     one = (*shape[:_TOKENS], size, *shape[-2:])
     if quantizer.scale_type.has_tensor_divisor and (
-        len(shape) + _TOKENS in quantizer.tensor_axes(one)
+        len(shape) + _TOKENS in quantizer.blocks(one).tensor_axes
     ):
         raise ValueError(
             f"`{name}` must not have a scale for the whole tensor; got {quantizer}. "
             f"Use nvfp4(axis=-1), or tensor_divisor=False."
         )
-    quantizer.groups(one)  # what else does not fit
+    quantizer.blocks(one)  # what else does not fit
     return size
 
 

@@ -220,7 +220,7 @@ class _Product(NamedTuple):
         """The size of a group along each axis summed over; None: not by codes."""
         (_, contracted), _ = self.numbers
         shape, quantizer = self.weights.shape, self.weights.quantizer
-        groups = quantizer.groups(shape)
+        groups = quantizer.blocks(shape).by_axis
         if quantizer.hadamard is not None and not {*groups} <= {*contracted}:
             return None
         sizes = [groups.get(axis, 1) for axis in contracted]
@@ -243,7 +243,7 @@ def _of_floats(inputs, product):
     quantizer = weights.quantizer
     if quantizer.hadamard is not None:
         # x @ (H w) = (H x) @ w, whichever of the axes it is.
-        (axis,) = quantizer.groups(weights.shape)
+        (axis,) = quantizer.blocks(weights.shape).axes
         axis = contracted[product.numbers[0][1].index(axis)]
         along = dataclasses.replace(quantizer, axis=axis, group_size=None)
         inputs = in_basis(inputs, along) * basis_factor(quantizer)
@@ -628,7 +628,7 @@ def _rows(value):
     if not isinstance(value, _Weights):
         return value
     array = value.quantized
-    if 0 in array.quantizer.groups(array.shape) or array.codes.ndim < 2:
+    if 0 in array.quantizer.blocks(array.shape).axes or array.codes.ndim < 2:
         return dequantize(array)
     return _with_axes(array, lambda axis: axis - array.codes.ndim)
 

@@ -272,10 +272,11 @@ def _costly(row):
     if row.quantizer is None or row.size < _MANY:
         return
     more = row.bits_per_weight - row.quantizer.bits
+    scales = row.quantizer.blocks(row.shape).scale_shape
     if more > _COSTLY:
         yield (
             f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
-            f"weights share one: {row.quantizer.scale_shape(row.shape)} scales for "
+            f"weights share one: {scales} scales for "
             f"{row.shape} weights. Name the axes of its inputs, such as axis=0 for "
             f"(in, heads, size) and axis=(0, 1, 2) for the kernel of a convolution."
         )
@@ -285,7 +286,7 @@ def _across(layer):
     row = layer.weight
     if row.quantizer is None or not layer.inputs:
         return
-    shared = set(row.quantizer.groups(row.shape))
+    shared = set(row.quantizer.blocks(row.shape).axes)
     summed = [axes for each in layer.inputs for axes in _summed(each.product, row)]
     if summed and not any(shared.issuperset(axes) for axes in summed):
         first = summed[0] if len(summed[0]) > 1 else summed[0][0]

@@ -1,11 +1,13 @@
 """Quantizers: a format, where its grid lies, and what passes its gradient."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from cage_jax.arrays.blocks import Blocks
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.scale_types import FULL, ScaleType
 from cage_jax.quantizers.scales import AbsMax, ScaleRule
@@ -200,20 +202,23 @@ class Quantizer:
             return False
         return self.scale.idempotent(self.format)
 
-    def groups(self, shape: tuple[int, ...]) -> dict[int, int]:
-        """The size of a group along each axis that shares a scale.
+    def blocks(self, shape: tuple[int, ...]) -> Blocks:
+        """How an array is divided into groups.
 
         Args:
           shape: of the array to quantize.
 
         Returns:
-          For each shared axis, counted from 0 and ascending, how many neighbours
-          share a scale.
+          `Blocks`, the same object for the same quantizer and shape.
 
         Raises:
           ValueError: for an axis out of range, and for a group or a Hadamard block
             that does not divide its axis.
         """
+        return _blocks(self, tuple(shape))
+
+    def _sizes(self, shape):
+        """The length of a group along each shared axis, by ascending axis."""
         ndim = len(shape)
         if self.axis is None:
             return dict(enumerate(shape))
@@ -249,37 +254,6 @@ class Quantizer:
             groups[axis % ndim] = length if size is None else size
         return dict(sorted(groups.items()))
 
-    def pieces(self, shape: tuple[int, ...]) -> dict[int, int]:
-        """`groups`, as many together as a rotation mixes or a tensor's scale spans."""
-        if self.scale_type.has_tensor_divisor:
-            return {axis: shape[axis] for axis in self.tensor_axes(shape)}
-        groups = self.groups(shape)
-        if self.hadamard is None:
-            return groups
-        return {axis: math.lcm(size, self.hadamard) for axis, size in groups.items()}
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales: that of `x`, a shared axis counting its groups."""
-        groups = self.groups(shape)
-        return tuple(
-            _group_count(length, groups[axis]) if axis in groups else length
-            for axis, length in enumerate(shape)
-        )
-
-    def tensor_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes that one tensor spans, for scale types with a scale for each.
-
-        All but the leading ones of a stack: those before the shared axes and before
-        the last two.
-        """
-        first = min([*self.groups(shape), max(len(shape) - 2, 0)])
-        return tuple(range(first, len(shape)))
-
-    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of whole tensors."""
-        axes = self.tensor_axes(shape)
-        return tuple(1 if axis in axes else n for axis, n in enumerate(shape))
-
     def storage_bits(self, shape: tuple[int, ...], scale_dtype=jnp.float32) -> int:
         """Bits of an array of `shape`: its codes and all that its grid stores.
 
@@ -290,11 +264,12 @@ class Quantizer:
         scale_bits = 8 * jnp.dtype(self.scale_type.dtype or scale_dtype).itemsize
         per_group = scale_bits * (2 if self.scale.has_offset else 1)
         per_group += self.bits if self.asymmetric else 0
+        blocks = self.blocks(shape)
         bits = self.bits * math.prod(shape)
-        bits += per_group * math.prod(self.scale_shape(shape))
+        bits += per_group * math.prod(blocks.scale_shape)
         if self.scale_type.has_tensor_divisor:
             wide = 8 * jnp.dtype(scale_dtype).itemsize
-            bits += wide * math.prod(self.tensor_shape(shape))
+            bits += wide * math.prod(blocks.tensor_shape)
         return bits
 
     def __str__(self):
@@ -315,5 +290,23 @@ class Quantizer:
         return ", ".join([*parts, self.gradient])
 
 
-def _group_count(length, size):
-    return length // size if size else 1
+@functools.lru_cache(maxsize=4096)
+def _blocks(quantizer, shape):
+    sizes = quantizer._sizes(shape)
+    # All axes but the leading ones of a stack: those before the shared axes and before
+    # the last two.
+    first = min([*sizes, max(len(shape) - 2, 0)])
+    tensor_axes, pieces = tuple(range(first, len(shape))), sizes
+    if quantizer.scale_type.has_tensor_divisor:
+        pieces = {axis: shape[axis] for axis in tensor_axes}
+    elif quantizer.hadamard is not None:
+        block = quantizer.hadamard
+        pieces = {axis: math.lcm(size, block) for axis, size in sizes.items()}
+    return Blocks(
+        shape=shape,
+        axes=tuple(sizes),
+        sizes=tuple(sizes.values()),
+        tensor_axes=tensor_axes,
+        pieces=tuple(pieces.items()),
+        rotated=quantizer.hadamard is not None,
+    )

@@ -5,23 +5,19 @@ contract a product and a sum to one operation, turn the division by a broadcast 
 product, and gather constants, in one program and not in another. So divisions by a
 scale and sums after a product are those of `exact`, but where a product is exact.
 
-Only `fit_grid` splits an array into groups. The rest keeps its shape and spreads the
+Only `fit_grid` divides an array into groups. The rest keeps its shape and spreads the
 grid instead, so that it fuses with what comes before and after.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.dispatch import Kernels, either
 from cage_jax.arrays.exact import clamp, divide, rounded, times
 from cage_jax.arrays.hadamard import transform
-from cage_jax.arrays.sharding import across_shards
-from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scales import Grid, ReducedScale, compute_dtype
 
@@ -91,7 +87,7 @@ def in_basis(x, quantizer):
     x = x.astype(compute_dtype(x.dtype))
     if quantizer.hadamard is None:
         return x
-    (axis,) = quantizer.groups(x.shape)
+    (axis,) = quantizer.blocks(x.shape).axes
     return transform(_signed(x, quantizer, axis), quantizer.hadamard, axis)
 
 
@@ -99,7 +95,7 @@ def back_from_basis(x, quantizer):
     """The transpose of `in_basis`; its inverse, up to `basis_factor` squared."""
     if quantizer.hadamard is None:
         return x
-    (axis,) = quantizer.groups(x.shape)
+    (axis,) = quantizer.blocks(x.shape).axes
     return _signed(transform(x, quantizer.hadamard, axis), quantizer, axis)
 
 
@@ -121,7 +117,7 @@ def basis_factor(quantizer):
 
 def fit_in_basis(transformed, quantizer, grid, **known):
     """`fit_grid` of what `in_basis` gives, with what is `known` to `fit`."""
-    shape = transformed.shape
+    blocks = quantizer.blocks(transformed.shape)
     if quantizer.scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no values; it must not pass unseen.
         grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
@@ -129,29 +125,26 @@ def fit_in_basis(transformed, quantizer, grid, **known):
     scale, format, scale_type = quantizer.scale, quantizer.format, quantizer.scale_type
     sized = times(transformed, basis_factor(quantizer))
     if isinstance(scale, ReducedScale):
-        count = math.prod(quantizer.groups(shape).values())
-        whole = reduce_groups(
-            functools.partial(scale.part, count=count), sized, quantizer
-        )
-        axes = quantizer.tensor_axes(shape)
-        fitted = scale.stored(whole, count, format, scale_type, axes, **known)
+        part = functools.partial(scale.part, count=blocks.count)
+        whole = blocks.reduce(part, sized, ignores_zeros=True)
+        axes = blocks.tensor_axes
+        fitted = scale.stored(whole, blocks.count, format, scale_type, axes, **known)
     else:
-        axes = _tensor_axes(quantizer, shape)
-        alone = scale.ignores_zeros and not scale_type.has_tensor_divisor
-        fitted = (reduce_groups if alone else of_groups)(
+        axes = blocks.split_tensor_axes
+        fitted = blocks.reduce(
             lambda x, groups: scale.fit(x, groups, format, scale_type, axes),
             sized,
-            quantizer,
+            ignores_zeros=scale.ignores_zeros and not scale_type.has_tensor_divisor,
         )
-    shapes = quantizer.scale_shape(shape), quantizer.tensor_shape(shape)
-    return fitted if grid is None else _kept(grid, fitted, shapes)
+    return fitted if grid is None else _kept(grid, fitted, blocks)
 
 
-def _kept(grid, fitted, shapes):
+def _kept(grid, fitted, blocks):
     """`grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
     unknown = (grid.scale == 0) | jnp.isnan(fitted.scale)
     # A tensor's divisor is found again only with all of its scales.
-    axes = [axis for axis, n in enumerate(shapes[1]) if n != shapes[0][axis]]
+    each = enumerate(zip(blocks.scale_shape, blocks.tensor_shape))
+    axes = [axis for axis, (groups, tensors) in each if groups != tensors]
     all_unknown = jnp.all(unknown, axis=axes, keepdims=True)
     # What a given grid may lack: then it rounds by what it stores.
     grid = grid._replace(
@@ -183,9 +176,7 @@ def round_in_basis(transformed, quantizer, grid, noise=None):
 
 def position_of(transformed, quantizer, grid):
     """Where what `in_basis` gives lies, in units of the grid."""
-    spread = functools.partial(
-        to_elements, quantizer=quantizer, shape=transformed.shape
-    )
+    spread = quantizer.blocks(transformed.shape).spread
     transformed = _from_origin(transformed, quantizer, grid)
     if grid.inverse is None:
         position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
@@ -216,9 +207,7 @@ def is_inside(transformed, quantizer, grid, beyond):
     Without a division: what shares the quotient with the rounding, a compiler would not
     do in one pass with it.
     """
-    spread = functools.partial(
-        to_elements, quantizer=quantizer, shape=transformed.shape
-    )
+    spread = quantizer.blocks(transformed.shape).spread
     ends = quantizer.format.low - beyond, quantizer.format.high + beyond
     if grid.inverse is not None:
         position = position_of(transformed, quantizer, grid)
@@ -238,7 +227,7 @@ def _from_origin(transformed, quantizer, grid):
     if origin is None:
         return transformed
     origin = origin / basis_factor(quantizer)
-    return transformed - to_elements(origin, quantizer, transformed.shape)
+    return transformed - quantizer.blocks(transformed.shape).spread(origin)
 
 
 def restore(values, quantizer, grid, like):
@@ -254,15 +243,16 @@ def turn_back(values, quantizer, grid, shape, back=None):
     With a function `back` in place of `back_from_basis`.
     """
     back = back or back_from_basis
+    spread = quantizer.blocks(shape).spread
     if grid.zero_point is not None:
-        values = values - to_elements(grid.zero_point, quantizer, shape)
+        values = values - spread(grid.zero_point)
     if quantizer.hadamard is None:
         return values
     if scaled_last(quantizer, shape):
         return back(values, quantizer)
-    product = rounded(values * to_elements(grid.step, quantizer, shape))
+    product = rounded(values * spread(grid.step))
     if grid.offset is not None:
-        product = product + to_elements(grid.offset, quantizer, shape)
+        product = product + spread(grid.offset)
     return back(product, quantizer)
 
 
@@ -271,7 +261,7 @@ def apply_scale(turned_back, quantizer, grid, like):
     factor = basis_factor(quantizer)
     if not scaled_last(quantizer, like.shape):
         return rounded(times(turned_back, factor)).astype(like.dtype)
-    spread = functools.partial(to_elements, quantizer=quantizer, shape=like.shape)
+    spread = quantizer.blocks(like.shape).spread
     product = rounded(lax.mul(turned_back, spread(times(grid.step, factor))))
     if grid.offset is not None:
         product = product + spread(grid.offset)
@@ -283,7 +273,7 @@ def scaled_last(quantizer, shape):
     block = quantizer.hadamard
     if block is None:
         return True
-    whole = all(size % block == 0 for size in quantizer.groups(shape).values())
+    whole = all(size % block == 0 for size in quantizer.blocks(shape).sizes)
     return whole and not quantizer.scale.has_offset
 
 
@@ -297,101 +287,3 @@ def _whole_step(quantizer, shape):
         widest = format.high - format.low
     fits = block * widest / format.step <= jnp.iinfo(_WHOLE).max
     return format.step if fits else None
-
-
-def of_groups(function, x, quantizer):
-    """What `function(blocks, axes)` gives for each group, shaped as the scales."""
-    shape = x.shape
-
-    def whole(x):
-        found = function(*_in_groups(x, quantizer))
-        return jax.tree.map(lambda each: _out_of_groups(each, quantizer, shape), found)
-
-    return across_shards(whole, x, _split_axes(shape, quantizer))
-
-
-def reduce_groups(function, x, quantizer):
-    """`of_groups` of what stays the same where zeros are added to a group."""
-    tiled = functools.partial(reduce_in_tiles, function)
-    return either(
-        lambda x: of_groups(function, x, quantizer),
-        _in_tile_order(tiled, quantizer, x.shape, x),
-        x,
-    )
-
-
-def any_of_group(x, quantizer):
-    """Whether anything in each group is true, with the shape of the scales."""
-    return reduce_groups(functools.partial(jnp.any, keepdims=True), x, quantizer)
-
-
-def _in_groups(x, quantizer):
-    """`x` with each shared axis as (groups, group), and the axes of a group."""
-    shape, split = x.shape, _split_axes(x.shape, quantizer)
-    # One axis at a time, the last one first: sharded arrays are reshaped only so.
-    for axis, size in reversed(split.items()):
-        parts = shape[axis] // size, size
-        x = x.reshape(*shape[:axis], *parts, *x.shape[axis + 1 :])
-    return x, tuple(_place(axis, split) for axis in quantizer.groups(shape))
-
-
-def _out_of_groups(per_group, quantizer, shape):
-    """What `_in_groups` of `shape` was reduced to, with the shape of the scales."""
-    split = _split_axes(shape, quantizer)
-    return jnp.squeeze(per_group, [_place(axis, split) for axis in split])
-
-
-def to_elements(per_group, quantizer, shape):
-    """What each group has once, for each element of an array of `shape`."""
-    return either(
-        lambda per_group: _to_elements(per_group, quantizer, shape),
-        _in_tile_order(spread_in_tiles, quantizer, shape, per_group),
-        per_group,
-    )
-
-
-def _to_elements(per_group, quantizer, shape):
-    split = _split_axes(shape, quantizer)
-    spread = jnp.expand_dims(per_group, [_place(axis, split) for axis in split])
-    whole = list(shape)
-    for axis, size in reversed(split.items()):
-        whole[axis : axis + 1] = shape[axis] // size, size
-    spread = jnp.broadcast_to(spread, whole)
-    for axis in split:
-        spread = spread.reshape(*shape[: axis + 1], *spread.shape[axis + 2 :])
-    return spread
-
-
-def _tensor_axes(quantizer, shape):
-    """The axes of a tensor, where `_in_groups` puts them."""
-    split = _split_axes(shape, quantizer)
-    axes = []
-    for axis in quantizer.tensor_axes(shape):
-        place = _place(axis, split)
-        axes += [place - 1, place] if axis in split else [place]
-    return tuple(axes)
-
-
-def _split_axes(shape, quantizer):
-    """The size of a group along each axis that has several."""
-    groups = quantizer.groups(shape)
-    return {axis: size for axis, size in groups.items() if size != shape[axis]}
-
-
-def _in_tile_order(function, quantizer, shape, sharded):
-    """A form for TPU, where groups are parts of one of the last two axes alone."""
-    split = _split_axes(shape, quantizer)
-    if not split or len(quantizer.groups(shape)) > 1 or quantizer.hadamard:
-        return Kernels()
-    ((axis, size),) = split.items()
-    axis -= len(shape)
-    pieces = tile_pieces(shape, axis, size, jax.typeof(sharded).sharding)
-    if not pieces:
-        return Kernels()
-    form = functools.partial(function, axis=axis, size=size)
-    return Kernels(xla_tpu=form, pieces=pieces)
-
-
-def _place(axis, split):
-    """Where `_in_groups` puts an axis, or its groups' elements where it is split."""
-    return axis + sum(other <= axis for other in split)

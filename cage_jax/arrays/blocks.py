@@ -1,0 +1,149 @@
+"""Groups of neighbours that share a scale, in an array of one shape."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cage_jax.arrays.dispatch import Kernels, either
+from cage_jax.arrays.sharding import across_shards
+from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How an array is divided into groups; `Quantizer.blocks` makes it.
+
+    Attributes:
+      shape: the array's.
+      axes: the axes that share a scale, from 0 and ascending.
+      sizes: the length of a group along each of `axes`.
+      tensor_axes: the axes that one tensor of a stack spans, for scale types with one
+        more scale for each tensor.
+      pieces: pairs of an axis and the length that a shard must keep whole: groups, or
+        the blocks of a rotation, or tensors.
+      rotated: whether groups are found in a rotated array.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    tensor_axes: tuple[int, ...]
+    pieces: tuple[tuple[int, int], ...]
+    rotated: bool
+
+    @functools.cached_property
+    def by_axis(self) -> dict[int, int]:
+        """The length of a group by axis."""
+        return dict(zip(self.axes, self.sizes))
+
+    @functools.cached_property
+    def count(self) -> int:
+        """The number of elements in a group."""
+        return math.prod(self.sizes)
+
+    @functools.cached_property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of the scales: the array's, a shared axis counting its groups."""
+        sizes = [self.by_axis.get(axis, 1) for axis in range(len(self.shape))]
+        # An axis without elements has one group of length 0.
+        return tuple(n // k if k else 1 for n, k in zip(self.shape, sizes))
+
+    @functools.cached_property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of one number for each tensor of a stack."""
+        axes = self.tensor_axes
+        return tuple(1 if i in axes else n for i, n in enumerate(self.shape))
+
+    @functools.cached_property
+    def _split(self) -> dict[int, int]:
+        """The length of a group along each axis that has several."""
+        return {axis: n for axis, n in self.by_axis.items() if n != self.shape[axis]}
+
+    def _place(self, axis: int) -> int:
+        """Where `split` puts an axis; of one with several groups, their elements."""
+        return axis + sum(other <= axis for other in self._split)
+
+    @functools.cached_property
+    def split_axes(self) -> tuple[int, ...]:
+        """The axes of a group in what `split` returns."""
+        return tuple(map(self._place, self.axes))
+
+    @functools.cached_property
+    def split_tensor_axes(self) -> tuple[int, ...]:
+        """The axes of a tensor in what `split` returns."""
+        places: list[int] = []
+        for axis in self.tensor_axes:
+            place = self._place(axis)
+            places += [place - 1, place] if axis in self._split else [place]
+        return tuple(places)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Reshapes each shared axis to (groups, elements of a group)."""
+        # One axis at a time, the last one first: sharded arrays are reshaped only so.
+        for axis, size in reversed(self._split.items()):
+            parts = x.shape[axis] // size, size
+            x = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :])
+        return x
+
+    def reduce(
+        self, function: Callable, x: jax.Array, *, ignores_zeros: bool = False
+    ) -> Any:
+        """Reduces each group to one number, or to a tree of numbers.
+
+        Args:
+          function: of the split array and the axes of a group, which it keeps with
+            size 1.
+          x: an array of `shape`.
+          ignores_zeros: whether `function` gives the same where zeros are added to a
+            group; a TPU then has a faster form.
+
+        Returns:
+          Arrays of `scale_shape`.
+        """
+
+        def whole(x):
+            found = function(self.split(x), self.split_axes)
+            places = tuple(map(self._place, self._split))
+            return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
+
+        def default(x):
+            return across_shards(whole, x, self._split)
+
+        if not ignores_zeros:
+            return default(x)
+        tiled = functools.partial(reduce_in_tiles, function)
+        return either(default, self._in_tile_order(tiled, x), x)
+
+    def spread(self, per_group: jax.Array) -> jax.Array:
+        """Repeats one number a group, of `scale_shape`, for each of its elements."""
+        tiled = self._in_tile_order(spread_in_tiles, per_group)
+        return either(self._repeat, tiled, per_group)
+
+    def _repeat(self, per_group):
+        places = tuple(map(self._place, self._split))
+        per_group = jnp.expand_dims(per_group, places)
+        split = list(self.shape)
+        for axis, size in reversed(self._split.items()):
+            split[axis : axis + 1] = self.shape[axis] // size, size
+        found = jnp.broadcast_to(per_group, split)
+        for axis in self._split:
+            found = found.reshape(*self.shape[: axis + 1], *found.shape[axis + 2 :])
+        return found
+
+    def _in_tile_order(self, function, sharded):
+        """The form for TPU, where groups are parts of one of the last two axes."""
+        if not self._split or len(self.axes) > 1 or self.rotated:
+            return Kernels()
+        ((axis, size),) = self._split.items()
+        axis -= len(self.shape)
+        sharding = jax.typeof(sharded).sharding
+        pieces = tile_pieces(self.shape, axis, size, sharding)
+        if not pieces:
+            return Kernels()
+        form = functools.partial(function, axis=axis, size=size)
+        return Kernels(xla_tpu=form, pieces=pieces)
