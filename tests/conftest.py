@@ -1,6 +1,7 @@
 """Settings stricter than any user's: what passes here passes elsewhere."""
 
 import contextlib
+import gc
 import os
 import pathlib
 
@@ -80,20 +81,26 @@ def compilations():
     return expected
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Compiled programs of one file do not stay in memory for the next ones."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 # Minutes each: begun last, one of them would keep one worker while the other waits.
 SLOW = (
-    "test_train_lm.py",
+    "test_notebooks.py",
     "test_processes.py",
-    "test_benchmarks.py",
+    "test_train_lm.py",
     "test_models.py",
-    "test_checkpoints.py",
-    "test_fashion_mnist.py",
-    "test_sharding.py",
+    "test_benchmarks.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Has the slow files first."""
+    """Puts the slow files first."""
     items.sort(key=lambda item: item.path.name not in SLOW)
 
 
