@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 from small_llama import CONFIG, TIED, on_host, params_of
 
-llama = pytest.importorskip("cage_jax.llama", reason="the model needs flax")
+llama = pytest.importorskip("cage_jax.llama.model", reason="the model needs flax")
 
 
 def normed(x, scale, epsilon):

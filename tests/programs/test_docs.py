@@ -13,7 +13,7 @@ from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 
 nnx = pytest.importorskip("flax.nnx")
-llama = pytest.importorskip("cage_jax.llama")
+llama = pytest.importorskip("cage_jax.llama.model")
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
