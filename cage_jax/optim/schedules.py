@@ -193,10 +193,10 @@ def dose(
 
 
 def _values(schedule, counts):
-    """Those of a schedule or a number, one a step."""
+    """The value of a schedule or a number at each step, by one compiled program."""
     if not callable(schedule):
         return jnp.full(counts.shape, schedule, jnp.result_type(float))
-    return jax.vmap(schedule)(counts)
+    return jax.jit(jax.vmap(schedule))(counts)
 
 
 def check_strength(strength, name: str = "strength") -> None:
