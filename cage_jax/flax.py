@@ -1,7 +1,8 @@
-"""Activations of Flax models, Linen and NNX, quantized by path without an edit.
+"""Quantization of the activations of Flax models, Linen and NNX, by path.
 
-The models are run as programs of their variables, so that what `activations` does to
-any program is done to them: a layer need not be one of Flax's.
+The models need no edits. Each one is run as a function of its variables, which
+`cage_jax.quantize_activations` transforms like any other function, so custom layers
+work too.
 """
 
 import dataclasses
@@ -35,25 +36,27 @@ except ModuleNotFoundError as error:
 
 
 def quantize_activations(model: Any, rules: Rules) -> Any:
-    """`model` with the inputs of its weights quantized, as the rules say by path.
+    """Returns a model that quantizes the inputs of its weights by path.
 
-    Every product of a parameter with data is found, in whatever module it is, see
-    `cage_jax.quantize_activations`. The weights are quantized by
-    `fake_quant(params, rules)` before, or for NNX of its state. Call it under `jit`.
+    Every product of a parameter with data is found, whichever module it is in; see
+    `cage_jax.quantize_activations`. The weights are not quantized here: apply
+    `fake_quant(params, rules)` first, or `cage_jax.flax.fake_quant` for NNX. Call the
+    new model under `jit`.
 
     Args:
       model: a Linen module, or an NNX module.
-      rules: of which some have a quantizer for inputs.
+      rules: rules by path, some of them with a quantizer for inputs.
 
     Returns:
-      For NNX a new module with the same arrays, of a subclass of its class, whose
-      `__call__` and other public methods quantize; `model` is left as it was. Its
-      submodules are those of before: `new.encoder(x)`, called from outside, does not
-      quantize. For Linen something with `init` and `apply` as `model` has them.
+      For NNX, a new module with the same arrays. Its class is a subclass of the class
+      of `model`, and its `__call__` and other public methods quantize. `model` itself
+      is not changed. The submodules keep their classes, so `new.encoder(x)`, called
+      from outside, does not quantize. For Linen, a `QuantizedLinen`, with the `init`
+      and `apply` of `model`.
 
     Raises:
-      TypeError: for something else than a module and `Rules`.
-      ValueError: by a call, as `cage_jax.quantize_activations`.
+      TypeError: if `model` is not a module or `rules` is not `Rules`.
+      ValueError: when the result is called, as by `cage_jax.quantize_activations`.
 
     Example:
       >>> import cage_jax as cage
@@ -75,11 +78,11 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
 
 
 def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
-    """An NNX model with its parameters rounded, for the loss.
+    """Rounds the parameters of an NNX model, for use in the loss.
 
-    What is no `nnx.Param` is shared with `model`: statistics of BatchNorm and counts of
-    Dropout are updated in it, of which `cage_jax.fake_quant` knows nothing. For Linen
-    give `apply` the rounded parameters.
+    All variables other than `nnx.Param` are shared with `model`, so BatchNorm
+    statistics and Dropout counts are still updated in it; `cage_jax.fake_quant` alone
+    would not do this. For Linen, pass the rounded parameters to `apply` instead.
 
     Args:
       model: an NNX module, quantized or not.
@@ -90,7 +93,7 @@ def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
       A module like `model`. The gradient goes straight through to its parameters.
 
     Raises:
-      TypeError: for something else than an NNX module; else as `cage_jax.fake_quant`.
+      TypeError: if `model` is not an NNX module; also as `cage_jax.fake_quant`.
 
     Example:
       >>> import cage_jax as cage
@@ -123,22 +126,24 @@ def calibrate(
     variables: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Finds in data the grids of the inputs that are calibrated or learned.
+    """Fits the grids of calibrated and learned inputs to batches of data.
 
     Args:
       model: as in `quantize_activations`.
-      rules: of which some input quantizers have the scale `Calibrated` or `Learned`.
-      batches: the arguments of a call, a tuple for each.
-      variables: of a Linen module; None for NNX.
-      kwargs: of each call, such as `train=False`.
+      rules: rules by path, some with an input quantizer whose scale is `Calibrated` or
+        `Learned`.
+      batches: tuples of positional arguments, one for each call of the model.
+      variables: the variables of a Linen module; None for NNX.
+      kwargs: keyword arguments of every call, such as `train=False`.
 
     Returns:
       For Linen, `variables` with the collection "grids", for the `apply` of
-      `quantize_activations(model, rules)`. For NNX the quantized model, with the grids
-      in its attribute `input_grids`, of `nnx.Param` where they are learned.
+      `quantize_activations(model, rules)`. For NNX, the quantized model with the grids
+      in its attribute `input_grids`; the learned ones are `nnx.Param`.
 
     Raises:
-      TypeError, ValueError: as `cage_jax.calibrate`, and for Linen without `variables`.
+      TypeError, ValueError: as `cage_jax.calibrate`, and for a Linen module without
+        `variables`.
 
     Example:
       >>> import cage_jax as cage
@@ -170,21 +175,21 @@ def report(
     variables: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> ModelReport:
-    """What becomes of each parameter of a model and of its inputs, with their errors.
+    """Reports how each parameter and its inputs are quantized, with their errors.
 
     Args:
       model: as in `quantize_activations`, quantized or not.
-      rules: for weights, inputs or both.
-      args: an example of the arguments of a call.
-      variables: of a Linen module; None for NNX.
-      kwargs: of the call, such as `train=False`.
+      rules: rules for weights, inputs or both.
+      args: example positional arguments of a call.
+      variables: the variables of a Linen module; None for NNX.
+      kwargs: keyword arguments of the call, such as `train=False`.
 
     Returns:
       A `ModelReport`; print it, or read its `layers` and `findings`.
 
     Raises:
-      TypeError, ValueError: as `cage_jax.program.model_report.report`, and for Linen
-        without `variables`.
+      TypeError, ValueError: as `cage_jax.program.model_report.report`, and for a Linen
+        module without `variables`.
 
     Example:
       >>> import cage_jax as cage
@@ -207,7 +212,7 @@ def report(
 
 
 def _why_inputs_are_not(model, rules):
-    """Why a model does not quantize its inputs as rules say; None where it does."""
+    """Explains why a model does not quantize its inputs as `rules` say, or None."""
 
     def inputs(rules):
         return [(rule.pattern, rule.inputs) for rule in rules if rule.inputs]
@@ -234,12 +239,12 @@ def _why_inputs_are_not(model, rules):
 
 
 def _of_parameters(function, state):
-    """A function of variables as one of parameters alone, and these."""
+    """Closes a function over all variables but the parameters; returns both."""
     if isinstance(state, nnx.State):
         variables, rest = nnx.split_state(state, nnx.Param, ...)
 
         def with_rest(variables, *args, **kwargs):
-            # Variables of the trace, which a call may change.
+            # The call may change variables, so it gets new ones made in its own trace.
             new = jax.tree.map(lambda leaf: leaf, rest)
             return function(nnx.merge_state(variables, new), *args, **kwargs)
 
@@ -249,7 +254,7 @@ def _of_parameters(function, state):
 
 
 def _program(model, variables):
-    """A model as a function of its variables, these, and the grids among them."""
+    """Splits a model into a function of its variables, the variables and the grids."""
     if isinstance(model, (linen.Module, QuantizedLinen)):
         if variables is None:
             raise ValueError(
@@ -285,7 +290,7 @@ def _no_module(model):
 
 @dataclasses.dataclass(frozen=True)
 class _QuantizedProduct:
-    """A product whose first factor is quantized; a value, so that it can be static."""
+    """A product that quantizes its first factor; hashable, so that it can be static."""
 
     inputs: Quantizer
 
@@ -303,17 +308,18 @@ class _QuantizedProduct:
 
 @dataclasses.dataclass(frozen=True)
 class dot_general(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
-    """`jax.lax.dot_general` that quantizes its first argument.
+    """A `jax.lax.dot_general` that quantizes its first argument.
 
-    For the argument `dot_general` of `nn.Dense`, `nnx.Linear` and others, and
-    `_dot_general` of `jnp.einsum`.
+    Pass it as `dot_general` to `nn.Dense`, `nnx.Linear` and others, or as
+    `_dot_general` to `jnp.einsum`.
 
     Args:
       inputs: the quantizer, along axis -1, 0 or None of the matrix of (tokens,
         features).
 
     Raises:
-      TypeError, ValueError: for no quantizer, and for one that needs a grid.
+      TypeError: if `inputs` is not a `Quantizer`.
+      ValueError: if the quantizer needs a grid.
 
     Example:
       >>> import cage_jax as cage
@@ -324,7 +330,7 @@ class dot_general(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
     """
 
     def __call__(self, lhs, rhs, dimension_numbers, *args, **kwargs) -> jax.Array:
-        """As `jax.lax.dot_general`."""
+        """Computes `jax.lax.dot_general` with `lhs` quantized."""
         features = tuple(sorted(a % lhs.ndim for a in dimension_numbers[0][0]))
         lhs = quantize_input(lhs, features, self.inputs, None)
         return lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
@@ -332,16 +338,17 @@ class dot_general(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
 
 @dataclasses.dataclass(frozen=True)
 class conv_general_dilated(_QuantizedProduct):  # noqa: N801, the name of Flax's argument
-    """`jax.lax.conv_general_dilated` that quantizes its first argument.
+    """A `jax.lax.conv_general_dilated` that quantizes its first argument.
 
-    For the argument `conv_general_dilated` of `nn.Conv` and `nnx.Conv`. The features
-    are the channels: `axis=-1` is a scale per pixel.
+    Pass it as `conv_general_dilated` to `nn.Conv` and `nnx.Conv`. The features are the
+    channels, so `axis=-1` gives one scale per pixel.
 
     Args:
       inputs: the quantizer, along axis -1, 0 or None.
 
     Raises:
-      TypeError, ValueError: for no quantizer, and for one that needs a grid.
+      TypeError: if `inputs` is not a `Quantizer`.
+      ValueError: if the quantizer needs a grid.
 
     Example:
       >>> import cage_jax as cage
@@ -352,7 +359,7 @@ class conv_general_dilated(_QuantizedProduct):  # noqa: N801, the name of Flax's
     """
 
     def __call__(self, lhs, rhs, *args, **kwargs) -> jax.Array:
-        """As `jax.lax.conv_general_dilated`."""
+        """Computes `jax.lax.conv_general_dilated` with `lhs` quantized."""
         bound = inspect.signature(lax.conv_general_dilated).bind(
             lhs, rhs, *args, **kwargs
         )
@@ -374,7 +381,7 @@ class QuantizedLinen:
         self.rules = rules
 
     def init(self, *args, **kwargs) -> Any:
-        """As that of the module: the same variables."""
+        """Returns the variables of the module's own `init`."""
         return self.module.init(*args, **kwargs)
 
     def apply(
@@ -387,7 +394,7 @@ class QuantizedLinen:
         capture_intermediates: Any = False,
         **kwargs,
     ) -> Any:
-        """As that of the module, with quantized inputs."""
+        """Calls the module's `apply` with quantized inputs."""
         options = {
             "method": method,
             "mutable": mutable,
@@ -400,7 +407,7 @@ class QuantizedLinen:
         return quantized(both, *args, _rngs=rngs, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises: a quantized module is no submodule, and has no variables bound."""
+        """Raises `TypeError`: a quantized module has no bound variables."""
         raise TypeError(
             "a quantized Linen module must be the outermost one; got a call of it. Use "
             "its apply(variables, ...), or quantize the model that it is a part of: "
@@ -426,11 +433,11 @@ def _apply_linen(module, options, variables, *args, _rngs=None, **kwargs):
 
 
 class CalibratedScale(nnx.Variable):
-    """A part of the grid of a calibrated input."""
+    """One array (scale or offset) of the grid of a calibrated input."""
 
 
 class LearnedScale(nnx.Param):
-    """A part of the grid of a learned input, for optimizers to find."""
+    """One array of the grid of a learned input; a `Param`, so optimizers train it."""
 
 
 def _quantized_nnx(model, rules):
@@ -441,7 +448,7 @@ def _quantized_nnx(model, rules):
 
 
 def _with_grids(model, rules, grids):
-    """Puts the grids of inputs into a module, as an `nnx.Dict` for each path."""
+    """Stores the grids of inputs in a module, as one `nnx.Dict` per path."""
     found = {}
     for key, grid in grids.items():
         if not key.endswith(INPUTS):
@@ -464,7 +471,7 @@ def _grids_of(model):
 
 @functools.cache
 def _quantized_class(cls):
-    """A subclass of a module's class whose public methods quantize."""
+    """Makes a subclass of a module's class whose public methods quantize."""
     if "_quantized_from" in vars(cls):
         raise ValueError(
             f"`model` must not be quantized yet; got a {cls.__qualname__}. Quantize "
@@ -501,7 +508,7 @@ def _quantized_method(cls, name):
             for (path, variable), value in zip(flat, changed)
             if value is not None
         ]
-        # Only those: a variable of another trace can be read and not written.
+        # Write only changed variables: those of another trace can only be read.
         nnx.update(self, nnx.from_flat_state(new))
         return output
 
@@ -509,7 +516,7 @@ def _quantized_method(cls, name):
 
 
 def _plain(model):
-    """The class, a copy and the grids of a module as it was before it was quantized."""
+    """Returns the original class, an unquantized copy and the grids of a module."""
     plain, grids = nnx.clone(model), {}
     cls = vars(type(model)).get("_quantized_from", type(model))
     if cls is not type(model):
@@ -526,9 +533,9 @@ def _call_nnx(graphdef, method, state, *args, **kwargs):
 
 
 def _call_nnx_with_state(graphdef, method, state, *args, **kwargs):
-    """Also the values of the variables that the call changed, and None for others.
+    """Returns the output and the variables' new values, None for unchanged ones.
 
-    Parameters are never changed by a call.
+    A call never changes parameters.
     """
     before = [variable.get_value() for _, variable in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, state)
@@ -541,7 +548,7 @@ def _call_nnx_with_state(graphdef, method, state, *args, **kwargs):
             "init_cache."
         )
     after = [variable.get_value() for _, variable in flat]
-    # Transformations such as `nnx.remat` make other tracers of what they read.
+    # `nnx.remat` and the like give even the parameters that they only read new tracers.
     read = [isinstance(variable, nnx.Param) for _, variable in flat]
     changed = zip(after, before, read)
     return output, [None if a is b or only else a for a, b, only in changed]
