@@ -1,6 +1,6 @@
-"""Number formats: which values a code can take, in units of the scale.
+"""Number formats: the values that codes can take, in units of the scale.
 
-A format knows nothing of arrays' shapes, scales or gradients. Every method acts
+A format knows nothing about array shapes, scales or gradients. Every method acts
 elementwise on values that were already divided by the scale.
 """
 
@@ -23,10 +23,10 @@ FloatName = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
 
 
 class Format(abc.ABC):
-    """A finite grid of values and the codes that stand for them.
+    """A finite grid of values and their codes.
 
-    `round` maps a float to the nearest value of the grid (and saturates), `encode`
-    maps such a value to its code and `decode` maps the code back, exactly. So
+    `round` maps a float to the nearest value of the grid and saturates at the ends.
+    `encode` maps such a value to its code, and `decode` maps the code back exactly, so
     `decode(encode(round(x)))` equals `round(x)` to the bit.
 
     Attributes:
@@ -47,31 +47,31 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def round(self, x):
-        """The nearest value of the grid, in the dtype of `x`; NaN stays NaN."""
+        """Rounds to the nearest value of the grid, keeping the dtype; NaN stays NaN."""
 
     @abc.abstractmethod
     def neighbours(self, x):
-        """The values of the grid next to `x`, not above and not below it.
+        """Returns the grid values next to `x`: one not above and one not below it.
 
-        Beyond its ends, the first is the end of the grid. A value of the grid is one of
-        its own neighbours; NaN stays NaN.
+        Beyond either end of the grid, the first is that end. A value on the grid is one
+        of its own neighbours. NaN stays NaN.
         """
 
     @abc.abstractmethod
     def encode(self, value):
-        """The codes of grid values; the code of NaN is unspecified but valid."""
+        """Returns the codes of grid values; NaN gets an unspecified but valid code."""
 
     @abc.abstractmethod
     def decode(self, codes, dtype):
-        """The grid values of `codes`, as `dtype`."""
+        """Returns the grid values of `codes`, as `dtype`."""
 
     @abc.abstractmethod
     def to_index(self, codes):
-        """The `bits` bits of each code as they lie in a file, uint8."""
+        """Returns the bits of each code as a file stores them, one uint8 per code."""
 
     @abc.abstractmethod
     def from_index(self, index):
-        """The codes of such bits."""
+        """Returns the codes that have the bits `index`; the inverse of `to_index`."""
 
     @property
     def low(self) -> float:
@@ -85,28 +85,28 @@ class Format(abc.ABC):
 
     @property
     def half_range(self) -> float:
-        """Half the distance from `low` to `high`: the scale is a bound over it."""
+        """Half the distance from `low` to `high`; the scale is a bound over it."""
         return (self.high - self.low) / 2
 
     @property
     def edge(self) -> float:
-        """How far beyond `high` a value may lie and still be rounded, not clipped."""
+        """Distance beyond `high` up to which a value is rounded rather than clipped."""
         return float(self.values[-1] - self.values[-2]) / 2
 
     @property
     def step(self) -> float | None:
-        """The first of 1, 1/2, ... 1/16 that divides every value, or None."""
+        """Largest of 1, 1/2, ... 1/16 that divides every value, or None."""
         steps = (2.0**-k for k in range(5))
         return next((s for s in steps if not (self.values % s).any()), None)
 
     @property
     def of_zero_code(self) -> float | None:
-        """The value of code 0, where the values of others follow in steps of 1."""
+        """Value of code 0 where values grow by 1 from code to code, otherwise None."""
         return None
 
     @property
     def symmetric(self) -> bool:
-        """Whether `-v` is on the grid for every value `v` of it."""
+        """Whether the grid holds `-v` for every value `v` it holds."""
         return bool(np.array_equal(self.values, -self.values[::-1]))
 
     @property
@@ -116,7 +116,7 @@ class Format(abc.ABC):
 
     @property
     def gaussian_clip(self) -> float:
-        """The bound, in deviations, with the least squared error on N(0, 1)."""
+        """Bound with the least squared error on N(0, 1), in standard deviations."""
         return _gaussian_clip(self)
 
 
@@ -126,14 +126,14 @@ class Integer(Format):
 
     Args:
       bits: width of a code.
-      narrow: leave the most negative code out, so that the grid is symmetric:
-        -7..7 for 4 bits. Otherwise the full range is used: -8..7.
-      signed: False for 0..15 for 4 bits; `narrow` has no meaning then and is False.
-        The codes are the values less 8 then, since not every program that stores
-        arrays knows unsigned integers of 4 bits.
-      ties: where a value halfway between two integers goes: to the even one, away
-        from zero, or up. "up" adds a half in floating point, as GGUF's code does, so
-        that the value just below a half goes up too.
+      narrow: leave out the most negative code, so that the grid is symmetric:
+        -7..7 for 4 bits. False uses the full range: -8..7.
+      signed: False gives the values 0..15 for 4 bits and requires `narrow=False`.
+        The codes are then the values minus 8, because not every program that stores
+        arrays supports unsigned 4-bit integers.
+      ties: where a value halfway between two integers goes: to the "even" one, "away"
+        from zero, or "up". "up" adds a half in floating point, as GGUF's code does, so
+        a value just below a half rounds up too.
     """
 
     bits: int
@@ -176,10 +176,10 @@ class Integer(Format):
             rounded = select(lax.lt(x, x.dtype.type(0)), -rounded, rounded)
         else:
             x = clamp(x, self.low - 1, self.high + 1)
-            # Codes in a file begin at 0. The clip above keeps compilers from
-            # contracting the sum with a product that `x` comes from.
+            # The sum counts from 0, as codes in the file do. Clamping `x` first keeps
+            # compilers from contracting the sum with the product that `x` comes from.
             rounded = jnp.floor(x + (0.5 - self.low)) + self.low
-        # Codes do not know -0.
+        # Codes have no -0.
         rounded = select(lax.eq(rounded, x.dtype.type(0)), lax.abs(rounded), rounded)
         return clamp(rounded, self.low, self.high)
 
@@ -228,7 +228,7 @@ _QUEST_CLIP = {
 class MidRise(Format):
     """The 2**bits levels `k + 1/2`, symmetric and without a zero; 1 to 8 bits.
 
-    The grid of QuEST (arXiv 2502.05003): with a bound `b` on the values, the step is
+    QuEST uses this grid (arXiv 2502.05003). For a bound `b` on the values, the step is
     `2 b / (2**bits - 1)`. The code of level `k + 1/2` is `k`.
     """
 
@@ -247,8 +247,8 @@ class MidRise(Format):
         return _code_dtype(self.bits)
 
     def round(self, x):
-        # round(x + 1/2) - 1/2, as in QuEST's own code, half to even. Without the sum,
-        # which compilers contract with a product that `x` comes from.
+        # This is round(x + 1/2) - 1/2, half to even, as in QuEST's own code. It avoids
+        # that sum, which compilers contract with the product that `x` comes from.
         half = lax.mul(x, x.dtype.type(0.5))
         even = lax.convert_element_type(lax.eq(lax.floor(half), half), x.dtype)
         level = lax.add(lax.floor(x), lax.sub(x.dtype.type(0.5), even))
@@ -295,14 +295,14 @@ _FLOATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Float(Format):
-    """Floating point of 4, 6 or 8 bits, as the Open Compute Project defines them.
+    """Floating-point numbers of 4, 6 or 8 bits, defined by the Open Compute Project.
 
-    Values beyond the largest saturate; infinities and NaN are no codes. Codes of 6 bits
-    are held in float8_e4m3fn, since jax has no narrower type for them.
+    Values beyond the largest saturate; infinities and NaN have no code. 6-bit codes are
+    held in float8_e4m3fn, because JAX has no narrower dtype for them.
 
     Args:
-      name: "e2m1" (FP4), "e2m3" or "e3m2" (FP6), "e4m3" or "e5m2" (FP8): bits of
-        exponent and mantissa.
+      name: the numbers of exponent and mantissa bits: "e2m1" (FP4), "e2m3" or "e3m2"
+        (FP6), "e4m3" or "e5m2" (FP8).
     """
 
     name: FloatName
@@ -344,7 +344,7 @@ class Float(Format):
         return below, jnp.minimum(below + step, self.high)
 
     def _step(self, x):
-        """The distance of values around `x`, a power of two."""
+        """Returns the distance between grid values around `x`, a power of two."""
         own = ml_dtypes.finfo(self._type)
         return jnp.maximum(power_below(x), 2.0 ** int(own.minexp)) * 2.0**-own.nmant
 
@@ -363,7 +363,7 @@ class Float(Format):
         if self.bits != 6:
             word = index.astype(f"uint{self.bits}")
             return lax.bitcast_convert_type(word, self._type)
-        # As E4M3 has the bits, but for its exponents, which begin lower.
+        # Read the bits as E4M3, then rescale, because its exponents begin lower.
         own, wide = ml_dtypes.finfo(self._type), ml_dtypes.finfo(self.code_dtype)
         sign, size = index >> 5 << 7, (index & 31) << (wide.nmant - own.nmant)
         values = lax.bitcast_convert_type(sign | size, self.code_dtype)
@@ -376,13 +376,13 @@ class Float(Format):
 
 @dataclasses.dataclass(frozen=True)
 class Codebook(Format):
-    """Any 2 to 256 values; the code of a value is its place, less that of the middle.
+    """Any 2 to 256 values; the code of a value is its index minus `2**(bits - 1)`.
 
-    A value halfway between two goes to the lower one.
+    A number halfway between two levels rounds to the lower one.
 
     Args:
       levels: the values, ascending.
-      name: what the codebook is called.
+      name: the codebook's name, shown when it is printed.
     """
 
     levels: tuple[float, ...]
@@ -428,7 +428,7 @@ class Codebook(Format):
         return below.astype(x.dtype), above.astype(x.dtype)
 
     def _middles(self, dtype):
-        """The largest numbers of `dtype` that still go down."""
+        """Returns the largest number of `dtype` that rounds down to each level."""
         exact = (self.values[1:] + self.values[:-1]) / 2
         middles = exact.astype(dtype)
         below = np.nextafter(middles, np.array(-np.inf, dtype))
@@ -443,7 +443,7 @@ class Codebook(Format):
     def decode(self, codes, dtype):
         place = codes.astype(jnp.int32) + self._middle
         value = jnp.full(place.shape, self.low, dtype)
-        # Not by indexing, which does not fuse and is not sharded like `codes`.
+        # Indexing would not fuse, and its result would not be sharded like `codes`.
         for number, level in enumerate(self.levels[1:], 1):
             value = jnp.where(place >= number, jnp.asarray(level, dtype), value)
         return value
@@ -456,7 +456,7 @@ class Codebook(Format):
 
     @property
     def _middle(self):
-        """The place of code 0."""
+        """Index of the level whose code is 0."""
         return 2 ** (self.bits - 1)
 
     def __str__(self):
@@ -505,13 +505,13 @@ def _code_dtype(bits):
 
 
 def _whole(value):
-    # A NaN has no integer: give it a code that is the same on every backend. Its
-    # scale is NaN, so it never becomes a number again.
+    # The integer of NaN depends on the backend, so NaN gets code 0 on all of them. Its
+    # scale is NaN too, so it never becomes a number again.
     return jnp.where(jnp.isnan(value), 0, value).astype(jnp.int8)
 
 
 def _low_bits(codes, bits, middle=0):
-    """The low bits of codes, counted from 0 where code 0 has the place `middle`."""
+    """Returns the low bits of codes, counted so that code 0 has the index `middle`."""
     wide = (codes.astype(jnp.int32) + middle) & (2**bits - 1)
     return np.asarray(wide.astype(jnp.uint8))
 
@@ -525,7 +525,7 @@ def _from_low_bits(index, bits, middle=0):
 
 @functools.cache
 def _gaussian_clip(format: Format) -> float:
-    """Golden-section search of the closed-form squared error on N(0, 1), float64."""
+    """Minimizes the closed-form squared error on N(0, 1) by golden-section search."""
     values = format.values / format.half_range
     low, high = 0.05, 8.0
     ratio = (math.sqrt(5) - 1) / 2
@@ -539,7 +539,7 @@ def _gaussian_clip(format: Format) -> float:
 
 
 def _gaussian_error(values: np.ndarray) -> float:
-    """Mean squared error of rounding N(0, 1) to the nearest of `values`."""
+    """Computes the mean squared error of rounding N(0, 1) to the nearest value."""
     edges = (values[1:] + values[:-1]) / 2
     density = np.concatenate(
         [[0], np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi), [0]]

@@ -1,4 +1,4 @@
-"""Presets: quantizers by their names."""
+"""Presets: named quantizers."""
 
 from cage_jax.quantizers.formats import NF4, Float, FloatName, Integer, MidRise
 from cage_jax.quantizers.quantizer import Gradient, Quantizer
@@ -108,25 +108,26 @@ def quest(
     hadamard: int | None = 128,
     gradient: Gradient = "clip",
 ) -> Quantizer:
-    """The quantizer of QuEST and of the CAGE paper.
+    """Returns the quantizer of QuEST and of the CAGE paper.
 
-    The contracted axis is rotated by a block-Hadamard matrix, scaled by
-    `c * rms` with the MSE-optimal `c` of a unit Gaussian, rounded to the mid-rise
-    grid (2**bits levels, no zero) and rotated back.
+    It rotates the contracted axis by a block-Hadamard matrix, scales by `c * rms` with
+    the MSE-optimal `c` for a unit Gaussian, rounds to the mid-rise grid (2**bits
+    levels, no zero) and rotates back.
 
     Args:
       bits: 1 to 8.
       axis: the contracted axis, which is rotated and shares a scale: -2 for a Dense
         kernel (one scale per output channel), -1 for activations (one per token).
       group_size: how many neighbours along `axis` share a scale; None for all.
-      hadamard: block of the rotation; None for no rotation.
-      gradient: "clip" (the CAGE paper's) or "trust" (QuEST's own).
+      hadamard: block size of the rotation; None for no rotation.
+      gradient: "clip" as in the CAGE paper, or "trust" as in QuEST.
 
     Returns:
       A `Quantizer`. It is not idempotent: see `freeze_scale` of `cage`.
 
     Raises:
-      TypeError, ValueError: for bits out of range and a block not a power of two.
+      TypeError, ValueError: if `bits` is out of range, or `hadamard` is not a power of
+        two.
 
     Example:
       >>> import cage_jax as cage
@@ -151,7 +152,10 @@ def quest(
 def fp8(
     name: FloatName = "e4m3", *, axis: Axis = -2, group_size: int | None = None
 ) -> Quantizer:
-    """FP8, one float32 scale per output channel: the largest value becomes 448.
+    """Returns the FP8 quantizer: one float32 scale per output channel.
+
+    The scale maps the largest magnitude to the largest value of the format: 448 for
+    E4M3.
 
     Args:
       name: "e4m3", or "e5m2" for a wider range and less precision.
@@ -162,7 +166,7 @@ def fp8(
       A `Quantizer`.
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: if `name` is unknown.
 
     Example:
       >>> import cage_jax as cage
@@ -178,18 +182,19 @@ def fp8(
 def mxfp8(
     name: FloatName = "e4m3", *, axis: int = -2, rounding: PowerRounding = "down"
 ) -> Quantizer:
-    """MXFP8: FP8 in blocks of 32 that share a power of two.
+    """Returns the MXFP8 quantizer: FP8 in blocks of 32 with a power-of-two scale.
 
     Args:
       name: "e4m3" or "e5m2".
-      axis: the contracted axis, along which blocks lie.
-      rounding: of the scale's exponent, see `cage_jax.scale_types.PowerOfTwo`.
+      axis: the contracted axis, along which the blocks lie.
+      rounding: how the scale's exponent is rounded; see
+        `cage_jax.scale_types.PowerOfTwo`.
 
     Returns:
       A `Quantizer`.
 
     Raises:
-      ValueError: for an unknown name or rounding.
+      ValueError: if `name` or `rounding` is unknown.
 
     Example:
       >>> import cage_jax as cage
@@ -205,18 +210,19 @@ def mxfp8(
 def mxfp6(
     name: FloatName = "e2m3", *, axis: int = -2, rounding: PowerRounding = "down"
 ) -> Quantizer:
-    """MXFP6: FP6 in blocks of 32 that share a power of two.
+    """Returns the MXFP6 quantizer: FP6 in blocks of 32 with a power-of-two scale.
 
     Args:
       name: "e2m3" or "e3m2".
-      axis: the contracted axis, along which blocks lie.
-      rounding: of the scale's exponent, see `cage_jax.scale_types.PowerOfTwo`.
+      axis: the contracted axis, along which the blocks lie.
+      rounding: how the scale's exponent is rounded; see
+        `cage_jax.scale_types.PowerOfTwo`.
 
     Returns:
       A `Quantizer`.
 
     Raises:
-      ValueError: for an unknown name or rounding.
+      ValueError: if `name` or `rounding` is unknown.
 
     Example:
       >>> import cage_jax as cage
@@ -230,17 +236,18 @@ def mxfp6(
 
 
 def mxfp4(*, axis: int = -2, rounding: PowerRounding = "down") -> Quantizer:
-    """MXFP4: FP4 in blocks of 32 that share a power of two.
+    """Returns the MXFP4 quantizer: FP4 in blocks of 32 with a power-of-two scale.
 
     Args:
-      axis: the contracted axis, along which blocks lie.
-      rounding: of the scale's exponent, see `cage_jax.scale_types.PowerOfTwo`.
+      axis: the contracted axis, along which the blocks lie.
+      rounding: how the scale's exponent is rounded; see
+        `cage_jax.scale_types.PowerOfTwo`.
 
     Returns:
       A `Quantizer`.
 
     Raises:
-      ValueError: for an unknown rounding.
+      ValueError: if `rounding` is unknown.
 
     Example:
       >>> import cage_jax as cage
@@ -260,11 +267,13 @@ def _microscaling(name, axis, rounding):
 
 
 def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
-    """NVFP4: FP4 in blocks of 16 with E4M3 scales below one float32 for the tensor.
+    """Returns the NVFP4 quantizer: FP4 in blocks of 16 with E4M3 scales.
+
+    The scales of a tensor share one more float32 scale.
 
     Args:
-      axis: the contracted axis, along which blocks lie.
-      tensor_divisor: False for E4M3 scales alone, as qwix has them.
+      axis: the contracted axis, along which the blocks lie.
+      tensor_divisor: False for E4M3 scales alone, as in qwix.
 
     Returns:
       A `Quantizer`.
@@ -274,7 +283,7 @@ def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
       >>> print(cage.nvfp4())
       fp4 e2m1 absmax, group 16 of axis -2, e4m3 scales and one a tensor, identity
 
-    Source: NVIDIA's NVFP4; the values are those of compressed-tensors.
+    Source: NVIDIA's NVFP4; the values agree with compressed-tensors.
     """
     scale_type = Float8(tensor_divisor)
     return Quantizer(
@@ -286,7 +295,9 @@ def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
 
 
 def nf4(*, axis: Axis = -2, group_size: int | None = 64) -> Quantizer:
-    """NF4: 16 quantiles of a normal distribution, scaled by the largest magnitude.
+    """Returns the NF4 quantizer: 16 quantiles of a normal distribution.
+
+    The scale is the largest magnitude of each group.
 
     Args:
       axis: the axes that share a scale; None for one scale per tensor.
@@ -308,7 +319,7 @@ def nf4(*, axis: Axis = -2, group_size: int | None = 64) -> Quantizer:
 
 
 def ternary(*, axis: Axis = None, group_size: int | None = None) -> Quantizer:
-    """Ternary: -s, 0 or s, with `s` the mean of |x|.
+    """Returns the ternary quantizer: -s, 0 or s, where `s` is the mean of |x|.
 
     Args:
       axis: the axes that share a scale; None for one scale per tensor, as in BitNet.
@@ -328,7 +339,7 @@ def ternary(*, axis: Axis = None, group_size: int | None = None) -> Quantizer:
 
 
 def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
-    """Binary: -s or s, with `s` the mean of |x|.
+    """Returns the binary quantizer: -s or s, where `s` is the mean of |x|.
 
     Args:
       axis: the axes that share a scale; None for one scale per tensor.
@@ -351,10 +362,12 @@ def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
 
 
 def q4_0(*, axis: int = -2) -> Quantizer:
-    """GGUF's Q4_0: 4 bits in blocks of 32, float16 scales that may be negative.
+    """Returns the quantizer of GGUF's Q4_0: 4 bits in blocks of 32.
+
+    The float16 scales may be negative.
 
     Args:
-      axis: the contracted axis, along which blocks lie.
+      axis: the contracted axis, along which the blocks lie.
 
     Returns:
       A `Quantizer` with the values that the file holds, to the bit.
@@ -371,10 +384,12 @@ def q4_0(*, axis: int = -2) -> Quantizer:
 
 
 def q4_1(*, axis: int = -2) -> Quantizer:
-    """GGUF's Q4_1: 4 bits in blocks of 32, float16 scales and minima.
+    """Returns the quantizer of GGUF's Q4_1: 4 bits, float16 scales and minima.
+
+    Each block of 32 has a scale and a minimum.
 
     Args:
-      axis: the contracted axis, along which blocks lie.
+      axis: the contracted axis, along which the blocks lie.
 
     Returns:
       A `Quantizer` with the values that the file holds, to the bit.
@@ -391,10 +406,10 @@ def q4_1(*, axis: int = -2) -> Quantizer:
 
 
 def q8_0(*, axis: int = -2) -> Quantizer:
-    """GGUF's Q8_0: 8 bits in blocks of 32, float16 scales.
+    """Returns the quantizer of GGUF's Q8_0: 8 bits in blocks of 32, float16 scales.
 
     Args:
-      axis: the contracted axis, along which blocks lie.
+      axis: the contracted axis, along which the blocks lie.
 
     Returns:
       A `Quantizer` with the values that the file holds, to the bit.
@@ -421,19 +436,21 @@ def ct_w4a16(
     symmetric: bool = True,
     scale_dtype: str = "float16",
 ) -> Quantizer:
-    """compressed-tensors' W4A16, which transformers and vLLM read: INT4 in groups.
+    """Returns the quantizer of compressed-tensors' W4A16: INT4 in groups.
+
+    transformers and vLLM read this format.
 
     Args:
-      axis: the contracted axis, along which groups lie.
+      axis: the contracted axis, along which the groups lie.
       group_size: how many neighbours share a scale; None for one scale per channel.
-      symmetric: without a zero point.
-      scale_dtype: "float16", "bfloat16" or "float32": that of the model in the file.
+      symmetric: whether to leave out the zero point.
+      scale_dtype: dtype of the model in the file: "float16", "bfloat16" or "float32".
 
     Returns:
       A `Quantizer` with the values that the file holds, to the bit.
 
     Raises:
-      ValueError: for another dtype.
+      ValueError: if `scale_dtype` is none of these.
 
     Example:
       >>> import cage_jax as cage
@@ -446,17 +463,19 @@ def ct_w4a16(
 
 
 def ct_w8a8(*, axis: int = -2, scale_dtype: str = "float16") -> Quantizer:
-    """The weights of compressed-tensors' W8A8: INT8, one scale per output channel.
+    """Returns the weight quantizer of compressed-tensors' W8A8: INT8 per channel.
+
+    Each output channel has one scale.
 
     Args:
       axis: the contracted axis.
-      scale_dtype: "float16", "bfloat16" or "float32": that of the model in the file.
+      scale_dtype: dtype of the model in the file: "float16", "bfloat16" or "float32".
 
     Returns:
       A `Quantizer` with the values that the file holds, to the bit.
 
     Raises:
-      ValueError: for another dtype.
+      ValueError: if `scale_dtype` is none of these.
 
     Example:
       >>> import cage_jax as cage
@@ -489,9 +508,10 @@ def lsq(
     group_size: int | None = None,
     offset: bool = False,
 ) -> Quantizer:
-    """Integers whose scale is learned: LSQ; with an offset, LSQ+.
+    """Returns a quantizer with learned scales: LSQ, or LSQ+ with an offset.
 
-    The scales live beside the weights: `with_grids(params, rules)` gives them a place.
+    The scales are stored beside the weights; `with_grids(params, rules)` adds them to
+    the parameters.
 
     Args:
       bits: 2 to 8.
@@ -500,10 +520,10 @@ def lsq(
       offset: learn an offset too, for values that lie on one side of zero.
 
     Returns:
-      A `Quantizer`; its gradient goes to values within the grid.
+      A `Quantizer`. Only values within the grid receive a gradient.
 
     Raises:
-      ValueError: for bits out of range.
+      ValueError: if `bits` is out of range.
 
     Example:
       >>> import cage_jax as cage
