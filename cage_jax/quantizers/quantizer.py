@@ -1,4 +1,4 @@
-"""Quantizers: a format, where its grid lies, and what passes its gradient."""
+"""Quantizers: a format, the rule for its scales, and the gradient it passes."""
 
 import dataclasses
 import functools
@@ -18,37 +18,39 @@ Rounding = Literal["nearest", "stochastic"]
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """How an array is quantized: an immutable, hashable description.
+    """An immutable, hashable description of how an array is quantized.
 
-    It holds no state and is not callable, so it is static under `jax.jit` and left
-    alone by `optax.inject_hyperparams`. Change a field with `dataclasses.replace`.
+    It holds no state and is not callable, so it is static under `jax.jit`, and
+    `optax.inject_hyperparams` leaves it alone. Change a field with
+    `dataclasses.replace`.
 
     Args:
       format: the values a code can take, such as `Integer(4)`.
       scale: where the grid lies in each group, such as `AbsMax()`. Scales are
-        computed in float32 (float64 for float64 arrays) and are constants for
+        computed in float32 (float64 for float64 arrays) and are constants under
         differentiation.
-      axis: the axis or axes that share a scale; None stands for all, one scale per
-        tensor. The default, -2, is the contracted one of a Flax Dense kernel
-        (in, out) and of a scanned stack of them (layers, in, out): one scale per
-        output channel.
-      group_size: how many neighbours along `axis` share a scale; None for all. With
-        several axes a tuple, with an entry (or None) for each.
+      axis: the axis or axes that share a scale; None for all axes, so one scale per
+        tensor. The default, -2, is the contracted axis of a Flax Dense kernel
+        (in, out) and of a scanned stack of kernels (layers, in, out), which gives one
+        scale per output channel.
+      group_size: how many neighbours along `axis` share a scale; None for all. For
+        several axes, a tuple with one entry (or None) per axis.
       scale_type: which numbers a scale can be, such as `PowerOfTwo()`.
-      hadamard: block of the Hadamard rotation of `axis` before quantizing and back
-        after it; a power of two, or None for no rotation.
-      hadamard_seed: None, or a seed of random signs that values get before they are
-        rotated, so that a row that happens to look like one of the matrix is spread
-        too.
-      rounding: "nearest", or "stochastic": to one of the two neighbours, so that the
-        mean is the value. Then `fake_quant` and `quantize` need a `key`; the error that
-        CAGE pulls on is always to the nearest.
-      gradient: what passes straight through: "identity" everything, "clip" where the
-        (rotated) value lies within the grid, "trust" where it lies at most half a
-        step beyond it (the trust rule of QuEST).
+      hadamard: block size of the Hadamard rotation, a power of two, or None for no
+        rotation. Values are rotated along `axis` before quantization and rotated back
+        afterwards.
+      hadamard_seed: seed of random signs that multiply the values before the rotation,
+        or None for no signs. The signs also spread a row that happens to look like a
+        row of the Hadamard matrix.
+      rounding: "nearest", or "stochastic", which rounds to one of the two neighbours
+        so that the mean is the value. With "stochastic", `fake_quant` and `quantize`
+        need a `key`. The error that CAGE uses is always that of rounding to nearest.
+      gradient: which values pass their gradient straight through: "identity" all,
+        "clip" those that lie within the grid (after the rotation, if any), "trust"
+        also those at most half a step beyond it (the trust rule of QuEST).
 
     Raises:
-      TypeError, ValueError: for arguments that do not fit together.
+      TypeError, ValueError: if the arguments do not fit together.
 
     Example:
       >>> import cage_jax as cage
@@ -163,7 +165,7 @@ class Quantizer:
 
     @property
     def group_sizes(self) -> tuple[int | None, ...]:
-        """`group_size` for each of `axis`; none where that is None."""
+        """`group_size` of each axis in `axis`; empty if `axis` is None."""
         if isinstance(self.group_size, tuple):
             return self.group_size
         if self.group_size is None:
@@ -182,43 +184,44 @@ class Quantizer:
 
     @property
     def levels(self) -> int:
-        """How many values a code can stand for."""
+        """Number of values that a code can take."""
         return len(self.format.values)
 
     @property
     def symmetric(self) -> bool:
-        """Whether the negative of an array gives the negative of its values."""
+        """Whether quantizing `-x` gives the negative of quantizing `x`."""
         affine = self.scale.asymmetric or self.scale.has_offset
         return (self.format.symmetric or self.scale.signed) and not affine
 
     @property
     def idempotent(self) -> bool:
-        """Whether quantized values stay as they are when quantized again.
+        """Whether quantizing quantized values again leaves them as they are.
 
-        Up to rounding. Under a long pull a quantizer that is not idempotent walks:
-        see the norm drift among the statistics of `cage`, and its `freeze_scale`.
+        This holds up to rounding. If a quantizer is not idempotent, the weights drift
+        under a long correction: see the norm drift in the statistics of `cage`, and
+        its `freeze_scale`.
         """
         if self.rounding != "nearest" or not self.scale_type.idempotent(self.format):
             return False
         return self.scale.idempotent(self.format)
 
     def blocks(self, shape: tuple[int, ...]) -> Blocks:
-        """How an array is divided into groups.
+        """Divides an array of a given shape into groups.
 
         Args:
-          shape: of the array to quantize.
+          shape: shape of the array to quantize.
 
         Returns:
           `Blocks`, the same object for the same quantizer and shape.
 
         Raises:
-          ValueError: for an axis out of range, and for a group or a Hadamard block
-            that does not divide its axis.
+          ValueError: if an axis is out of range, or a group or Hadamard block does not
+            divide its axis.
         """
         return _blocks(self, tuple(shape))
 
     def _sizes(self, shape):
-        """The length of a group along each shared axis, by ascending axis."""
+        """Returns the length of a group along each shared axis, by ascending axis."""
         ndim = len(shape)
         if self.axis is None:
             return dict(enumerate(shape))
@@ -255,11 +258,11 @@ class Quantizer:
         return dict(sorted(groups.items()))
 
     def storage_bits(self, shape: tuple[int, ...], scale_dtype=jnp.float32) -> int:
-        """Bits of an array of `shape`: its codes and all that its grid stores.
+        """Counts the bits that store an array: its codes and everything in its grid.
 
         Args:
-          shape: of the array.
-          scale_dtype: of scales that are stored as they are computed.
+          shape: shape of the array.
+          scale_dtype: dtype of scales that are stored as they are computed.
         """
         scale_bits = 8 * jnp.dtype(self.scale_type.dtype or scale_dtype).itemsize
         per_group = scale_bits * (2 if self.scale.has_offset else 1)
@@ -293,8 +296,8 @@ class Quantizer:
 @functools.lru_cache(maxsize=4096)
 def _blocks(quantizer, shape):
     sizes = quantizer._sizes(shape)
-    # All axes but the leading ones of a stack: those before the shared axes and before
-    # the last two.
+    # A stack has leading axes, before both the shared axes and the last two. A tensor
+    # spans all axes but these.
     first = min([*sizes, max(len(shape) - 2, 0)])
     tensor_axes, pieces = tuple(range(first, len(shape))), sizes
     if quantizer.scale_type.has_tensor_divisor:
