@@ -1,9 +1,9 @@
-"""Scale types: which numbers a scale can be where it is stored.
+"""Scale types: the numbers that a stored scale can be.
 
-A scale rule finds the bound of each group; its scale type turns the bound into the
+A scale rule finds the bound of each group, and the scale type turns the bound into the
 scale that a file holds. Like the rules, a type is an immutable, hashable description.
-From a finite bound it never makes an infinity or NaN: it saturates, and what would
-underflow becomes its smallest number.
+It never turns a finite bound into an infinity or NaN: large scales saturate, and scales
+that would underflow become its smallest number.
 """
 
 import abc
@@ -25,10 +25,11 @@ class StoredScale(NamedTuple):
     """A scale as it is stored; all arrays are in the dtype of computation.
 
     Attributes:
-      scale: what is stored for each group.
-      tensor_divisor: what all scales of a tensor are divided by, or None.
-      inverse: what values are multiplied with to be rounded, where a file's own
-        program does not round by the stored scale; None for the reciprocal of it.
+      scale: stored scale of each group.
+      tensor_divisor: number that divides all scales of a tensor, or None.
+      inverse: factor that values are multiplied by before rounding, where the program
+        that writes the file does not round by the stored scale; None for the reciprocal
+        of the stored scale.
     """
 
     scale: jax.Array
@@ -42,12 +43,12 @@ class ScaleType(abc.ABC):
 
     @property
     def dtype(self) -> np.dtype | None:
-        """Of the stored scales; None for the dtype of computation."""
+        """Dtype of the stored scales; None for the dtype of computation."""
         return None
 
     @property
     def has_tensor_divisor(self) -> bool:
-        """Whether a tensor has one more scale, float32, for all of it."""
+        """Whether each tensor has one more float32 scale for all of its groups."""
         return False
 
     @property
@@ -56,7 +57,7 @@ class ScaleType(abc.ABC):
         return True
 
     def idempotent(self, format: Format) -> bool:
-        """Whether the bound of quantized values gives the same scale again."""
+        """Returns whether the bound of quantized values gives the same scale again."""
         return True
 
     @abc.abstractmethod
@@ -68,15 +69,15 @@ class ScaleType(abc.ABC):
         axes: tuple[int, ...],
         largest: jax.Array | None = None,
     ) -> StoredScale:
-        """The stored scale of each group.
+        """Returns the stored scale of each group.
 
         Args:
-          bound: what lies at the end of each group's grid; may be 0, an infinity or
-            NaN, and negative where the grid is turned around.
+          bound: the value at the end of each group's grid; may be 0, an infinity or
+            NaN, and negative where the grid is reversed.
           range: the end of the grid in units of the scale.
           format: the format of the codes.
-          axes: those that a tensor spans.
-          largest: the largest finite bound of the only tensor, where it is known.
+          axes: the axes that a tensor spans.
+          largest: the largest finite bound, if it is known and there is one tensor.
         """
 
 
@@ -100,8 +101,8 @@ class Narrow(ScaleType):
 
     Args:
       name: "float16" or "bfloat16".
-      unrounded: round values by the scale before it is rounded, and leave a scale that
-        underflows at 0, as the programs that write GGUF files do.
+      unrounded: round values by the scale before it is rounded, and let small scales
+        underflow to 0, as the programs that write GGUF files do.
     """
 
     name: Literal["float16", "bfloat16"] = "float16"
@@ -123,7 +124,8 @@ class Narrow(ScaleType):
         ideal = _quotient(bound, range)
         if not self.unrounded:
             ideal = _valid(ideal, format)
-            # The smallest normal number: some processors take smaller ones for 0.
+            # Stop at the smallest normal number, since some processors flush smaller
+            # ones to 0.
             tiny = float(limits.tiny)
             ideal = jnp.where(jnp.abs(ideal) < tiny, jnp.sign(ideal) * tiny, ideal)
         largest = float(limits.max)
@@ -131,7 +133,8 @@ class Narrow(ScaleType):
         scale = jnp.where(jnp.isfinite(bound), scale.astype(bound.dtype), jnp.nan)
         if not self.unrounded:
             return StoredScale(scale)
-        # Of scales that are cut off, or whose reciprocal is no number, the stored one.
+        # A scale that saturates, or whose reciprocal is not finite, cannot be used
+        # unrounded, so the stored one is inverted instead.
         usable = (jnp.abs(ideal) <= largest) & (jnp.abs(ideal) >= 2.0**-126)
         inverse = 1 / jnp.where(usable, ideal, jnp.where(scale == 0, jnp.inf, scale))
         return StoredScale(scale, inverse=inverse)
@@ -140,20 +143,21 @@ class Narrow(ScaleType):
         return f"{self.name} scales"
 
 
-# Where a bound goes to the next power of two. For E4M3 compressed-tensors takes that of
-# E2M1; for the formats that it lacks, half a step above the largest value.
+# From which multiple of a power of two a bound rounds up to the next power.
+# compressed-tensors uses the number of E2M1 for E4M3 too; the formats that it lacks
+# turn half a step above their largest value.
 _TURNS = {"e2m1": 1.75, "e2m3": 1.9375, "e3m2": 1.875, "e4m3": 1.75, "e5m2": 1.875}
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerOfTwo(ScaleType):
-    """Powers of two, in 8 bits of exponent: E8M0, the scales of MX formats.
+    """Powers of two stored as 8 bits of exponent: E8M0, the scales of MX formats.
 
     Args:
-      rounding: from the power of two of the bound to that of the grid's end: "down" as
-        the OCP specification has it (the largest values may be clipped), "nearest" as
-        compressed-tensors has it (up where the bound would round to the next power),
-        "up" as qwix has it (nothing is clipped).
+      rounding: how the bound is rounded to a power of two: "down" as in the OCP
+        specification (the largest values may be clipped), "nearest" as in
+        compressed-tensors (up where the bound would round to the next power), or "up"
+        as in qwix (nothing is clipped).
     """
 
     rounding: PowerRounding = "down"
@@ -174,7 +178,7 @@ class PowerOfTwo(ScaleType):
         return False
 
     def idempotent(self, format):
-        # The largest values become 448, which goes to the next power of two.
+        # The largest values become 448, which rounds up to the next power of two.
         return not (self.rounding == "nearest" and format == Float("e4m3"))
 
     def store(self, bound, range, format, axes, largest=None):
@@ -190,7 +194,7 @@ class PowerOfTwo(ScaleType):
             else:
                 bound_power = power_below(bound)
             scale = bound_power * 2.0 ** -np.floor(np.log2(format.high))
-        # 2**-127 is not a normal float32, which some processors take for 0.
+        # 2**-127 is not a normal float32, so some processors flush it to 0.
         scale = clamp(scale, 2.0**-126, 2.0**127)
         scale = select(bound == 0, 1.0, scale)
         return StoredScale(
@@ -203,13 +207,13 @@ class PowerOfTwo(ScaleType):
 
 @dataclasses.dataclass(frozen=True)
 class Float8(ScaleType):
-    """E4M3, below one float32 number for the whole tensor: the scales of NVFP4.
+    """E4M3 scales with one more float32 number per tensor: the scales of NVFP4.
 
-    scale = stored scale / tensor_divisor, with tensor_divisor such that the largest
-    stored scale of a tensor is 448.
+    scale = stored scale / tensor_divisor, where tensor_divisor makes the largest stored
+    scale of a tensor 448.
 
     Args:
-      tensor_divisor: False for E4M3 alone.
+      tensor_divisor: False for E4M3 scales alone.
     """
 
     tensor_divisor: bool = True
@@ -234,10 +238,10 @@ class Float8(ScaleType):
                 largest = largest_of(bound, axes)
             else:
                 largest = largest.reshape([1] * bound.ndim)
-            # Below this the smallest step would be no normal number.
+            # Below this the smallest step would not be a normal number.
             largest = jnp.maximum(largest, 2.0**-105)
-            # As PyTorch divides a number by a tensor, so that files agree to the bit;
-            # the sixteenth keeps reciprocals of huge numbers normal.
+            # PyTorch divides a number by a tensor this way, so files agree to the bit.
+            # The sixteenth keeps reciprocals of huge numbers normal.
             divisor = (own.high * range / 16) * (1 / (largest / 16))
             ideal = jnp.broadcast_to(divisor, ideal.shape) * ideal
         smallest = 2.0**-9
@@ -252,13 +256,13 @@ class Float8(ScaleType):
 
 
 def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The largest finite bound along `axes`, which are kept with size 1; 0 of none."""
+    """Returns the largest finite bound along `axes`, kept with size 1; 0 if none is."""
     finite = jnp.where(jnp.isfinite(bound), bound, 0)
     return jnp.max(finite, axis=axes, keepdims=True, initial=0)
 
 
 def step(scale: jax.Array, tensor_divisor: jax.Array | None) -> jax.Array:
-    """The distance between neighbouring whole numbers of a format."""
+    """Returns the distance between neighbouring integers of a format."""
     if tensor_divisor is None:
         return scale
     return divide(scale, jnp.broadcast_to(tensor_divisor, scale.shape))
@@ -271,10 +275,10 @@ def _quotient(bound, range):
 def _valid(scale, format):
     """Turns infinity into NaN, and zero into a scale that keeps zeros (almost) zero.
 
-    As zero counts what has no finite reciprocal.
+    A scale without a finite reciprocal counts as zero.
     """
     tiny = jnp.finfo(scale.dtype).tiny
-    # It changes nothing, but lets compilers find the quotient and this in one pass.
+    # This changes no value, but lets compilers fuse the quotient with what follows.
     scale = clamp(scale, -jnp.inf, jnp.inf)
     normal = lax.convert_element_type(lax.ge(lax.abs(scale), tiny), scale.dtype)
     instead = times(1 - normal, 1.0 if format.has_zero else float(tiny))
