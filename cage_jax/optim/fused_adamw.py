@@ -1,9 +1,9 @@
 """The whole step of AdamW with CAGE in one pass over each parameter.
 
-A transformation returns updates, which `optax.apply_updates` adds: the updates are
+A transformation returns updates for `optax.apply_updates` to add, so the updates are
 written and read once more. A kernel that writes the moments and the parameter in place
-moves the least there is, but is no transformation: so it is a method beside `update`,
-with the same state.
+moves as little memory as possible, but is not a transformation. So it is a method
+beside `update`, with the same state.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from cage_jax.quantizers.rounding import error_from
 
 @dataclasses.dataclass(frozen=True)
 class FusedStep:
-    """What a fused step has to know of its optimizer.
+    """Options of an optimizer that its fused step needs.
 
     Attributes:
       rules: which parameters are quantized, and how.
       strength: lambda, a number or a schedule.
       learning_rate: a number or a schedule.
-      adamw: the other numbers, or None where an option has no fused form.
+      adamw: AdamW's other numbers, or None if an option has no fused form.
       mask: which parameters decay, as in `optax.adamw`.
-      at_updated: whether the error is that of the updated weights, as in `post_step`.
+      at_updated: whether the error is taken at the updated weights, as in `post_step`.
     """
 
     rules: Rules
@@ -64,7 +64,7 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
     def __new__(
         cls, transformation: optax.GradientTransformationExtraArgs, fused: FusedStep
     ) -> "FusedAdamW":
-        """A transformation and what its fused step has to know."""
+        """Adds the options of the fused step to a transformation."""
         self = super().__new__(cls, transformation.init, transformation.update)
         self._fused = fused
         return self
@@ -77,36 +77,37 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         *,
         implementation: Implementation | None = None,
     ) -> tuple[Any, Any]:
-        """`update` and `optax.apply_updates` in one, in place where they are donated.
+        """Computes `update` and `optax.apply_updates` in one, in place if donated.
 
         Donate parameters and state in the order in which your step returns them, as in
-        `train_step(params, state, ...) -> (params, state, ...)`: JAX gives the results
-        the donated memory by that order, and what is crossed has to be copied. What was
-        donated is gone: JAX raises an error where parameters or a state of before the
-        step are used again.
+        `train_step(params, state, ...) -> (params, state, ...)`. JAX assigns donated
+        memory to the results in that order, and arrays that are crossed have to be
+        copied. Donated arrays are gone: JAX raises an error if the parameters or the
+        state from before the step are used again.
 
-        The state is that of `update`: either goes on from the other's. Both agree but
-        for the last places. On a TPU, on one device, inside of a `shard_map` or on
-        explicit shards of whole groups, each large parameter that is quantized is one
-        kernel, which reads its gradient, moments and values once and writes moments and
-        values once; all else is as in `update`. No fused form have `nesterov`,
-        `freeze_scale`, `curvature`, a weight decay that is an array, parameters,
-        gradients and second moments other than float32, scales of a whole tensor, the
-        quantizers that `fake_quant` has no kernel for, and with `statistics` formats
-        other than integers and mid-rise ones.
+        The state is that of `update`, and each can go on from the other's. Their
+        results agree except in the last places. On a TPU, each large quantized
+        parameter is one kernel if it is on one device, inside of a `shard_map`, or on
+        explicit shards of whole groups. The kernel reads the gradient, moments and
+        values once and writes the moments and values once. Everything else is computed
+        as in `update`. The following have no fused form and fall back to `update`:
+        `nesterov`, `freeze_scale`, `curvature` and a weight decay that is an array;
+        parameters, gradients and second moments other than float32; scales of a whole
+        tensor; quantizers for which `fake_quant` has no kernel; and, with `statistics`,
+        formats other than integers and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.
-          state: what `init` or a step before returned.
+          state: the state that `init` or the previous step returned.
           params: the parameters.
-          implementation: as in `fake_quant`; "pallas" wants a kernel for each
-            parameter that is quantized.
+          implementation: as in `fake_quant`; "pallas" requires a kernel for each
+            quantized parameter.
 
         Returns:
           The parameters and the state after the step.
 
         Raises:
-          ValueError: for a state of another transformation, and for "pallas" where a
+          ValueError: for a state of another transformation, and for "pallas" if a
             parameter has no kernel.
 
         Example:
@@ -169,13 +170,13 @@ def _step(fused, update, gradients, state, params, implementation):
 
 
 class _Chosen(NamedTuple):
-    """How a parameter steps that there are kernels for.
+    """The step of a parameter that has kernels.
 
     Attributes:
-      path: of the parameter.
-      default: the step without.
-      kernels: of what a device has.
-      shards: on which each does it by itself, or None.
+      path: the parameter's path.
+      default: the step without a kernel.
+      kernels: the kernels for the part of the parameter that one device holds.
+      shards: the shards, if each device steps its own; otherwise None.
     """
 
     path: str
@@ -184,7 +185,7 @@ class _Chosen(NamedTuple):
     shards: Shards | None
 
     def step(self, arrays, codes, numbers, implementation):
-        """What `default` gives for its gradient, moments, values and codes."""
+        """Returns what `default` does for the gradient, moments, values and codes."""
 
         def local(arrays, codes, numbers):
             found = either(
@@ -214,7 +215,7 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(fused, gradients, state, params, implementation):
-    """By place among the leaves how those step that there are kernels for."""
+    """Returns a `_Chosen` for each parameter with kernels, by its leaf's index."""
     (adam, *_), cage_state = state
     quantized = fused.rules.quantized(params)
     paths, leaves, structure = flatten_with_paths(params)
@@ -222,7 +223,7 @@ def _chosen(fused, gradients, state, params, implementation):
     decays = _decays(fused, params)
     chosen = {}
     for place, path in enumerate(paths):
-        if path not in quantized or not path:  # a lone array is no tree of others
+        if path not in quantized or not path:  # a lone array leaves no others
             continue
         quantizer, x = quantized[path][0], leaves[place]
         gradient, first, second = (tree[place] for tree in others)
@@ -260,12 +261,12 @@ def _chosen(fused, gradients, state, params, implementation):
 
 
 def _alike(*arrays):
-    """Whether all have the same shards."""
+    """Returns whether all arrays have the same shards."""
     return len({jax.typeof(array).sharding.spec for array in arrays}) == 1
 
 
 def _decays(fused, params):
-    """Whether each leaf decays."""
+    """Returns whether each leaf decays."""
     mask = fused.mask
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
@@ -309,10 +310,10 @@ def _check_state(state):
 
 
 def _stepped(quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes):
-    """What `pallas.tpu.adamw_step` gives."""
+    """Computes the step of `pallas.tpu.adamw_step` without a kernel."""
     first, second, update = adamw.step(gradient, first, second, x, numbers)
     point = x + update if at_updated else x
-    # The pull, unknown to compilers, is the condition.
+    # Compilers do not know the pull, so they keep the condition on it.
     active, grid, turned_back = fit_if(numbers.pull != 0, point, quantizer, None)
     error = error_from(point, quantizer, grid, turned_back)
     pull = numbers.pull * jnp.where(active, error, 0)

@@ -36,37 +36,38 @@ def cage_adamw(
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> FusedAdamW:
-    """AdamW with the decoupled CAGE correction, the paper's default.
+    """Creates AdamW with the decoupled CAGE correction, the paper's default.
 
     x <- x - lr * (m / (sqrt(v) + eps) + weight_decay * x + strength * (x - Q(x)))
 
-    With strength 0 it is `optax.adamw`, to the bit.
+    With strength 0 it equals `optax.adamw`, to the bit.
 
     Args:
-      learning_rate: a number or a schedule from the step's count.
+      learning_rate: a number or a schedule of the step count.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
-        paper's; None for the recommended one, of a training of `total_steps`.
+      strength: lambda, a number or a schedule such as the paper's,
+        `silence_then_ramp(steps)`; None for the recommended schedule of `total_steps`.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
         `optax.adamw`; the paper uses b1=0.9, b2=0.95, weight_decay=0.1. `mask` says
         which parameters decay.
-      placement: "decoupled" for the error at the weights before the step, "post_step"
-        for the order of the authors' PyTorch code; see the functions of these names.
-      total_steps: length of the training in optimizer steps, in place of `strength`:
-        strength and curvature are then those of `recommended`.
+      placement: "decoupled" takes the error at the weights before the step;
+        "post_step" follows the order of the authors' PyTorch code. See the functions
+        of these names.
+      total_steps: length of the training in optimizer steps, in place of `strength`.
+        Strength and curvature are then those of `recommended`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
 
     Returns:
-      A transformation; clip gradients in front of it:
+      A transformation. Clip gradients before it:
       `optax.chain(optax.clip_by_global_norm(1.0), cage_adamw(...))`. Its `fused_step`
-      is the same step in place, `(gradients, state, params) -> (params, state)`, with
-      a kernel for each large parameter where it runs on one TPU.
+      takes the same step in place, `(gradients, state, params) -> (params, state)`,
+      with a kernel for each large parameter where it runs on one TPU.
 
     Raises:
-      TypeError, ValueError: as `decoupled` and `recommended`; for neither `strength`
-        nor `total_steps`, and for both.
+      TypeError, ValueError: as in `decoupled` and `recommended`; also if neither or
+        both of `strength` and `total_steps` are given.
 
     Example:
       >>> import cage_jax as cage
@@ -134,18 +135,19 @@ def cage_sgd(
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with the decoupled CAGE correction, which stays out of the momentum.
+    """Creates SGD with the decoupled CAGE correction, which stays out of the momentum.
 
     x <- x - lr * (momentum of the gradient + strength * (x - Q(x)))
 
-    With strength 0 it is `optax.sgd`, to the bit. Without momentum it is the coupled
-    form, hence oscillation dampening (arXiv 2203.11086) with half its strength.
+    With strength 0 it equals `optax.sgd`, to the bit. Without momentum it is the
+    coupled form, and so oscillation dampening (arXiv 2203.11086) with half its
+    strength.
 
     Args:
-      learning_rate: a number or a schedule from the step's count.
+      learning_rate: a number or a schedule of the step count.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule such as `silence_then_ramp(steps)`, the
-        paper's; None for the recommended one, of a training of `total_steps`.
+      strength: lambda, a number or a schedule such as the paper's,
+        `silence_then_ramp(steps)`; None for the recommended schedule of `total_steps`.
       momentum, nesterov: as in `optax.sgd`.
       total_steps: as in `cage_adamw`.
       curvature: as in `cage`.
@@ -156,7 +158,7 @@ def cage_sgd(
       A transformation.
 
     Raises:
-      TypeError, ValueError: as `cage_adamw`.
+      TypeError, ValueError: as in `cage_adamw`.
 
     Example:
       >>> import cage_jax as cage

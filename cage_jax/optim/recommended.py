@@ -1,4 +1,4 @@
-"""The settings to begin with."""
+"""The recommended strength and curvature."""
 
 import warnings
 from typing import Any
@@ -10,9 +10,9 @@ from cage_jax.optim.curvature import Curvature, fisher
 from cage_jax.optim.schedules import ScalarOrSchedule, dose, ramp_to_dose, value_at
 
 _LARGEST = 3.0
-# At 0.01 CAGE was seen to do nothing, at 0.2 something.
+# In measurements CAGE did nothing at 0.01 and something at 0.2.
 _LEAST_DOSE = 0.05
-# What it was measured with is below; the paper's is 10.
+# All measured strengths were below this; the paper's is 10.
 _STRONGEST = 15.0
 
 
@@ -22,29 +22,30 @@ def recommended(
     dose: float = 0.7,
     silence: float = 0.5,
 ) -> dict[str, Any]:
-    """Strength and curvature to begin with, nothing to tune.
+    """Returns a strength and a curvature to begin with, with nothing to tune.
 
-    The strength rises with the cube of the steps after the silence, to a dose rather
-    than to a peak, so that it suits any learning rate and number of steps. The pull
-    goes where squares of gradients are large, by rows and columns, at most three times
-    their mean: 4 bytes a row and a column, no more gradients. No step moves a weight
-    beyond its grid point, and no strength is above 15, so that a handful of steps, and
-    the small learning rates of fine-tuning, have a smaller dose: there it would be a
-    pull that is larger than the steps. Behind `total_steps` the strength stays as it is
-    then. For the decoupled placements; the coupled one has no dose under Adam.
+    The strength rises with the cube of the steps after the silence. It is set by a dose
+    rather than a peak, so that it suits any learning rate and number of steps. The
+    pull is strongest where squares of gradients are large, by rows and columns, and at
+    most three times the mean. This takes 4 bytes for each row and each column, and no
+    further gradients. No step moves a weight beyond its grid point, and no strength is
+    above 15. So the dose is smaller for a handful of steps and for the small learning
+    rates of fine-tuning, where the full dose would need a pull larger than the steps.
+    After `total_steps` the strength keeps its last value. Use it with the decoupled
+    placements; the coupled one has no dose under Adam.
 
     Args:
-      learning_rate: that of the optimizer, a number or a schedule.
+      learning_rate: the optimizer's, a number or a schedule.
       total_steps: length of the training in optimizer steps.
-      dose: as in `ramp_to_dose`, where a strength of 15 at the end is enough for it.
-      silence: the share of the training without correction, in [0, 1).
+      dose: as in `ramp_to_dose`, if a strength of 15 at the end is enough to reach it.
+      silence: the fraction of training without correction, in [0, 1).
 
     Returns:
-      The arguments `strength` and `curvature` of `cage_adamw`, `cage_sgd`, `decoupled`
-      and `post_step`.
+      A dict of the arguments `strength` and `curvature` for `cage_adamw`, `cage_sgd`,
+      `decoupled` and `post_step`.
 
     Raises:
-      TypeError, ValueError: as `ramp_to_dose`.
+      TypeError, ValueError: as in `ramp_to_dose`.
 
     Example:
       >>> import cage_jax as cage
@@ -55,7 +56,7 @@ def recommended(
       >>> tx = cage.decoupled(optax.lion(1e-3), rules, learning_rate=1e-3, **chosen)
 
     Source: measured, see benchmarks/README.md: better than the paper's setting on
-    quadratics and a small language model, as good or better on digits. The paper's is
+    quadratics and a small language model, as good or better on digits. The paper uses
     `silence_then_ramp(total_steps)` and no curvature.
     """
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
@@ -79,7 +80,7 @@ def chosen(
     total_steps: int | None,
     curvature: Curvature | None,
 ) -> tuple[ScalarOrSchedule, Curvature | None]:
-    """Strength and curvature: those that are given, else the recommended ones."""
+    """Returns the given strength and curvature, or else the recommended ones."""
     if strength is not None:
         if total_steps is not None:
             raise ValueError(
