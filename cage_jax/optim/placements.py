@@ -12,8 +12,8 @@ Where the correction goes::
                  post_step(optax.adamw(lr), rules, strength, lr)
 
 `e = x - Q(x)` is the quantization error, `lambda` the strength. Never
-`optax.chain(optax.adam(lr), cage(...))`: behind the learning rate the pull has the
-wrong sign and size, and nothing at that place can tell.
+`optax.chain(optax.adam(lr), cage(...))`: after `adam(lr)` the updates are already
+scaled by -lr, so the pull has the wrong sign and size, and `cage` cannot detect this.
 """
 
 import functools
@@ -47,12 +47,12 @@ class CageState(NamedTuple):
     """State of the correction.
 
     Attributes:
-      cage_count: steps done, int32.
-      grids: with `freeze_scale`, the grid of each quantized parameter by path, its
-        scale 0 until the pull begins; pass it to `fake_quant` and `quantize` as
+      cage_count: the number of steps done, int32.
+      grids: with `freeze_scale`, the grid of each quantized parameter by path. Its
+        scale is 0 until the pull begins. Pass it to `fake_quant` and `quantize` as
         `grid`. None otherwise.
-      statistics: with `statistics`, those of the last step. None otherwise.
-      curvature: with `curvature`, the state of that. None otherwise.
+      statistics: with `statistics`, the statistics of the last step. None otherwise.
+      curvature: with `curvature`, the state of that source. None otherwise.
     """
 
     cage_count: jax.Array
@@ -72,32 +72,34 @@ def cage(
     """Adds `strength * (x - Q(x))` to the updates: the coupled CAGE correction.
 
     It belongs before the learning rate: at the front of a chain (coupled), or between
-    an optimizer's direction and `optax.scale_by_learning_rate` (decoupled). For a
-    ready-made optimizer use `decoupled` or `post_step`, for AdamW `cage_adamw`: behind
-    a learning rate this transformation is wrong and cannot notice.
+    an optimizer's direction and `optax.scale_by_learning_rate` (decoupled). After a
+    learning rate this transformation is wrong and cannot detect it. For a ready-made
+    optimizer use `decoupled` or `post_step`, for AdamW `cage_adamw`.
 
     The error is computed in float32 and the updates keep their dtype. While the
-    strength is 0 no scale is found and nothing is rotated (unless under `jax.vmap` of
-    the state, or with `statistics`), and the updates pass bit-identical.
+    strength is 0 no scale is computed and nothing is rotated (except under `jax.vmap`
+    of the state, or with `statistics`), and the updates pass through unchanged, to the
+    bit.
 
     Args:
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule from the step's count.
-      curvature: what the error is weighted with, of `cage_jax.curvature`; None for
-        nothing, the published form. Those that need more than gradients are given it by
-        `update`, such as `obj_fn=loss`.
+      strength: lambda, a number or a schedule of the step count.
+      curvature: a source from `cage_jax.curvature` that weights the error; None for no
+        weighting, the published form. A source that needs more than gradients gets it
+        through `update`, such as `obj_fn=loss`.
       freeze_scale: keep the grid of each parameter as it is when the pull begins, so
-        that a quantizer that is not idempotent does not walk. Give the forward pass
-        and what is shipped the same: `fake_quant(params, rules, grid=grids)` and
-        `quantize(params, rules, grid=grids)` with `grids = tree_get(state, "grids")`.
-      statistics: keep `CageStatistics` in the state; every step is quantized then.
+        that a quantizer that is not idempotent does not drift. Use the same grids in
+        the forward pass and for the shipped codes: `fake_quant(params, rules,
+        grid=grids)` and `quantize(params, rules, grid=grids)` with
+        `grids = tree_get(state, "grids")`.
+      statistics: keep `CageStatistics` in the state; then every step quantizes.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind, a strength that is
-        negative or NaN; in `update` without `params`.
+      TypeError, ValueError: for arguments of the wrong kind, and for a strength that
+        is negative or NaN; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -135,20 +137,20 @@ def decoupled(
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any ready-made optimizer with the decoupled CAGE correction.
+    """Adds the decoupled CAGE correction to any ready-made optimizer.
 
     x <- x + inner(gradient) - learning_rate * strength * (x - Q(x)), with the error at
     the weights before the step.
 
     Args:
       inner: an optimizer with its learning rate, such as `optax.contrib.muon(lr)`.
-        Gradient clipping belongs in front of this transformation or inside `inner`.
+        Gradient clipping belongs before this transformation or inside `inner`.
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule from the step's count; None for the
-        recommended one, of a training of `total_steps`.
-      learning_rate: that of `inner`, a number or a schedule; it must be given.
-      total_steps: length of the training in optimizer steps, in place of `strength`:
-        strength and curvature are then those of `recommended`.
+      strength: lambda, a number or a schedule of the step count; None for the
+        recommended schedule of `total_steps`.
+      learning_rate: the one of `inner`, a number or a schedule; it must be given.
+      total_steps: length of the training in optimizer steps, in place of `strength`.
+        Strength and curvature are then those of `recommended`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
@@ -157,7 +159,7 @@ def decoupled(
       A transformation with the state `(inner's state, CageState)`.
 
     Raises:
-      TypeError, ValueError: as `cage`; and for an `inner` that already has a
+      TypeError, ValueError: as in `cage`, and for an `inner` that already has a
         correction.
 
     Example:
@@ -198,17 +200,18 @@ def post_step(
     freeze_scale: bool = False,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any ready-made optimizer with CAGE in the order of the authors' PyTorch code.
+    """Adds CAGE to any ready-made optimizer, in the order of the authors' PyTorch code.
 
-    x' = x + inner(gradient), then x <- x' - learning_rate' * strength * (x' - Q(x')):
-    the error at the weights after the update and its weight decay, and the learning
-    rate of the *next* step, since that code steps its scheduler in between.
+    x' = x + inner(gradient), then x <- x' - learning_rate' * strength * (x' - Q(x')).
+    The error is taken at the weights after the update and its weight decay. The
+    learning rate is that of the *next* step, since the authors' code steps its
+    scheduler in between.
 
     Args:
       inner: an optimizer with its learning rate, such as `optax.adamw(lr)`.
       rules: which parameters are quantized, and how.
       strength: as in `decoupled`.
-      learning_rate: that of `inner`, a number or a schedule; it must be given. Under
+      learning_rate: the one of `inner`, a number or a schedule; it must be given. Under
         `optax.inject_hyperparams` it is this step's number, not the next one's.
       total_steps: as in `decoupled`.
       curvature: as in `cage`.
@@ -219,7 +222,7 @@ def post_step(
       A transformation with the state `(inner's state, CageState)`.
 
     Raises:
-      TypeError, ValueError: as `decoupled`.
+      TypeError, ValueError: as in `decoupled`.
 
     Example:
       >>> import cage_jax as cage
@@ -271,7 +274,7 @@ def _check_share(learning_rate, strength):
 
 
 def _after(name, inner, correction):
-    """`inner`, then `correction` on its updates."""
+    """Runs `inner`, then `correction` on its updates."""
     both = optax.chain(inner, correction)
     first_of_both = optax.with_extra_args_support(inner)
 
@@ -285,7 +288,7 @@ def _after(name, inner, correction):
         return state
 
     def update(updates, state, params=None, **extra_args):
-        check_params(params)  # before `inner` misses them in its own words
+        check_params(params)  # before `inner` raises an error of its own
         if not (
             isinstance(state, tuple)
             and len(state) == 2
@@ -314,7 +317,7 @@ def _after(name, inner, correction):
 
 
 def check_params(params: Any) -> None:
-    """Raises where `update` was not given the parameters."""
+    """Raises if `update` was not given the parameters."""
     if params is None:
         raise ValueError(
             "`params` must be given to `update`, since what it does depends on them; "
@@ -339,9 +342,9 @@ def _correction(
     freeze_scale: bool,
     statistics: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds `factor(count) * strength * e` to the updates; all placements are this.
+    """Adds `factor(count) * strength * e` to the updates, for all placements.
 
-    The factor is 1 or minus the learning rate; `at_updated` takes the error at
+    The factor is 1 or minus the learning rate. `at_updated` takes the error at
     `params + updates` rather than at `params`.
     """
     check_rules(
@@ -361,7 +364,7 @@ def _correction(
         )
 
     def point(x, update):
-        """The weights at which the error is taken, in float32 or wider."""
+        """Returns the weights at which the error is taken, in float32 or wider."""
         if at_updated:
             x = (x + update).astype(x.dtype)
         return x.astype(compute_dtype(x.dtype))
@@ -418,13 +421,13 @@ def _correction(
     ):
         check_params(params)
         if gradients is None:
-            gradients = updates  # nothing stands before the correction
+            gradients = updates  # no optimizer runs before the correction
         check_kept(state)
         count = state.cage_count
         level = value_at(strength, count)
 
         silent = isinstance(level, (int, float)) and level == 0
-        # The count, unknown to compilers, keeps the condition of a constant strength.
+        # With a constant strength, compilers would fold a condition without the count.
         active = (level != 0) & (count >= 0)
         coefficient = factor(count) * level
         points, kept, errors = {}, {}, {}
@@ -491,15 +494,15 @@ def _correction(
 
 @functools.partial(jax.jit, static_argnames="quantizer")
 def fit_if(active, x, quantizer, frozen):
-    """What `fit_for_error` gives if `active`, else zeros and the frozen grid.
+    """Computes `fit_for_error` if `active`; otherwise gives zeros and the frozen grid.
 
-    While silent nothing that passes over an array is done: reductions and rotations
-    stand under this condition, and the rest is elementwise and fuses with the optimizer
-    and `apply_updates`. A condition around that too would have to store the updates.
+    While silent, no extra pass over an array is made. Reductions and rotations are
+    under this condition; the rest is elementwise and fuses with the optimizer and
+    `apply_updates`. A condition around that part too would have to store the updates.
 
-    It also gives `active` back, for the next parameter to wait for: otherwise the
-    intermediate arrays of all parameters are in memory at once, and fresh memory costs
-    a CPU more than the work itself.
+    It also returns `active`, for the next parameter to wait for. Otherwise the
+    intermediate arrays of all parameters are in memory at once, and on a CPU fresh
+    memory costs more than the work itself.
     """
 
     def fit():
@@ -513,9 +516,9 @@ def fit_if(active, x, quantizer, frozen):
 
 
 def _zeros(function, x, *args):
-    """Zeros like what `function` gives, sharded like that, without computing it."""
+    """Returns zeros with the shapes and shardings of `function`'s results."""
     shapes = jax.eval_shape(lambda x: function(x, *args), x)
-    # Like `x` also in the axes of a mesh along which it varies inside of `shard_map`.
+    # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
     return jax.tree.map(
         lambda s: lax.full_like(x, 0, s.dtype, s.shape, s.sharding), shapes
     )
@@ -531,6 +534,6 @@ def _check_grids(name, quantized):
 
 
 def _unknown_grids(quantized):
-    # Zeros like fitted grids, so that they are sharded as those that take their place.
+    # Zeros made from fitted grids, so that they have the shardings of later grids.
     grids = {path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()}
     return jax.tree.map(jnp.zeros_like, grids)
