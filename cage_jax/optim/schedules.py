@@ -1,4 +1,4 @@
-"""Schedules of the strength of the correction, and its dose."""
+"""Schedules of the correction's strength, and its dose."""
 
 import math
 import warnings
@@ -13,25 +13,25 @@ import optax
 Schedule = Callable[[jax.Array], jax.Array]
 ScalarOrSchedule = float | jax.Array | Schedule
 
-# The published runs end at 1.6 to 2.9; gains were seen to reverse above.
+# The published runs have doses of 1.6 to 2.9; above 3 gains were seen to reverse.
 _LARGEST_DOSE = 3.0
 
 
 def silence_then_ramp(
     total_steps: int, peak: float = 10.0, silence: float = 0.8
 ) -> Schedule:
-    """Strength 0 at first, then a line up to `peak` at the last step.
+    """Returns a strength of 0, then a linear ramp up to `peak` at the last step.
 
-    With r = (count + 1) / total_steps: 0 while r <= silence, then
+    With r = (count + 1) / total_steps, the strength is 0 while r <= silence, then
     peak * (r - silence) / (1 - silence).
 
     Args:
       total_steps: length of the training in optimizer steps.
       peak: the strength at the last step and after it.
-      silence: the share of the training without correction, in [0, 1).
+      silence: the fraction of training without correction, in [0, 1).
 
     Returns:
-      A schedule from the step's count (from 0) to the strength.
+      A schedule that maps the step count (from 0) to the strength.
 
     Raises:
       TypeError, ValueError: for arguments out of range.
@@ -61,15 +61,15 @@ def silence_then_ramp(
 def silence_then_constant(
     total_steps: int, peak: float = 10.0, silence: float = 0.8
 ) -> Schedule:
-    """Strength 0 at first, then `peak`.
+    """Returns a strength of 0, then of `peak`.
 
     Args:
       total_steps: length of the training in optimizer steps.
       peak: the strength once the silence is over.
-      silence: the share of the training without correction, in [0, 1).
+      silence: the fraction of training without correction, in [0, 1).
 
     Returns:
-      A schedule from the step's count (from 0) to the strength.
+      A schedule that maps the step count (from 0) to the strength.
 
     Raises:
       TypeError, ValueError: for arguments out of range.
@@ -99,27 +99,26 @@ def ramp_to_dose(
     silence: float = 0.5,
     power: float = 3.0,
 ) -> Schedule:
-    """Strength 0 at first, then a ramp whose height gives a dose.
+    """Returns a strength of 0, then a ramp whose height gives a dose.
 
-    With r = (count + 1) / total_steps: 0 while r <= silence, then
-    peak * ((r - silence) / (1 - silence)) ** power, and the peak such that the sum of
-    learning rate times strength is `dose`: what is right for one learning rate, number
-    of steps and floor is for others.
+    With r = (count + 1) / total_steps, the strength is 0 while r <= silence, then
+    peak * ((r - silence) / (1 - silence)) ** power. The peak is chosen so that the sum
+    of learning rate times strength is `dose`. A dose that is right for one learning
+    rate, number of steps and floor is right for others too.
 
     Args:
-      learning_rate: that of the optimizer, a number or a schedule from the step's
-        count.
+      learning_rate: the optimizer's, a number or a schedule of the step count.
       total_steps: length of the training in optimizer steps.
       dose: the sum of learning rate times strength, see `cage_jax.dose`.
-      silence: the share of the training without correction, in [0, 1).
+      silence: the fraction of training without correction, in [0, 1).
       power: 1 for a line; 3 leaves most of the pull to the end.
 
     Returns:
-      A schedule from the step's count (from 0) to the strength.
+      A schedule that maps the step count (from 0) to the strength.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and for a learning rate of 0
-        all the while that there is a pull.
+      TypeError, ValueError: for arguments out of range, and for a learning rate that
+        is 0 in every step after the silence.
 
     Example:
       >>> import cage_jax as cage
@@ -150,18 +149,18 @@ def ramp_to_dose(
 def dose(
     learning_rate: ScalarOrSchedule, strength: ScalarOrSchedule, total_steps: int
 ) -> float:
-    """How far the whole pull moves a weight: the sum of learning rate times strength.
+    """Computes the dose of the pull: the sum of learning rate times strength.
 
-    With the grid still, the decoupled pull shrinks a weight's distance to it by
-    exp(-dose). The published recipe has a dose of 1.6 to 2.9; at 0.01 CAGE does
-    nothing, and above 3 its gain was seen to reverse. When the optimizer, the learning
-    rate or the number of steps differ from a known good run, match its dose rather
-    than its strength. Not meaningful for the coupled placement under Adam, which
-    normalises the pull.
+    The dose says how far the whole pull moves a weight. While the grid stays the same,
+    the decoupled pull shrinks a weight's distance to it by a factor of exp(-dose). The
+    published recipe has a dose of 1.6 to 2.9; at 0.01 CAGE does nothing, and above 3
+    its gain was seen to reverse. If the optimizer, the learning rate or the number of
+    steps differs from a known good run, match its dose rather than its strength. The
+    dose means nothing for the coupled placement under Adam, which normalises the pull.
 
     Args:
-      learning_rate: a number, or a schedule from the step's count.
-      strength: a number, or a schedule from the step's count.
+      learning_rate: a number, or a schedule of the step count.
+      strength: a number, or a schedule of the step count.
       total_steps: length of the training in optimizer steps.
 
     Returns:
@@ -193,7 +192,7 @@ def dose(
 
 
 def _values(schedule, counts):
-    """The value of a schedule or a number at each step, by one compiled program."""
+    """Evaluates a schedule or a number at each step, in one compiled program."""
     if not callable(schedule):
         return jnp.full(counts.shape, schedule, jnp.result_type(float))
     return jax.jit(jax.vmap(schedule))(counts)
@@ -235,18 +234,18 @@ def _check_nonnegative(value, name, remedy):
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether it looks like one of Optax."""
+    """Returns whether `value` looks like an Optax optimizer."""
     return hasattr(value, "init") and hasattr(value, "update")
 
 
 def _check_schedule(value, name, remedy):
-    """Raises for a function that makes no number of a step's count."""
+    """Raises for a function that does not map a step count to a number."""
     try:
         with jax.numpy_dtype_promotion("standard"):  # Optax's schedules have ints
             found = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
         what = f"returned {found}"
     except jax.errors.JAXTypeError:
-        return  # one with a condition on the count, which runs where nothing is traced
+        return  # it branches on the count, which works if nothing is traced
     except Exception as error:
         what = f"raised {type(error).__name__}, {str(error).rstrip('.')}"
     else:
@@ -273,7 +272,7 @@ def _check_total_steps(total_steps):
 
 
 def _silent_steps(total_steps, peak, silence) -> int:
-    """How many steps have no correction, after checking the arguments."""
+    """Counts the steps without correction, after checking the arguments."""
     _check_total_steps(total_steps)
     if callable(peak):
         raise TypeError(
@@ -290,8 +289,8 @@ def _silent_steps(total_steps, peak, silence) -> int:
             f"`silence` must be in [0, 1); got {silence}. The paper uses 0.8; for no "
             f"correction at all use strength 0.0."
         )
-    # The last step t with (t / total_steps) <= silence in the very arithmetic of the
-    # definition, where silence * total_steps may round to the wrong side.
+    # The last step t with (t / total_steps) <= silence, in exactly the arithmetic of
+    # the definition: silence * total_steps may round to the wrong side.
     steps = int(silence * total_steps)
     while (steps + 1) / total_steps <= silence:
         steps += 1
@@ -301,7 +300,7 @@ def _silent_steps(total_steps, peak, silence) -> int:
 
 
 def value_at(number_or_schedule: ScalarOrSchedule, count: jax.Array) -> Any:
-    """The number, or that of the schedule at a step."""
+    """Returns the number, or the value of the schedule at a step."""
     if callable(number_or_schedule):
         return number_or_schedule(count)
     return number_or_schedule

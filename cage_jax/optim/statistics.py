@@ -1,4 +1,4 @@
-"""What the correction saw at a step: errors, codes that change, norms that drift."""
+"""Statistics of the correction at a step: errors, flipped codes, drift of norms."""
 
 import dataclasses
 import functools
@@ -16,20 +16,20 @@ from cage_jax.quantizers.scales import Grid
 
 
 class CageStatistics(NamedTuple):
-    """What the correction saw at the last step; float32 scalars but for the last two.
+    """Statistics of the last step: float32 scalars, except for `previous_codes`.
 
     Read them with `optax.tree_utils.tree_get(state, "codes_flipped")`.
 
     Attributes:
       correction_strength: lambda.
-      relative_error_mean: of ||e|| / ||x||, the mean over the quantized parameters.
-      relative_error_max: of the same, the maximum.
-      correction_ratio: norm of the correction over the norm of the update it is added
-        to, over all quantized parameters; 0 while silent.
-      codes_flipped: share of the codes that differ from the step before.
+      relative_error_mean: mean of ||e|| / ||x|| over the quantized parameters.
+      relative_error_max: maximum of ||e|| / ||x|| over the quantized parameters.
+      correction_ratio: norm of the correction divided by the norm of the update that it
+        is added to, over all quantized parameters; 0 while silent.
+      codes_flipped: fraction of the codes that differ from the step before.
       norm_drift: relative change of the parameters' norm since the pull began.
       reference_norm: the norm when the pull began.
-      previous_codes: the codes at this step, each a byte, int8, by path.
+      previous_codes: the codes at this step by path, int8, one byte each.
     """
 
     correction_strength: jax.Array
@@ -43,14 +43,14 @@ class CageStatistics(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one parameter adds to the statistics.
+    """Statistics of one parameter, to be combined with those of others.
 
     Attributes:
       error: the sum of squares of its quantization error, a float32 scalar.
-      norm: of itself, where the error is taken.
-      update: of its update before the correction.
-      flipped: how many codes differ from the step before.
-      codes: at this step, each a byte, int8.
+      norm: the sum of squares of the parameter where the error is taken.
+      update: the sum of squares of its update before the correction.
+      flipped: the number of codes that differ from the step before.
+      codes: the codes at this step, int8, one byte each.
     """
 
     error: jax.Array
@@ -61,7 +61,7 @@ class Seen(NamedTuple):
 
 
 def first(quantized: Mapping[str, tuple[Quantizer, jax.Array]]) -> CageStatistics:
-    """Those before the first step, of parameters by path."""
+    """Returns the initial statistics of the given parameters."""
     zero = jnp.zeros([], jnp.float32)
     return CageStatistics(
         *(zero,) * 6,
@@ -80,12 +80,12 @@ def seen(
     grid: Grid | None,
     previous: jax.Array,
 ) -> Seen:
-    """What a parameter adds.
+    """Computes the statistics of one parameter.
 
     Args:
-      quantizer: of the parameter.
-      x: where the error is taken.
-      update: the parameter's, before the correction.
+      quantizer: the parameter's quantizer.
+      x: the parameter where the error is taken.
+      update: the parameter's update, before the correction.
       grid: as in `quantize`.
       previous: the codes at the step before.
     """
@@ -106,14 +106,14 @@ def gathered(
     before: CageStatistics,
     weighed: Iterable[jax.Array] = (),
 ) -> CageStatistics:
-    """The statistics of a step.
+    """Combines the statistics of all parameters into those of a step.
 
     Args:
-      each: what each parameter adds, by path.
+      each: the statistics of each parameter, by path.
       level: lambda.
-      coefficient: what the error was multiplied with.
+      coefficient: the factor that the error was multiplied by.
       before: the statistics of the step before.
-      weighed: the errors where they are weighted with a curvature.
+      weighed: the weighted errors, if they are weighted with a curvature.
     """
     parts = each.values()
     ratios = [_ratio(jnp.sqrt(one.error), jnp.sqrt(one.norm)) for one in parts]
@@ -140,18 +140,18 @@ def gathered(
 
 @functools.partial(jax.jit, static_argnums=1)
 def codes_of(x: jax.Array, quantizer: Quantizer, grid: Grid | None) -> jax.Array:
-    """The codes of the nearest values, each in a byte, to be compared; int8."""
+    """Returns the codes of the nearest values, int8, one byte each, for comparison."""
     codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)
     return lax.bitcast_convert_type(codes.codes.astype(codes.byte_dtype), jnp.int8)
 
 
 def squares(x: jax.Array) -> jax.Array:
-    """Their sum, float32."""
+    """Returns the sum of the squares, float32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 
 def _ratio(part, whole):
-    """`part / whole`, 0 where `whole` is 0."""
+    """Returns `part / whole`, or 0 where `whole` is 0."""
     return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
 
 
