@@ -1,14 +1,15 @@
-"""What the correction is weighted with: the curvature of the loss, as it can be had.
+"""Sources of the loss's curvature, which weights the correction.
 
-`lambda e` pulls all weights alike, though moving one to the grid costs far more than
-moving another. With the Hessian `H` the pull that undoes what rounding did to the
-gradient is `H e`, of strength 1 and nothing to tune. Here are sources of that, from the
-gradient at hand to the exact product, for `curvature=` of the corrections.
+`lambda e` pulls all weights equally, though moving one weight to the grid costs far
+more than moving another. With the Hessian `H`, the pull that undoes the effect of
+rounding on the gradient is `H e`, with strength 1 and nothing to tune. The sources here
+range from squares of the gradients to the exact product. Pass one to a correction as
+`curvature=`.
 
-A source is three functions, as an optimizer of Optax is two. Estimates of a diagonal
-are kept by path, in float32, in the shape of the parameter (hence sharded like it), or
-of its rows and columns, and in the basis in which it is quantized: with a rotation, of
-the rotated weights.
+A source is three functions, where an Optax optimizer is two. Estimates of a diagonal
+are kept by path, in float32. They have the shape of the parameter (and so its
+sharding), or that of its rows and columns. They belong to the basis in which the
+parameter is quantized: with a rotation, to the rotated weights.
 """
 
 import functools
@@ -28,14 +29,14 @@ Arrays = Mapping[str, jax.Array]
 
 
 class Step(NamedTuple):
-    """What a source is given at a step.
+    """The inputs of a source at one step.
 
     Attributes:
-      tree: of the gradients that the optimizer is given.
-      params: at which the gradients were taken.
-      rules: which of them are quantized, and how.
-      inner_state: that of the optimizer before the correction, or None.
-      extra_args: what else `update` was given, such as `obj_fn`.
+      tree: the tree of gradients that the optimizer is given.
+      params: the parameters at which the gradients were taken.
+      rules: which parameters are quantized, and how.
+      inner_state: the state of the optimizer before the correction, or None.
+      extra_args: the other arguments of `update`, such as `obj_fn`.
     """
 
     tree: Any
@@ -46,17 +47,17 @@ class Step(NamedTuple):
 
     @property
     def gradients(self) -> dict[str, jax.Array]:
-        """Those of quantized parameters, by path."""
+        """Gradients of the quantized parameters, by path."""
         return self.by_path(self.tree)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
-        """Of the quantized parameters, by path."""
+        """Quantizers of the quantized parameters, by path."""
         quantized = self.rules.quantized(self.params)
         return {path: quantizer for path, (quantizer, _) in quantized.items()}
 
     def by_path(self, tree: Any) -> dict[str, jax.Array]:
-        """Of a tree like the parameters the leaves in the places of quantized ones."""
+        """Returns the leaves of `tree` at the paths of the quantized parameters."""
         found = {}
 
         def collect(path, quantizer, x, leaf):
@@ -68,7 +69,7 @@ class Step(NamedTuple):
         return found
 
     def with_paths(self, arrays: Mapping[str, jax.Array]) -> Any:
-        """A tree like the parameters: of arrays by path, and zeros elsewhere."""
+        """Returns a tree like the parameters: `arrays` by path, zeros elsewhere."""
         zeros = jax.tree.map(jnp.zeros_like, self.params)
         return self.rules.map(
             lambda path, quantizer, x, zero: (
@@ -79,10 +80,10 @@ class Step(NamedTuple):
         )
 
     def extra(self, name: str, what: str) -> Any:
-        """One of the extra arguments.
+        """Returns one of the extra arguments.
 
         Raises:
-          ValueError: where it was not given.
+          ValueError: if it was not given.
         """
         found = self.extra_args.get(name)
         if found is None:
@@ -97,9 +98,10 @@ class Curvature(NamedTuple):
     """A source of curvature.
 
     Attributes:
-      init: from arrays by path to the state of the source.
-      update: from the state and a `Step` to the state, once a step.
-      weigh: from errors by path, the state and the `Step` to what is pulled along.
+      init: maps arrays by path to the state of the source.
+      update: maps the state and a `Step` to the next state, once a step.
+      weigh: maps errors by path, the state and the `Step` to weighted errors, along
+        which the weights are pulled.
     """
 
     init: Callable[[dict[str, jax.Array]], Any]
@@ -108,11 +110,13 @@ class Curvature(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Means of a diagonal; it is taken to be their product over the mean of one.
+    """Row and column means of a diagonal.
+
+    The diagonal is taken to be their outer product, divided by the mean of either.
 
     Attributes:
-      rows: of shape (..., rows).
-      columns: of shape (..., columns).
+      rows: the means of rows, of shape (..., rows).
+      columns: the means of columns, of shape (..., columns).
     """
 
     rows: jax.Array
@@ -120,13 +124,13 @@ class Factors(NamedTuple):
 
 
 class DiagonalState(NamedTuple):
-    """An average of estimates.
+    """An average of estimates of the diagonal.
 
     Attributes:
-      steps: done, int32.
-      estimates: that are averaged, int32.
-      diagonal: their average before it is debiased, by path.
-      clamped: the share of the last average that was negative, or too large.
+      steps: the number of steps done, int32.
+      estimates: the number of estimates averaged, int32.
+      diagonal: the average of the estimates by path, before it is debiased.
+      clamped: the fraction of the last average that was negative or too large.
     """
 
     steps: jax.Array
@@ -136,10 +140,11 @@ class DiagonalState(NamedTuple):
 
 
 def weighted(function: Callable[[Arrays, Step], dict[str, jax.Array]]) -> Curvature:
-    """A source without a state: `function(errors, step)` is what is pulled along.
+    """Creates a source without a state, which weights errors by `function`.
 
     Args:
-      function: of errors by path, float32 or wider, and a `Step`.
+      function: maps errors by path, float32 or wider, and a `Step` to weighted errors,
+        along which the weights are pulled.
 
     Example:
       >>> import cage_jax as cage
@@ -167,27 +172,28 @@ def diagonal(
     largest: float = 100.0,
     seed: int = 0,
 ) -> Curvature:
-    """A source from estimates of the diagonal, averaged over steps.
+    """Creates a source from estimates of the diagonal, averaged over steps.
 
     Args:
-      estimate: from a `Step` and a key to estimates by path, in the basis of the
+      estimate: maps a `Step` and a key to estimates by path, in the basis of the
         quantizers.
-      decay: of the exponential average, which is debiased.
-      period: how many steps go by from one estimate to the next one.
+      decay: the decay of the exponential average, which is debiased.
+      period: the number of steps from one estimate to the next.
       start: the step of the first estimate; before it errors are not weighted.
-      relative: weigh with `h / mean(h)`, the mean being that of all quantized weights:
-        what is pulled in all stays the same, and goes where the curvature is.
-      factored: keep no more of estimates than the means of their rows and columns, the
-        last two axes, which are far less noisy. Vectors are kept whole.
-      largest: times the mean, the most that a weight may have: the mean of its
-        parameter, or of all if `relative`: then of what is left, and where a few have
-        nearly all, what is pulled in all is less. What is negative counts as 0.
-        `clamped` in the state tells how many were.
-      seed: of the keys.
+      relative: weight by `h / mean(h)`, with the mean over all quantized weights. The
+        total pull stays the same and moves to where the curvature is.
+      factored: keep only the row and column means of the estimates (over the last two
+        axes), which are far less noisy. Vectors are kept whole.
+      largest: the upper bound of an entry of `h`, as a multiple of the mean: the mean
+        of its parameter, or of all parameters if `relative`. In that case it is the
+        mean of the clamped entries, and if a few entries have nearly all the curvature
+        the total pull is smaller. Negative entries count as 0. `clamped` in the state
+        is the fraction of entries that were changed.
+      seed: the seed of the keys.
 
     Returns:
       A source with a `DiagonalState`: 4 bytes for each quantized weight, or for each
-      row and each column.
+      row and each column if `factored`.
 
     Raises:
       ValueError: for numbers out of range.
@@ -201,7 +207,7 @@ def diagonal(
 
     def average(before, new):
         mean = decay * before + (1 - decay) * new
-        # One overflow must not stay for ever.
+        # One overflow must not stay in the average forever.
         return jnp.where(jnp.isfinite(mean), mean, before)
 
     def init(params):
@@ -238,7 +244,7 @@ def diagonal(
         return DiagonalState(state.steps + 1, *found)
 
     def weigh(errors, state, step):
-        # Nothing is known before the first estimate.
+        # Before the first estimate nothing is known, so errors are not weighted.
         known = state.estimates > 0
         unit = 1 - decay ** state.estimates.astype(jnp.float32)
         weights = {path: _whole(state.diagonal[path]) for path in errors}
@@ -257,7 +263,7 @@ def diagonal(
 
 
 def weighed(weights: jax.Array, error: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """An error times weights that belong to the basis of its quantizer."""
+    """Multiplies an error by weights given in the basis of its quantizer."""
     turned = back_from_basis(weights * in_basis(error, quantizer), quantizer)
     return turned * basis_factor(quantizer) ** 2
 
@@ -279,10 +285,10 @@ _ROUNDS = 4
 
 
 def _whole(kept):
-    """The diagonal of what was kept of it."""
+    """Returns the diagonal, from its factors if only these were kept."""
     if not isinstance(kept, Factors):
         return kept
-    # Two negative means have no positive product.
+    # Otherwise two negative means would have a positive product.
     rows, columns = (jnp.maximum(means, 0) for means in kept)
     total = jnp.mean(columns, -1)[..., None, None]
     product = rows[..., :, None] * columns[..., None, :]
@@ -295,7 +301,7 @@ def _clamped(diagonals, largest, relative):
         return {
             path: jnp.minimum(h, largest * jnp.mean(h)) for path, h in found.items()
         }
-    # What is clamped lowers the mean, by which what is largest would grow again.
+    # Clamping lowers the mean, so that the largest entries exceed the bound again.
     for _ in range(_ROUNDS):
         most = largest * _mean(found)
         found = {path: jnp.minimum(h, most) for path, h in found.items()}
@@ -303,7 +309,7 @@ def _clamped(diagonals, largest, relative):
 
 
 def _mean(arrays):
-    """That of all entries of all arrays."""
+    """Returns the mean of all entries of all arrays."""
     sums = [jnp.sum(x, dtype=jnp.float32) for x in arrays.values()]
     return sum(sums, start=jnp.float32(0)) / max(_entries(arrays), 1)
 
@@ -318,15 +324,17 @@ def _entries(arrays):
 
 
 def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curvature:
-    """The diagonal of the Fisher information, from squares of gradients.
+    """Weights errors by the diagonal of the Fisher information, from squared gradients.
 
     Args:
-      examples: that a gradient is the mean of. Squares of the mean are that much
-        smaller than the mean of squares, as far as gradients are noise.
-      sampled: False for the empirical one, of the gradients at hand. True for gradients
-        at labels drawn from the model's own predictions, which `update` is given as
-        `sampled_gradients`, a tree like the parameters.
-      **options: as of `diagonal`.
+      examples: the number of examples that a gradient is the mean of. As far as
+        gradients are noise, the square of the mean is smaller than the mean of squares
+        by this factor.
+      sampled: False for the empirical Fisher information, from the gradients that the
+        optimizer is given. True for gradients at labels drawn from the model's own
+        predictions, given to `update` as `sampled_gradients`, a tree like the
+        parameters.
+      **options: as in `diagonal`.
 
     Example:
       >>> import cage_jax as cage
@@ -355,17 +363,18 @@ def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curva
 
 
 def second_moment(b2: float = 0.999, *, relative: bool = False) -> Curvature:
-    """The root of Adam's second moment, which the optimizer keeps anyway.
+    """Weights errors by the root of Adam's second moment.
 
-    Read from the state of the inner optimizer of `decoupled`, `post_step` or
-    `cage_adamw`; nothing is kept besides, and nothing rotated.
+    The moment is one that the optimizer keeps anyway. It is read from the state of the
+    inner optimizer of `decoupled`, `post_step` or `cage_adamw`. Nothing else is kept,
+    and nothing is rotated.
 
     Args:
-      b2: that of the optimizer, to debias the moment.
-      relative: as of `diagonal`.
+      b2: the optimizer's decay of the moment, to debias it.
+      relative: as in `diagonal`.
 
     Raises:
-      ValueError: in `update`, where the optimizer has no second moment.
+      ValueError: in `update`, if the optimizer has no second moment.
     """
 
     def function(errors, step):
@@ -401,13 +410,14 @@ def _adam_state(inner_state):
 
 
 def hutchinson(**options: Any) -> Curvature:
-    """The diagonal of the Hessian, from products with random signs.
+    """Weights errors by the diagonal of the Hessian, from products with random signs.
 
-    E[z * H z] is the diagonal of H. `update` needs `obj_fn`, the loss as a function of
-    the parameters, through `fake_quant`: two gradients at a time, for each estimate.
+    For random signs z, E[z * H z] is the diagonal of H. `update` needs `obj_fn`, the
+    loss as a function of the parameters, through `fake_quant`. Each estimate takes two
+    gradients.
 
     Args:
-      **options: as of `diagonal`; `period=10` where two more gradients are too much.
+      **options: as in `diagonal`; use `period=10` if two more gradients cost too much.
 
     Example:
       >>> import cage_jax as cage
@@ -429,7 +439,7 @@ def hutchinson(**options: Any) -> Curvature:
       >>> [round(float(each) / (1 - 0.9), 4) for each in h.ravel()]
       [2.0, 8.0]
 
-    Source: Hutchinson 1990; Bekas et al. 2007; for optimizers AdaHessian, arXiv
+    Source: Hutchinson 1990; Bekas et al. 2007; in optimizers, AdaHessian, arXiv
     2006.00719.
     """
 
@@ -441,15 +451,17 @@ def hutchinson(**options: Any) -> Curvature:
 
 
 def gauss_newton(**options: Any) -> Curvature:
-    """The diagonal of the Gauss-Newton matrix, from products with random signs.
+    """Weights errors by the diagonal of the Gauss-Newton matrix.
 
-    That is `J^T L J`, `J` the Jacobian of the model's outputs and `L` the Hessian of
-    the loss in them: the part of the Hessian that is never negative where the loss is
-    convex in the outputs. `update` needs `outputs_fn`, from parameters through
-    `fake_quant` to outputs, and `outputs_loss_fn`, from these to the loss.
+    The matrix is `J^T L J`, with `J` the Jacobian of the model's outputs and `L` the
+    Hessian of the loss with respect to them. It is the part of the Hessian that is
+    never negative if the loss is convex in the outputs. The diagonal is estimated from
+    products with random signs. `update` needs `outputs_fn`, which maps parameters,
+    through `fake_quant`, to outputs, and `outputs_loss_fn`, which maps these to the
+    loss.
 
     Args:
-      **options: as of `diagonal`.
+      **options: as in `diagonal`.
 
     Source: Schraudolph 2002; Martens 2010.
     """
@@ -465,10 +477,11 @@ def gauss_newton(**options: Any) -> Curvature:
 
 
 def hessian() -> Curvature:
-    """The exact product `H e`, by two gradients at a time, without a state.
+    """Weights errors by the exact Hessian: pulls along `H e`, without a state.
 
-    `update` needs `obj_fn` as `hutchinson` does. Where H is not positive the pull is
-    away from the grid: for quadratics and convex losses.
+    `update` needs `obj_fn`, as with `hutchinson`, and takes two gradients. Where H is
+    not positive the pull is away from the grid, so use it for quadratics and convex
+    losses.
     """
 
     def product(errors, step):
@@ -479,13 +492,13 @@ def hessian() -> Curvature:
 
 
 class KroneckerState(NamedTuple):
-    """Averages of two factors of each matrix.
+    """Averages of the two factors of each matrix.
 
     Attributes:
-      steps: done, int32.
-      estimates: that are averaged, int32.
-      left: by path, of G G^T, (..., rows, rows).
-      right: of G^T G, (..., columns, columns).
+      steps: the number of steps done, int32.
+      estimates: the number of estimates averaged, int32.
+      left: the averages of G G^T by path, of shape (..., rows, rows).
+      right: the averages of G^T G by path, of shape (..., columns, columns).
     """
 
     steps: jax.Array
@@ -495,18 +508,19 @@ class KroneckerState(NamedTuple):
 
 
 def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Curvature:
-    """The Fisher information as a Kronecker product: `L e R` of each matrix.
+    """Weights errors by the Fisher information as a Kronecker product.
 
-    `L = E[G G^T]` and `R = E[G^T G] / E[|G|^2]` of gradients G. In float32 they need
+    Each matrix is pulled along `L e R`, with `L = E[G G^T]` and
+    `R = E[G^T G] / E[|G|^2]` for gradients G. In float32 the factors take
     4 (rows^2 + columns^2) bytes for each matrix, the last two axes of a parameter.
 
     Args:
-      examples: as of `fisher`.
-      decay: of the exponential averages.
-      period: how many steps go by from one estimate to the next one.
+      examples: as in `fisher`.
+      decay: the decay of the exponential averages.
+      period: the number of steps from one estimate to the next.
 
     Raises:
-      ValueError: for numbers out of range, and by `init` for vectors.
+      ValueError: for numbers out of range, and in `init` for vectors.
 
     Source: the factors of Shampoo, arXiv 1802.09568, as an estimate of the Fisher
     information like K-FAC's, arXiv 1503.05671.
@@ -529,7 +543,7 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
             }
             for axis in (-2, -1)
         )
-        # An array of its own each, for a state that is donated.
+        # Two arrays: a state that is donated must not have one of them twice.
         steps, estimates = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return KroneckerState(steps, estimates, left, right)
 
@@ -587,10 +601,10 @@ def _loss_of(step):
 
 
 def _hessian_times(loss, step, vectors):
-    """The Hessian of a loss times vectors by path, which are 0 elsewhere.
+    """Multiplies the Hessian of a loss by vectors by path, which are 0 elsewhere.
 
-    By a gradient of a gradient: functions with a straight-through gradient have no
-    forward derivative.
+    It takes the gradient of a gradient, since functions with a straight-through
+    gradient have no forward-mode derivative.
     """
     tree = step.with_paths(vectors)
 
@@ -601,7 +615,7 @@ def _hessian_times(loss, step, vectors):
 
 
 def _gauss_newton_times(outputs, loss, step, vectors):
-    """`J^T L J` times vectors by path, as in `gauss_newton`."""
+    """Multiplies `J^T L J` by vectors by path, as in `gauss_newton`."""
     found, back = jax.vjp(outputs, step.params)
     tree = step.with_paths(vectors)
 
@@ -609,7 +623,7 @@ def _gauss_newton_times(outputs, loss, step, vectors):
         (gradient,) = back(cotangent)
         return _inner(gradient, tree)
 
-    # Linear in the cotangent, so that its gradient is J v, wherever that is taken.
+    # `along` is linear in the cotangent, so its gradient is J v at any point.
     tangents = jax.grad(along)(jax.tree.map(jnp.zeros_like, found))
     _, curved = jax.jvp(jax.grad(loss), (found,), (tangents,))
     return step.by_path(back(curved)[0])
@@ -621,7 +635,7 @@ def _inner(one, other):
 
 
 def _probed(product, step, key):
-    """Z * (H z) of random signs z, in the basis of the quantizers."""
+    """Returns z * (H z) for random signs z, in the basis of the quantizers."""
     signs, vectors, quantizers = {}, {}, step.quantizers
     for i, (path, g) in enumerate(step.gradients.items()):
         quantizer, own = quantizers[path], jax.random.fold_in(key, i)
@@ -635,5 +649,5 @@ def _probed(product, step, key):
 
 
 def _turned(x, quantizer):
-    """`x` in the basis of its quantizer, float32 or wider."""
+    """Returns `x` in the basis of its quantizer, float32 or wider."""
     return in_basis(x, quantizer) * basis_factor(quantizer)

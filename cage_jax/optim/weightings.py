@@ -1,10 +1,11 @@
-"""What the correction is weighted with besides curvature: thresholds and flips.
+"""Sources that weight the correction by rounding thresholds and flips.
 
-The dose stays the same in all: weights are divided by their mean over all parameters
-that are pulled. They are found at the parameters at which the gradients were taken (in
-`post_step` before the update, the error being that after it), on the learned grid or on
-that which the scale rule finds there, also under `freeze_scale`; and where there is a
-rotation they are weights of the rotated errors. Nothing gets a gradient.
+The total dose stays the same: the factors are divided by their mean over all parameters
+that are pulled. They are computed at the parameters at which the gradients were taken
+(with `post_step` these are before the update, while the error is taken after it). The
+grid is the learned one or the one that the scale rule finds there, even under
+`freeze_scale`. With a rotation the factors apply to the rotated errors. Nothing
+receives a gradient.
 """
 
 from collections.abc import Iterator
@@ -26,17 +27,18 @@ from cage_jax.quantizers.scales import Grid, compute_dtype
 
 
 def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
-    """Weighs errors by the distance of each weight to the next rounding threshold.
+    """Weights errors by the distance of each weight to the next rounding threshold.
 
-    Of a weight between two values of the grid let `a` be the distance to the nearer one
-    over half of that between both: 0 on the grid, 1 at the threshold. Weights are
-    `(1 - a) ** power` over their mean, and 1 where that is 0: what is far from a
-    threshold is settled first. Beyond the grid `a` goes on as within its last step, up
-    to 1. Computed in float32 (float64 for float64), in the shape of each parameter.
+    For a weight between two values of the grid, let `a` be its distance to the nearer
+    one, divided by half the distance between the two: 0 on the grid, 1 at the
+    threshold. The factors are `(1 - a) ** power` over their mean, or 1 if the mean is
+    0. Weights far from a threshold are settled first. Beyond the grid `a` continues as
+    within the outermost step, up to 1. The factors are computed in float32 (float64 for
+    float64), in the shape of each parameter.
 
     Args:
-      power: the larger, the more the weights differ.
-      near: weigh with `a ** power` instead: what is about to flip is pulled most.
+      power: the larger, the more the factors differ.
+      near: use `a ** power` instead, so that weights about to flip are pulled most.
 
     Returns:
       A source without a state.
@@ -59,8 +61,8 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
       >>> [round(float(each), 4) for each in updates["w"].ravel()]
       [-0.0, -0.0375, -0.0375, -0.05]
 
-    Source: none of its own; that weights near a threshold are those that oscillate is
-    from Nagel et al. 2022, arXiv 2203.11086.
+    Source: none of its own; Nagel et al. 2022, arXiv 2203.11086, found that the weights
+    near a threshold are the ones that oscillate.
     """
     if not 0 < power < float("inf"):
         raise ValueError(
@@ -79,12 +81,12 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
 
 
 class FlipsState(NamedTuple):
-    """How often codes changed; dicts by path, of arrays like the parameters.
+    """How often codes changed, in dicts by path of arrays like the parameters.
 
     Attributes:
-      steps: done, int32.
-      codes_before: those at the last step, each a byte, int8.
-      flip_frequency: the average of changes, one a step being 1, before it is debiased;
+      steps: the number of steps done, int32.
+      codes_before: the codes at the last step, int8, one byte each.
+      flip_frequency: the average number of changes per step, before it is debiased;
         float32.
     """
 
@@ -94,15 +96,15 @@ class FlipsState(NamedTuple):
 
 
 def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
-    """Weighs errors by how often the code of each weight has changed.
+    """Weights errors by how often the code of each weight has changed.
 
-    Weights are `f + floor * mean(f)` over their mean, of the frequency `f` with which
-    the code of a weight differs from that at the step before, and 1 where nothing has
-    flipped so far. Every step is quantized, also while the strength is 0.
+    Let `f` be the frequency with which the code of a weight differs from the step
+    before. The factors are `f + floor * mean(f)` over their mean, or 1 if nothing has
+    flipped so far. Every step is quantized, even while the strength is 0.
 
     Args:
-      decay: of the exponential average of flips.
-      floor: the weight of what never flips, in parts of the mean.
+      decay: the decay of the exponential average of flips.
+      floor: what is added for weights that never flip, as a multiple of the mean.
 
     Returns:
       A source with a `FlipsState`: 5 bytes for each quantized weight.
@@ -126,8 +128,8 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
       >>> optax.tree_utils.tree_get(state, "flip_frequency")["w"].ravel().tolist()
       [0.0, 0.0, 0.75]
 
-    Source: Nagel et al. 2022, arXiv 2203.11086, for the frequency; there of changes
-    back, and to dampen or freeze weights, see `baselines`.
+    Source: Nagel et al. 2022, arXiv 2203.11086, for the frequency. They count changes
+    back, and use it to dampen or freeze weights, see `baselines`.
     """
     if not 0 <= decay < 1:
         raise ValueError(
@@ -164,7 +166,7 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
 def _with_codes(
     step: Step, name: str
 ) -> Iterator[tuple[str, jax.Array, Quantizer, Grid | None]]:
-    """Of each quantized parameter path, array, quantizer and learned grid."""
+    """Yields path, array, quantizer and learned grid of each quantized parameter."""
     for path, (quantizer, x) in step.rules.quantized(step.params).items():
         grid = grid_at(path, step.params, None)
         with path_in_errors(path):
@@ -179,24 +181,24 @@ def _with_codes(
 
 
 def _distance(x, quantizer, grid):
-    """From the nearest value, 0, to the threshold on that side, 1; in the basis."""
+    """Computes, in the basis, `a`: 0 at the nearest value, 1 at the threshold."""
     format = quantizer.format
     transformed = in_basis(x, quantizer)
     fitted = fit_in_basis(transformed, quantizer, grid)
     position = position_of(transformed, quantizer, fitted)
     thresholds = (format.values[1:] + format.values[:-1]) / 2
-    # What lies outside of all thresholds has the outermost step for its own.
+    # Values beyond the outermost thresholds are measured by the outermost step.
     within = clamp(position, thresholds[0], thresholds[-1])
     below, above = format.neighbours(within)
     half = jnp.where(above > below, above - below, 1.0) / 2
     away = jnp.abs(position - format.round(position)) / half
-    return jnp.where(away < 1, away, 1.0)  # of NaN too, which must not be in the mean
+    return jnp.where(away < 1, away, 1.0)  # 1 for NaN too, to keep it out of the mean
 
 
 def _weighed(
     errors: Arrays, scores: Arrays, step: Step, floor: float = 0.0
 ) -> dict[str, jax.Array]:
-    """Errors times scores plus `floor` times their mean, over the mean of that."""
+    """Weights errors by scores plus `floor` times their mean, divided by the mean."""
     totals = [jnp.sum(scores[path], dtype=jnp.float32) for path in errors]
     count = float(sum(error.size for error in errors.values()))
     mean = sum(totals, start=jnp.float32(0)) / count
