@@ -29,37 +29,6 @@ def by_hand(codes, bits, zero, axis, stride=1, word=32):
     return np.moveaxis(words.astype(np.uint64), -1, axis)
 
 
-def test_compressed_tensors(rng):
-    torch = pytest.importorskip("torch")
-    helpers = pytest.importorskip(
-        "compressed_tensors.compressors.pack_quantized.helpers"
-    )
-    layout = packing.COMPRESSED_TENSORS
-    arrays = {
-        f"{length} {dtype.__name__}": random_codes(rng, dtype, (3, length))
-        for dtype in DTYPES
-        for length in (64, 37, 1)
-    }
-
-    @jax.jit
-    def both(arrays):
-        packed, again = {}, {}
-        for name, codes in arrays.items():
-            packed[name] = words = packing.pack(codes, layout)
-            dtype, length = codes.dtype, codes.shape[-1]
-            again[name] = packing.unpack(words, layout, dtype, length=length)
-        return packed, again
-
-    packed, again = both(arrays)
-    for name, codes in arrays.items():
-        bits = jnp.iinfo(codes.dtype).bits
-        expected = helpers.pack_to_int32(torch.tensor(np.int8(codes)), bits)
-        np.testing.assert_array_equal(packed[name], expected.numpy(), name)
-        assert packed[name].dtype == jnp.int32, name
-        assert again[name].dtype == codes.dtype, name
-        np.testing.assert_array_equal(np.int8(again[name]), np.int8(codes), name)
-
-
 def test_fp4_of_compressed_tensors(rng):
     torch = pytest.importorskip("torch")
     helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
