@@ -144,8 +144,8 @@ class Narrow(ScaleType):
 
 
 # From which multiple of a power of two a bound rounds up to the next power.
-# compressed-tensors uses the number of E2M1 for E4M3 too; the formats that it lacks
-# turn half a step above their largest value.
+# compressed-tensors uses the one of E2M1 for E4M3 too. For formats that it lacks, it
+# is half a step above the largest value.
 _TURNS = {"e2m1": 1.75, "e2m3": 1.9375, "e3m2": 1.875, "e4m3": 1.75, "e5m2": 1.875}
 
 

@@ -1,11 +1,11 @@
-"""Scale rules: where the grid of a group of values lies.
+"""Scale rules: how the grid of a group of values is found.
 
 A rule reduces each group of an array to a `Grid`. It is an immutable, hashable
 description, so that a `Quantizer` made of it can be static under `jit`.
 
-A scale must come out the same, to the bit, in every program that computes it: training,
-evaluation, export. So constants are folded here, to one operation each, and not left to
-a compiler that folds them in one program and not in another.
+A scale must be equal, to the bit, in every program that computes it: training,
+evaluation, export. Constants are therefore folded here, to one operation each, because
+a compiler may fold them in one program and not in another.
 """
 
 import abc
@@ -25,19 +25,21 @@ from cage_jax.quantizers.scale_types import FULL, Full, ScaleType, step
 
 
 class Grid(NamedTuple):
-    """Where the grid of each group lies.
+    """The grid of each group: scale, zero point and offset.
 
     value = step * (code value - zero_point) + offset, step = scale / tensor_divisor
 
     Attributes:
-      scale: as it is stored, at least float32; one entry per group. 0 stands for "not
-        known yet", see `fake_quant`.
-      zero_point: the code of real zero as a float of a whole value, or None.
-      offset: the value of code 0, or None.
-      tensor_divisor: one entry per tensor, or None.
-      inverse: what values less `origin` are multiplied with to be rounded, where a
-        target rounds by other numbers than it stores (GGUF); None for 1 / step.
-      origin: what is taken away before that; None for `offset`.
+      scale: stored scale, at least float32; one entry per group. 0 means "not known
+        yet", see `fake_quant`.
+      zero_point: code of real zero, a whole number stored as a float, or None.
+      offset: value of code 0, or None.
+      tensor_divisor: number that divides the scales of a tensor, one entry per tensor,
+        or None.
+      inverse: factor that values minus `origin` are multiplied by before rounding,
+        where a target does not round by the numbers it stores (GGUF); None for
+        1 / step.
+      origin: value subtracted before that; None for `offset`.
     """
 
     scale: jax.Array
@@ -49,7 +51,7 @@ class Grid(NamedTuple):
 
     @property
     def step(self) -> jax.Array:
-        """The distance between neighbouring whole numbers of the format."""
+        """Distance between neighbouring integers of the format."""
         return step(self.scale, self.tensor_divisor)
 
 
@@ -66,7 +68,7 @@ class ScaleRule(abc.ABC):
         scale_type: ScaleType = FULL,
         tensor_axes: tuple[int, ...] = (),
     ) -> Grid:
-        """The grid of each group of `x`.
+        """Finds the grid of each group of `x`.
 
         Args:
           x: float32 or float64.
@@ -74,16 +76,16 @@ class ScaleRule(abc.ABC):
           format: the format whose codes the groups will be rounded to.
           scale_type: which numbers a scale can be.
           tensor_axes: the axes that a tensor spans, for scale types with one more
-            scale for each tensor.
+            scale per tensor.
 
         Returns:
-          A `Grid`. An all-zero group gets scale 1 (the smallest normal number where
+          A `Grid`. An all-zero group gets scale 1 (or the smallest normal number if
           the format has no zero, so that zeros stay close to zero). A group with a
-          NaN or an infinity gets a NaN scale, hence no valid value.
+          NaN or an infinity gets a NaN scale, so all of its values become NaN.
         """
 
     def check(self, format: Format, scale_type: ScaleType) -> None:
-        """Raises ValueError where the rule does not suit the format or scale type."""
+        """Raises ValueError if the rule does not suit the format or scale type."""
 
     @property
     def asymmetric(self) -> bool:
@@ -102,75 +104,75 @@ class ScaleRule(abc.ABC):
 
     @property
     def learned(self) -> bool:
-        """Whether the grid is trained, from a start that the rule finds."""
+        """Whether the grid is trained, starting from the one that the rule finds."""
         return False
 
     @property
     def needs_grid(self) -> bool:
-        """Whether a grid that was found before has to be given."""
+        """Whether quantizing needs a grid that was found before."""
         return self.learned
 
     @property
     def ignores_zeros(self) -> bool:
-        """Whether `fit` gives the same where zeros are added to each group."""
+        """Whether adding zeros to each group leaves the result of `fit` unchanged."""
         return False
 
     @property
     def finds_values(self) -> bool:
-        """Whether what it finds are the values themselves: a grid that cannot be kept.
+        """Whether the rule finds the quantized values and not a grid that can be kept.
 
-        So it is with the quantizers of other libraries.
+        This is so for the quantizers of other libraries.
         """
         return False
 
     def merged(self, before: Grid, now: Grid, format: Format) -> Grid:
-        """What is kept of the grids of two batches, of which a scale of 0 says nothing.
+        """Combines the grids of two batches; a scale of 0 means no data.
 
-        That is the first one.
+        By default the first grid that has data is kept.
         """
         return _where(before.scale == 0, now, before)
 
     @abc.abstractmethod
     def clips(self, format: Format) -> bool:
-        """Whether values of a group can lie beyond the end of its grid."""
+        """Returns whether values of a group can lie beyond the ends of its grid."""
 
     @abc.abstractmethod
     def idempotent(self, format: Format) -> bool:
-        """Whether fitting quantized values gives the same grid again."""
+        """Returns whether fitting quantized values gives the same grid again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReducedScale(ScaleRule):
-    """A rule that finds one number in a group, which can be found part by part."""
+    """A rule that reduces a group to one number, which can be computed in parts."""
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
-        """That number of a part of each group; `count` is the size of whole groups."""
+        """Computes the number for a part of each group of `count` values."""
 
     @abc.abstractmethod
     def joined(self, one: jax.Array, other: jax.Array) -> jax.Array:
-        """That of two parts together."""
+        """Combines the numbers of two parts."""
 
     @abc.abstractmethod
     def bound(self, whole: jax.Array, count: int) -> jax.Array:
-        """What lies at `end`, from the number of whole groups."""
+        """Computes the value at `end` of the grid from the number of whole groups."""
 
     @abc.abstractmethod
     def end(self, format: Format) -> float:
-        """In units of the scale."""
+        """Returns the end of the grid, in units of the scale."""
 
     def stored(
         self, whole, count, format, scale_type=FULL, tensor_axes=(), largest=None
     ) -> Grid:
-        """The grid of groups whose number is known, with arguments as for `fit`.
+        """Returns the grid of groups whose number is known.
 
-        With that of `ScaleType.store`: `largest`, of the whole tensor.
+        The arguments are those of `fit`, with `largest` as in `ScaleType.store`.
         """
         bound, end = self.bound(whole, count), self.end(format)
         return _grid(scale_type.store(bound, end, format, tensor_axes, largest))
 
     def bounds(self, x, axes):
-        """What lies at `end`, of each group."""
+        """Computes the value at `end` of the grid for each group of `x`."""
         count = _count(x, axes)
         return self.bound(self.part(x, axes, count), count)
 
@@ -213,11 +215,12 @@ class AbsMax(ReducedScale):
 
 @dataclasses.dataclass(frozen=True)
 class SignedMax(ScaleRule):
-    """scale = the value of largest size / the lowest value of the format.
+    """scale = value of largest magnitude / lowest value of the format.
 
-    So that value, of either sign, gets the code that has no counterpart, -8 of 4 bits;
-    the scale is negative where the value is positive. The rule of GGUF's Q4_0. Of two
-    values of the same size and opposite sign the first one counts.
+    The value of largest magnitude, whatever its sign, gets the code without a
+    counterpart, such as -8 for 4 bits. The scale is negative if that value is positive.
+    If two values have the largest magnitude and opposite signs, the first one counts.
+    GGUF's Q4_0 uses this rule.
     """
 
     def check(self, format, scale_type):
@@ -270,10 +273,10 @@ class SignedMax(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class AbsMean(ReducedScale):
-    """The format's smallest positive value stands for the mean of |x|.
+    """scale = mean|x| / smallest positive value of the format.
 
-    The scale of ternary (BitNet b1.58, arXiv 2402.17764) and binary weights (XNOR-Net,
-    arXiv 1603.05279).
+    Ternary weights (BitNet b1.58, arXiv 2402.17764) and binary weights (XNOR-Net,
+    arXiv 1603.05279) use this scale.
     """
 
     def check(self, format, scale_type):
@@ -299,7 +302,8 @@ class AbsMean(ReducedScale):
         return True
 
     def idempotent(self, format):
-        # Of two levels all values have one size; of more the zeros lower the mean.
+        # With two levels, all values have one magnitude. With more, zeros lower the
+        # mean.
         return len(format.values) == 2
 
     def __str__(self):
@@ -308,7 +312,7 @@ class AbsMean(ReducedScale):
 
 @dataclasses.dataclass(frozen=True)
 class Percentile(ScaleRule):
-    """AbsMax, of the smallest bound that `percent` of the values do not exceed."""
+    """AbsMax with the smallest bound that `percent` % of the values do not exceed."""
 
     percent: float = 99.9
 
@@ -340,10 +344,11 @@ class Percentile(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class Searched(ScaleRule):
-    """AbsMax with the clip, of `count` between `least` and 1, of least squared error.
+    """AbsMax with the clip of least squared error, searched for in each group.
 
-    Each group is quantized `count` times, so this is slow: it suits weights that are
-    rounded after training, and grids that are found once.
+    The clip is one of `count` numbers between `least` and 1. Each group is quantized
+    `count` times, so this is slow. It suits weights that are rounded after training,
+    and grids that are found once.
     """
 
     count: int = 40
@@ -361,7 +366,8 @@ class Searched(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         largest = _largest(x, axes)
         power = jnp.where(jnp.isfinite(largest), _positive(power_below(largest)), 1)
-        # In units in which no square overflows; a tensor's own divisor needs all.
+        # Errors are measured in units of this power of two, so no square overflows. `x`
+        # itself is not scaled, because a tensor's divisor depends on all groups.
         unit = jnp.broadcast_to(power, x.shape)
 
         def stored(clip):
@@ -403,14 +409,14 @@ class Searched(ScaleRule):
 class Gaussian(ReducedScale):
     """The scale with the least squared error if a group were normal with mean 0.
 
-    scale = c * rms(x) / half the format's range, with `c` the format's
+    scale = c * rms(x) / half the format's range, where `c` is the format's
     `gaussian_clip`: QuEST's published constants for its mid-rise grid
-    (arXiv 2502.05003), the minimum of the closed-form error for the others.
+    (arXiv 2502.05003), and the minimizer of the closed-form error for other formats.
     """
 
     def part(self, x, axes, count):
-        # The bound of `_sum` keeps compilers from contracting the square with the sum
-        # in one program and not in another.
+        # `_sum` clamps the squares, which keeps compilers from contracting them with
+        # the sum in one program and not in another.
         return _sum(lax.mul(x, x), x, axes, count)
 
     def joined(self, one, other):
@@ -434,7 +440,7 @@ class Gaussian(ReducedScale):
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(ScaleRule):
-    """The scale that is given; a power of two divides without rounding."""
+    """A given scale; dividing by a power of two is exact."""
 
     scale: float
 
@@ -458,14 +464,14 @@ class Fixed(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class MinMax(ScaleRule):
-    """Asymmetric: the format's range spans the group's.
+    """An asymmetric rule: the format's range spans the range of the group.
 
     scale = (max - min) / (high - low).
 
     Args:
-      zero_point: True: the range is widened to hold zero, and the zero point is rounded
-        so that zero is exact. False: code 0 stands for the minimum, as a float (the
-        rule of GGUF's Q4_1).
+      zero_point: True widens the range to hold zero and rounds the zero point, so that
+        zero is exact. False gives code 0 the minimum as a float offset (the rule of
+        GGUF's Q4_1).
     """
 
     zero_point: bool = True
@@ -501,7 +507,7 @@ class MinMax(ScaleRule):
         top = jnp.max(_infinite_if_nan(x), axis=axes, keepdims=True, initial=initial)
         bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
         end = 2 * format.half_range
-        # Where the difference is no number, that of the quotients is.
+        # Where the difference overflows, take the difference of the quotients.
         wide = jnp.isfinite(top) & jnp.isfinite(bottom) & jnp.isinf(top - bottom)
         ends = jnp.full_like(top, end)
         halves = divide(top, ends) - divide(bottom, ends)
@@ -531,13 +537,13 @@ class MinMax(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(ScaleRule):
-    """A scale, and with `offset` an offset, that is trained beside the weights.
+    """A scale, and with `offset=True` an offset, trained beside the weights.
 
-    LSQ (arXiv 1902.08153): the gradient of the scale is that of `scale * round(x /
-    scale)` with a straight-through round, times 1 / sqrt(values in a group * highest
-    value of the format). It starts at 2 mean|x| / sqrt(highest value). LSQ+
-    (arXiv 2004.09576) adds an offset, which starts with the scale so that the grid
-    spans the group's values.
+    In LSQ (arXiv 1902.08153), the gradient of the scale is that of
+    `scale * round(x / scale)` with a straight-through round, times
+    1 / sqrt(values in a group * highest value of the format). The scale starts at
+    2 mean|x| / sqrt(highest value). LSQ+ (arXiv 2004.09576) adds an offset; scale and
+    offset start so that the grid spans the values of the group.
     """
 
     offset: bool = False
@@ -586,12 +592,12 @@ class Learned(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated(ScaleRule):
-    """A grid that another rule finds once, in data that `calibrate` is given.
+    """A grid that another rule finds once, in the data given to `calibrate`.
 
     Args:
-      rule: what is done with each batch.
-      decay: None: the widest grid of all batches. Otherwise the moving average: that of
-        the batches before counts so much.
+      rule: the rule that finds the grid of each batch.
+      decay: None keeps the widest grid of all batches. A number gives a moving average,
+        in which the earlier batches have the weight `decay`.
     """
 
     rule: ScaleRule = dataclasses.field(default_factory=AbsMax)
@@ -671,15 +677,15 @@ def _where(condition, grid, other):
 
 
 def _value_of(grid, code):
-    """The value of a code."""
+    """Returns the value of a code."""
     code = code if grid.zero_point is None else code - grid.zero_point
     value = code * grid.step
     return value if grid.offset is None else value + grid.offset
 
 
 def compute_dtype(dtype) -> np.dtype:
-    """In what values of `dtype` are computed and scaled: float32, or float64."""
-    # NumPy's promotion, since jax's raises where users made it strict.
+    """Returns the dtype that computes values of `dtype`: float32 or float64."""
+    # This uses NumPy's promotion, because JAX's raises where users made it strict.
     return np.promote_types(dtype, np.float32)
 
 
@@ -694,13 +700,14 @@ def _largest(x, axes):
 
 
 def _infinite_if_nan(x):
-    """For a maximum: XLA for CPU drops NaN from those of large arrays.
+    """Turns NaN into infinity, because XLA for CPU drops NaN from large maxima.
 
-    Without an infinity for each element, which a loop would be handed as an array.
+    It does so without an infinity per element, which XLA would pass to a loop as an
+    array.
     """
     word = np.dtype(f"int{8 * x.dtype.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(word)[()]
-    # As whole numbers, those of NaN are above that of infinity.
+    # Read as integers, the bits of NaN are above those of infinity.
     bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
     return lax.select(lax.ne(x, x), lax.bitcast_convert_type(bits, x.dtype), x)
 
@@ -714,7 +721,7 @@ def _count(x, axes):
 
 
 def _sum(sizes, x, axes, count):
-    """The sum of sizes of `x`, a part of `count`; NaN where `x` is infinite."""
+    """Sums `sizes` over a part of `count` values; NaN where `x` is not finite."""
     if not isinstance(count, int):
         raise ValueError(
             f"`scale` must be no mean over an axis of any length; got x.shape="
@@ -722,7 +729,7 @@ def _sum(sizes, x, axes, count):
             f"shape, or use AbsMax()."
         )
     most = float(jnp.finfo(x.dtype).max) / max(count, 1)
-    # The sum of huge ones stays finite.
+    # Clamping keeps the sum of huge values finite.
     sizes = finite(clamp(sizes, 0, most), x)
     return lax.expand_dims(lax.reduce_sum(sizes, axes), axes)
 
