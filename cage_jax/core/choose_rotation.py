@@ -11,15 +11,15 @@ from cage_jax.core.rules import Rules
 
 
 def choose_rotation(params: Any, rules: Rules) -> Rules:
-    """Rules that rotate a parameter only where that lowers its quantization error.
+    """Returns rules that rotate a parameter only if that lowers its error.
 
     Args:
       params: a tree of arrays with values, outside of `jax.jit`.
-      rules: of which some quantizers have a rotation.
+      rules: a table in which some quantizers have a rotation.
 
     Returns:
-      `rules`, behind a rule without a rotation for each parameter that has the smaller
-      error so.
+      `rules`, preceded by a rule without a rotation for each parameter whose
+      quantization error is smaller without it.
 
     Raises:
       TypeError: for abstract parameters.

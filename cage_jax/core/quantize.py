@@ -47,35 +47,35 @@ def fake_quant(
 def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     """Quantizes and dequantizes `x`, with a straight-through gradient.
 
-    Computed in float32 (float64 for float64); the dtype is kept. The gradient goes to
-    `x` as the quantizer's `gradient` says (identity, clip, trust; in the rotated basis
-    where there is a rotation): the gradient of `loss(fake_quant(params, rules))` is
-    exactly the gradient of the loss at the quantized parameters, under that mask. It
-    goes to the scale where that is learned (LSQ), and to no other scale. It can be
-    differentiated in reverse any number of times; forward mode (`jax.jvp`) is not
-    defined.
+    The result is computed in float32 (float64 for float64) and keeps the dtype of `x`.
+    The gradient goes to `x` as the quantizer's `gradient` says (identity, clip, trust;
+    in the rotated basis if there is a rotation): the gradient of
+    `loss(fake_quant(params, rules))` is exactly the gradient of the loss at the
+    quantized parameters, under that mask. A learned scale (LSQ) also receives a
+    gradient, other scales do not. Reverse mode works any number of times; forward mode
+    (`jax.jvp`) is not defined.
 
-    An all-zero group gives zeros (tiny numbers where the grid has no zero). A NaN or
-    an infinity makes its whole group NaN, and so does a sum of a rotation that is
-    beyond the largest float.
+    An all-zero group gives zeros (tiny numbers if the grid has no zero). A NaN or an
+    infinity makes its whole group NaN, and so does a rotation in which a sum exceeds
+    the largest float.
 
     Args:
       x: an array of real floats, or a tree of parameters.
       quantizer: a `Quantizer` for an array, `Rules` for a tree: each parameter that a
         rule names is quantized, the others are left as they are.
-      grid: where the grid lies, instead of what the scale rule finds in `x`: a `Grid`
-        for an array, a dict from path to `Grid` for a tree (such as the `grids` in
-        the state of `cage(..., freeze_scale=True)`). Where its scale is 0 the grid is
-        found in `x`. A learned grid must be given, here or in `x` by `with_grids`;
+      grid: the grid to use instead of the one that the scale rule finds in `x`: a
+        `Grid` for an array, a dict from path to `Grid` for a tree (such as the `grids`
+        in the state of `cage(..., freeze_scale=True)`). Where its scale is 0 the grid
+        is found in `x`. A learned grid must be given, here or in `x` by `with_grids`;
         where its scale is not positive the group becomes NaN.
-      key: of `jax.random`, needed for stochastic rounding and for nothing else; in a
-        tree each parameter draws its own numbers from it.
-      implementation: None for a kernel where the program is compiled for a platform
-        that has a faster one, and runs on one device, inside of a `shard_map`, or on
-        explicit shards of whole groups; "xla" for none anywhere; "pallas" for the
-        kernel, or an error where it cannot run. Kernels agree with the rest to the bit,
-        but for sums (rotations, means) in another order: a value at a tie may go the
-        other way.
+      key: a `jax.random` key, needed for stochastic rounding only; in a tree each
+        parameter draws its own numbers from it.
+      implementation: None uses a kernel if the program is compiled for a platform that
+        has a faster one, and runs on one device, inside of a `shard_map`, or on
+        explicit shards of whole groups. "xla" never uses one. "pallas" uses the kernel
+        or raises if it cannot run. Kernels agree with XLA to the bit, except that they
+        may sum (rotations, means) in another order, so that a value at a tie may go
+        the other way.
 
     Returns:
       An array, or a tree, like `x`.
@@ -83,8 +83,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     Raises:
       TypeError: for integers, complex numbers, and a quantizer of the wrong kind.
       ValueError: for an axis out of range, a group or a Hadamard block that does not
-        divide, a grid of the wrong shape; with the parameter's path in a tree; for
-        `implementation` "pallas" where no kernel can run.
+        divide, and a grid of the wrong shape; for `implementation` "pallas" if no
+        kernel can run. In a tree the message begins with the parameter's path.
 
     Example:
       >>> import cage_jax as cage
@@ -110,10 +110,10 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
 
 
 def quantize(x, quantizer, *, grid=None, key=None):
-    """The codes and scales of `x`.
+    """Quantizes `x` to codes and scales.
 
     `dequantize(quantize(x, quantizer))` equals `fake_quant(x, quantizer)` to the bit,
-    with the same `grid` for both. Codes have no gradient, and to differentiate through
+    with the same `grid` for both. Codes have no gradient, and differentiating through
     their scales is an error: `fake_quant` has the straight-through gradient.
 
     Args:
@@ -127,7 +127,7 @@ def quantize(x, quantizer, *, grid=None, key=None):
       rule names.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`.
+      TypeError, ValueError: as in `fake_quant`.
 
     Example:
       >>> import cage_jax as cage
@@ -146,12 +146,12 @@ def quantize(x, quantizer, *, grid=None, key=None):
 
 
 def dequantize(x, quantizer=None):
-    """The values that codes stand for.
+    """Returns the values that codes stand for.
 
     Args:
       x: a `QuantizedArray`, or a tree with some of them among its leaves.
-      quantizer: None, or the `Quantizer` or `Rules` that made `x`, to have them
-        checked: codes know their quantizer.
+      quantizer: the `Quantizer` or `Rules` that made `x`, only to check that they did;
+        or None, since codes know their quantizer.
 
     Returns:
       An array in the dtype of the original, or a tree like `x`.
@@ -185,9 +185,10 @@ def dequantize(x, quantizer=None):
 
 
 def quantization_error(x, quantizer, *, grid=None):
-    """`x - fake_quant(x)`: what CAGE pulls on. A constant for differentiation.
+    """Computes `x - fake_quant(x)`, the error that CAGE pulls on.
 
-    Always to the nearest value, also where the quantizer rounds stochastically.
+    The error is a constant for differentiation. Rounding is to the nearest value, even
+    if the quantizer rounds stochastically.
 
     Args:
       x: an array of real floats, or a tree of parameters.
@@ -198,7 +199,7 @@ def quantization_error(x, quantizer, *, grid=None):
       An array like `x`, or a tree with zeros for the parameters that are left alone.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`.
+      TypeError, ValueError: as in `fake_quant`.
 
     Example:
       >>> import cage_jax as cage
@@ -226,14 +227,14 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
 
     Args:
       params: a tree of parameters.
-      rules: of which some quantizers are learned, such as `lsq()`.
+      rules: a table in which some quantizers are learned, such as `lsq()`.
 
     Returns:
-      `{"params": params, "grids": {path: Grid}}`, the grids as they are found in the
-      parameters.
+      `{"params": params, "grids": {path: Grid}}`, with the grids that the scale rules
+      find in the parameters.
 
     Raises:
-      ValueError: where no rule with a learned quantizer matches.
+      ValueError: if no rule with a learned quantizer matches.
 
     Example:
       >>> import cage_jax as cage
@@ -260,7 +261,7 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
 
 
 def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
-    """The grid that is given for a path, else that which `with_grids` put beside it."""
+    """Returns the grid given for a path, else the one that `with_grids` put in `x`."""
     if grid is None:
         beside = isinstance(x, Mapping) and set(x) == {"params", "grids"}
         return x["grids"].get(path) if beside else None
@@ -280,7 +281,7 @@ def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
 def needed_grid(
     path: str, quantizer: Quantizer, x: Any, grid: Mapping[str, Grid] | None = None
 ) -> Grid | None:
-    """`grid_at`; raises where that is None and the quantizer cannot do without."""
+    """Returns `grid_at`; raises if it is None and the quantizer needs a grid."""
     found = grid_at(path, x, grid)
     check_grid_given(quantizer, found)
     return found
@@ -333,7 +334,7 @@ def _apply(function, x, quantizer, grid, key=None):
 
 
 def _is_of_nnx(x):
-    """Whether it is a module of Flax NNX, which is a tree; without importing Flax."""
+    """Returns whether `x` is a Flax NNX module, a tree too; without importing Flax."""
     return any(
         base.__name__ == "Module" and base.__module__.startswith("flax.nnx")
         for base in type(x).__mro__
@@ -358,14 +359,14 @@ def _unused_key(quantizer):
 
 
 def gaussian_error(quantizer: Quantizer) -> float:
-    """The mean squared error of a quantizer on normal numbers of deviation 1.
+    """Computes a quantizer's mean squared error on standard normal numbers.
 
     Args:
-      quantizer: anything; a learned grid is taken as it starts, and rounding is to the
-        nearest.
+      quantizer: any quantizer; a learned grid is taken as it starts, and rounding is to
+        the nearest.
 
     Returns:
-      The mean over an array of about (4096, 64) of a fixed seed, with the scales along
+      The mean over an array of about (4096, 64) from a fixed seed, with scales along
       the first axis.
 
     Example:
@@ -398,13 +399,13 @@ def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):
 
 
 def _quantize_array(x, quantizer, grid, key, path=""):
-    del path  # what raises, does it here
+    del path  # errors are raised at once, and the caller adds the path
     x = _checked(x, quantizer, grid, key)
     return encoded(x, quantizer, grid, _noise(x, quantizer, key))
 
 
 def _noise(x, quantizer, key):
-    """Uniform numbers for stochastic rounding, or None."""
+    """Returns uniform numbers for stochastic rounding, or None."""
     if key is None:
         return None
     return jax.random.uniform(key, x.shape, compute_dtype(x.dtype))
@@ -423,8 +424,8 @@ def _error_array(x, quantizer, grid, key=None, path=""):
     del path
     x = lax.stop_gradient(_checked(x, quantizer, grid, key, rounds=False))
     grid = lax.stop_gradient(grid)
-    # A kernel and the difference move 5 copies on a TPU; what compilers make of both 3,
-    # and less as a part of what uses it, but 7 and more with a rotation.
+    # On a TPU a kernel and the difference move 5 copies of the array. Without a kernel
+    # they move 3, fewer when fused into a consumer, but 7 and more with a rotation.
     implementation = "xla" if quantizer.hadamard is None else None
     return x - straight_through(quantizer, x, grid, None, implementation)
 
@@ -449,7 +450,7 @@ def _checked(x, quantizer, grid, key, rounds=True):
 
 
 def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
-    """Raises where a learned or calibrated grid is not given."""
+    """Raises if a learned or calibrated grid is not given."""
     if quantizer.scale.needs_grid and grid is None:
         kind = "learned" if quantizer.scale.learned else "calibrated"
         raise ValueError(
