@@ -15,7 +15,7 @@ from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_and_round, restore
 from cage_jax.quantizers.scales import Grid, compute_dtype
 
-_AT_ONCE = 2**18  # codes that are packed at a time: of them whole bytes are full
+_AT_ONCE = 2**18  # codes packed at a time; they fill whole bytes
 
 
 @functools.partial(
@@ -25,20 +25,21 @@ _AT_ONCE = 2**18  # codes that are packed at a time: of them whole bytes are ful
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedArray:
-    """The codes and scales of an array: what is shipped. A pytree.
+    """The codes and scales of an array, as they are shipped. A pytree.
 
     value = scale / tensor_divisor * (code value - zero_point) + offset, rotated back
-    where the quantizer rotates.
+    if the quantizer rotates.
 
     Attributes:
-      codes: of the array's shape, in the narrowest dtype jax has.
-      scale: in the dtype of the quantizer's scale type, else float32 (float64 for a
-        float64 array); of the array's shape with each shared axis counting its groups.
+      codes: an array of the original shape, in the narrowest dtype that JAX has.
+      scale: the scales, in the dtype of the quantizer's scale type, else float32
+        (float64 for a float64 array). Their shape is the array's, with the number of
+        groups along each shared axis.
       zero_point: the code of real zero, shaped as `scale`; None when symmetric.
       offset: the value of code 0, shaped and typed as `scale`, or None.
       tensor_divisor: float32, one entry per tensor, or None.
-      quantizer: what made it (static).
-      dtype: of the array before and after (static).
+      quantizer: the quantizer that made the codes (static).
+      dtype: the dtype of the array before and after (static).
 
     Example:
       >>> import cage_jax as cage
@@ -88,18 +89,18 @@ class QuantizedArray:
     __rmatmul__ = __mul__ = __rmul__ = __matmul__
 
     def to_bytes(self) -> bytes:
-        """All that is stored, `nbytes` bytes; for arrays on this machine.
+        """Packs all that is stored into `nbytes` bytes; for arrays on this machine.
 
-        The codes in the order of the array, then the zero points, each of `bits` bits,
-        the lowest bit first and without gaps; then scales, offsets and the tensors'
-        divisors in their own dtypes, little-endian.
+        The codes come first, in the order of the array, then the zero points, each of
+        `bits` bits, the lowest bit first and without gaps. Scales, offsets and the
+        tensors' divisors follow in their own dtypes, little-endian.
         """
         numbers = [
             np.asarray(array).ravel()
             for array in (self.codes, self.zero_point)
             if array is not None
         ]
-        # A copy of codes is made only where zero points go behind them.
+        # Codes are copied only if zero points follow them.
         codes = numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
         parts = [packed(codes, self.quantizer.format).tobytes()]
         for array in (self.scale, self.offset, self.tensor_divisor):
@@ -115,13 +116,13 @@ class QuantizedArray:
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "QuantizedArray":
-        """What `to_bytes` packed.
+        """Unpacks what `to_bytes` packed.
 
         Args:
-          data: of `to_bytes`.
-          quantizer: what made the array.
-          shape: of the array.
-          dtype: of the array before and after.
+          data: the result of `to_bytes`.
+          quantizer: the quantizer that made the codes.
+          shape: the array's shape.
+          dtype: the dtype of the array before and after.
 
         Raises:
           ValueError: for bytes that are too few or too many.
@@ -150,7 +151,7 @@ class QuantizedArray:
         total = count + (0 if like.zero_point is None else math.prod(zeros))
         place = -(-total * quantizer.bits // 8)
         packed = np.frombuffer(data, np.uint8, place)
-        # What each number stands for; one byte each, as NumPy has narrow dtypes.
+        # The code of each number; NumPy stores narrow dtypes in one byte each.
         every = np.arange(2**quantizer.bits, dtype=np.uint8)
         code_of = np.asarray(quantizer.format.from_index(every))
         codes = np.empty(total, code_of.dtype)
@@ -187,15 +188,15 @@ class QuantizedArray:
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "QuantizedArray":
-        """The shapes and dtypes of what `quantize` gives.
+        """Returns the shapes and dtypes of the result of `quantize`.
 
         Args:
-          quantizer: what makes the codes.
-          shape: of the array.
-          dtype: of the array before and after.
+          quantizer: the quantizer that makes the codes.
+          shape: the array's shape.
+          dtype: the dtype of the array before and after.
 
         Returns:
-          One of `jax.ShapeDtypeStruct`s.
+          A `QuantizedArray` of `jax.ShapeDtypeStruct`s.
 
         Raises:
           ValueError: for a shape that the quantizer does not fit.
@@ -230,7 +231,7 @@ class QuantizedArray:
 
 
 def packed(codes: np.ndarray, format: Format) -> np.ndarray:
-    """The bits of codes one after another, uint8; in parts, for want of memory."""
+    """Packs the bits of codes one after another, uint8; in parts, to save memory."""
     codes = codes.ravel()
     parts = [
         pack_bits(format.to_index(codes[start : start + _AT_ONCE]), format.bits)
@@ -244,7 +245,7 @@ def packed(codes: np.ndarray, format: Format) -> np.ndarray:
 def encoded(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None, noise: jax.Array | None
 ) -> QuantizedArray:
-    """The codes of `x`; `noise` for stochastic rounding."""
+    """Quantizes `x`; `noise` is for stochastic rounding."""
     values, _, grid = fit_and_round(x, quantizer, grid, noise)
     encode = quantizer.format.encode
 
@@ -280,7 +281,7 @@ _without_gradient.defvjp(lambda number: (number, None), _refuse_gradient)
 
 @jax.jit
 def decoded(quantized: QuantizedArray) -> jax.Array:
-    """The values of codes."""
+    """Returns the values of codes."""
     quantizer, dtype = quantized.quantizer, compute_dtype(quantized.dtype)
     values = quantizer.format.decode(quantized.codes, dtype)
     like = jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
@@ -288,7 +289,7 @@ def decoded(quantized: QuantizedArray) -> jax.Array:
 
 
 def grid_of(quantized: QuantizedArray) -> Grid:
-    """The grid of codes, in the dtype of computation."""
+    """Returns the grid of codes, in the dtype of computation."""
     dtype = compute_dtype(quantized.dtype)
     zero_point, offset = quantized.zero_point, quantized.offset
     decode = quantized.quantizer.format.decode

@@ -1,4 +1,4 @@
-"""The straight-through gradient of one array, and that of a learned grid."""
+"""The straight-through gradients of one array and of a learned grid."""
 
 import functools
 
@@ -23,11 +23,11 @@ from cage_jax.quantizers.rounding import (
 
 
 def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
-    """`x` quantized and dequantized; its gradients are the quantizer's."""
+    """Quantizes and dequantizes `x`, with the quantizer's gradients."""
     shards = shards_of(x, quantizer.blocks(x.shape).pieces)
 
     def local(x, grid=None, noise=None):
-        # Where nothing is traced the error comes at once, and the caller has the path.
+        # If nothing is traced the error is raised at once, and its caller has the path.
         if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
             kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
             x = kernel_required(kernels, x, path)
@@ -48,7 +48,7 @@ def _has_kernel(quantizer, shape, x, grid, noise):
 
 
 # Under `jax.jit` a program with many arrays of one shape traces this once. `products`
-# knows it by its name, which is that of `FAKE_QUANT`.
+# recognises it by its name, which is the value of `FAKE_QUANT`.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
     return _straight_through(quantizer, implementation, x, grid, noise)
@@ -65,8 +65,8 @@ def _straight_through(quantizer, implementation, x, grid, noise):
 
 
 def _forward(quantizer, implementation, x, grid, noise):
-    # Functions with a rule of their own, not what they do, keep the second derivative:
-    # reverse over reverse differentiates this code.
+    # Reverse over reverse differentiates this code. So it calls functions with gradient
+    # rules of their own, not their bodies, which keeps the second derivative.
     if quantizer.scale.learned:
         value = _straight_through(quantizer, implementation, x, grid, noise)
         return value, (grid, noise, x, None)
@@ -79,7 +79,7 @@ def _forward(quantizer, implementation, x, grid, noise):
 
 
 def _value_and_mask(quantizer, implementation, x, grid, noise):
-    """The mask is one of 8-bit integers where there is a kernel for this."""
+    """Returns the value and the mask; the mask is int8 if a kernel computes both."""
     kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=True)
 
     def value_and_mask(x, grid, noise):
@@ -114,7 +114,7 @@ def _backward(quantizer, implementation, saved, cotangent):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _masked(quantizer, implementation, x, value, mask):
-    """`value`, a constant, with the gradient of `x` where the mask has it pass."""
+    """Returns `value`, a constant, with the gradient of `x` where the mask is set."""
     return value
 
 
@@ -145,7 +145,7 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _learned_gradient(gradient, values, position, mask, quantizer, grid):
-    """LSQ's: of `scale * round(x / scale)` with a straight-through round."""
+    """Computes LSQ's gradient, that of `scale * round(x / scale)` straight through."""
     blocks = quantizer.blocks(gradient.shape)
     share = (blocks.count * quantizer.format.high) ** -0.5
 
