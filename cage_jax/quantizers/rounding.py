@@ -1,12 +1,12 @@
-"""One array to its grid and back: rotate, fit the grid of each group, round; scale.
+"""Rounding one array to its grid and back: rotate, fit each group's grid, round, scale.
 
-Codes and values must come out the same, to the bit, in every program: compilers
-contract a product and a sum to one operation, turn the division by a broadcast into a
-product, and gather constants, in one program and not in another. So divisions by a
-scale and sums after a product are those of `exact`, but where a product is exact.
+Codes and values must be equal, to the bit, in every program. In one program and not in
+another, compilers contract a product and a sum into one operation, turn division by a
+broadcast into a product, and gather constants. So this module takes divisions by a
+scale and sums after a product from `exact`, except where a product is exact anyway.
 
-Only `fit_grid` divides an array into groups. The rest keeps its shape and spreads the
-grid instead, so that it fuses with what comes before and after.
+Only `fit_grid` divides an array into groups. The other functions keep its shape and
+spread the grid instead, so that they fuse with the operations around them.
 """
 
 import functools
@@ -21,17 +21,18 @@ from cage_jax.arrays.hadamard import transform
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scales import Grid, ReducedScale, compute_dtype
 
-_WHOLE = jnp.dtype("int16")  # rounded values turned back, between the two halves of e
+# Rounded values, rotated back, pass from `fit_for_error` to `error_from` in this dtype.
+_WHOLE = jnp.dtype("int16")
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Grid:
-    """The grid that the scale rule finds in `x`, with the shape of the scales.
+    """Finds the grid of `x` by the scale rule; its arrays have the shape of the scales.
 
     Args:
       x: an array of real floats.
       quantizer: how it is quantized.
-      grid: kept wherever its scale is not 0 and the group is finite.
+      grid: a grid to keep wherever its scale is not 0 and the group is finite.
 
     Returns:
       A `Grid` in the dtype of computation.
@@ -42,11 +43,12 @@ def fit_grid(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Gr
 def fit_for_error(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
 ) -> tuple[Grid, jax.Array | None]:
-    """All of `x - fake_quant(x)` that is not elementwise in `x`.
+    """Computes the part of `x - fake_quant(x)` that is not elementwise in `x`.
 
     Returns:
-      The grid, of which `grid` is kept as in `fit_grid`, and with a rotation the
-      rounded values turned back, without their scale and as narrow as is exact.
+      The grid, which keeps `grid` as in `fit_grid`. With a rotation, also the rounded
+      values rotated back, not yet scaled, in the narrowest dtype that is exact;
+      otherwise None.
     """
     x = lax.stop_gradient(x)
     if quantizer.hadamard is None:
@@ -62,28 +64,29 @@ def fit_for_error(
 def error_from(
     x: jax.Array, quantizer: Quantizer, grid: Grid, turned_back: jax.Array | None
 ) -> jax.Array:
-    """The elementwise rest of `x - fake_quant(x)`, from what `fit_for_error` gives."""
+    """Computes `x - fake_quant(x)` elementwise from the results of `fit_for_error`."""
     x, grid = lax.stop_gradient((x, grid))
     if turned_back is None:
         values = round_in_basis(x, quantizer, grid)
         turned_back = turn_back(values, quantizer, grid, x.shape)
     elif step := _whole_step(quantizer, x.shape):
         turned_back = turned_back.astype(x.dtype) * step
-    # As `x - x * (code / t)`, of `t = x / step`, XLA for GPU makes one kernel of it and
-    # the fit, where groups lie in the last axis; but only of what does nothing else. A
-    # norm or a step, which fuse with this form, would move one to five copies more.
+    # Written as `x - x * (code / t)` with `t = x / step`, XLA for GPU would make one
+    # kernel of this and the fit where groups lie in the last axis, but only in a
+    # program that does nothing else. A norm or an optimizer step fuses with the form
+    # used here, and would move one to five more copies of the array with the other.
     return x - apply_scale(turned_back, quantizer, grid, x)
 
 
 def fit_and_round(x, quantizer, grid, noise=None):
-    """The rounded values of `x`, itself in their basis, and their grid."""
+    """Returns the rounded values of `x`, `x` in their basis, and their grid."""
     transformed = in_basis(x, quantizer)
     grid = fit_in_basis(transformed, quantizer, grid)
     return round_in_basis(transformed, quantizer, grid, noise), transformed, grid
 
 
 def in_basis(x, quantizer):
-    """`x` in the dtype of computation and, up to `basis_factor`, rotated."""
+    """Casts `x` to the dtype of computation and rotates it, up to `basis_factor`."""
     x = x.astype(compute_dtype(x.dtype))
     if quantizer.hadamard is None:
         return x
@@ -92,7 +95,7 @@ def in_basis(x, quantizer):
 
 
 def back_from_basis(x, quantizer):
-    """The transpose of `in_basis`; its inverse, up to `basis_factor` squared."""
+    """Applies the transpose of `in_basis`, its inverse up to `basis_factor` squared."""
     if quantizer.hadamard is None:
         return x
     (axis,) = quantizer.blocks(x.shape).axes
@@ -100,7 +103,7 @@ def back_from_basis(x, quantizer):
 
 
 def _signed(x, quantizer, axis):
-    """`x` times the random signs, if any, which are the same along all other axes."""
+    """Multiplies by the random signs, if any, which vary along `axis` alone."""
     if quantizer.hadamard_seed is None:
         return x
     drawn = np.random.default_rng(quantizer.hadamard_seed).integers(0, 2, x.shape[axis])
@@ -111,15 +114,15 @@ def _signed(x, quantizer, axis):
 
 
 def basis_factor(quantizer):
-    """What makes the unscaled transform a rotation."""
+    """Returns the factor that makes the unscaled transform a rotation."""
     return 1.0 if quantizer.hadamard is None else quantizer.hadamard**-0.5
 
 
 def fit_in_basis(transformed, quantizer, grid, **known):
-    """`fit_grid` of what `in_basis` gives, with what is `known` to `fit`."""
+    """Does `fit_grid` for the result of `in_basis`; `known` goes on to the rule."""
     blocks = quantizer.blocks(transformed.shape)
     if quantizer.scale.needs_grid and grid is not None:
-        # A learned scale that is not positive has no values; it must not pass unseen.
+        # A learned scale that is not positive has no meaning. NaN makes that visible.
         grid = jax.tree.map(lambda part: part.astype(transformed.dtype), grid)
         return grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
     scale, format, scale_type = quantizer.scale, quantizer.format, quantizer.scale_type
@@ -140,13 +143,13 @@ def fit_in_basis(transformed, quantizer, grid, **known):
 
 
 def _kept(grid, fitted, blocks):
-    """`grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
+    """Returns `grid`, but `fitted` where the scale is 0 and in groups with a NaN."""
     unknown = (grid.scale == 0) | jnp.isnan(fitted.scale)
-    # A tensor's divisor is found again only with all of its scales.
+    # The divisor of a tensor is replaced only together with all of its scales.
     each = enumerate(zip(blocks.scale_shape, blocks.tensor_shape))
     axes = [axis for axis, (groups, tensors) in each if groups != tensors]
     all_unknown = jnp.all(unknown, axis=axes, keepdims=True)
-    # What a given grid may lack: then it rounds by what it stores.
+    # A given grid may lack these; then it rounds by the numbers it stores.
     grid = grid._replace(
         inverse=1 / grid.step if grid.inverse is None else grid.inverse,
         origin=grid.offset if grid.origin is None else grid.origin,
@@ -165,7 +168,7 @@ def _kept(grid, fitted, blocks):
 
 
 def round_in_basis(transformed, quantizer, grid, noise=None):
-    """What `in_basis` gives, in units of the grid and rounded to its values."""
+    """Rounds the result of `in_basis` to values of the grid, in units of the grid."""
     format, position = quantizer.format, position_of(transformed, quantizer, grid)
     if noise is None:
         return format.round(position)
@@ -175,12 +178,12 @@ def round_in_basis(transformed, quantizer, grid, noise=None):
 
 
 def position_of(transformed, quantizer, grid):
-    """Where what `in_basis` gives lies, in units of the grid."""
+    """Converts the result of `in_basis` to units of the grid."""
     spread = quantizer.blocks(transformed.shape).spread
     transformed = _from_origin(transformed, quantizer, grid)
     if grid.inverse is None:
         position = divide(transformed, spread(grid.step / basis_factor(quantizer)))
-        # It changes nothing, but lets compilers divide and round in one pass.
+        # This changes no value, but lets compilers divide and round in one pass.
         position = rounded(position)
     else:
         position = rounded(transformed * spread(grid.inverse * basis_factor(quantizer)))
@@ -190,10 +193,10 @@ def position_of(transformed, quantizer, grid):
 
 
 def passes(transformed, quantizer, grid):
-    """Where the gradient passes."""
+    """Returns the mask of the values that receive a gradient."""
     format = quantizer.format
-    # A value at the very end of the grid, as absmax puts one into each group, must not
-    # fall out of it because dividing by the scale rounds.
+    # With absmax each group has a value at the very end of the grid. It must not fall
+    # off the grid because the division by the scale rounds.
     widest = max(abs(format.low), format.high)
     slack = 4 * float(jnp.finfo(transformed.dtype).eps) * widest
     if quantizer.gradient == "trust":
@@ -202,10 +205,10 @@ def passes(transformed, quantizer, grid):
 
 
 def is_inside(transformed, quantizer, grid, beyond):
-    """Whether it lies on the grid, or not farther off its ends than `beyond`, in units.
+    """Returns the mask of values within the grid, or at most `beyond` units outside.
 
-    Without a division: what shares the quotient with the rounding, a compiler would not
-    do in one pass with it.
+    It avoids the division where it can: a compiler would not compute this in one pass
+    with the rounding if both shared the quotient.
     """
     spread = quantizer.blocks(transformed.shape).spread
     ends = quantizer.format.low - beyond, quantizer.format.high + beyond
@@ -231,16 +234,16 @@ def _from_origin(transformed, quantizer, grid):
 
 
 def restore(values, quantizer, grid, like):
-    """Turns rounded values into an array such as `like`."""
+    """Dequantizes rounded values to the shape and dtype of `like`."""
     return apply_scale(
         turn_back(values, quantizer, grid, like.shape), quantizer, grid, like
     )
 
 
 def turn_back(values, quantizer, grid, shape, back=None):
-    """Rounded values in the basis of `x`, but for what `apply_scale` multiplies with.
+    """Rotates rounded values back to the basis of `x`; `apply_scale` does the rest.
 
-    With a function `back` in place of `back_from_basis`.
+    A function `back` can replace `back_from_basis`.
     """
     back = back or back_from_basis
     spread = quantizer.blocks(shape).spread
@@ -257,7 +260,7 @@ def turn_back(values, quantizer, grid, shape, back=None):
 
 
 def apply_scale(turned_back, quantizer, grid, like):
-    """What `turn_back` gives, scaled and in the dtype of `like`."""
+    """Scales the result of `turn_back` and casts it to the dtype of `like`."""
     factor = basis_factor(quantizer)
     if not scaled_last(quantizer, like.shape):
         return rounded(times(turned_back, factor)).astype(like.dtype)
@@ -269,7 +272,7 @@ def apply_scale(turned_back, quantizer, grid, like):
 
 
 def scaled_last(quantizer, shape):
-    """Whether small whole numbers are turned back, exactly, and scaled afterwards."""
+    """Returns whether small integers are rotated back, exactly, and then scaled."""
     block = quantizer.hadamard
     if block is None:
         return True
@@ -278,7 +281,7 @@ def scaled_last(quantizer, shape):
 
 
 def _whole_step(quantizer, shape):
-    """That of which turned-back values are multiples that `_WHOLE` holds, or None."""
+    """Returns the step whose multiples `_WHOLE` holds after rotating back, or None."""
     format, block = quantizer.format, quantizer.hadamard
     if format.step is None or not scaled_last(quantizer, shape):
         return None
