@@ -1,5 +1,5 @@
-"""Arithmetic on arrays that knows nothing of quantizers.
+"""Array arithmetic that does not depend on quantizers.
 
-Exact operations, rotations, shards, paths, packed codes, and the form of a computation
-that a program gets.
+It holds exact operations, rotations, shards, paths, packed codes, and the choice
+between several forms of a computation.
 """

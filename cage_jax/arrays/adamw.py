@@ -1,4 +1,4 @@
-"""AdamW of one parameter as a function of arrays."""
+"""AdamW for one parameter, as a function of arrays."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from jax import lax
 
 
 class StepNumbers(NamedTuple):
-    """What a step of AdamW is told; float32 scalars.
+    """The numbers that change from one step of AdamW to the next; float32 scalars.
 
     Attributes:
       rate: the learning rate.
-      pull: what the quantization error is added to the update with, 0 while silent.
+      pull: factor of the quantization error in the update, 0 while CAGE is silent.
       first_correction: 1 - b1**t.
       second_correction: 1 - b2**t.
     """
@@ -25,7 +25,7 @@ class StepNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Decay of the moments, what is added to a root, and weight decay.
+    """The hyperparameters of AdamW, and its step.
 
     The arithmetic is that of `optax.adamw`, operation by operation.
     """
@@ -44,16 +44,20 @@ class AdamW:
         x: jax.Array,
         numbers: StepNumbers,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The moments after a step, and the update.
+        """Computes the update of one step and the moments after it.
 
         Args:
-          gradient: float32, like all arrays here but for `first`.
+          gradient: the gradient, float32 like all arrays here except `first`.
           first: the first moment, float32 or bfloat16.
           second: the second moment.
           x: the parameter.
-          numbers: those of the step.
+          numbers: the numbers of this step.
+
+        Returns:
+          The first moment, the second moment and the update.
         """
-        # As of Optax compilers make: the number in the moment's dtype, the product not.
+        # Compilers do the same to Optax's code: b1 is rounded to the dtype of the
+        # moment, but the product is not.
         decay = float(first.dtype.type(self.b1))
         new_first = (1 - self.b1) * gradient + decay * first.astype(x.dtype)
         new_second = (1 - self.b2) * (gradient * gradient) + self.b2 * second

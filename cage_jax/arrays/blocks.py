@@ -16,16 +16,16 @@ from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pi
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How an array is divided into groups; `Quantizer.blocks` makes it.
+    """The division of an array into groups; see `Quantizer.blocks`.
 
     Attributes:
-      shape: the array's.
-      axes: the axes that share a scale, from 0 and ascending.
-      sizes: the length of a group along each of `axes`.
-      tensor_axes: the axes that one tensor of a stack spans, for scale types with one
-        more scale for each tensor.
-      pieces: pairs of an axis and the length that a shard must keep whole: groups, or
-        the blocks of a rotation, or tensors.
+      shape: shape of the array.
+      axes: axes that share a scale, not negative and ascending.
+      sizes: length of a group along each of `axes`.
+      tensor_axes: axes that one tensor of a stack spans, for scale types with one more
+        scale per tensor.
+      pieces: pairs of an axis and the length that a shard must keep whole: groups,
+        blocks of a rotation, or tensors.
       rotated: whether groups are found in a rotated array.
     """
 
@@ -38,44 +38,44 @@ class Blocks:
 
     @functools.cached_property
     def by_axis(self) -> dict[int, int]:
-        """The length of a group by axis."""
+        """Length of a group by axis."""
         return dict(zip(self.axes, self.sizes))
 
     @functools.cached_property
     def count(self) -> int:
-        """The number of elements in a group."""
+        """Number of elements in a group."""
         return math.prod(self.sizes)
 
     @functools.cached_property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of the scales: the array's, a shared axis counting its groups."""
+        """Shape of the scales: as the array, but shared axes count their groups."""
         sizes = [self.by_axis.get(axis, 1) for axis in range(len(self.shape))]
         # An axis without elements has one group of length 0.
         return tuple(n // k if k else 1 for n, k in zip(self.shape, sizes))
 
     @functools.cached_property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of one number for each tensor of a stack."""
+        """Shape of an array with one number per tensor of a stack."""
         axes = self.tensor_axes
         return tuple(1 if i in axes else n for i, n in enumerate(self.shape))
 
     @functools.cached_property
     def _split(self) -> dict[int, int]:
-        """The length of a group along each axis that has several."""
+        """Length of a group along each axis that has several groups."""
         return {axis: n for axis, n in self.by_axis.items() if n != self.shape[axis]}
 
     def _place(self, axis: int) -> int:
-        """Where `split` puts an axis; of one with several groups, their elements."""
+        """Returns the position of an axis after `split`: that of a group's elements."""
         return axis + sum(other <= axis for other in self._split)
 
     @functools.cached_property
     def split_axes(self) -> tuple[int, ...]:
-        """The axes of a group in what `split` returns."""
+        """Axes that a group spans after `split`."""
         return tuple(map(self._place, self.axes))
 
     @functools.cached_property
     def split_tensor_axes(self) -> tuple[int, ...]:
-        """The axes of a tensor in what `split` returns."""
+        """Axes that a tensor spans after `split`."""
         places: list[int] = []
         for axis in self.tensor_axes:
             place = self._place(axis)
@@ -84,7 +84,7 @@ class Blocks:
 
     def split(self, x: jax.Array) -> jax.Array:
         """Reshapes each shared axis to (groups, elements of a group)."""
-        # One axis at a time, the last one first: sharded arrays are reshaped only so.
+        # JAX reshapes sharded arrays only one axis at a time, the last one first.
         for axis, size in reversed(self._split.items()):
             parts = x.shape[axis] // size, size
             x = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :])
@@ -96,11 +96,11 @@ class Blocks:
         """Reduces each group to one number, or to a tree of numbers.
 
         Args:
-          function: of the split array and the axes of a group, which it keeps with
-            size 1.
+          function: takes the split array and the axes of a group, and keeps these axes
+            with size 1.
           x: an array of `shape`.
-          ignores_zeros: whether `function` gives the same where zeros are added to a
-            group; a TPU then has a faster form.
+          ignores_zeros: whether adding zeros to a group leaves the result of `function`
+            unchanged; a TPU then has a faster form.
 
         Returns:
           Arrays of `scale_shape`.
@@ -120,7 +120,7 @@ class Blocks:
         return either(default, self._in_tile_order(tiled, x), x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
-        """Repeats one number a group, of `scale_shape`, for each of its elements."""
+        """Repeats the number of each group, of `scale_shape`, for all its elements."""
         tiled = self._in_tile_order(spread_in_tiles, per_group)
         return either(self._repeat, tiled, per_group)
 
@@ -136,7 +136,7 @@ class Blocks:
         return found
 
     def _in_tile_order(self, function, sharded):
-        """The form for TPU, where groups are parts of one of the last two axes."""
+        """Returns the TPU form, if groups are parts of one of the last two axes."""
         if not self._split or len(self.axes) > 1 or self.rotated:
             return Kernels()
         ((axis, size),) = self._split.items()

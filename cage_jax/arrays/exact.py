@@ -1,14 +1,14 @@
-"""Arithmetic that comes out the same, to the bit, in every program.
+"""Arithmetic whose results are equal, to the bit, in every program.
 
-A compiler turns the division by a broadcast into a product with its reciprocal in one
-program and not in another, and contracts a product and a sum into one operation.
+In one program and not in another, a compiler turns division by a broadcast into a
+product with the reciprocal, or contracts a product and a sum into one operation.
 
 `clamp`, `times`, `finite` and `select` do what `jnp.clip`, `jnp.where` and others do,
-in as few operations as possible. Those of `jax.numpy` are functions of their own in a
-program, with broadcasts of their scalars; a quantized model has thousands of them, and
-each takes time to trace and compile. A loop over layers also receives each broadcast
-as an array, for memory to read again and again, so numbers are operands of products
-and sums here where they can be.
+in as few operations as possible. The functions of `jax.numpy` become functions of their
+own in a program, with broadcasts of their scalars. A quantized model has thousands of
+them, and each takes time to trace and compile. A loop over layers also receives each
+broadcast as an array, which is read from memory again and again. So numbers are
+operands of products and sums here wherever possible.
 """
 
 import jax
@@ -19,23 +19,24 @@ from jax.typing import ArrayLike
 
 
 def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
-    """`a / b`, rounded once; `b` like `a` or a number of its dtype."""
-    # That the divisor depends on `a`, a compiler has to believe: NaN is unequal to
-    # itself. A product, since a selection wants both sharded alike.
+    """Computes `a / b`, rounded once; `b` is like `a` or a number of its dtype."""
+    # The comparison makes the divisor depend on `a`: NaN is unequal to itself, so a
+    # compiler cannot drop it. A select would need both operands sharded alike, so this
+    # multiplies instead.
     one = lax.convert_element_type(lax.eq(a, a), a.dtype)
     return lax.div(a, lax.mul(b, one))
 
 
 def rounded(product: jax.Array) -> jax.Array:
-    """A product that is rounded before it goes into a sum."""
+    """Forces a product to be rounded before it goes into a sum."""
     largest = jnp.finfo(product.dtype).max
     return clamp(product, -largest, largest)
 
 
 def power_below(x: jax.Array) -> jax.Array:
-    """The largest power of two not above `|x|`: 0 below the normal numbers.
+    """Returns the largest power of two not above `|x|`.
 
-    Of an infinity it is infinity, and of NaN too.
+    Subnormal numbers give 0. Infinities and NaN give infinity.
     """
     limits = jnp.finfo(x.dtype)
     word = {32: jnp.int32, 64: jnp.int64}[limits.bits]
@@ -45,23 +46,23 @@ def power_below(x: jax.Array) -> jax.Array:
 
 
 def clamp(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
-    """`x` within two numbers; NaN stays NaN."""
+    """Limits `x` to the range of two numbers; NaN stays NaN."""
     number = np.dtype(x.dtype).type
     return lax.clamp(number(low), x, number(high))
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """`x` times a number."""
+    """Multiplies `x` by a number."""
     return x if factor == 1 else lax.mul(x, np.dtype(x.dtype).type(factor))
 
 
 def finite(value: jax.Array, x: jax.Array) -> jax.Array:
-    """`value`, but NaN where `x` is NaN or an infinity."""
+    """Returns `value`, but NaN where `x` is NaN or an infinity."""
     return lax.select(lax.is_finite(x), value, lax.sub(x, x))
 
 
 def select(condition: jax.Array, x: ArrayLike, other: ArrayLike) -> jax.Array:
-    """`x` where the condition holds, else `other`; one of them may be a number."""
+    """Selects `x` where the condition holds, else `other`; one may be a number."""
     if not isinstance(x, jax.Array):
         x = lax.full_like(other, x)
     elif not isinstance(other, jax.Array):

@@ -19,15 +19,15 @@ _NEAR = 32
 def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
     """Multiplies each block of `axis` by the Hadamard matrix of entries 1 and -1.
 
-    The matrix is Sylvester's. Times `block**-0.5` this is a rotation, which is its own
-    inverse and transpose; without the factor it is exact for small whole numbers, such
-    as codes. It begins with a product of matrices, not with sums, which a compiler
-    could contract with a product that `x` comes from.
+    The matrix is Sylvester's. Multiplied by `block**-0.5`, the transform is a rotation
+    that is its own inverse and transpose. Without the factor it is exact for small
+    integers, such as codes. It begins with a product of matrices, because a compiler
+    could contract a sum with the product that `x` comes from.
 
     Args:
       x: any float array.
       block: a power of two that divides `x.shape[axis]`.
-      axis: the axis to transform, from 0.
+      axis: the axis to transform, not negative.
 
     Returns:
       An array like `x`.
@@ -38,7 +38,7 @@ def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
 def _of_blocks(x, block, axis):
     before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     blocks = x.reshape(*before, size // block, block, *after)
-    # A matrix unit multiplies by the whole matrix fastest.
+    # A matrix unit is fastest with the whole matrix, a CPU with its factors.
     transformed = lax.platform_dependent(
         blocks,
         cpu=functools.partial(_by_factors, axis=axis + 1),
@@ -52,7 +52,7 @@ def _by_product(x, axis):
 
 
 def _by_factors(x, axis):
-    """By the Kronecker factors of the matrix, which are Hadamard matrices too."""
+    """Multiplies by the Kronecker factors of the matrix, also Hadamard matrices."""
     before, block, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     stages = block.bit_length() - 1
     first, second = 2 ** (stages // 2), 2 ** (stages - stages // 2)
@@ -64,7 +64,7 @@ def _by_factors(x, axis):
 
 
 def _of_last_axis(x):
-    """The sum of the far rows, each with its sign, after the product with near ones."""
+    """Multiplies near elements by a matrix, then adds up far rows with their signs."""
     block = x.shape[-1]
     near = min(block, max(_NEAR, block // 4))
     far = block // near
@@ -80,13 +80,13 @@ def _of_last_axis(x):
 
 
 def _times_matrix(x, axis):
-    """The product, its axis the last."""
+    """Multiplies `axis` by the matrix and moves it to the end."""
     matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
     return jnp.tensordot(x, matrix, ((axis,), (0,)), precision=lax.Precision.HIGHEST)
 
 
 def _matrix_times(x, axis):
-    """The product, its axis in place: one of two matrices for each index before it."""
+    """Multiplies `axis` by the matrix in place, batched over the axes before it."""
     matrix = jnp.asarray(hadamard_matrix(x.shape[axis]), x.dtype)
     batch = tuple(range(axis))
     dimensions = (((axis + 1,), (axis,)), (batch, batch))
@@ -95,13 +95,13 @@ def _matrix_times(x, axis):
 
 
 def _for_each_before(matrix, x, axis):
-    """A matrix for each index before `axis`, sharded as `x` is along those axes."""
+    """Repeats the matrix for each index before `axis`, sharded as `x` is there."""
     shape, dimensions = (*x.shape[:axis], *matrix.shape), (axis, axis + 1)
     sharding = jax.typeof(x).sharding
     before = sharding.spec[:axis]
-    if not any(before):  # what is sharded as the compiler likes has none here
+    if not any(before):  # the compiler decides, or nothing is sharded
         return lax.broadcast_in_dim(matrix, shape, dimensions)
-    # Outside of a mesh, JAX from 0.11 on takes no notice of `out_sharding`.
+    # Outside of a mesh, JAX 0.11 and later ignore `out_sharding`.
     with jax.sharding.use_abstract_mesh(sharding.mesh):
         return lax.broadcast_in_dim(
             matrix,
@@ -113,7 +113,7 @@ def _for_each_before(matrix, x, axis):
 
 @functools.cache
 def hadamard_matrix(block: int) -> np.ndarray:
-    """Sylvester's, of entries 1 and -1, float64 of shape (block, block)."""
+    """Returns Sylvester's matrix of entries 1 and -1, float64, (block, block)."""
     matrix = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
