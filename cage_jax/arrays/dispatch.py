@@ -1,9 +1,9 @@
-"""One computation in several forms, of which each program gets the one that suits it.
+"""One computation in several forms; each program gets the form that suits it.
 
-Which form that is cannot be told while a function is traced: the platform may be
-another than that of this process (compiling ahead of time, exporting), and automatic
-partitioning decides later which part of an array a device has. So a primitive stands
-for all forms, and it is replaced by one of them when the program is lowered.
+The form cannot be chosen while a function is traced. The platform may differ from that
+of this process (compiling ahead of time, exporting), and automatic partitioning decides
+later which part of an array a device holds. So a primitive stands for all forms, and
+lowering the program replaces it by one of them.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ _PLATFORMS = ("tpu", "cuda")
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What computes the same as a function of `jax.numpy`, on one device.
+    """Other forms of a `jax.numpy` function, for single devices and platforms.
 
-    True where there is a kernel.
+    An instance is true if it has a kernel.
 
     Attributes:
-      tpu: a function of the same arguments and results, or None where there is none.
-      cuda: likewise.
-      by_name: platforms whose kernel is run only where "pallas" is asked for. A kernel
-        is taken by itself only once it was measured on its platform and took at most
-        1 / 1.15 of the time of the best form of `jax.numpy`.
-      xla_tpu: a function of `jax.numpy`, too, which a TPU does better; or None.
-      xla_cuda: likewise.
-      pieces: the numbers of devices over which a compiler may partition these are the
-        divisors of it; 0 for all.
+      tpu: TPU kernel with the same arguments and results, or None if there is none.
+      cuda: GPU kernel with the same arguments and results, or None.
+      by_name: platforms whose kernel runs only if "pallas" is asked for. A kernel is
+        chosen automatically only once it was measured on its platform and took at most
+        1 / 1.15 of the time of the best `jax.numpy` form.
+      xla_tpu: another `jax.numpy` form, faster on a TPU, or None.
+      xla_cuda: another `jax.numpy` form, faster on a GPU, or None.
+      pieces: a compiler may partition `xla_tpu` and `xla_cuda` over any number of
+        devices that divides this; 0 for any number at all.
     """
 
     tpu: Callable | None = None
@@ -51,7 +51,7 @@ class Kernels:
 
     @property
     def forms(self) -> dict[str, Callable | None]:
-        """All of these functions."""
+        """All forms by name, None where there is none."""
         names = (*_PLATFORMS, *(f"xla_{name}" for name in _PLATFORMS))
         return {name: getattr(self, name) for name in names}
 
@@ -63,28 +63,27 @@ def either(
     implementation: Implementation | None = None,
     path: str = "",
 ) -> Any:
-    """`default(*args)`, or what a kernel makes of them.
+    """Computes `default(*args)`, by a kernel where one can run.
 
-    A kernel is taken where its platform is the one that is compiled for, and where the
-    program runs on one device, or inside of a `shard_map` over all axes of the mesh;
-    elsewhere, and where `kernels` has it run `by_name` alone, the form of `jax.numpy`
-    that suits the platform. Derivatives are those of `default`.
+    A kernel runs if the program is compiled for its platform and runs on one device, or
+    is inside a `shard_map` over all axes of the mesh. Elsewhere, and for platforms in
+    `kernels.by_name`, the `jax.numpy` form that suits the platform runs instead.
+    Derivatives are those of `default`.
 
     Args:
-      default: of `jax.numpy`; a compiler may partition it.
-      kernels: traced where one of them is taken, not before.
+      default: a `jax.numpy` function; a compiler may partition it.
+      kernels: the other forms; a form is traced only once it is chosen.
       *args: trees of arrays.
-      implementation: "xla" for a form of `jax.numpy`; "pallas" for the kernel, or an
-        error where it cannot be taken; None for the kernel where it can and is known to
-        be faster.
-      path: of the parameter, for errors about it.
+      implementation: "xla" for a `jax.numpy` form; "pallas" for the kernel, or an error
+        if it cannot run; None for the kernel if it can run and is known to be faster.
+      path: path of the parameter, for errors about it.
 
     Returns:
-      What `default` returns.
+      The result of `default`.
 
     Raises:
-      ValueError: for "pallas" without a kernel; when the program is lowered, where the
-        platform has none or the program is partitioned automatically.
+      ValueError: for "pallas" without a kernel. Also when the program is lowered, if
+        the platform has no kernel or the program is partitioned automatically.
     """
     check_implementation(implementation)
     if implementation == "pallas" and not kernels:
@@ -119,9 +118,10 @@ def either(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 2))
 def kernel_required(kernels: Kernels, x: jax.Array, path: str) -> jax.Array:
-    """`x`, in programs that can take one of `kernels`; the error has the path.
+    """Returns `x`, or raises an error with the path if no kernel can run.
 
-    So that `either` itself, without a path, is traced once for all arrays of a shape.
+    This check takes the path, so `either` itself can go without one and is traced once
+    for all arrays of a shape.
     """
     itself = Kernels(tpu=kernels.tpu and _itself, cuda=kernels.cuda and _itself)
     return either(_itself, itself, x, implementation="pallas", path=path)
@@ -138,7 +138,7 @@ def _itself(x):
 
 
 def check_implementation(implementation: Implementation | None) -> None:
-    """Raises ValueError for a name that is none."""
+    """Raises ValueError for an unknown name."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(
             f"`implementation` must be one of {get_args(Implementation)}, or None for "
@@ -158,7 +158,8 @@ def _compiled(default, kernels, implementation, path):
     """Compiles `either` for calls outside of `jax.jit`, once for equal functions.
 
     Callers make new closures at each call, so closures are compared by their code and
-    the values they close over. Those that cannot be compared are compiled at each call.
+    the values they close over. Closures that cannot be compared are compiled at each
+    call.
     """
     forms = {name: _Comparable(form) for name, form in kernels.forms.items() if form}
     kernels = dataclasses.replace(kernels, **forms)
@@ -178,7 +179,7 @@ def _compiled_once(default, kernels, implementation, path):
 
 
 class _Comparable:
-    """A function that equals another of the same code and closed-over values."""
+    """A function that equals any other with the same code and closed-over values."""
 
     def __init__(self, function):
         self._function, self._parts = function, _parts(function)
@@ -194,7 +195,7 @@ class _Comparable:
 
 
 def _parts(value):
-    """What decides the result of a function besides its arguments."""
+    """Returns everything besides the arguments that decides a function's result."""
     if isinstance(value, partial):
         return _parts(value.func), _parts(value.args), _parts(value.keywords)
     if isinstance(value, tuple):
@@ -227,7 +228,7 @@ def _lower(context, *args, default, required, by_name, pieces, path, platform, *
     devices = _devices(context.module_context.axis_context)
     if kernel is not None and devices == 1 and (required or platform not in by_name):
         with warnings.catch_warnings():
-            # Until Triton's lowering is gone, what replaces it is not in all versions.
+            # The replacement of Triton's lowering is not in all supported versions yet.
             warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
             return mlir.lower_fun(kernel)(context, *args)
     if required:
@@ -244,7 +245,7 @@ def _lower(context, *args, default, required, by_name, pieces, path, platform, *
 
 
 def _devices(context):
-    """Over how many the compiler partitions what is lowered."""
+    """Returns the number of devices that the compiler partitions the program over."""
     if isinstance(context, mlir.SPMDAxisContext):
         manual = context.manual_axes == frozenset(context.mesh.axis_names)
         return 1 if manual else context.mesh.size

@@ -1,4 +1,4 @@
-"""Codes of 2, 4 and 8 bits packed into words, in the orders that files have.
+"""Codes of 2, 4 and 8 bits packed into words, in the orders that files use.
 
     import cage_jax as cage
     from cage_jax.arrays import packing
@@ -6,8 +6,8 @@
     codes = cage.quantize(kernel, cage.ct_w4a16()).codes.T  # (out, in)
     words = packing.pack(codes, packing.COMPRESSED_TENSORS)  # (out, in / 8), int32
 
-Plain `jax.numpy`: under `jit` and `vmap`, along any axis of a stack, and of sharded
-arrays without a collective where each device has whole words.
+All of it is plain `jax.numpy`. It works under `jit` and `vmap` and along any axis of a
+stack. Sharded arrays need no collective if each device has whole words.
 """
 
 import dataclasses
@@ -26,15 +26,16 @@ from cage_jax.arrays.sharding import across_shards
 class Layout:
     """The order of codes in words.
 
-    The first code of a word is in its lowest bits, the next one `stride` places later.
-    Whole numbers are stored from 0 on, floats as their bits.
+    The lowest bits of a word hold its first code. The next bits hold the code `stride`
+    elements later in the array. Integers are stored with an offset, so that they are
+    not negative, and floats as their bits.
 
     Args:
       word: dtype of a word.
-      stride: how far neighbours in a word are apart in the array.
-      bits: width of a code; None for that of the codes' dtype.
-      zero: how 0 is stored, for whole numbers; None for half of what a code can be.
-      pads: whether an array may end within a word, the rest of which is 0.
+      stride: distance in the array between neighbours in a word.
+      bits: width of a code; None for the width of the codes' dtype.
+      zero: the number that stores the integer 0; None for `2**(bits - 1)`.
+      pads: whether an array may end within a word, which is then filled up with 0.
     """
 
     word: np.dtype
@@ -47,29 +48,31 @@ class Layout:
 COMPRESSED_TENSORS = Layout(np.dtype(np.int32), pads=True)
 """`pack-quantized` of compressed-tensors, along the inputs of (out, in)."""
 FP4 = Layout(np.dtype(np.uint8), bits=4)
-"""E2M1 of MXFP4 and NVFP4 in safetensors: two neighbours a byte."""
+"""E2M1 of MXFP4 and NVFP4 in safetensors: two neighbours per byte."""
 GGUF_4BIT = Layout(np.dtype(np.uint8), stride=16, bits=4)
-"""Q4_0, Q4_1 and MXFP4 of GGUF: of 32 codes the first 16 in the low halves of bytes."""
+"""Q4_0, Q4_1 and MXFP4 of GGUF: the low halves of 16 bytes hold 16 codes, the high
+halves the next 16."""
 GGUF_TQ2_0 = Layout(np.dtype(np.uint8), stride=32, bits=2, zero=1)
-"""TQ2_0 of GGUF: four codes a byte, 32 places apart, of -1, 0 and 1."""
+"""TQ2_0 of GGUF: the codes -1, 0 and 1, four per byte, 32 elements apart."""
 
 
 def pack(codes: jax.Array, layout: Layout, *, axis: int = -1) -> jax.Array:
-    """Codes in words.
+    """Packs codes into words.
 
     Args:
-      codes: int2, int4, int8, float4_e2m1fn or float8 of any shape, such as those of a
-        `QuantizedArray`.
-      layout: their order in the file.
-      axis: along which neighbours go into one word.
+      codes: int2, int4, int8, float4_e2m1fn or float8 of any shape, such as the codes
+        of a `QuantizedArray`.
+      layout: the order of the codes in the file.
+      axis: the axis along which codes are packed.
 
     Returns:
-      `layout.word` of the shape of `codes`, with so many times fewer along `axis`.
+      Words of dtype `layout.word`, with the shape of `codes` except along `axis`, where
+      each word replaces the codes it holds.
 
     Raises:
-      TypeError: for codes of another dtype.
-      ValueError: for an axis that `codes` lack, or that has no whole number of words
-        where the format does not pad them.
+      TypeError: if the codes have another dtype.
+      ValueError: if `codes` lack the axis, or the axis has no whole number of words and
+        the format does not pad.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,21 +106,21 @@ def unpack(
     axis: int = -1,
     length: int | None = None,
 ) -> jax.Array:
-    """The codes that `pack` put into words.
+    """Unpacks the codes that `pack` put into words.
 
     Args:
-      words: `layout.word` of any shape.
-      layout: their order in the file.
-      dtype: of the codes.
-      axis: along which the words are.
-      length: how many codes there are along it; None for all that the words hold.
+      words: words of dtype `layout.word`, of any shape.
+      layout: the order of the codes in the file.
+      dtype: dtype of the codes.
+      axis: the axis along which codes were packed.
+      length: number of codes along `axis`; None for all that the words hold.
 
     Returns:
-      The codes, `dtype`.
+      The codes, of dtype `dtype`.
 
     Raises:
-      TypeError: for words or codes of another dtype.
-      ValueError: for an axis that `words` lack, and a length that is not theirs.
+      TypeError: if words or codes have another dtype.
+      ValueError: if `words` lack the axis, or cannot hold `length` codes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,7 +176,7 @@ def _packed(stored, layout, bits, axis):
         split = (*before, -1, count, layout.stride, *after)
 
         def part(i):
-            if layout.stride == 1:  # a TPU does these in one pass, and the others not
+            if layout.stride == 1:  # a TPU does slices in one pass, but not the other
                 return lax.slice_in_dim(stored, i, None, stride=count, axis=axis)
             return lax.index_in_dim(stored.reshape(split), i, axis + 1, keepdims=False)
 
@@ -186,7 +189,7 @@ def _packed(stored, layout, bits, axis):
 
 
 def _stored(codes, layout, bits):
-    """The bits of each code in an int32."""
+    """Returns the bits of each code as an int32."""
     if jnp.issubdtype(codes.dtype, jnp.floating):
         return lax.bitcast_convert_type(codes, f"uint{bits}").astype(jnp.int32)
     return codes.astype(jnp.int32) + _zero(layout, bits)
@@ -215,7 +218,7 @@ def _axis(axis, x, name):
 
 
 def _bits(dtype, layout, name):
-    """The width of a code, and how many are in a word."""
+    """Returns the width of a code, and the number of codes in a word."""
     bits = 0
     if jnp.issubdtype(dtype, jnp.signedinteger):
         bits = jnp.iinfo(dtype).bits
@@ -231,14 +234,14 @@ def _bits(dtype, layout, name):
 
 
 def pack_bits(numbers: Any, bits: int) -> Any:
-    """Numbers of `bits` bits each in bytes, the last of which ends with zeros.
+    """Packs numbers of `bits` bits into bytes; zeros fill the last byte.
 
     Args:
-      numbers: uint8 of shape (count,), below 2**bits; of NumPy or jax.
+      numbers: uint8 of shape (count,), below 2**bits; a NumPy or JAX array.
       bits: 1 to 8.
 
     Returns:
-      uint8 of shape (ceil(count * bits / 8),), of NumPy or jax as `numbers`.
+      uint8 of shape (ceil(count * bits / 8),), a NumPy or JAX array like `numbers`.
 
     Example:
       >>> import numpy as np
@@ -267,15 +270,15 @@ def pack_bits(numbers: Any, bits: int) -> Any:
 
 
 def unpack_bits(data: Any, bits: int, count: int) -> Any:
-    """The first `count` numbers that `pack_bits` put into bytes.
+    """Unpacks the first `count` numbers that `pack_bits` put into bytes.
 
     Args:
-      data: uint8 of shape (ceil(count * bits / 8),), of NumPy or jax.
+      data: uint8 of shape (ceil(count * bits / 8),), a NumPy or JAX array.
       bits: 1 to 8.
-      count: how many numbers.
+      count: number of numbers.
 
     Returns:
-      uint8 of shape (count,), of NumPy or jax as `data`.
+      uint8 of shape (count,), a NumPy or JAX array like `data`.
     """
     together, width = _period(bits)
     xp = _library(data)
@@ -293,7 +296,7 @@ def unpack_bits(data: Any, bits: int, count: int) -> Any:
 
 
 def _period(bits):
-    """How many numbers fill how many whole bytes."""
+    """Returns the fewest numbers that fill whole bytes, and the number of bytes."""
     whole = math.lcm(bits, 8)
     return whole // bits, whole // 8
 
