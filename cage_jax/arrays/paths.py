@@ -1,4 +1,4 @@
-"""The path of a parameter as a string that is the same in every framework."""
+"""Paths of parameters as strings that are the same in every framework."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,10 +20,10 @@ def flatten_with_paths(
 ) -> tuple[list[str], list[Any], Any]:
     """Flattens a tree, with the path of each leaf as a string.
 
-    The keys are joined by `/`. Dict keys, list indices and attributes read alike, and
-    two things are left out because they are there at one time and not at another: the
-    box around a variable (`.value` of an NNX variable or of Linen's
-    `with_partitioning`), and the leading collection name `params` of Linen.
+    The keys are joined by `/`. Dict keys, list indices and attributes look the same.
+    Two things are left out, because they are not always there: the box around a
+    variable (`.value` of an NNX variable or of Linen's `with_partitioning`), and
+    Linen's leading collection name `params`.
 
     Args:
       tree: any pytree.
@@ -39,7 +39,7 @@ def flatten_with_paths(
 def flatten_with_keys(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[KeyPath], list[Any], Any]:
-    """`flatten_with_paths`, with jax's own keys and with the collection `params`."""
+    """Does `flatten_with_paths`, with JAX's own keys and with `params` kept."""
 
     def stop(node):
         return _is_box(node) or (is_leaf is not None and is_leaf(node))
@@ -53,7 +53,7 @@ def flatten_with_keys(
 
 
 def _is_box(node: Any) -> bool:
-    """Whether `node` is Flax's wrapper around one array; Flax need not be there."""
+    """Tells whether `node` is Flax's box around one array, without importing Flax."""
     return any(
         kind.__name__ in ("Variable", "AxisMetadata")
         and kind.__module__.partition(".")[0] == "flax"
@@ -74,14 +74,14 @@ def path_in_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        # Subclasses, such as jax's for tracers, take other arguments than a text.
+        # Subclasses, such as JAX's for tracers, do not take a message as the argument.
         kind = TypeError if isinstance(error, TypeError) else ValueError
         text, parameter = str(error), f"`{path}`: " if path else ""
         raise kind(text if text.startswith(parameter) else parameter + text) from error
 
 
 def name_of(key: Any) -> str:
-    """A key of a tree as a string."""
+    """Returns a key of a tree as a string."""
     match key:
         case DictKey(key=name) | FlattenedIndexKey(key=name):
             return str(name)

@@ -1,4 +1,4 @@
-"""Arrays split over devices: what splits their axes once more."""
+"""Functions on sharded arrays that split axes into pieces."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 
 def across_shards(function: Callable, x: jax.Array, sizes: Mapping[int, int]) -> Any:
-    """`function(x)`, which splits the axes in `sizes` into pieces of these sizes.
+    """Calls a `function` that splits the axes in `sizes` into pieces of these sizes.
 
-    Explicit shards that cut a piece are no sharding of what is split: then the axes of
-    the mesh are automatic inside of `function`. What it returns is sharded as `x`,
-    along the axes that the devices still divide.
+    If explicit shards cut a piece, the split array cannot keep their sharding, so the
+    axes of the mesh are automatic inside of `function`. The result is sharded as `x`
+    along all axes that the devices still divide.
     """
     sharding = jax.typeof(x).sharding
     devices = devices_along(sharding, x.ndim)
@@ -32,12 +32,12 @@ def across_shards(function: Callable, x: jax.Array, sizes: Mapping[int, int]) ->
 
 
 class Shards(NamedTuple):
-    """What a program says of where an array is.
+    """An array's explicit sharding.
 
     Attributes:
       mesh: the devices.
       spec: how they divide the array.
-      shape: of what one of them has.
+      shape: shape of the part on one device.
     """
 
     mesh: AbstractMesh
@@ -46,9 +46,10 @@ class Shards(NamedTuple):
 
 
 def shards_of(x: jax.Array, pieces: Iterable[tuple[int, int]]) -> Shards | None:
-    """Explicit shards that keep pieces, pairs of axis and length, whole; else None.
+    """Returns the explicit shards of `x` if they keep all pieces whole, else None.
 
-    Then what is done with each piece can be done in a `shard_map`.
+    Pieces are pairs of an axis and a length. If they are whole, a `shard_map` can
+    process each of them.
     """
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
@@ -62,7 +63,7 @@ def shards_of(x: jax.Array, pieces: Iterable[tuple[int, int]]) -> Shards | None:
 
 
 def devices_along(sharding: NamedSharding, ndim: int) -> list[int]:
-    """Over how many devices each axis is split."""
+    """Returns the number of devices that split each axis."""
     names = [(n,) if isinstance(n, str) else n or () for n in sharding.spec]
     counts = [math.prod(sharding.mesh.shape[n] for n in each) for each in names]
     return counts + [1] * (ndim - len(counts))

@@ -1,11 +1,12 @@
-"""Groups in the order in which a TPU has an array in memory.
+"""Groups in the order in which a TPU stores an array.
 
-There an array is tiles of 8 rows by 128 columns. To split an axis into groups, a
-compiler copies it into another layout and back, or does what comes before and after in
-passes of their own. An array of (rows / 8, columns / 128, 8, 128) is the same memory:
-groups are whole axes of that, once it is split where tiles end. Of groups that are
-shorter than a tile it has several side by side, each of which is found with the others
-masked. Nothing is copied, and all is done in one pass with its neighbours.
+A TPU stores an array as tiles of 8 rows by 128 columns. To split an axis into groups, a
+compiler copies the array into another layout and back, or computes what comes before
+and after in separate passes. An array of shape (rows / 8, columns / 128, 8, 128) has
+the same layout in memory, and once it is split at the ends of tiles, groups are whole
+axes of it. A tile can hold several shorter groups side by side; each is reduced with
+the others masked. So nothing is copied, and everything is done in one pass with the
+operations around it.
 """
 
 import math
@@ -20,18 +21,18 @@ from jax.sharding import NamedSharding
 from cage_jax.arrays.sharding import devices_along
 
 LANES = 128
-# Below that an array stays on the chip, and one program more costs more than it saves.
+# Smaller arrays stay on the chip, where one more program costs more than it saves.
 SMALLEST = 2**18
 _ROWS = 8
-# Each masks a tile once more: eight take longer than the copies, by the compiler's own
-# estimate of cycles.
+# The groups in one tile. Each masks the tile once more, and by the compiler's own
+# estimate of cycles, eight take longer than the copies.
 _MOST_GROUPS = 4
 
 
 def is_large(shape: tuple[int, ...], least: int) -> bool:
-    """Whether an array has so many elements that it is worth a kernel, or tiles.
+    """Tells whether an array has enough elements to be worth a kernel, or tiles.
 
-    One is not that has any length, while a program is exported.
+    An array of symbolic shape, as in a program being exported, is not.
     """
     lengths_known = all(isinstance(length, int) for length in shape)
     return lengths_known and math.prod(shape) >= least
@@ -40,17 +41,18 @@ def is_large(shape: tuple[int, ...], least: int) -> bool:
 def tile_pieces(
     shape: tuple[int, ...], axis: int, size: int, sharding: NamedSharding
 ) -> int | None:
-    """Into how many pieces of whole tiles and groups both last axes can be cut.
+    """Counts the pieces of whole tiles and groups that the last two axes divide into.
 
     Args:
-      shape: of an array.
-      axis: of its groups: -1 or -2.
-      size: of a group.
-      sharding: of the array, or of what it has for each group.
+      shape: shape of the array.
+      axis: axis of its groups, -1 or -2.
+      size: length of a group.
+      sharding: sharding of the array, or of its array of one number per group.
 
     Returns:
-      What the number of devices has to divide that have a part each; None where an
-      array is small or no such tiles, or where its explicit shards cut them.
+      A number that the number of devices must divide if they split the array. None if
+      the array is small or does not consist of such tiles, or if its explicit shards
+      cut them.
     """
     if axis < -2 or len(shape) < 2 or not is_large(shape, SMALLEST):
         return None
@@ -69,14 +71,14 @@ def tile_pieces(
 
 
 def reduce_in_tiles(function: Callable, x: jax.Array, axis: int, size: int) -> Any:
-    """What `function(blocks, axes)` gives for each group.
+    """Reduces each group of an array in its order in memory.
 
     Args:
-      function: reduces `axes`, which it keeps with size 1, and gives the same where
-        zeros are added to what it reduces.
-      x: an array (..., rows, columns) of such tiles.
-      axis: of its groups: -1 or -2.
-      size: of a group.
+      function: called as `function(blocks, axes)`. It reduces `axes`, keeps them with
+        size 1, and gives the same result if zeros are added to its input.
+      x: an array (..., rows, columns) for which `tile_pieces` is not None.
+      axis: axis of its groups, -1 or -2.
+      size: length of a group.
 
     Returns:
       A tree of arrays (..., rows, columns / size), or (..., rows / size, columns).
@@ -113,12 +115,12 @@ def reduce_in_tiles(function: Callable, x: jax.Array, axis: int, size: int) -> A
 
 
 def spread_in_tiles(per_group: jax.Array, axis: int, size: int) -> jax.Array:
-    """What each group has once, for each of its elements.
+    """Repeats the number of each group for all its elements.
 
     Args:
       per_group: an array (..., rows, groups), or (..., groups, columns).
-      axis: of the groups: -1 or -2.
-      size: of a group.
+      axis: axis of the groups, -1 or -2.
+      size: length of a group.
 
     Returns:
       An array (..., rows, columns).
@@ -148,9 +150,9 @@ def spread_in_tiles(per_group: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _tiles(x):
-    """(..., rows / 8, columns / 128, 8, 128)."""
+    """Reshapes to (..., rows / 8, columns / 128, 8, 128)."""
     *stack, rows, columns = x.shape
-    # One axis at a time, the last one first: sharded arrays are reshaped only so.
+    # JAX reshapes sharded arrays only one axis at a time, the last one first.
     x = x.reshape(*stack, rows, columns // LANES, LANES)
     x = x.reshape(*stack, rows // _ROWS, _ROWS, columns // LANES, LANES)
     return jnp.moveaxis(x, -3, -2)
@@ -163,13 +165,13 @@ def _untiled(tiles):
 
 
 def _group(x, size):
-    """Which of the groups of a tile each element of tiles is in."""
+    """Returns the index, within its tile, of the group of each element."""
     return _along(-1, x) >> (size.bit_length() - 1)
 
 
 def _along(axis, x):
-    """Where each element is along an axis."""
-    sharding = jax.typeof(x).sharding  # whatever is explicit of it
+    """Returns the index of each element along an axis."""
+    sharding = jax.typeof(x).sharding  # its explicit part, if any
     return lax.broadcasted_iota(
         jnp.int32, x.shape, x.ndim + axis, out_sharding=sharding
     )
