@@ -1,4 +1,4 @@
-"""`Rules`: one table that says by path how each parameter is quantized."""
+"""`Rules`: one table that says, by path, how each parameter is quantized."""
 
 import difflib
 import re
@@ -15,9 +15,7 @@ from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scales import Grid, compute_dtype
 
-INPUT_GRIDS = (
-    "input_grids"  # where NNX modules keep grids; no rule is for what is there
-)
+INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
 class Rule(NamedTuple):
@@ -26,7 +24,7 @@ class Rule(NamedTuple):
     Attributes:
       pattern: a regular expression for whole paths.
       weights: the quantizer of the parameter, or None.
-      inputs: the quantizer of what it is multiplied with, or None.
+      inputs: the quantizer of the parameter's input, or None.
     """
 
     pattern: str
@@ -48,14 +46,14 @@ class Rules:
       rules: tuples of a regular expression, which must match the whole path of a
         parameter (`re.fullmatch`), and a `Quantizer`, or None to leave the parameter
         alone. A parameter that no pattern matches is left alone too. A third entry is
-        the `Quantizer` of what the parameter is multiplied with, its input, see
-        `quantize_activations`. Paths are joined by "/", such as
+        the `Quantizer` of the parameter's input, the array that it is multiplied with,
+        see `quantize_activations`. Paths are joined by "/", such as
         "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
         Linen (with or without the leading "params") and NNX (with or without the
         trailing ".value").
 
     Raises:
-      TypeError: for something else than tuples of a string and a `Quantizer` or None.
+      TypeError: for anything but tuples of a string and a `Quantizer` or None.
       ValueError: for a pattern that is not a regular expression.
 
     Example:
@@ -80,10 +78,10 @@ class Rules:
         self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
 
     def match(self, path: str) -> Quantizer | None:
-        """The quantizer of the parameter at `path`, or None.
+        """Returns the quantizer of the parameter at `path`, or None.
 
         Args:
-          path: joined by "/".
+          path: the parameter's path, joined by "/".
 
         Returns:
           The `Quantizer` of the first rule whose pattern matches the whole path.
@@ -96,10 +94,10 @@ class Rules:
         return None if rule is None else rule.weights
 
     def match_inputs(self, path: str) -> Quantizer | None:
-        """The quantizer of what the parameter at `path` is multiplied with, or None.
+        """Returns the quantizer of the input of the parameter at `path`, or None.
 
         Args:
-          path: joined by "/".
+          path: the parameter's path, joined by "/".
 
         Returns:
           The third entry of the first rule whose pattern matches the whole path.
@@ -114,7 +112,7 @@ class Rules:
         return None if rule is None else rule.inputs
 
     def rule_of(self, path: str) -> Rule | None:
-        """The first rule whose pattern matches the whole path, or None."""
+        """Returns the first rule whose pattern matches the whole path, or None."""
         index = self._index(path)
         return None if index is None else self._rules[index]
 
@@ -122,18 +120,18 @@ class Rules:
         """Calls `function(path, quantizer, leaf, *rest)` on each quantized parameter.
 
         Args:
-          function: gets the path, the `Quantizer`, the leaf of `tree` and those of
-            `rest` in the same place (which may be None or a subtree there).
-          tree: of arrays. Scalars and arrays without elements have nothing to
+          function: gets the path, the `Quantizer`, the leaf of `tree`, and the part of
+            each of `rest` in the same place (which may be None or a subtree).
+          tree: a tree of arrays. Scalars and arrays without elements have nothing to
             quantize and are left alone.
           rest: trees with the structure of `tree` down to its leaves.
 
         Returns:
-          `tree` with the results in place; the other leaves are the very same, or
-          those of the first of `rest` where there is one.
+          `tree` with the results in place. The other leaves are returned as they are,
+          or replaced by those of the first of `rest` if there is one.
 
         Raises:
-          TypeError, ValueError: what `function` raises, with the parameter's path in
+          TypeError, ValueError: the errors of `function`, with the parameter's path in
             front, and TypeError for a matched parameter that is not real floating.
 
         Example:
@@ -157,10 +155,10 @@ class Rules:
         return structure.unflatten(results)
 
     def misses(self, tree: Any) -> bool:
-        """Whether there is a quantizer here, but none for any leaf of `tree`.
+        """Returns whether the table has a quantizer, but none for any leaf of `tree`.
 
         Args:
-          tree: of arrays.
+          tree: a tree of arrays.
 
         Example:
           >>> import cage_jax as cage
@@ -172,10 +170,10 @@ class Rules:
         return not any(map(self.match, _flatten(tree)[0]))
 
     def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
-        """The quantizer and the leaf of each parameter that is quantized, by path.
+        """Returns the quantizer and the leaf of each quantized parameter, by path.
 
         Args:
-          tree: of arrays.
+          tree: a tree of arrays.
 
         Returns:
           A dict in the order of the tree's leaves.
@@ -208,15 +206,15 @@ class Rules:
         return found
 
     def report(self, params: Any) -> Report:
-        """What becomes of each parameter: quantizer, bits, bytes, or why it is skipped.
+        """Reports each parameter's quantizer, bits and bytes, or why it is skipped.
 
         Warns of a rule that matches nothing, with the nearest path if one is near, and
-        of shardings that cut a rotated block, or groups, such that devices send each
-        other weights at each step.
+        of shardings that cut a rotated block or groups, so that devices send each other
+        weights at each step.
 
         Args:
-          params: a tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings
-            where there are.
+          params: a tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings if
+            they have any.
 
         Returns:
           A `Report`; print it, or read its `rows`.
@@ -240,7 +238,7 @@ class Rules:
         unused = [
             rule.pattern
             for i, rule in self._unused(paths)
-            # What is left for a closing (".*", None) may be nothing.
+            # A closing (".*", None) may have nothing left to decide.
             if rule.weights
             or rule.inputs
             or not any(map(self._compiled[i].fullmatch, paths))
@@ -253,10 +251,11 @@ class Rules:
         return report
 
     def why_unused(self, tree: Any) -> tuple[str, ...]:
-        """Of each rule that has a quantizer and decides nothing, why; as sentences.
+        """Explains why rules with a quantizer decide nothing, in a sentence for each.
 
         Args:
-          tree: of arrays. Where `optax.masked` has hidden a part of it nothing is said.
+          tree: a tree of arrays. If `optax.masked` has hidden a part of it, there are
+            no sentences.
 
         Example:
           >>> import cage_jax as cage
@@ -334,7 +333,7 @@ class Rules:
 
     @property
     def in_words(self) -> str:
-        """As warnings name it: a table of many rules by its first."""
+        """Name of the table in warnings: if it has many rules, by the first one."""
         if len(self) < 3:
             return repr(self)
         return f"the {len(self)} rules from {self._rules[0].pattern!r} on"
@@ -350,7 +349,7 @@ class Rules:
 
 
 def check_rules(rules: Any, remedy: str = "") -> None:
-    """Raises for something else than `Rules`."""
+    """Raises for anything but `Rules`."""
     if not isinstance(rules, Rules):
         raise TypeError(
             f"`rules` must be Rules; got {type(rules).__name__}. Build them with "
@@ -359,7 +358,7 @@ def check_rules(rules: Any, remedy: str = "") -> None:
 
 
 def unused_text(pattern: str, paths: list[str]) -> str:
-    """Why a pattern decides nothing, and what is near."""
+    """Explains why a pattern decides nothing, and names a path near it."""
     shadowed = [path for path in paths if re.fullmatch(pattern, path)]
     if shadowed:
         return (
@@ -418,7 +417,7 @@ def _checked(rules) -> tuple[Rule, ...]:
 
 
 def _flatten(tree):
-    """Learned grids are leaves: what they consist of is no parameter of the model."""
+    """Flattens a tree; learned grids are leaves, as their parts are not parameters."""
     return flatten_with_paths(tree, is_leaf=_is_grid)
 
 

@@ -16,13 +16,13 @@ class Row(NamedTuple):
     """One parameter of a `Report`.
 
     Attributes:
-      path: joined by "/".
-      shape: of the parameter.
-      dtype: of the parameter.
-      quantizer: None where it is left alone.
-      quantized_bits: of all codes, scales and zero points; None where left alone.
-      reason: why it is left alone; None where it is quantized.
-      inputs: the quantizer that its rule has for what it is multiplied with, or None.
+      path: the parameter's path, joined by "/".
+      shape: the parameter's shape.
+      dtype: the parameter's dtype.
+      quantizer: its quantizer; None if it is left alone.
+      quantized_bits: bits of all codes, scales and zero points; None if left alone.
+      reason: why it is left alone; None if it is quantized.
+      inputs: the quantizer that its rule has for its input, or None.
       split: why devices send each other weights to quantize it, or None.
     """
 
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many weights the parameter has."""
+        """Number of weights in the parameter."""
         return math.prod(self.shape)
 
     @property
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight, scales and zero points included."""
+        """Bits per weight, scales and zero points included."""
         return 8 * self.bytes_after / self.size if self.size else 0.0
 
 
@@ -63,7 +63,7 @@ class Report:
     """What a table of rules makes of a tree of parameters; `print` shows a table.
 
     Attributes:
-      rows: one `Row` a parameter.
+      rows: one `Row` for each parameter.
       unused_rules: the patterns that decide nothing.
     """
 
@@ -82,13 +82,13 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight over all parameters."""
+        """Bits per weight over all parameters."""
         size = sum(row.size for row in self.rows)
         return 8 * self.bytes_after / size if size else 0.0
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Why devices send each other weights, each once with the first path."""
+        """Reasons why devices exchange weights, each once with its first path."""
         paths: dict[str, list[str]] = {}
         for row in self.rows:
             if row.split is not None:
@@ -116,16 +116,16 @@ class Report:
 
 
 def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | None:
-    """Why devices send each other weights to quantize an array, or None.
+    """Explains why devices send each other weights to quantize an array, or gives None.
 
-    A scale that they find together is no reason: of that they send a number each.
+    A scale that they compute together is no reason: for that each sends one number.
     """
     if not isinstance(sharding, NamedSharding):
         return None
     devices = devices_along(sharding, len(shape))
     for axis, size in quantizer.blocks(shape).by_axis.items():
         here, block = shape[axis] // devices[axis], quantizer.hadamard
-        if shape[axis] % devices[axis]:  # no array can be sharded so
+        if shape[axis] % devices[axis]:  # no array can be sharded like this
             continue
         if block is not None and here % block:
             name, value = "hadamard", block
@@ -144,7 +144,7 @@ def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | 
 
 
 def table(cells: Sequence[Sequence[str]], left: int) -> str:
-    """Lines of cells in columns, the first `left` of them to the left."""
+    """Formats cells in columns, the first `left` of them aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join(
