@@ -1,5 +1,5 @@
-"""Quantizing a whole program, unedited.
+"""Quantization of whole programs, without editing them.
 
-The product that each parameter is in, the inputs of products, products of codes, caches
-of keys and values, and the report of a model.
+It finds the products of parameters with data, quantizes their inputs, multiplies codes,
+caches keys and values, and reports on a model.
 """

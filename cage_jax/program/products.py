@@ -1,9 +1,9 @@
 """The products of a program in which a parameter meets data.
 
 A program is traced to a jaxpr, so it does not matter which framework, layer or operator
-made a product: a Dense of Linen, an Einsum of NNX, `x @ w` in a module of one's own, a
-tied embedding. `find` lists its products; `map_inputs` runs it with another input put
-in the place of each.
+made a product: a Linen Dense, an NNX Einsum, `x @ w` in a custom module, a tied
+embedding. `find` lists the products; `map_inputs` runs the program with other inputs in
+them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ from jax.extend.core import (
     jaxpr_as_fun,
 )
 
-# A program of this name quantizes and dequantizes its first argument, and so is a value
-# of that, whatever the grid; its products, with a matrix that rotates, are none of the
-# model's.
+# A program of this name quantizes and dequantizes its first argument, so its result has
+# the origin of that argument, whatever the grid. Its own products, with a matrix that
+# rotates, do not belong to the model.
 FAKE_QUANT = "_cage_jax_fake_quant"
 
-# What is known of a value: the paths of the parameters that it is computed from, if
-# from nothing else; None where it depends on data.
+# The paths of the parameters that a value is computed from, if it is computed from
+# nothing else; None if it depends on data.
 Origin = tuple[str, ...] | None
 DATA: Origin = None
 
@@ -35,14 +35,14 @@ class Product(NamedTuple):
     """A product of a parameter with data.
 
     Attributes:
-      paths: of the parameter; of several if the factor is computed from them.
+      paths: the path of the parameter; several if the factor is computed from several.
       operation: "dot_general" or "conv_general_dilated".
-      shape: of the input, the other factor.
-      features: the axes of the input that are summed over, ascending; of a convolution
+      shape: the shape of the input, the other factor.
+      features: the axes of the input that are summed over, ascending; for a convolution
         its channels.
       repeats: lengths of the scans around it, the outermost first.
-      beyond: the name of an operation inside of which its input cannot be replaced, or
-        None.
+      beyond: the name of the operation around it that keeps its input from being
+        replaced, or None.
     """
 
     paths: tuple[str, ...]
@@ -53,17 +53,17 @@ class Product(NamedTuple):
     beyond: str | None = None
 
 
-# Gets the name and a product, its input and what was given for it; returns the input to
-# take instead, and an array or tree to record.
+# Takes the name, a product, its input and what was given for it; returns the input to
+# use instead, and an array or tree to record.
 Visit = Callable[[str, Product, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def find(program: ClosedJaxpr, origins: Sequence[Origin]) -> list[Product]:
-    """All products in `program` of a parameter with data, in their order.
+    """Finds all products of a parameter with data in `program`, in their order.
 
     Args:
-      program: of `jax.make_jaxpr`.
-      origins: of its inputs.
+      program: the result of `jax.make_jaxpr`.
+      origins: the origins of its inputs.
     """
     return _follow(program.jaxpr, _with_constants(program, origins))[1]
 
@@ -79,17 +79,17 @@ def map_inputs(
     """Runs `program` with other inputs in its products.
 
     Args:
-      program: of `jax.make_jaxpr`.
-      origins: of its inputs.
+      program: the result of `jax.make_jaxpr`.
+      origins: the origins of its inputs.
       values: its inputs.
-      wanted: a name for each product whose input is replaced, or None. Products inside
-        a scan of those names get one entry of what is given, and record one, for each
+      wanted: gives the name of each product whose input is replaced, else None. Named
+        products inside a scan get one entry of `given`, and record one, for each
         repetition.
       visit: called for each product that is wanted.
-      given: by name, for `visit`.
+      given: what `visit` is given, by name.
 
     Returns:
-      The outputs, and by name what was recorded, an entry for each product.
+      The outputs, and the records by name, an entry for each product.
     """
     run = _Run(wanted, visit)
     return run.program(program, _with_constants(program, origins), values, given)
@@ -104,7 +104,7 @@ def _with_constants(program, origins):
 
 
 def _follow(jaxpr: Jaxpr, origins) -> tuple[list[Origin], list[Product]]:
-    """The origins of the outputs, and the products inside."""
+    """Returns the origins of the outputs, and the products inside."""
     known = _Known(jaxpr, origins)
     products: list[Product] = []
     for eqn in jaxpr.eqns:
@@ -122,7 +122,7 @@ class _Known:
         return [() if isinstance(a, Literal) else self._origins[a] for a in atoms]
 
     def step(self, eqn) -> list[Product]:
-        """Goes past one equation; the products inside."""
+        """Follows one equation and returns the products inside."""
         origins = self.read(eqn.invars)
         outputs, products = _step(eqn, origins)
         self._origins.update(zip(eqn.outvars, outputs))
@@ -157,7 +157,7 @@ def _follow_scan(eqn, origins):
 
 
 def _settled(eqn, origins):
-    """The origins of a scan's inputs, whatever the repetition."""
+    """Returns the origins of a scan's inputs that hold in every repetition."""
     program, origins = eqn.params["jaxpr"], list(origins)
     while True:
         outputs, _ = _follow(program.jaxpr, _with_constants(program, origins))
@@ -173,18 +173,18 @@ def _carried(eqn):
 
 
 def _opaque(eqn, origins):
-    """The products in jaxprs that cannot be run otherwise, supposing the worst."""
+    """Finds products in jaxprs whose inputs cannot be replaced, assuming the worst."""
     found: list[Product] = []
     for jaxpr in subjaxprs(eqn.params):
         count = len(jaxpr.invars)
-        # Whatever leads the operands (predicates, constants) leads them.
+        # Operands that the jaxpr lacks (predicates, constants) come first.
         inner = list(origins)[-count:] if count <= len(origins) else [DATA] * count
         found += _follow(jaxpr, [DATA] * len(jaxpr.constvars) + inner)[1]
     return [p._replace(beyond=p.beyond or eqn.primitive.name) for p in found]
 
 
 def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The programs among the parameters of an operation."""
+    """Yields the jaxprs among the parameters of an operation."""
     for value in params.values():
         for each in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(each, ClosedJaxpr):
@@ -194,7 +194,7 @@ def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def _join(origins) -> Origin:
-    """The origin of what is computed from all of these."""
+    """Returns the origin of a value computed from all of these."""
     paths: list[str] = []
     for origin in origins:
         if origin is DATA:
@@ -204,7 +204,7 @@ def _join(origins) -> Origin:
 
 
 def scan_counts(eqn):
-    """The numbers of constants and of carried values that lead a scan's operands."""
+    """Counts the constants and the carried values, a scan's first operands."""
     if "ft_in" in eqn.params:  # from JAX 0.11 on
         constants, carry, _ = eqn.params["ft_in"].unpack()
         return len(constants), len(carry)
@@ -212,7 +212,7 @@ def scan_counts(eqn):
 
 
 def inner_program(eqn):
-    """The jaxpr and the constants of a plain call, or None."""
+    """Returns the jaxpr and the constants of a plain call, or None."""
     if eqn.primitive.name not in _CALLS:
         return None
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
@@ -239,7 +239,7 @@ def _product(eqn, origins) -> Product | None:
 
 
 def _data_side(origins) -> int | None:
-    """Which of the two factors is data, where the other one is a parameter."""
+    """Returns which factor is data, if the other is a parameter; else None."""
     for side in (0, 1):
         if origins[side] is DATA and origins[1 - side]:
             return side
@@ -260,7 +260,7 @@ _FEATURES = {
 
 
 class _Run:
-    """Runs jaxprs, with `visit` at each product that is wanted."""
+    """Runs jaxprs, and calls `visit` at each product that is wanted."""
 
     def __init__(self, wanted, visit):
         self._wanted = wanted
@@ -345,7 +345,7 @@ class _Run:
 
 
 def unchanged(eqn):
-    """An equation as a function of its inputs to the list of its outputs."""
+    """Returns an equation as a function from its inputs to a list of its outputs."""
     inputs = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
     about = DebugInfo(
         "products",
