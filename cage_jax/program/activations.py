@@ -1,9 +1,9 @@
-"""Activations: the inputs of a program's products quantized, by the weight's path.
+"""Quantized activations: the inputs of a program's products, by the weight's path.
 
-The input of a product is seen as a matrix of (tokens, features): the features are
-summed over with the weight, the tokens are all the rest. An input quantizer says what
-of it shares a scale: `axis=-1` the features (a scale per token), `axis=0` the tokens (a
-scale per feature), `axis=None` everything.
+The input of a product is treated as a matrix of (tokens, features). The features are
+summed over with the weight; the tokens are all other axes. The axis of an input
+quantizer shares a scale: `axis=-1` the features (a scale per token), `axis=0` the
+tokens (a scale per feature), `axis=None` everything.
 """
 
 import dataclasses
@@ -25,30 +25,32 @@ from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scales import Grid
 
-INPUTS = "/inputs"  # behind a weight's path: where the grid of its input is kept
+INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
 
 
 def quantize_activations(function: Callable, rules: Rules) -> Callable:
-    """`function` with the inputs of its weights quantized, as the rules say by path.
+    """Quantizes the inputs of the weights in `function`, as the rules say by path.
 
-    Whatever multiplies a weight is found in the traced program: layers of any
-    framework, `x @ w`, convolutions, tied embeddings, under `jax.jit`, `jax.checkpoint`
-    and `jax.lax.scan`. The weights themselves are not quantized here, but by
-    `fake_quant(params, rules)` before. Call it under `jax.jit`: else it is traced anew
-    by each call.
+    All products with a weight are found in the traced program: layers of any framework,
+    `x @ w`, convolutions, tied embeddings, under `jax.jit`, `jax.checkpoint` and
+    `jax.lax.scan`. The weights themselves are not quantized; apply
+    `fake_quant(params, rules)` first. Call the result under `jax.jit`, otherwise each
+    call traces it anew.
 
     Args:
-      function: of parameters, then anything, to a tree of arrays. What of the rest is
-        no array is left as it is, such as `train=True`.
-      rules: of which some have a quantizer for inputs, along axis -1, 0 or None: the
-        features, the tokens, or all of the input as a matrix of (tokens, features).
+      function: a function of parameters, and any other arguments, that returns a tree
+        of arrays. Arguments that are no arrays are left as they are, such as
+        `train=True`.
+      rules: a table in which some rules have a quantizer for inputs, along axis -1, 0
+        or None: the features, the tokens, or all of the input as a matrix of (tokens,
+        features).
 
     Returns:
       A function like `function`. Its first argument may be what `calibrate` returns.
 
     Raises:
-      TypeError: for something else than `Rules`.
-      ValueError: by a call, for a rule with inputs whose parameters multiply nothing,
+      TypeError: for anything but `Rules`.
+      ValueError: in a call, for a rule with inputs whose parameters multiply nothing,
         for an input without the axis, for a grid that was not calibrated, and for a
         product that is out of reach, such as in a custom derivative.
 
@@ -89,7 +91,7 @@ def quantize_activations(function: Callable, rules: Rules) -> Callable:
 
 
 def check_no_module(function: Callable, remedy: str) -> None:
-    """Raises for a module of Flax in the place of a function of parameters."""
+    """Raises for a Flax module in place of a function of parameters."""
     if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
         raise TypeError(
             f"`function` must be a function of the parameters and of data; got the "
@@ -100,25 +102,26 @@ def check_no_module(function: Callable, remedy: str) -> None:
 def calibrate(
     function: Callable, rules: Rules, params: Any, batches: Iterable[tuple]
 ) -> dict[str, Any]:
-    """Finds in data the grids of the inputs that are calibrated or learned.
+    """Finds the grids of calibrated or learned inputs from data.
 
-    Each input is seen as it is where the other inputs are quantized, but for those that
-    are calibrated too.
+    Each input is measured while the other inputs are quantized, except for those that
+    are calibrated or learned too.
 
     Args:
       function: as in `quantize_activations`.
-      rules: of which some input quantizers have the scale `Calibrated` or `Learned`.
+      rules: a table in which some input quantizers have the scale `Calibrated` or
+        `Learned`.
       params: the parameters, or what `with_grids` or this function returned.
-      batches: the arguments of `function` behind the parameters, a tuple for each.
+      batches: the arguments of `function` after the parameters, a tuple for each batch.
 
     Returns:
-      `{"params": params, "grids": {path: Grid}}` for `quantize_activations`, where an
-      input's path is that of its weight and "/inputs". A weight in a scan has a grid
-      for each repetition.
+      `{"params": params, "grids": {path: Grid}}` for `quantize_activations`. The path
+      of an input is that of its weight followed by "/inputs". A weight in a scan has a
+      grid for each repetition.
 
     Raises:
-      ValueError: without batches, where no input needs a grid, and for an input with
-        NaN or infinity.
+      ValueError: without batches, if no input needs a grid, and for an input with NaN
+        or infinity.
 
     Example:
       >>> import cage_jax as cage
@@ -195,13 +198,13 @@ def _known(grid):
 def quantize_input(
     x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
 ) -> jax.Array:
-    """`fake_quant` of the input of a product.
+    """Applies `fake_quant` to the input of a product.
 
     Args:
       x: the input.
-      features: its axes that are summed over, ascending.
-      quantizer: along the axes of the matrix of (tokens, features).
-      grid: of `fit_input_grid`, or None.
+      features: the axes of `x` that are summed over, ascending.
+      quantizer: its quantizer, along the axes of the matrix of (tokens, features).
+      grid: the result of `fit_input_grid`, or None.
 
     Returns:
       An array like `x`.
@@ -218,9 +221,9 @@ def quantize_input(
 def fit_input_grid(
     x: jax.Array, features: tuple[int, ...], quantizer: Quantizer
 ) -> Grid:
-    """The grid that a scale rule finds in an input; without the axes of tokens.
+    """Finds the grid of an input by the scale rule, without the axes of tokens.
 
-    The scale is 0 where there are zeros only, which say nothing.
+    The scale is 0 for groups of zeros only, which give no information.
     """
     if quantizer.axis == -1:
         raise ValueError(
@@ -239,10 +242,11 @@ def fit_input_grid(
 def arranged(
     x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
 ) -> tuple[jax.Array, Quantizer, Grid | None, Callable]:
-    """An input such that a quantizer of (tokens, features) can be applied to it.
+    """Arranges an input for a quantizer of (tokens, features).
 
     Returns:
-      The input, the quantizer along its axes, the grid in its shape, and the way back.
+      The input, the quantizer along its axes, the grid in its shape, and the function
+      that undoes the arrangement.
     """
     x, quantizer, back = _arranged(x, features, quantizer)
     if grid is not None:
@@ -287,13 +291,13 @@ def _arranged(x, features, quantizer):
 
 
 class Done(NamedTuple):
-    """A program that was run with other inputs of its products.
+    """The results of a program that was run with other inputs of its products.
 
     Attributes:
-      output: of the program.
-      records: of each path, those of `visit` in the order of the products.
-      products: all, also those whose inputs were left alone.
-      paths: of the parameters.
+      output: the program's output.
+      records: the records of `visit` by path, in the order of the products.
+      products: all products, also those whose inputs were left alone.
+      paths: the paths of the parameters.
     """
 
     output: Any
@@ -305,7 +309,11 @@ class Done(NamedTuple):
 def trace(
     function: Callable, params: Any, args: tuple, kwargs: dict
 ) -> tuple[ClosedJaxpr, list[Origin], list[Any], Any]:
-    """A program, the origins of its inputs, these, and its output's structure."""
+    """Traces `function` to a program.
+
+    Returns:
+      The program, the origins of its inputs, the inputs, and its output's structure.
+    """
     paths, leaves, structure = flatten_with_paths(params)
     arrays, static = split(args, kwargs)
 
@@ -330,15 +338,14 @@ def run(
     """Calls `function` with `visit` at the inputs that the rules quantize.
 
     Args:
-      function: of parameters, then anything.
-      rules: of which some have a quantizer for inputs.
+      function: a function of parameters and any other arguments.
+      rules: a table in which some rules have a quantizer for inputs.
       visit: gets the path, the product, its input's quantizer, the input and its grid
         or None; returns another input and a record.
-      params: without grids.
-      grids: by path.
-      args: behind the parameters.
-      kwargs: likewise.
-
+      params: the parameters, without grids.
+      grids: the grids by path.
+      args: the arguments after the parameters.
+      kwargs: the keyword arguments.
     """
     program, origins, values, structure = trace(function, params, args, kwargs)
 
@@ -358,7 +365,7 @@ def run(
 
 
 def check_reached(rules: Rules, done: Done) -> None:
-    """Raises for inputs that rules ask for and that cannot be quantized."""
+    """Raises if inputs that the rules ask for cannot be quantized."""
     for product in done.products:
         name = input_path(rules, product)
         if name is not None and product.beyond is not None:
@@ -383,25 +390,25 @@ def check_reached(rules: Rules, done: Done) -> None:
 
 
 def input_path(rules: Rules, product: Product) -> str | None:
-    """The path whose rule quantizes the input of a product, or None."""
+    """Returns the path whose rule quantizes the input of a product, or None."""
     return next((p for p in product.paths if rules.match_inputs(p)), None)
 
 
 def apart(params: Any) -> tuple[Any, dict[str, Grid]]:
-    """The parameters, and the grids beside them if there are any."""
+    """Returns the parameters, and the grids beside them if there are any."""
     if isinstance(params, dict) and set(params) == {"params", "grids"}:
         return params["params"], params["grids"]
     return params, {}
 
 
 class _Static(NamedTuple):
-    """Arguments without their arrays; hashable if what is left is."""
+    """Arguments without their arrays; hashable if the rest is."""
 
     structure: Any
     leaves: tuple[Any, ...]
 
     def joined(self, arrays):
-        """The arguments and keyword arguments again."""
+        """Returns the arguments and keyword arguments with their arrays put back."""
         arrays = iter(arrays)
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.leaves]
         return self.structure.unflatten(leaves)
@@ -411,7 +418,7 @@ _ARRAY = object()
 
 
 def split(args, kwargs):
-    """The arrays among arguments, and the rest."""
+    """Separates the arrays among arguments from the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     kinds = [isinstance(a, (jax.Array, np.ndarray, np.generic)) for a in leaves]
     arrays = [leaf for leaf, is_array in zip(leaves, kinds) if is_array]
