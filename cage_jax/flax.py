@@ -81,8 +81,8 @@ def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
     """Rounds the parameters of an NNX model, for use in the loss.
 
     All variables other than `nnx.Param` are shared with `model`, so BatchNorm
-    statistics and Dropout counts are still updated in it; `cage_jax.fake_quant` alone
-    would not do this. For Linen, pass the rounded parameters to `apply` instead.
+    statistics and Dropout counts are still updated in it; `cage_jax.fake_quant` does
+    not handle them. For Linen, pass the rounded parameters to `apply` instead.
 
     Args:
       model: an NNX module, quantized or not.
@@ -433,7 +433,7 @@ def _apply_linen(module, options, variables, *args, _rngs=None, **kwargs):
 
 
 class CalibratedScale(nnx.Variable):
-    """One array (scale or offset) of the grid of a calibrated input."""
+    """One array of the grid of a calibrated input."""
 
 
 class LearnedScale(nnx.Param):

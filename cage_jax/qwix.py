@@ -1,11 +1,11 @@
-"""Rules for a model that is trained through qwix: its own quantizer of each weight.
+"""Rules for a model trained with qwix: qwix's own quantizer for each weight.
 
-qwix decides inside the forward pass which factor of which product is a weight and how
-it is quantized. So the model is traced with qwix at work, without computing anything,
-each array that qwix quantizes is followed back to the parameter that it is, and that
-parameter's quantizer lays it out alike and calls qwix.
+qwix decides inside the forward pass which factor of each product is a weight and how to
+quantize it. So the model is traced with qwix active, without computing anything. Each
+array that qwix quantizes is followed back to its parameter. The quantizer of that
+parameter lays it out in the same way and calls qwix.
 
-It leans on private modules of qwix, hence on one version of it.
+This uses private modules of qwix, so it works with one version only.
 """
 
 import contextlib
@@ -61,34 +61,34 @@ def rules(
     method: str = "__call__",
     **kwargs: Any,
 ) -> Rules:
-    """The quantizers that qwix trains a model's weights with, by path.
+    """Returns rules with the quantizers that qwix uses for a model's weights.
 
-    `fake_quant(w, rules.match(path))` under `jax.jit` has the bits of the weight in
-    qwix's compiled step, so CAGE pulls to the grid that the model is trained on. Train
-    with `qwix.quantize_model(model, qwix.QtProvider(qwix_rules), *inputs)` and put
-    `cage(rules, ...)` or its relatives among the optimizer's transformations. The
-    forward pass, and so the gradient, is qwix's own; so are the codes: `quantize` and
-    `freeze_scale` and the `statistics` of CAGE are not for these rules.
+    Under `jax.jit`, `fake_quant(w, rules.match(path))` is bit-identical to the weight
+    in qwix's compiled step, so CAGE pulls toward the grid that the model is trained on.
+    Train with `qwix.quantize_model(model, qwix.QtProvider(qwix_rules), *inputs)` and
+    add `cage(rules, ...)` or a related transformation to the optimizer. qwix computes
+    the forward pass, and so the gradient. It also makes the codes: CAGE's `quantize`,
+    `freeze_scale` and `statistics` do not support these rules.
 
-    What qwix quantizes but cannot be followed to one parameter is left alone, with a
-    warning that names path and reason. Further warnings say what of qwix's defaults is
-    at odds with CAGE: gradients at the unquantized weights, grids that are not
-    idempotent, weights that are not quantized.
+    If an array that qwix quantizes cannot be followed back to one parameter, it is left
+    alone, with a warning that names the path and the reason. Other warnings report
+    settings of qwix that conflict with CAGE: gradients at the unquantized weights,
+    grids that are not idempotent, and weights that are not quantized.
 
     Args:
       model: an NNX module, or a Linen module.
-      qwix_rules: what `qwix.QtProvider` is given.
-      inputs: of the model, as for `qwix.quantize_model`; arrays, or
-        `jax.ShapeDtypeStruct` since nothing is computed.
-      method: the name of the method that is called.
-      kwargs: of the call; for a Linen module of `init` too.
+      qwix_rules: the rules given to `qwix.QtProvider`.
+      inputs: inputs of the model, as for `qwix.quantize_model`: arrays, or
+        `jax.ShapeDtypeStruct`, because nothing is computed.
+      method: name of the method to call.
+      kwargs: keyword arguments of the call, and of `init` for a Linen module.
 
     Returns:
       A `Rules` with one rule for each weight that qwix quantizes.
 
     Raises:
-      TypeError: for something else than a module and qwix's rules.
-      ValueError: without inputs, and where qwix quantizes no weight.
+      TypeError: if `model` is not a module or `qwix_rules` are not qwix's.
+      ValueError: if there are no inputs, or if qwix quantizes no weight.
 
     Example:
       >>> import cage_jax as cage
@@ -153,7 +153,7 @@ def _check_arguments(model, qwix_rules, inputs, kwargs):
 
 
 class _How(NamedTuple):
-    """How qwix quantizes an array; hashable, unlike its own description."""
+    """How qwix quantizes an array; hashable, unlike `qarray.HowToQuantize`."""
 
     qtype: Any
     calibration: str
@@ -165,19 +165,19 @@ class _How(NamedTuple):
         return self.qtype if isinstance(self.qtype, str) else np.dtype(self.qtype).name
 
     def quantize(self, x):
-        """The codes and scales that qwix makes of an array."""
+        """Quantizes an array with qwix to its codes and scales."""
         own = qarray.HowToQuantize(
             qtype=self.qtype,
             channelwise_axes=self.channelwise,
             tiled_axes=dict(self.tiles),
             calibration_method=self.calibration,
         )
-        # qwix relies on what users may have turned off.
+        # qwix relies on promotions that users may have turned off.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return qarray.quantize(x, own)
 
     def values(self, x):
-        """The values that these stand for."""
+        """Returns the values of `x` after qwix quantizes and dequantizes it."""
         quantized = self.quantize(x)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return qarray.dequantize(quantized)
@@ -195,23 +195,24 @@ class _How(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One operation of those that lay a parameter out as qwix quantizes it."""
+    """One layout operation between a parameter and the array that qwix quantizes."""
 
     primitive: Primitive
     params: tuple[tuple[str, Any], ...]
 
 
-_ROW = None  # a step to each row of a stack, as a scan has them
+_ROW = None  # the step from a stack to each of its rows, as in a scan
 
 
 class _Use(NamedTuple):
-    """Something that qwix quantizes.
+    """One quantization of an array by qwix.
 
     Attributes:
-      how: it does so.
-      batch: axes that qwix does not see, under `vmap`; the outermost first.
-      steps: from the parameter to it; None where it is something else.
-      changed: the operation that made it something else, or None.
+      how: how qwix quantizes the array.
+      batch: `vmap` axes, which qwix does not see; the outermost first.
+      steps: layout steps from the parameter to the array; None if the array is more
+        than a new layout of the parameter.
+      changed: the operation that changed more than the layout, or None.
     """
 
     how: _How
@@ -222,11 +223,11 @@ class _Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class QwixValues(ScaleRule):
-    """What qwix makes of a parameter: values, not a grid.
+    """The values that qwix gives a parameter, instead of a grid.
 
     Attributes:
-      use: how qwix quantizes it, and laid out how.
-      dtype: of the parameter, in which qwix computes.
+      use: how qwix quantizes the parameter, and in which layout.
+      dtype: dtype of the parameter, in which qwix computes.
     """
 
     use: _Use
@@ -234,16 +235,16 @@ class QwixValues(ScaleRule):
 
     @property
     def has_offset(self):
-        """The values are offsets of a grid of one value, each of its own."""
+        """Always true: each value is the offset of its own one-value grid."""
         return True
 
     @property
     def finds_values(self):
-        """See `ScaleRule`."""
+        """Always true, see `ScaleRule`."""
         return True
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
-        """As `ScaleRule.fit`."""
+        """Returns a grid whose offsets are the values that qwix gives `x`."""
         own = x.astype(self.dtype)
         values = _through(own, self.use.steps, self.use.batch, self.use.how.values)
         kind = jnp.finfo(values.dtype)
@@ -252,11 +253,11 @@ class QwixValues(ScaleRule):
         return Grid(jnp.ones([1] * x.ndim, x.dtype), offset=values)
 
     def clips(self, format):
-        """Unknown, and of no use: the gradient is qwix's."""
+        """Returns False; the value is not used, because the gradient is qwix's own."""
         return False
 
     def idempotent(self, format):
-        """Whether normal numbers stay as they are when quantized again."""
+        """Returns whether quantizing normal numbers twice changes nothing."""
         return _stays(self.use.how)
 
     def __str__(self):
@@ -265,7 +266,7 @@ class QwixValues(ScaleRule):
 
 @dataclasses.dataclass(frozen=True)
 class QwixFormat(Format):
-    """One value, 0: what there is to know of a number is in its grid's offset."""
+    """A format with the single value 0; the value itself is the grid's offset."""
 
     bits: int
 
@@ -276,28 +277,28 @@ class QwixFormat(Format):
 
     @property
     def edge(self):
-        """There is nothing to clip."""
+        """Zero, because nothing is clipped."""
         return 0.0
 
     @property
     def code_dtype(self):
-        """Of codes that there are none of."""
+        """Raises `TypeError`: there are no codes."""
         raise self._no_codes()
 
     def round(self, x):
-        """Zeros; NaN stays NaN."""
+        """Returns zeros; NaN stays NaN."""
         return x * 0
 
     def neighbours(self, x):
-        """The same twice."""
+        """Returns `round(x)` twice."""
         return self.round(x), self.round(x)
 
     def encode(self, value):
-        """There are no codes."""
+        """Raises `TypeError`: there are no codes."""
         raise self._no_codes()
 
     def decode(self, codes, dtype):
-        """There are no codes."""
+        """Raises `TypeError`: there are no codes."""
         raise self._no_codes()
 
     to_index = from_index = encode
@@ -311,10 +312,10 @@ class QwixFormat(Format):
 
 @dataclasses.dataclass(frozen=True)
 class QwixQuantizer(Quantizer):
-    """The quantizer of one parameter in a model that is trained through qwix."""
+    """The quantizer of one parameter in a model trained with qwix."""
 
     def storage_bits(self, shape, scale_dtype=jnp.float32):
-        """Bits of codes and scales as qwix has them."""
+        """Returns the number of bits of qwix's codes, scales and zero points."""
         assert isinstance(self.scale, QwixValues)
         use, like = self.scale.use, jax.ShapeDtypeStruct(shape, self.scale.dtype)
         made = jax.eval_shape(
@@ -329,7 +330,7 @@ class QwixQuantizer(Quantizer):
 
 
 def _quantizer(uses, like):
-    """The quantizer of a parameter or None, and why there is none."""
+    """Returns the quantizer of a parameter, or None and the reason."""
     changed = next((use.changed for use in uses if use.steps is None), None)
     if changed is not None and changed.startswith("jnp."):
         return None, (
@@ -355,7 +356,7 @@ def _quantizer(uses, like):
 
 
 def _ahead(x, steps, batch, function):
-    """`function` of `x` as the steps lay it out, and of each part that qwix sees."""
+    """Lays `x` out by the steps and maps `function` over the parts that qwix sees."""
     if _ROW in steps:
         place = steps.index(_ROW)
         x = _laid_out(x, steps[:place])
@@ -367,7 +368,7 @@ def _ahead(x, steps, batch, function):
 
 
 def _through(x, steps, batch, function):
-    """The same, laid out as `x` again."""
+    """Computes `_ahead` and returns the result in the layout of `x`."""
     if _ROW in steps:
         place = steps.index(_ROW)
         return _and_back(
@@ -380,7 +381,8 @@ def _through(x, steps, batch, function):
 
 def _and_back(x, steps, function):
     values = function(_laid_out(x, steps))
-    # Each number is somewhere once, so the transpose puts it back; as precise as it is.
+    # The layout holds each number once, so its transpose is its inverse. Casts are left
+    # out, to keep the values' own precision.
     layout = [s for s in steps if s.primitive.name != "convert_element_type"]
     like = jax.ShapeDtypeStruct(x.shape, values.dtype)
     return jax.linear_transpose(lambda x: _laid_out(x, layout), like)(values)[0]
@@ -394,7 +396,7 @@ def _laid_out(x, steps):
 
 @functools.cache
 def _stays(how):
-    """Whether values that qwix quantized stay as they are when quantized again."""
+    """Tests on random numbers whether quantizing twice changes nothing."""
     sizes = dict.fromkeys(how.channelwise, 4)
     for axis, size in how.tiles:
         sizes[axis] = 2 * size if isinstance(size, int) else 8 * round(1 / size)
@@ -407,11 +409,11 @@ def _stays(how):
         return np.allclose(values(once), once, rtol=1e-3)
 
 
-# --- what is said of qwix -------------------------------------------------------------
+# --- warnings about qwix --------------------------------------------------------------
 
 
 def _doubts(found, table, qwix_rules, params):
-    """What of a training through qwix is at odds with CAGE, one text for each."""
+    """Yields a warning for each way in which training with qwix conflicts with CAGE."""
     quantized = {path: uses[0].how for path, uses in found.items()}
     tiled = [
         path
@@ -466,14 +468,14 @@ def _doubts(found, table, qwix_rules, params):
 
 
 def _listed(paths, most=6):
-    """The first of the paths, each quoted."""
+    """Lists the first paths, quoted, and the number of the others."""
     text = ", ".join(f"`{path}`" for path in paths[:most])
     more = len(paths) - most
     return f"{text} and {more} more" if more > 0 else text
 
 
 def _rule_of(path, qwix_rules):
-    """The rule of qwix's for the products of a parameter's module."""
+    """Finds qwix's rule for the products of a parameter's module, or None."""
     module = path.rpartition("/")[0]
     for rule in qwix_rules:
         if not rule.op_names and re.fullmatch(rule.module_path, module):
@@ -482,7 +484,7 @@ def _rule_of(path, qwix_rules):
 
 
 def _original_residuals(rule):
-    """Whether the gradient is computed with unquantized factors, as qwix decides."""
+    """Tells, as qwix decides it, whether gradients use the unquantized factors."""
     config = dict(getattr(rule, "additional_qt_config", None) or {})
     default = getattr(rule, "bwd_qtype", None) is None
     return config.get("use_original_residuals", default)
@@ -490,7 +492,7 @@ def _original_residuals(rule):
 
 # --- the trace ------------------------------------------------------------------------
 
-# The identity, of an array that qwix quantizes.
+# The identity; it marks an array that qwix quantizes.
 _quantized_p = Primitive("qwix_quantized")
 _quantized_p.def_abstract_eval(lambda x, *, how, batch, caller: x)
 _numbers = itertools.count()
@@ -505,10 +507,11 @@ batching.primitive_batchers[_quantized_p] = _batched
 
 
 def _trace(model, provider, method, inputs, kwargs):
-    """The program of a model with qwix at work, and what qwix quantizes marked.
+    """Traces a model with qwix active and marks the arrays that qwix quantizes.
 
     Returns:
-      The jaxpr, what is known of its inputs, and the parameters by path.
+      The jaxpr, a `_Value` or `_DATA` for each of its inputs, and the parameters by
+      path.
     """
     leaves, structure = jax.tree.flatten((inputs, kwargs))
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
@@ -521,7 +524,7 @@ def _trace(model, provider, method, inputs, kwargs):
         return jax.tree.unflatten(structure, every)
 
     prepare = _prepare_linen if isinstance(model, linen.Module) else _prepare_nnx
-    # Its own key of jax's caches: what is traced here must not turn up elsewhere.
+    # A unique key in jax's caches: marked traces must not be reused elsewhere.
     key = set_xla_metadata(cage_jax_qwix=str(next(_numbers)))
     with _marking(), key, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # qwix's own
@@ -558,7 +561,7 @@ def _prepare_nnx(model, provider, method, arrays, joined):
     def call(params, rest, arrays):
         args, kwargs = joined(arrays)
         merged = nnx.merge(graphdef, params, rest)
-        # It calls the model once.
+        # qwix calls the model once.
         qwix.quantize_model(merged, provider, *args, methods=(method,), **kwargs)
 
     return call, params, rest
@@ -566,7 +569,10 @@ def _prepare_nnx(model, provider, method, arrays, joined):
 
 @contextlib.contextmanager
 def _marking() -> Iterator[None]:
-    """Marks what qwix quantizes in this thread: all of it is calibrated first."""
+    """Marks what qwix quantizes in this thread, by patching `qarray.calibrate`.
+
+    qwix calibrates every array before it quantizes it.
+    """
     thread, original = threading.get_ident(), qarray.calibrate
 
     def calibrate(array, how):
@@ -588,7 +594,10 @@ def _marking() -> Iterator[None]:
 
 
 def _jitted_caller():
-    """The function of `jax.numpy` around the present call that keeps its trace."""
+    """Finds the jitted `jax.numpy` function around the current call, or None.
+
+    jax caches its trace, so in a later call qwix may not be seen.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in _JITTED:
@@ -609,12 +618,13 @@ _JITTED = {
 
 
 class _Value(NamedTuple):
-    """What is known of an array that depends on a parameter and on no data.
+    """An array that depends on a parameter and on no data.
 
     Attributes:
-      path: of the parameter.
-      steps: that lay it out so; None where it is something else.
-      changed: the operation that made it something else, or None.
+      path: path of the parameter.
+      steps: layout steps from the parameter to the array; None if the array is more
+        than a new layout of the parameter.
+      changed: the operation that changed more than the layout, or None.
     """
 
     path: str
@@ -623,9 +633,9 @@ class _Value(NamedTuple):
 
 
 _DATA = None  # an array that depends on data
-_NEUTRAL = ()  # and one that depends on nothing
+_NEUTRAL = ()  # an array that depends on nothing
 
-# Operations after which each number is still there once.
+# Operations that keep each number exactly once.
 _LAYOUTS = (
     "convert_element_type",
     "copy",
@@ -650,7 +660,7 @@ _CALLS = (
 
 
 def _follow(jaxpr, values, found) -> list:
-    """What is known of the outputs; adds to what is `found` by path."""
+    """Follows values through a jaxpr to its outputs; adds to `found` by path."""
     known = dict(zip((*jaxpr.constvars, *jaxpr.invars), values))
 
     def read(atoms):
@@ -662,7 +672,7 @@ def _follow(jaxpr, values, found) -> list:
 
 
 def _after(eqn, values, found):
-    """What is known of the outputs of an equation."""
+    """Follows values through one equation to its outputs."""
     name, first = eqn.primitive.name, next(iter(values), _NEUTRAL)
     if eqn.primitive is _quantized_p:
         if isinstance(first, _Value):
@@ -679,7 +689,7 @@ def _after(eqn, values, found):
     for jaxpr in inner:
         count = len(jaxpr.invars)
         given = values[1:] if name == "cond" else [_joined([v], name) for v in values]
-        # What leads the operands of a loop, and what it carries, may be anything.
+        # The leading operands of a loop and its carries may be anything.
         given = given if count == len(given) else [_DATA] * count
         _follow(jaxpr, [_NEUTRAL] * len(jaxpr.constvars) + given, found)
     if isinstance(first, _Value) and first.steps is not None and _lays_out(eqn):
@@ -701,7 +711,7 @@ def _lays_out(eqn):
 
 
 def _joined(values, name):
-    """What is computed from all of these."""
+    """Combines the values that one result is computed from."""
     if any(value is _DATA for value in values):
         return _DATA
     for value in values:
@@ -728,7 +738,7 @@ def _step(eqn):
 def _after_scan(eqn, values, found):
     program, (constants, carries) = eqn.params["jaxpr"].jaxpr, scan_counts(eqn)
     rows = constants + carries
-    # What is carried may become data.
+    # A carry may become data in a later iteration.
     carried = [_DATA] * carries
     stacks = [
         value._replace(steps=(*value.steps, _ROW))
