@@ -1,10 +1,10 @@
-"""Rivals and relatives of CAGE, as pieces that compose with it and with Optax.
+"""Alternatives to CAGE that compose with it and with Optax.
 
-Driven by the same `Rules`. Those that change gradients or weights are transformations:
-`dampening` and `lotion` in front of an optimizer, `freezing`, `interpolation`,
-`trained_rows` and `averaging` behind it. Those that change the forward pass take the
-place of `fake_quant`: `ewgs`, `noisy_fake_quant`, `binary_relax`, `parq`. And
-`two_point_gradient` and `fogzo` take that of `jax.value_and_grad`.
+All of them use the same `Rules`. Methods that change gradients or weights are
+transformations: put `dampening` and `lotion` before the optimizer, and `freezing`,
+`interpolation`, `trained_rows` and `averaging` after it. Methods that change the
+forward pass replace `fake_quant`: `ewgs`, `noisy_fake_quant`, `binary_relax` and
+`parq`. `two_point_gradient` and `fogzo` replace `jax.value_and_grad`.
 """
 
 from cage_jax.contrib.averaging import averaged, averaging

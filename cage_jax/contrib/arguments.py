@@ -1,4 +1,4 @@
-"""What the methods ask of their arguments, and how they say so."""
+"""Checks of the methods' arguments."""
 
 import math
 import warnings
@@ -14,10 +14,10 @@ from cage_jax.quantizers.quantizer import Quantizer
 def check_number(
     value: Any, name: str, remedy: str, most: float = math.inf, *, known: bool = False
 ) -> None:
-    """Raises for a number outside of [0, most].
+    """Raises for a number outside [0, most].
 
-    An array, which `optax.inject_hyperparams` makes of it, passes unless it must be
-    `known` where the program is traced.
+    Arrays, such as those of `optax.inject_hyperparams`, pass unless the value must be
+    `known` when the program is traced.
     """
     if isinstance(value, (jax.Array, np.ndarray)) and not known:
         return
@@ -29,10 +29,7 @@ def check_number(
 
 
 def check_steps(value: Any, name: str, least: int, remedy: str) -> None:
-    """Raises for something else than a number of steps of at least `least`.
-
-    An array passes, as in `check_number`.
-    """
+    """Raises unless `value` is an int of at least `least`; arrays pass."""
     if isinstance(value, (jax.Array, np.ndarray)):
         return
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -42,7 +39,7 @@ def check_steps(value: Any, name: str, least: int, remedy: str) -> None:
 
 
 def quantized(rules: Rules, params: Any) -> dict[str, tuple[Quantizer, Any]]:
-    """`rules.quantized(params)`, with a warning where that is nothing."""
+    """Returns `rules.quantized(params)`, and warns if it is empty."""
     found = rules.quantized(params)
     if not found:
         warnings.warn(
@@ -54,7 +51,7 @@ def quantized(rules: Rules, params: Any) -> dict[str, tuple[Quantizer, Any]]:
 
 
 def check_known_values(quantizer: Quantizer, method: str) -> None:
-    """Raises where it is not known which values are next to a weight."""
+    """Raises if the grid values next to a weight are unknown."""
     if quantizer.scale.finds_values:
         raise ValueError(
             f"`rules` must have quantizers of known values for `{method}`; got "
@@ -63,7 +60,7 @@ def check_known_values(quantizer: Quantizer, method: str) -> None:
 
 
 def check_own_codes(quantizer: Quantizer, method: str) -> None:
-    """Raises where a weight has no code that is its alone."""
+    """Raises if weights do not have one code each, as under a rotation."""
     check_known_values(quantizer, method)
     if quantizer.hadamard is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The average of the weights over the last steps, to be rounded once."""
+"""Averaging of the weights over the last steps, before they are rounded."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ class AveragingState(NamedTuple):
 
     Attributes:
       averaging_count: steps done, int32.
-      average: of the parameters, float32 or wider; what is not floating is the latest.
+      average: average of the parameters, float32 or wider; other dtypes keep their
+        latest values.
     """
 
     averaging_count: jax.Array
@@ -30,23 +31,24 @@ _DECAYS = "Use 0.999, or 1.0 for the plain mean."
 def averaging(
     decay: float = 0.999, *, start: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps an average of the weights; it belongs behind the learning rate, last.
+    """Keeps an average of the weights; put it last, after the learning rate.
 
-    The updates pass as they are. With `x_1 ... x_n` the weights after the steps from
-    `start` on, the average is their mean weighted by `decay ** (n - i)`, which is
-    Adam's debiased one; with `decay` 1 it is the plain mean: tail averaging. Until
-    `start` it is the latest weights. It is kept in float32 (float64 for float64), and
+    The updates pass unchanged. Let `x_1 ... x_n` be the weights after the steps from
+    `start` on. Their average is weighted by `decay ** (n - i)`, a moving average with
+    Adam's bias correction. With `decay` 1 it is the plain mean (tail averaging). Before
+    `start` it is the latest weights. It is kept in float32 (float64 for float64) and
     rounded only where it is used: `fake_quant(averaged(state), rules)`.
 
     Args:
-      decay: in [0, 1], what is left of a weight's share after one step.
-      start: how many steps are left out.
+      decay: factor in [0, 1] by which a step shrinks the weight of earlier steps.
+      start: number of steps to leave out.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range; in `update` without `params`.
+      TypeError, ValueError: if an argument is out of range, or if `update` is called
+        without `params`.
 
     Example:
       >>> from cage_jax import baselines
@@ -67,7 +69,7 @@ def averaging(
     check_steps(start, "start", 0, "Use the step from which on to average.")
 
     def init(params):
-        # Copies, so that parameters and state can be donated together.
+        # Copied, so that parameters and state can be donated together.
         average = jax.tree.map(lambda x: jnp.copy(_wide(x)), params)
         return AveragingState(jnp.zeros([], jnp.int32), average)
 
@@ -92,17 +94,17 @@ def averaging(
 
 
 def averaged(state: Any) -> Any:
-    """The average that `averaging` keeps, from the state of the whole optimizer.
+    """Returns the average that `averaging` keeps in an optimizer's state.
 
     Args:
-      state: of `averaging`, or of an optimizer with one inside.
+      state: the state of `averaging`, or of an optimizer that contains it.
 
     Returns:
-      A tree like the parameters, float32 or wider. Cast it by
-      `optax.tree.cast_like(average, params)` where the model wants its own dtype.
+      A tree like the parameters, float32 or wider. If the model needs its own dtype,
+      cast it with `optax.tree.cast_like(average, params)`.
 
     Raises:
-      ValueError: for a state without one average.
+      ValueError: if the state does not have exactly one average.
 
     Example:
       >>> from cage_jax import baselines
@@ -125,7 +127,7 @@ def averaged(state: Any) -> Any:
 
 
 def _reached(params, updates):
-    """The parameters after the updates, of which some may be None."""
+    """Applies the updates to the parameters; an update may be None."""
     return jax.tree.map(
         lambda x, update: x if update is None else (x + update).astype(x.dtype),
         params,
@@ -141,7 +143,7 @@ def _wide(x):
 
 
 def _share(decay, number):
-    """(1 - decay) / (1 - decay**number), the weight of the last one of the mean."""
+    """Computes (1 - decay) / (1 - decay**number), the latest weights' share."""
     if decay == 1:
         return 1 / number
     if decay == 0:

@@ -1,4 +1,4 @@
-"""EfQAT: only the rows of largest weights are trained."""
+"""EfQAT: training of only the rows with the largest weights."""
 
 import math
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class TrainedRowsState(NamedTuple):
 
     Attributes:
       trained_rows_count: steps done, int32.
-      trained: which rows of each quantized parameter are, bool, by path, with size 1
-        in the axes of a row.
+      trained: mask of the trained rows of each quantized parameter by path, bool, with
+        size 1 in the axes of a row.
     """
 
     trained_rows_count: jax.Array
@@ -32,25 +32,25 @@ def trained_rows(
 ) -> optax.GradientTransformationExtraArgs:
     """Zeroes the updates of all but the rows with the largest mean absolute weight.
 
-    It belongs behind the learning rate, last. A row is what lies along the axes that
-    share scales: the weights of an output channel with `axis=-2`, all of an array with
-    `axis=None`. Rows of all quantized parameters are ranked together, in the first step
-    and again after every `every` steps; those as large as the smallest that is trained
-    are trained too. Biases, norms and scales that no rule names are always trained.
-    What an optimizer keeps of frozen rows goes on. It has the effect of the method, not
-    its speed: the backward pass stays whole.
+    Put it last, after the learning rate. A row runs along the axes that share scales:
+    the weights of one output channel with `axis=-2`, the whole array with `axis=None`.
+    The rows of all quantized parameters are ranked together in the first step, and
+    again every `every` steps. Rows that tie with the smallest trained row are trained
+    too. Biases, norms and scales that no rule names are always trained. The optimizer
+    state of frozen rows is still updated. This reproduces the effect of the method, not
+    its speed: the backward pass is not reduced.
 
     Args:
       rules: which parameters are quantized, and how.
-      share: of the rows to train, in [0, 1]; the paper has a few up to 0.25.
-      every: a number of steps, such as some thousands.
+      share: fraction of the rows to train, in [0, 1]; the paper uses up to 0.25.
+      every: number of steps between rankings, such as some thousands.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind or out of range; in
-        `update` without `params`.
+      TypeError, ValueError: if an argument has the wrong type or is out of range, or
+        if `update` is called without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -70,7 +70,7 @@ def trained_rows(
     check_steps(every, "every", 1, "Use some thousands.")
 
     def ranked(params):
-        """Which rows are among the largest."""
+        """Returns a mask of the rows with the largest mean absolute weights."""
         sizes = {}
         for path, (quantizer, x) in rules.quantized(params).items():
             size = jnp.abs(x.astype(compute_dtype(x.dtype)))

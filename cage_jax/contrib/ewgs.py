@@ -1,4 +1,4 @@
-"""EWGS: gradients scaled, weight by weight, by the distance to the rounded value."""
+"""EWGS: gradients scaled per weight by the distance to the rounded value."""
 
 import functools
 import zlib
@@ -31,27 +31,27 @@ def ewgs(
     *,
     grid: Mapping[str, Grid] | None = None,
 ) -> Any:
-    """`fake_quant` whose gradient is scaled by `1 + delta * sign(g) * (x - x_q)`.
+    """Computes `fake_quant`, its gradient scaled by `1 + delta * sign(g) * (x - x_q)`.
 
-    It takes the place of `fake_quant` in the loss, and has its values. `g` is the
-    gradient at the quantized weights, `x` the weights with their grid laid on [0, 1]
-    and clipped to it, `x_q` these quantized; the quantizer's `gradient` (identity,
-    clip, trust) masks what passes, and all of this is in the rotated basis where there
-    is a rotation. With `delta` 0 it is `fake_quant`, to the bit. The gradient of a
-    learned grid is that of `fake_quant`.
+    It replaces `fake_quant` in the loss and returns the same values. Here `g` is the
+    gradient at the quantized weights, `x` the weights mapped so that their grid is
+    [0, 1] and clipped to it, and `x_q` the quantized `x`. The quantizer's `gradient`
+    (identity, clip, trust) still masks the gradient. With a rotation, all of this is
+    in the rotated basis. With `delta` 0 the result is bit-identical to `fake_quant`.
+    A learned grid gets the same gradient as in `fake_quant`.
 
     Args:
       params: a tree of parameters.
       rules: which parameters are quantized, and how.
-      delta: of all parameters, or of each by path, as `ewgs_delta` gives.
+      delta: one number for all parameters, or a dict by path from `ewgs_delta`.
       grid: as in `fake_quant`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`; for a `delta` that is negative, or lacks
-        a path.
+      TypeError, ValueError: as `fake_quant`; also if `delta` is negative or lacks a
+        path.
 
     Example:
       >>> import cage_jax as cage
@@ -89,7 +89,7 @@ def ewgs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled(quantizer, x, grid, delta):
-    """`x`, with a gradient that is scaled by the distance to the rounded value."""
+    """Returns `x`; scales its gradient by the distance to the rounded value."""
     return x
 
 
@@ -121,20 +121,21 @@ def ewgs_delta(
     *,
     grid: Mapping[str, Grid] | None = None,
 ) -> dict[str, jax.Array]:
-    """The paper's `delta` of each quantized parameter, to be found again now and then.
+    """Computes the paper's `delta` of each quantized parameter.
 
     delta = max(0, mean of the Hessian's diagonal) / (3 * deviation of the gradient)
 
-    of the parameter with its grid laid on [0, 1], at the quantized parameters. The mean
-    is Hutchinson's estimate by one vector of random signs for all parameters: one
-    product with the Hessian, in reverse mode twice. Average it over batches and keys.
+    Both are taken at the quantized parameters, with each parameter mapped so that its
+    grid is [0, 1]. The mean is Hutchinson's estimate with one vector of random signs
+    for all parameters; it takes one Hessian-vector product, in reverse mode twice.
+    Average the result over batches and keys, and compute it again from time to time.
 
     Args:
-      loss: a function of the quantized parameters, a tree like `params`, which gives a
+      loss: a function from the quantized parameters, a tree like `params`, to a
         scalar. It must not quantize them itself.
       params: a tree of parameters, all of real floats.
       rules: which parameters are quantized, and how.
-      key: of `jax.random`.
+      key: a `jax.random` key.
       grid: as in `fake_quant`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""LOTION: the loss that random rounding is expected to have, to second order."""
+"""LOTION: the expected loss under random rounding, to second order."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,8 @@ class LotionState(NamedTuple):
 
     Attributes:
       lotion_count: steps done, int32.
-      fisher: the running average of squared gradients, by path, in the basis in which
-        the parameter is quantized.
+      fisher: running average of squared gradients by path, in the basis in which the
+        parameter is quantized.
     """
 
     lotion_count: jax.Array
@@ -42,29 +42,29 @@ def lotion(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `strength / 2 * sum(fisher * variance)` to the updates.
 
-    The variance is that of unbiased random rounding, `s**2 * D * (1 - D)` on a uniform
-    grid with steps of `s`, where a weight lies `D` steps above the level below it, and
-    `(x - below) * (above - x)` on any. `fisher` is the running average, from 0 on, of
-    the squared updates that come in. Scales and `fisher` are constants: the gradient
-    is `strength / 2 * fisher * (below + above - 2 * x)`, 0 at a level itself (where
-    the variance has its least value and a kink) and beyond the grid. Where there is a
-    rotation all of this is in the rotated basis.
+    The variance is that of unbiased random rounding. It is `(x - below) * (above - x)`
+    on any grid; on a uniform grid with step `s` this is `s**2 * D * (1 - D)`, where the
+    weight lies `D` steps above the level below it. `fisher` is the running average of
+    the squared incoming updates, starting at 0. Scales and `fisher` are treated as
+    constants, so the gradient is `strength / 2 * fisher * (below + above - 2 * x)`. It
+    is 0 at a level, where the variance has its minimum and a kink, and beyond the grid.
+    With a rotation, all of this is in the rotated basis.
 
-    It belongs in front of any optimizer. The gradients should be those at the weights
-    as they are, without `fake_quant` in the loss: what is added stands for it. Computed
-    in float32; the updates keep their dtype.
+    Put it before any optimizer. Take the gradients at the unquantized weights, without
+    `fake_quant` in the loss: the added term replaces it. Computed in float32; the
+    updates keep their dtype.
 
     Args:
       rules: which parameters are quantized, and how.
-      strength: a number, or a schedule from the step's count.
-      decay: of the running average.
+      strength: a number, or a schedule of the step count.
+      decay: decay of the running average.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind or out of range; in
-        `update` without `params`.
+      TypeError, ValueError: if an argument has the wrong type or is out of range, or
+        if `update` is called without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -119,7 +119,7 @@ def lotion(
 
 
 def _variance_slope(x, quantizer, grid):
-    """The derivative of the variance of random rounding, by each rotated weight."""
+    """Computes the derivative of the rounding variance for each rotated weight."""
     transformed = in_basis(x, quantizer)
     grid = fit_in_basis(transformed, quantizer, grid)
     format, position = quantizer.format, position_of(transformed, quantizer, grid)

@@ -1,4 +1,4 @@
-"""Against weights that oscillate between two levels: dampening and freezing."""
+"""Dampening and freezing of weights that oscillate between two levels."""
 
 from typing import NamedTuple
 
@@ -50,22 +50,22 @@ def dampening(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `strength * sum((Q(w) - clip(w)) ** 2)` to the updates.
 
-    It belongs in front of any optimizer, as the regularizer of a loss does. `Q(w)` and
-    the grid's ends, to which `clip` goes, are constants: the gradient is
-    `2 * strength * (w - Q(w))` within the grid and 0 beyond it (in the rotated basis
-    where there is a rotation). Where nothing is clipped it is `cage.cage` with twice
-    the strength. Computed in float32; the updates keep their dtype.
+    Put it before any optimizer, like a regularizer of the loss. `clip` clips to the
+    ends of the grid. `Q(w)` and these ends are treated as constants, so the gradient is
+    `2 * strength * (w - Q(w))` within the grid and 0 beyond it (in the rotated basis if
+    there is a rotation). If nothing is clipped, this equals `cage.cage` with twice the
+    strength. Computed in float32; the updates keep their dtype.
 
     Args:
       rules: which parameters are quantized, and how.
-      strength: a number, or a schedule from the step's count such as `cosine_ramp`.
+      strength: a number, or a schedule of the step count such as `cosine_ramp`.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind, a strength that is
-        negative or NaN; in `update` without `params`.
+      TypeError, ValueError: if an argument has the wrong type, if the strength is
+        negative or NaN, or if `update` is called without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -109,7 +109,7 @@ def dampening(
 
 
 def _error_within(x, quantizer, grid):
-    """`x - Q(x)`, without what lies beyond the grid."""
+    """Computes `x - Q(x)`, with 0 beyond the grid."""
     transformed = in_basis(x, quantizer)
     fitted = fit_in_basis(transformed, quantizer, grid)
     inside = is_inside(transformed, quantizer, fitted, 0.0)
@@ -119,18 +119,18 @@ def _error_within(x, quantizer, grid):
 
 
 def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
-    """From 0 up to `peak` by half a cosine, and `peak` from there on.
+    """Returns a schedule that rises from 0 to `peak` by half a cosine and stays there.
 
     Args:
       total_steps: length of the training in optimizer steps.
-      peak: the last value.
+      peak: the final value.
 
     Returns:
-      A schedule from the step's count (from 0) to
+      A schedule from the step count (from 0) to
       `peak * (1 - cos(pi * count / total_steps)) / 2`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range.
+      TypeError, ValueError: if an argument has the wrong type or is out of range.
 
     Example:
       >>> from cage_jax import baselines
@@ -151,15 +151,15 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
 
 
 class FreezingState(NamedTuple):
-    """State of `freezing`; dicts by path, of arrays like the parameters.
+    """State of `freezing`; all but the count are dicts by path of parameter shapes.
 
     Attributes:
       freezing_count: steps done, int32.
-      previous_values: the last quantized weights in units of their grid.
-      direction: of their last change: -1, 1, or 0 before the first; int8.
-      frequency: the running average of oscillations, one change back a step being 1.
-      value_average: that of the values; of frozen weights as it was then.
-      frozen: which weights are pinned, bool.
+      previous_values: the previous quantized weights, in units of their grid.
+      direction: direction of their last change: -1, 1, or 0 before the first; int8.
+      frequency: running average of oscillations; 1 means one in every step.
+      value_average: running average of the values; it stops when a weight is frozen.
+      frozen: mask of the frozen weights, bool.
     """
 
     freezing_count: jax.Array
@@ -175,28 +175,28 @@ def freezing(
 ) -> optax.GradientTransformationExtraArgs:
     """Pins weights that oscillate too often to the rounded average of their codes.
 
-    It belongs behind the learning rate, last. A weight oscillates in a step when its
-    code changes in the opposite direction of its last change. Where the running
-    average of that is above the threshold the weight is frozen, for good: each update
-    from there on takes it to the value of its rounded average code on the grid of that
-    step. What an optimizer keeps of it, such as momentum, goes on. Averages are float32
-    (float64 for float64); the updates keep their dtype.
+    Put it last, after the learning rate. A weight oscillates in a step if its code
+    changes in the direction opposite to its last change. If the running average of
+    oscillations exceeds the threshold, the weight is frozen for good: every later
+    update moves it to the value of its rounded average code, on the grid of that step.
+    The optimizer state of frozen weights, such as momentum, is still updated. Averages
+    are float32 (float64 for float64); the updates keep their dtype.
 
     Args:
       rules: which parameters are quantized, and how; without rotation.
-      threshold: a number, or a schedule from the step's count such as
-        `optax.cosine_decay_schedule(0.1, total_steps, alpha=0.1)`, the paper's from
-        0.1 to 0.01. A single change back counts `momentum`, so a threshold below that
-        freezes at the first one.
-      momentum: of both running averages.
+      threshold: a number, or a schedule of the step count such as the paper's, from
+        0.1 to 0.01: `optax.cosine_decay_schedule(0.1, total_steps, alpha=0.1)`. A
+        single oscillation counts `momentum`, so a threshold below that freezes at the
+        first one.
+      momentum: rate of both running averages.
 
     Returns:
-      A transformation whose `update` needs `params`. The state's `frozen` says which
-      weights are, see `optax.tree_utils.tree_get(state, "frozen")`.
+      A transformation whose `update` needs `params`. The state's `frozen` is the mask
+      of frozen weights; read it by `optax.tree_utils.tree_get(state, "frozen")`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind or out of range; in `init`
-        for a quantizer with a rotation; in `update` without `params`.
+      TypeError, ValueError: if an argument has the wrong type or is out of range; in
+        `init` if a quantizer has a rotation; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage

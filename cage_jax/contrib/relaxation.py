@@ -1,4 +1,4 @@
-"""Quantizers that harden over time: BinaryRelax and PARQ."""
+"""Quantizers that harden during training: BinaryRelax and PARQ."""
 
 import math
 from collections.abc import Mapping
@@ -24,25 +24,25 @@ def binary_relax(
     *,
     grid: Mapping[str, Grid] | None = None,
 ) -> Any:
-    """The relaxed weights `(1 - relaxation) * x + relaxation * Q(x)`.
+    """Computes the relaxed weights `(1 - relaxation) * x + relaxation * Q(x)`.
 
-    It takes the place of `fake_quant` in the loss: the parameters are the latent
-    weights, which get the gradient at the relaxed ones, unchanged and unmasked. With 0
-    these are the latent weights, with 1 `fake_quant`'s but for rounding. Computed in
+    It replaces `fake_quant` in the loss. The parameters are the latent weights; they
+    get the gradient at the relaxed weights, unchanged and unmasked. With 0 the result
+    is the latent weights, with 1 that of `fake_quant` up to rounding. Computed in
     float32 (float64 for float64); the dtype is kept.
 
     Args:
       params: a tree of parameters.
       rules: which parameters are quantized, and how.
-      relaxation: theta, in [0, 1]; from 0 to 1 in a line over the training, such as
-        `optax.linear_schedule(0.0, 1.0, steps, start)(count)`.
+      relaxation: theta, in [0, 1]; it rises linearly from 0 to 1 during training, by
+        `optax.linear_schedule(0.0, 1.0, steps, start)(count)` for example.
       grid: as in `fake_quant`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`, and for a relaxation out of range.
+      TypeError, ValueError: as `fake_quant`; also if `relaxation` is out of range.
 
     Example:
       >>> import cage_jax as cage
@@ -73,28 +73,29 @@ def parq(
     *,
     grid: Mapping[str, Grid] | None = None,
 ) -> Any:
-    """The weights after PARQ's proximal map, a staircase with ramps for risers.
+    """Applies PARQ's proximal map, a staircase with ramps instead of jumps.
 
-    Between two levels with center `c` a weight goes to `c + (x - c) / inverse_slope`,
-    clipped to them; beyond the grid to its end. It takes the place of `fake_quant` in
-    the loss: the parameters are the latent weights, which get the gradient at the map's
-    values, unchanged and unmasked. With 1 they are left as they are, with 0 they are
-    `fake_quant`'s. Where there is a rotation all of this is in the rotated basis.
-    Computed in float32 (float64 for float64); the dtype is kept.
+    Between two levels with center `c`, a weight `x` maps to
+    `c + (x - c) / inverse_slope`, clipped to the two levels; beyond the grid it maps to
+    the end of the grid. It replaces `fake_quant` in the loss. The parameters are the
+    latent weights; they get the gradient at the mapped values, unchanged and unmasked.
+    With 1 the weights stay unchanged, with 0 the result is that of `fake_quant`. With a
+    rotation, all of this is in the rotated basis. Computed in float32 (float64 for
+    float64); the dtype is kept.
 
     Args:
       params: a tree of parameters.
       rules: which parameters are quantized, and how.
-      inverse_slope: rho, in [0, 1]; from 1 to 0 over the training, by
+      inverse_slope: rho, in [0, 1]; it falls from 1 to 0 during training, by
         `parq_schedule(total_steps)(count)`.
-      grid: as in `fake_quant`. The authors' code finds the grid every 10 steps only;
-        here it is found in each call unless it is given.
+      grid: as in `fake_quant`. The authors' code fits the grid only every 10 steps;
+        here each call fits it unless it is given.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`, and for an inverse slope out of range.
+      TypeError, ValueError: as `fake_quant`; also if `inverse_slope` is out of range.
 
     Example:
       >>> import cage_jax as cage
@@ -136,18 +137,18 @@ def _ramped(x, quantizer, grid, inverse_slope):
 def parq_schedule(
     total_steps: int, *, start: int = 0, steepness: float = 10.0
 ) -> Schedule:
-    """PARQ's inverse slope: a mirrored sigmoid from 1 at `start` to 0 at the end.
+    """Returns PARQ's inverse slope, a sigmoid falling from 1 at `start` to 0.
 
     Args:
-      total_steps: the step from which on it is 0.
-      start: the step until which it is 1.
-      steepness: of the sigmoid.
+      total_steps: first step with value 0.
+      start: last step with value 1.
+      steepness: steepness of the sigmoid.
 
     Returns:
-      A schedule from the step's count (from 0) to the inverse slope.
+      A schedule from the step count (from 0) to the inverse slope.
 
     Raises:
-      TypeError, ValueError: for arguments out of range.
+      TypeError, ValueError: if an argument has the wrong type or is out of range.
 
     Example:
       >>> from cage_jax import baselines

@@ -1,4 +1,4 @@
-"""WinQ: gradients at noisy weights, and weights interpolated to the grid at times."""
+"""WinQ: gradients at noisy weights, and periodic interpolation to the grid."""
 
 import functools
 import zlib
@@ -25,25 +25,25 @@ def noisy_fake_quant(
     deviation: float = 1e-3,
     grid: Mapping[str, Grid] | None = None,
 ) -> Any:
-    """`fake_quant` of the weights with normal noise: `Q(W + U)`.
+    """Adds normal noise to the weights, then applies `fake_quant`: `Q(W + U)`.
 
-    It takes the place of `fake_quant` in the loss, with the straight-through gradient
-    of that at `W + U`. Parameters that no rule names get no noise. The noise is drawn
-    in float32 (float64 for float64); the dtype of parameters is kept.
+    It replaces `fake_quant` in the loss, with the straight-through gradient of
+    `fake_quant` at `W + U`. Parameters that no rule names get no noise. The noise is
+    drawn in float32 (float64 for float64); the parameters keep their dtype.
 
     Args:
       params: a tree of parameters.
       rules: which parameters are quantized, and how.
-      key: of `jax.random`, a new one for each step; each parameter draws its own
+      key: a `jax.random` key, a new one for each step; each parameter draws its own
         numbers from it.
-      deviation: of the noise, the same for all weights.
+      deviation: standard deviation of the noise, the same for all weights.
       grid: as in `fake_quant`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError, ValueError: as `fake_quant`, and for a deviation that is negative.
+      TypeError, ValueError: as `fake_quant`; also if `deviation` is negative.
 
     Example:
       >>> import cage_jax as cage
@@ -84,24 +84,24 @@ class InterpolationState(NamedTuple):
 def interpolation(
     rules: Rules, share: float = 0.4, *, every: int = 60_000
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the weights to `(1 - share) * W + share * Q(W)` after every `every` steps.
+    """Moves the weights to `(1 - share) * W + share * Q(W)` every `every` steps.
 
-    It belongs behind the learning rate, last: `W` are the weights after the update. In
-    the other steps nothing is quantized and the updates pass bit-identical. With
-    `every` 1 it is `cage.post_step` with a learning rate times strength of `share`, and
+    Put it last, after the learning rate: `W` are the weights after the update. In all
+    other steps nothing is quantized and the updates pass bit-identical. With `every` 1
+    it equals `cage.post_step` with learning rate times strength of `share`, and
     PV-Tuning's decay of its buffer. Computed in float32; the updates keep their dtype.
 
     Args:
       rules: which parameters are quantized, and how.
-      share: alpha, in [0, 1]; the paper has 0.1 to 0.6, best near 0.4.
-      every: K, a number of steps.
+      share: alpha, in [0, 1]; the paper uses 0.1 to 0.6, with the best near 0.4.
+      every: K, the number of steps between interpolations.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind or out of range; in
-        `update` without `params`.
+      TypeError, ValueError: if an argument has the wrong type or is out of range, or
+        if `update` is called without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -145,7 +145,7 @@ def interpolation(
 
 @functools.partial(jax.jit, static_argnames="quantizer")
 def _pulled_if(active, x, update, share, quantizer, grid):
-    """The update, with a share of the error at what it reaches if `active`."""
+    """Subtracts a share of the error at the updated weights if `active`."""
 
     def pulled():
         reached = (x + update).astype(x.dtype).astype(share.dtype)

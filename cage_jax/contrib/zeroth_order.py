@@ -1,4 +1,4 @@
-"""Gradients from the loss at two points: ZeroQAT's, and FOGZO's beside the STE's."""
+"""Gradients from the loss at two points: ZeroQAT, and FOGZO to correct the STE."""
 
 import math
 import zlib
@@ -27,26 +27,27 @@ def two_point_gradient(
     *,
     radius: float = 1e-3,
 ) -> tuple[jax.Array, Any]:
-    """`(L(x + radius u) - L(x - radius u)) / (2 radius) * u`, with normal `u`.
+    """Estimates a gradient from the loss at two points.
 
-    It takes the place of `jax.value_and_grad(loss)(params)`: two forward passes and no
-    backward pass. Through the staircase of `fake_quant` in the loss it sees what
-    `radius` is wide enough to see, without a straight-through rule. All parameters of
-    real floats take part, learned grids beside them too (`with_grids`), of which the
-    radius must be below the smallest scale; others get zeros. Points are in the dtype
-    of the parameters, `u` in float32 or wider.
+    The gradient is `(L(x + radius u) - L(x - radius u)) / (2 radius) * u` with normal
+    `u`. It replaces `jax.value_and_grad(loss)(params)` and takes two forward passes and
+    no backward pass. It needs no straight-through rule: a wide enough `radius` crosses
+    the steps of `fake_quant` in the loss. All parameters of real floats take part, also
+    learned grids beside them (`with_grids`), whose smallest scale must exceed the
+    radius; all others get zeros. Points have the dtype of the parameters, `u` is
+    float32 or wider.
 
     Args:
       loss: a function of the parameters, with `fake_quant(params, rules)` inside.
       params: a tree of parameters.
-      key: of `jax.random`, a new one for each step.
-      radius: how far away the two points are, in deviations of `u`.
+      key: a `jax.random` key, a new one for each step.
+      radius: distance of the two points from `params`, in standard deviations of `u`.
 
     Returns:
-      The mean of both losses, and a tree like `params`.
+      The mean of both losses, and the gradient, a tree like `params`.
 
     Raises:
-      TypeError, ValueError: for a radius that is not positive.
+      TypeError, ValueError: if the radius is not a positive number.
 
     Example:
       >>> from cage_jax import baselines
@@ -101,34 +102,34 @@ def fogzo(
     samples: int = 1,
     grid: Mapping[str, Grid] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The straight-through gradient, corrected by the loss at two points.
+    """Computes the straight-through gradient, corrected by the loss at two points.
 
-    It takes the place of `jax.value_and_grad(loss)(params)`, and costs two more forward
-    passes for each sample. In units of `epsilon`, the step of each weight's grid over
-    2 sqrt(3), quantized weights have the gradient
+    It replaces `jax.value_and_grad(loss)(params)` and takes two more forward passes for
+    each sample. Let `epsilon` be the step of each weight's grid over 2 sqrt(3). In
+    units of `epsilon`, the gradient of quantized weights is
 
         (L(x + v) - L(x - v)) / 2 * v,  v = sqrt(beta) s g / |g| + sqrt(1 - beta) u
 
-    with `g` the straight-through gradient, its norm that of all quantized weights, `s`
-    a random sign, and `u` uniform on sqrt(3) [-1, 1], by which rounding is smoothed to
-    the identity. Where there is a rotation all that is of the rotated weights. Other
-    parameters keep their gradient.
+    Here `g` is the straight-through gradient, `|g|` its norm over all quantized
+    weights, `s` a random sign, and `u` uniform on sqrt(3) [-1, 1], which smooths
+    rounding to the identity. With a rotation, all of this is in the rotated basis.
+    Other parameters keep their gradient.
 
     Args:
       loss: a function of the parameters, with `fake_quant(params, rules)` inside.
       params: a tree of parameters.
       rules: which parameters are quantized, and how.
-      key: of `jax.random`, a new one for each step.
-      beta: the trust in the straight-through gradient, in [0, 1]; the paper goes from
-        1 down in a line, to 0.999 and less.
-      samples: of which the mean is taken.
+      key: a `jax.random` key, a new one for each step.
+      beta: trust in the straight-through gradient, in [0, 1]; in the paper it falls
+        linearly from 1, to 0.999 and less.
+      samples: number of samples to average.
       grid: as in `fake_quant`.
 
     Returns:
-      The loss, and a tree like `params`.
+      The loss, and the gradient, a tree like `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range.
+      TypeError, ValueError: if an argument has the wrong type or is out of range.
 
     Example:
       >>> import cage_jax as cage
@@ -142,8 +143,8 @@ def fogzo(
       >>> float(value), g["kernel"].shape
       (13.5, (3, 1))
 
-    Source: FOGZO, arXiv 2510.23926. There `epsilon` is one number; with several steps
-    of grids this is the same in weights over their own.
+    Source: FOGZO, arXiv 2510.23926. There `epsilon` is one number. Here each weight is
+    divided by its own `epsilon`, so grids may have different steps.
     """
     check_rules(rules)
     check_number(beta, "beta", "The paper ends at 0.999.", most=1)
@@ -189,7 +190,7 @@ def fogzo(
 
 
 def _moved(params, rules, away):
-    """Parameters, those that are quantized moved by arrays by path."""
+    """Adds the arrays in `away`, by path, to the quantized parameters."""
 
     def move(path, quantizer, x, same):
         return (x + away[path]).astype(x.dtype)
@@ -198,7 +199,7 @@ def _moved(params, rules, away):
 
 
 def _guided(guides, norm, beta, key):
-    """A draw of `v`, by path."""
+    """Draws `v`, by path."""
     sign_key, key = jax.random.split(key)
     sign = jax.random.rademacher(sign_key, (), norm.dtype)
     vectors = {}
