@@ -1,4 +1,4 @@
-"""What became of each parameter of a model and of its input, and what may be wrong."""
+"""The report of a model: its parameters, their inputs, and what may be wrong."""
 
 import dataclasses
 import math
@@ -31,12 +31,13 @@ from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_and_round, is_inside
 
-_CLIPPED = 0.01  # what is worth a word: share of values beyond the grid
-_DEAD = 0.5  # share of the levels that no value takes
-_ENOUGH = 16  # values for each level, before unused ones mean something
-_COSTLY = 2  # bits a weight of the scales, where there are
-_MANY = 4096  # weights
-_WORSE = 1.5  # error over that of normal numbers
+# Findings are reported above these.
+_CLIPPED = 0.01  # fraction of values beyond the grid
+_DEAD = 0.5  # fraction of the levels that no value takes
+_ENOUGH = 16  # values per level, for unused levels to mean something
+_COSTLY = 2  # bits per weight that scales cost
+_MANY = 4096  # weights, for the cost of scales to matter
+_WORSE = 1.5  # error divided by that of normal numbers
 
 
 class Measured(NamedTuple):
@@ -44,8 +45,8 @@ class Measured(NamedTuple):
 
     Attributes:
       error: ||x - Q(x)|| / ||x||.
-      clipped: share of the values beyond the ends of the grid.
-      dead: share of the grid's levels that no value takes.
+      clipped: fraction of the values beyond the ends of the grid.
+      dead: fraction of the grid's levels that no value takes.
     """
 
     error: float
@@ -55,12 +56,12 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """What a parameter is multiplied with.
+    """An input of a parameter, which the parameter is multiplied with.
 
     Attributes:
-      product: where and how.
-      quantizer: None where it is left alone.
-      measured: None where it is left alone.
+      product: the product of both.
+      quantizer: the input's quantizer; None if it is left alone.
+      measured: how well the input fits its grid; None if it is left alone.
     """
 
     product: Product
@@ -73,9 +74,10 @@ class Layer:
     """A parameter and its inputs.
 
     Attributes:
-      weight: quantizer and bytes, or why it is left alone.
-      measured: of the weight; None where it is left alone, or has no values.
-      inputs: one for each product with data; none for what is added or looked up.
+      weight: the parameter's quantizer and bytes, or why it is left alone.
+      measured: how well the weight fits its grid; None if it is left alone, or has no
+        values.
+      inputs: one for each product with data; none if it is only added or looked up.
     """
 
     weight: Row
@@ -85,10 +87,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """What becomes of each parameter of a model; `print` shows a table and findings.
+    """The report of each parameter of a model; `print` shows a table and findings.
 
     Attributes:
-      layers: one for each parameter.
+      layers: one `Layer` for each parameter.
       findings: what may be wrong, in sentences.
     """
 
@@ -109,23 +111,24 @@ _HEAD = ("error", "clipped", "dead", "input error", "clipped", "dead")
 def report(
     function: Callable, rules: Rules, params: Any, *args: Any, **kwargs: Any
 ) -> ModelReport:
-    """What becomes of each parameter of a program and of its inputs, with their errors.
+    """Reports how a program's parameters and their inputs are quantized, with errors.
 
-    Rules that decide nothing are among the findings, not warned of.
+    Rules that decide nothing are listed among the findings; there is no warning.
 
     Args:
-      function: of parameters, then anything, as in `quantize_activations`.
-      rules: for weights, inputs or both.
-      params: with values, or what `with_grids` or `calibrate` returned.
-      args: an example of what `function` gets behind the parameters.
-      kwargs: likewise.
+      function: a function of parameters and any other arguments, as in
+        `quantize_activations`.
+      rules: a table for weights, inputs or both.
+      params: parameters with values, or what `with_grids` or `calibrate` returned.
+      args: an example of the arguments of `function` after the parameters.
+      kwargs: an example of its keyword arguments.
 
     Returns:
       A `ModelReport`. Errors of inputs are those of the example, with all weights and
-      inputs before them quantized.
+      all earlier inputs quantized.
 
     Raises:
-      TypeError, ValueError: as `fake_quant` and `quantize_activations`.
+      TypeError, ValueError: as in `fake_quant` and `quantize_activations`.
 
     Example:
       >>> import cage_jax as cage
@@ -148,13 +151,13 @@ def report(
         return x, measured
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is unused is among the findings
+        warnings.simplefilter("ignore")  # unused rules are among the findings
         rows = rules.report(values)
         quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
     arrays, static = split(args, kwargs)
-    products: list[Product] = []  # what is static, from tracing
+    products: list[Product] = []  # static, so collected while tracing
 
-    # One program: run one operation at a time, a layer compiles a hundred.
+    # One program: op by op, a layer would compile a hundred.
     @jax.jit
     def observed(quantized, grids, arrays):
         args, kwargs = static.joined(arrays)
@@ -197,7 +200,7 @@ def _to_nearest(rules):
 
 
 def _measure(x, quantizer, grid, _=None):
-    """The figures of `Measured` as arrays."""
+    """Computes the figures of `Measured` as arrays."""
     quantizer = dataclasses.replace(quantizer, rounding="nearest")
     values, transformed, found = fit_and_round(x, quantizer, grid)
     format = quantizer.format
@@ -215,7 +218,7 @@ _measured = jax.jit(_measure, static_argnums=1)
 
 
 def _mean(arrays) -> Measured:
-    """Over the repetitions of a scan, if any."""
+    """Averages figures over the repetitions of a scan, if any."""
     return Measured(*(float(np.mean(array)) for array in arrays))
 
 
@@ -298,7 +301,7 @@ def _across(layer):
 
 
 def _summed(product, row):
-    """The axes of a parameter that a product may sum over, told by their lengths."""
+    """Returns a parameter's axes that a product may sum over, judged by lengths."""
     axes = tuple(range(len(row.shape)))
     if product.operation == "conv_general_dilated":  # all but the outputs
         channels = product.shape[product.features[0]]
@@ -317,7 +320,7 @@ def _found(what, quantizer, layer, size):
     measured = layer.measured
     if measured is None:
         return
-    if quantizer.scale.finds_values:  # of which the codes are not known
+    if quantizer.scale.finds_values:  # its codes are not known
         return
     if not math.isfinite(measured.error):
         yield f"{what}: there are NaNs or infinities. Find where they begin."
