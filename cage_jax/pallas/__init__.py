@@ -1,1 +1,1 @@
-"""Kernels for TPU and GPU, and where they take the place of `jax.numpy`."""
+"""Kernels for TPU and GPU, and the choice between them and `jax.numpy`."""

@@ -1,8 +1,8 @@
-"""Which kernels there are for an array and its quantizer.
+"""The kernels that exist for an array and its quantizer.
 
-What launches them is imported when a program is compiled for their platform: it takes
-longer than all the rest of this package. Those for GPU were not timed on one yet, so
-they are run by name alone.
+The modules that launch kernels are imported only when a program is compiled for their
+platform, because importing them takes longer than the rest of this package. The GPU
+kernels have not been timed on a GPU yet, so they run only if "pallas" is asked for.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ def fake_quant(
     *,
     masked: bool,
 ) -> Kernels:
-    """For `(x, grid, noise)` to the values, and with `masked` to a mask, int8, too."""
+    """Returns the kernels that quantize and dequantize an array.
+
+    They map `(x, grid, noise)` to the values, and with `masked` also to a mask, int8.
+    """
     if grid is not None or noise is not None:
         return Kernels()
 
@@ -47,7 +50,10 @@ def fake_quant(
 
 
 def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
-    """For `(mask, cotangent)`, with such a mask, to the gradient."""
+    """Returns the kernels that map `(mask, cotangent)` to the gradient.
+
+    The mask is that of `fake_quant`.
+    """
 
     def kernel(module, tiles):
         return lambda *arrays: module.masked_gradient(*arrays, tiles=tiles)
@@ -66,22 +72,22 @@ def adamw_step(
     at_updated: bool,
     measured: bool,
 ) -> Kernels:
-    """From the arguments of a step to its results, as `pallas.tpu` has them."""
+    """Returns the kernels for a step of AdamW, with the signature in `pallas.tpu`."""
     if first_dtype not in (jnp.float32, jnp.bfloat16):
         return Kernels()
-    # Seven arrays come and go, where two or three do otherwise.
+    # The step streams seven arrays instead of two or three, so its blocks are smaller.
     kept = 2 if at_updated else 1
     for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
     for_gpu = tiles_for_gpu(quantizer, shape, dtype)
     if quantizer.scale_type.has_tensor_divisor:
-        for_tpu = None  # all of a tensor would have to be read first
+        for_tpu = None  # the kernel would have to read the whole tensor first
     if measured:
         for_gpu = None
         whole_numbers = isinstance(quantizer.format, Integer | MidRise)
         if not (whole_numbers and for_tpu and for_tpu.exact):
-            for_tpu = None  # what lies beyond the array would be added up
+            for_tpu = None  # the sums would include elements beyond the array
     if at_updated and for_gpu and for_gpu.whole:
-        for_gpu = None  # all four arrays would be read twice
+        for_gpu = None  # the kernel would read all four arrays twice
 
     def kernel(module, tiles):
         return partial(
@@ -93,13 +99,14 @@ def adamw_step(
     if plain and all(
         _one_more(n, axis, shape) for axis, n in quantizer.blocks(shape).by_axis.items()
     ):
-        # A compiler's step moves 8 copies, a kernel's 7: less than 1.15.
+        # The compiler's step moves 8 copies of the array and the kernel's 7, which
+        # gains less than the factor of 1.15 that `Kernels.by_name` asks for.
         found = dataclasses.replace(found, by_name=found.by_name | {"tpu"})
     return found
 
 
 def _one_more(size, axis, shape):
-    """Whether a compiler for TPU finds groups by reading an array once more."""
+    """Tells whether the TPU compiler finds groups by reading an array once more."""
     return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
 
 
@@ -111,13 +118,13 @@ def product(
     *,
     scaled: bool,
 ) -> Kernels:
-    """For `(inputs, weights)`, a `QuantizedArray`, to their product.
+    """Returns the kernels that multiply `inputs` by a `QuantizedArray` of weights.
 
     Args:
-      quantizer: of the weights (in, out).
-      shape: of the weights.
-      inputs_shape: (..., in).
-      dtype: of the product.
+      quantizer: quantizer of the weights (in, out).
+      shape: shape of the weights.
+      inputs_shape: shape of the inputs, (..., in).
+      dtype: dtype of the product.
       scaled: whether weights are scaled and rounded before they are multiplied.
     """
     tokens = math.prod(inputs_shape[:-1])
@@ -140,8 +147,9 @@ def product(
         )
         return found.reshape(*inputs_shape[:-1], -1)
 
-    # With a scale for each channel a compiler moves as little. Sums of several blocks
-    # of tokens were not counted, and codes of 2 bits crash the compiler for v4.
+    # With one scale per channel, the compiler moves as little as the kernel. The form
+    # that scales sums was not evaluated for several blocks of tokens. 2-bit codes crash
+    # the compiler for v4.
     taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
     taken = taken and quantizer.format.code_dtype != jnp.int2
     return Kernels(tpu=on_tpu, by_name=frozenset() if taken else frozenset({"tpu"}))
@@ -150,7 +158,7 @@ def product(
 def _kernels(
     kernel: Callable[..., Callable], for_tpu: Tiles | None, for_gpu: Tiles | None
 ) -> Kernels:
-    """`kernel(module, tiles)` of each platform that there are tiles for."""
+    """Returns `kernel(module, tiles)` for each platform that has tiles."""
 
     def on_tpu(*args):
         from cage_jax.pallas import tpu
