@@ -1,8 +1,8 @@
-"""Kernels for GPU, by way of Triton: one program for each block of an array.
+"""Kernels for GPU, written in Triton: one program for each block of an array.
 
-What they compute on a strip is in `strips`; a strip stays in registers. Triton divides
-and takes roots approximately, and its lowering has no rounding: those are instructions
-of the machine here, but where a kernel is interpreted.
+The arithmetic on a strip is in `strips`; a strip stays in registers. Triton's division
+and square root are approximate, and its lowering has no rounding. So these are PTX
+instructions here, except where a kernel is interpreted.
 """
 
 from collections.abc import Callable
@@ -22,29 +22,30 @@ from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
 from cage_jax.quantizers.rounding import basis_factor, fit_in_basis
 
-# As IEEE 754 has them, of float32; to the nearest even number.
+# Exact by IEEE 754 for float32; rounding is to the nearest, half to even.
 _INSTRUCTIONS = {
     lax.div_p: "div.rn.f32 $0, $1, $2;",
     lax.sqrt_p: "sqrt.rn.f32 $0, $1;",
     lax.round_p: "cvt.rni.f32.f32 $0, $1;",
 }
-# Elements of a strip, 16 for each thread: twice as many spill in a rotation.
+# Elements of a strip per warp, 16 per thread: twice as many spill in a rotation.
 _PER_WARP = 512
 
 
 def fake_quant(
     x: jax.Array, *, tiles: Tiles, masked: bool, interpret: bool = False
 ) -> Any:
-    """`x` quantized and dequantized.
+    """Quantizes and dequantizes `x`.
 
     Args:
       x: the array that `tiles` was made for.
-      tiles: how it is cut.
-      masked: whether to tell where the gradient passes.
-      interpret: whether it is run as a program of `jax.numpy`.
+      tiles: the blocks and strips of `x`.
+      masked: whether to return the mask of the gradient too.
+      interpret: whether to run the kernel as a `jax.numpy` program.
 
     Returns:
-      The values, like `x`; if `masked`, these and the mask, int8 of 1 and 0.
+      The values, like `x`. If `masked`, the values and the mask, int8: 1 where the
+      gradient passes and 0 elsewhere.
     """
     exactly = _exactly(interpret)
 
@@ -65,13 +66,13 @@ def fake_quant(
 def masked_gradient(
     mask: jax.Array, cotangent: jax.Array, *, tiles: Tiles, interpret: bool = False
 ) -> jax.Array:
-    """What passes of a cotangent: rotated, masked, rotated back.
+    """Masks a cotangent in the rotated basis: rotates it, masks it, rotates it back.
 
     Args:
-      mask: int8, as `fake_quant` gives it.
+      mask: int8, as returned by `fake_quant`.
       cotangent: an array like the quantized one.
-      tiles: how both are cut.
-      interpret: whether it is run as a program of `jax.numpy`.
+      tiles: the blocks and strips of both.
+      interpret: whether to run the kernel as a `jax.numpy` program.
     """
 
     def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
@@ -105,20 +106,20 @@ def adamw_step(
     at_updated: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A step of AdamW with the pull to the grid, in place where the arrays are donated.
+    """Takes a step of AdamW with the pull to the grid, in place for donated arrays.
 
     Args:
-      gradient: that of the parameter.
+      gradient: the gradient of the parameter.
       first: the first moment.
       second: the second moment.
       x: the parameter, which `tiles` was made for.
-      numbers: those of the step.
+      numbers: the numbers of this step.
       previous: None; there are no statistics.
-      tiles: how all are cut.
+      tiles: the blocks and strips of all arrays.
       adamw: the optimizer.
-      at_updated: whether the error is that of the updated parameter, of groups that a
-        strip has whole.
-      interpret: whether it is run as a program of `jax.numpy`.
+      at_updated: whether the error is that of the updated parameter; each strip must
+        then hold whole groups.
+      interpret: whether to run the kernel as a `jax.numpy` program.
 
     Returns:
       The moments and the parameter after the step.
@@ -164,15 +165,15 @@ def _call(
     """Runs a kernel over all blocks.
 
     Args:
-      kernel: gets references to the blocks of `arrays`, to `numbers`, if any, to the
-        matrix of the rotation (None without one), and to the blocks of the results.
+      kernel: receives references to the blocks of `arrays`, to `numbers`, if any, to
+        the matrix of the rotation (None without one), and to the blocks of the results.
       tiles: the blocks.
-      name: of the kernel in a program.
-      arrays: those that are cut.
-      dtypes: of the results.
-      numbers: a vector.
-      aliases: from the place of an argument to that of the result that replaces it.
-      interpret: whether it is run as a program of `jax.numpy`.
+      name: name of the kernel in a program.
+      arrays: the arrays that are divided into blocks.
+      dtypes: dtypes of the results.
+      numbers: a vector that every block receives, or None.
+      aliases: maps the index of an argument to that of the result that replaces it.
+      interpret: whether to run the kernel as a `jax.numpy` program.
     """
     stack, rows, columns = tiles.shape
     height, width = tiles.block
@@ -186,7 +187,7 @@ def _call(
             refs = *refs[:read], None, *refs[read:]
         kernel(*refs)
 
-    # Inside of a `shard_map`, the axes of the mesh along which results differ.
+    # Inside a `shard_map`, the results must name the mesh axes along which they differ.
     manual = jax.typeof(arrays[-1]).manual_axis_type
     shapes = [
         jax.ShapeDtypeStruct(tiles.shape, dtype, manual_axis_type=manual)
@@ -194,7 +195,7 @@ def _call(
     ]
     found = pl.pallas_call(
         run,
-        # Neighbouring programs take neighbouring columns.
+        # The first axis runs fastest: neighbouring programs take neighbouring columns.
         grid=(columns // width, rows // height, stack),
         in_specs=[
             *[block] * len(arrays),
@@ -220,7 +221,7 @@ def _warps(tiles):
 
 
 def _matrix(tiles):
-    """That which rotates a column, or each part of a row."""
+    """Returns the matrix that rotates a column, or each part of a row."""
     block = tiles.quantizer.hadamard
     if block is None:
         return None
@@ -228,7 +229,7 @@ def _matrix(tiles):
 
 
 def _rotation(matrix_ref, tiles):
-    """Turns a strip, of so many `parts`."""
+    """Returns a function that rotates a strip whose numbers have `parts` parts."""
     if matrix_ref is None:
         return lambda x, parts: x
     matrix = matrix_ref[...]
@@ -236,7 +237,7 @@ def _rotation(matrix_ref, tiles):
     def rotate(x, parts):
         if tiles.along == 1:
             return product(matrix, x, 0, parts)
-        # As columns: the matrix unit takes them in fewer registers.
+        # Columns need fewer registers in the matrix unit than rows.
         columns = x.reshape(-1, len(matrix)).T
         return product(matrix, columns, 0, parts).T.reshape(x.shape)
 
@@ -248,7 +249,7 @@ def _parts(x):
 
 
 def _strip_of(x_ref, matrix_ref, tiles, exactly):
-    """What makes of each strip of a block a `Strip`, with the grid of its groups."""
+    """Returns a function that makes a `Strip` of an array, with its groups' grid."""
     quantizer, rotate = tiles.quantizer, _rotation(matrix_ref, tiles)
 
     def strip(x, found=None):
@@ -267,7 +268,7 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
     def one(i, carry):
         def joined(x, found, poison):
             rotated = rotate(x.astype(jnp.float32), parts=_parts(x))
-            # As `fit_in_basis` does with all of it.
+            # This repeats what `fit_in_basis` does with a whole group.
             sized = times(rotated, basis_factor(quantizer))
             part = scale.part(sized, axes, tiles.length)
             return scale.joined(found, part), poison + poison_of(rotated, axes)
@@ -288,7 +289,7 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
 
 
 def _each(function, read, written, tiles):
-    """Writes what `function` makes of each strip of a block."""
+    """Applies `function` to each strip of a block and writes the results."""
 
     def one(i, carry):
         place = _place(i, tiles)
@@ -306,7 +307,7 @@ def _place(i, tiles):
 
 
 def _exactly(interpret: bool) -> Callable:
-    """Has a function's quotients, roots and roundings be those of the machine."""
+    """Replaces div, sqrt and round in a function by IEEE-exact PTX instructions."""
     if interpret:
         return lambda function: function
 
