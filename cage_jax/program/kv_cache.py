@@ -1,14 +1,14 @@
 """Keys and values of attention, quantized: while training, and in a cache.
 
-Arrays are (..., tokens, heads, head_dim). What shares a scale is the quantizer's axis:
+Arrays are (..., tokens, heads, head_dim). The axis of the quantizer shares a scale:
 
 - -1, or (-2, -1): a scale for each token and head, or for each token. The values of a
   token depend on that token alone.
-- -3, with a `group_size`: a scale for each channel and group of tokens, as KIVI has it
-  for keys. A group is quantized when its last token comes; until then its tokens are
-  kept as they are. So a query sees the tokens of its own group unquantized (but for the
-  query of the last one), those before quantized, and never a scale that a later token
-  has a part in.
+- -3, with a `group_size`: a scale for each channel and group of tokens, as in KIVI for
+  keys. A group is quantized when its last token comes; until then its tokens are kept
+  as they are. So a query sees earlier groups quantized and its own group unquantized,
+  except that the query of a group's last token sees it quantized too. No query sees a
+  scale that depends on a later token.
 """
 
 import dataclasses
@@ -32,33 +32,34 @@ def quantize_kv(
     key_quantizer: Quantizer | None,
     value_quantizer: Quantizer | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What causal attention over a window reads from a quantized cache.
+    """Returns what causal attention over a window reads from a quantized cache.
 
-    Row `t` of the mask picks what a `KVCache` of the first `t + 1` tokens reads as, to
-    the bit. (But for quantizers that sum over a group: with a rotation, or the scales
-    `Gaussian` and `AbsMean`. There the order of a sum may differ between two programs,
-    and so may, by a step, a value that lies between two codes.)
+    Row `t` of the mask selects the same numbers, to the bit, that a `KVCache` of the
+    first `t + 1` tokens reads. Quantizers that sum over a group (with a rotation, or
+    the scales `Gaussian` and `AbsMean`) are an exception: the order of a sum may differ
+    between two programs, and so may, by a step, a value that lies between two codes.
 
     The gradient goes straight through to `keys` and `values`, as in `fake_quant`.
 
     Args:
-      keys: of shape (..., tokens, heads, head_dim), rotated by position if they are so
-        in the cache.
-      values: like `keys`.
-      key_quantizer: along axis -1 or (-2, -1), a scale per token; or along axis -3 in
-        groups of tokens, a scale per channel. None to leave the keys as they are.
-      value_quantizer: likewise, for the values.
+      keys: an array of shape (..., tokens, heads, head_dim), rotated by position if the
+        keys in the cache are.
+      values: an array like `keys`.
+      key_quantizer: a quantizer along axis -1 or (-2, -1), with a scale per token; or
+        along axis -3 in groups of tokens, with a scale per channel. None leaves the
+        keys as they are.
+      value_quantizer: the same for the values.
 
     Returns:
       Keys and values in the dtypes given, of shape (..., seen, heads, head_dim), and
-      the boolean mask of shape (tokens, seen), for any attention that takes one. `seen`
-      is `tokens` with scales per token: then the mask is the causal one, and attention
-      without it may use the keys and values too. In groups it is a multiple, since
-      tokens are seen quantized by some queries and unquantized by others; add another
-      mask by `mask & jnp.tile(other, seen // tokens)`.
+      the boolean mask of shape (tokens, seen), for any attention that takes one. With
+      scales per token, `seen` is `tokens` and the mask is the causal one, so attention
+      without it may use the keys and values too. With groups, `seen` is a multiple,
+      since some queries see a token quantized and others unquantized; add another mask
+      by `mask & jnp.tile(other, seen // tokens)`.
 
     Raises:
-      TypeError: for something else than a `Quantizer`, and for integers.
+      TypeError: for anything but a `Quantizer`, and for integers.
       ValueError: for shapes that differ or lack an axis, for a quantizer with a scale
         for all tokens or several sequences, and for one that needs a key or a grid.
 
@@ -87,7 +88,7 @@ def quantize_kv(
             values, value_quantizer, "value_quantizer"
         )
     ]
-    # The first kind, when there are no tokens at all.
+    # Without any tokens, the first kind is kept.
     kinds = [kind for kind in kinds if (kind[2] < kind[3]).any()] or kinds[:1]
     query = jnp.arange(tokens)[:, None]
     masks = [(first <= query) & (query < end) for _, _, first, end in kinds]
@@ -99,7 +100,7 @@ def quantize_kv(
 
 
 def _seen(x, quantizer, name):
-    """The ways `x` is seen, each with the first query and the end of those that do."""
+    """Returns the forms in which queries see `x`, each with the first query and end."""
     tokens = x.shape[_TOKENS]
     position, all_of_them = np.arange(tokens)[None], np.full([1, tokens], tokens)
     if quantizer is None:
@@ -132,8 +133,8 @@ class StoredTokens:
     """The keys, or the values, in a `KVCache`. A pytree.
 
     Attributes:
-      complete: the codes and scales of complete groups of tokens; an array where
-        nothing is quantized.
+      complete: the codes and scales of complete groups of tokens; an array if nothing
+        is quantized.
       newest: the tokens of the group that is not complete; None with scales per token.
     """
 
@@ -142,12 +143,12 @@ class StoredTokens:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is read."""
+        """Shape of the keys, or values, that are read."""
         return self.complete.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of what is read."""
+        """Dtype of the keys, or values, that are read."""
         return self.complete.dtype
 
     @property
@@ -166,13 +167,13 @@ class KVCache:
     """The codes and scales of past keys and values, for decoding. A pytree.
 
     Make one with `KVCache.empty`; `append` and `read` work under `jax.jit`,
-    `jax.lax.scan` and `jax.vmap` (with a count for each sequence then). Codes have no
+    `jax.lax.scan` and `jax.vmap` (then with a count for each sequence). Codes have no
     gradient: `quantize_kv` is for training.
 
     Attributes:
-      keys: what is stored of the keys.
-      values: likewise.
-      count: how many tokens were appended, int32.
+      keys: the stored keys.
+      values: the stored values.
+      count: the number of tokens appended, int32.
 
     Example:
       >>> import cage_jax as cage
@@ -201,17 +202,17 @@ class KVCache:
         value_quantizer: Quantizer | None,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "KVCache":
-        """A cache without tokens.
+        """Creates a cache without tokens.
 
         Args:
           shape: (..., length, heads, head_dim), with room for `length` tokens.
           key_quantizer: as in `quantize_kv`.
-          value_quantizer: likewise.
-          dtype: of the keys and values that are appended and read.
+          value_quantizer: as in `quantize_kv`.
+          dtype: the dtype of the keys and values that are appended and read.
 
         Raises:
-          TypeError, ValueError: as `quantize_kv`; also for a length that is no multiple
-            of a group.
+          TypeError, ValueError: as in `quantize_kv`; also for a length that is not a
+            multiple of a group.
         """
         shape, dtype = tuple(shape), jnp.dtype(dtype)
         _check_shape(shape, "shape")
@@ -223,7 +224,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """How many tokens there is room for."""
+        """Number of tokens that there is room for."""
         return self.keys.shape[_TOKENS]
 
     @property
@@ -232,12 +233,12 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def append(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """The cache with more tokens behind those that it has.
+        """Returns the cache with more tokens after those that it has.
 
         Args:
-          keys: (..., tokens, heads, head_dim), a token or several, such as a prompt
-            (which itself attends to what `quantize_kv` gives).
-          values: like `keys`.
+          keys: an array (..., tokens, heads, head_dim) of one token or several, such as
+            a prompt (which itself attends to the result of `quantize_kv`).
+          values: an array like `keys`.
 
         Returns:
           A new `KVCache`.
@@ -245,8 +246,8 @@ class KVCache:
         Raises:
           TypeError: for another dtype than the cache was made for.
           ValueError: for another shape, and for more tokens than there is room for.
-            Under `jit`, where it is not known how many there are, a cache with too many
-            reads as NaN.
+            Under `jit`, where their number is not known, a cache with too many reads as
+            NaN.
         """
         keys, values = jnp.asarray(keys), jnp.asarray(values)
         _check_arrays(keys, values)
@@ -258,12 +259,12 @@ class KVCache:
         )
 
     def read(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the newest token attends to.
+        """Returns what the newest token attends to.
 
         Returns:
-          Keys and values of the shape and dtype the cache was made for, zeros behind
-          the last token, and the boolean mask of shape (1, length) of the tokens
-          there are.
+          Keys and values of the shape and dtype the cache was made for, with zeros
+          after the last token, and the boolean mask of shape (1, length) of the tokens
+          that there are.
         """
         there = jnp.arange(self.length)[None, :] < self.count
         return _read(self.keys, self.count), _read(self.values, self.count), there
@@ -309,7 +310,7 @@ def _empty(shape, quantizer, name, dtype):
     made = jax.eval_shape(
         lambda x: quantize(x, quantizer), jax.ShapeDtypeStruct(shape, dtype)
     )
-    # Not zeros: a scale of type E8M0 has none.
+    # Not zeros, which a scale of type E8M0 cannot hold.
     complete = jax.tree.map(lambda part: jnp.ones(part.shape, part.dtype), made)
     newest = None
     if size > 1:
@@ -322,7 +323,7 @@ def _appended(stored, new, count):
         return StoredTokens(_written(stored.complete, _codes(stored, new), count), None)
     size, tokens = stored.newest.shape[_TOKENS], new.shape[_TOKENS]
     before = count % size
-    # The newest group, as far as there is one, and what comes behind it.
+    # The newest group as far as it has come, followed by the new tokens.
     groups = -(-(size - 1 + tokens) // size)
     room = [(0, 0)] * new.ndim
     room[_TOKENS] = (0, (groups - 1) * size)
@@ -333,7 +334,7 @@ def _appended(stored, new, count):
     complete = stored.complete
     if certain:
         complete = _written(complete, _part(made, 0, certain, groups), place)
-    # One more group is complete, or none, as the number of tokens before has it.
+    # The number of tokens before decides whether one more group is complete.
     one_more = (before + tokens) // size > certain
     complete = _written(
         complete, _part(made, certain, 1, groups), place + certain, one_more
@@ -351,7 +352,7 @@ def _codes(stored, x):
 
 
 def _part(made, start, groups, of_groups):
-    """Some groups of codes and scales, of which a group has one or several."""
+    """Takes some groups of codes and scales; a group has one entry or several."""
 
     def of(array):
         each = array.shape[_TOKENS] // of_groups
@@ -363,7 +364,7 @@ def _part(made, start, groups, of_groups):
 
 
 def _written(complete, made, place, wanted=None):
-    """`complete` with the groups of `made` from the group `place` on, if `wanted`."""
+    """Writes the groups of `made` into `complete` from group `place`, if `wanted`."""
     groups = _groups(made)
 
     def write(old, new):
@@ -379,7 +380,7 @@ def _written(complete, made, place, wanted=None):
 
 
 def _groups(made):
-    # At least one, so that nothing can be appended.
+    # At least one, so that appending no tokens works.
     return max(1, min(part.shape[_TOKENS] for part in jax.tree.leaves(made)))
 
 
@@ -391,12 +392,12 @@ def _read(stored, count):
     position = jnp.broadcast_to(jnp.arange(length)[:, None, None], x.shape)
     if stored.newest is not None:
         size = stored.newest.shape[_TOKENS]
-        # Once for each group: a token's place in its group is known.
+        # Repeated for each group, since a token's place in its group is known.
         repeated = jnp.expand_dims(stored.newest, _TOKENS - 1)
         every = (*x.shape[:_TOKENS], length // size, *stored.newest.shape[_TOKENS:])
         newest = jnp.broadcast_to(repeated, every).reshape(x.shape)
         x = jnp.where(position < count // size * size, x, newest)
-    # One selection: zeros behind the last token, NaN everywhere if there are too many.
+    # One selection: zeros after the last token, NaN everywhere if there are too many.
     fits = count <= length
     zero = jnp.asarray(0, x.dtype)
     return jnp.where(fits & (position < count), x, jnp.where(fits, zero, jnp.nan))
@@ -427,7 +428,7 @@ def _check_shape(shape, name):
 
 
 def _group_size(shape, quantizer, name):
-    """How many tokens share a scale, after checking that no others do."""
+    """Returns how many tokens share a scale, after checking that nothing else does."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
             f"`{name}` must be a Quantizer or None; got {quantizer!r}. Use a preset "
@@ -468,12 +469,12 @@ def _group_size(shape, quantizer, name):
             f"`{name}` must not have a scale for the whole tensor; got {quantizer}. "
             f"Use nvfp4(axis=-1), or tensor_divisor=False."
         )
-    quantizer.blocks(one)  # what else does not fit
+    quantizer.blocks(one)  # raises for anything else that does not fit
     return size
 
 
 def _shared(quantizer, ndim):
-    """The axes that share a scale, from the end, each with its group or None."""
+    """Returns the axes that share a scale, from the end, with group sizes or None."""
     if quantizer.axis is None:
         return [(axis, None) for axis in range(-1, -ndim - 1, -1)]
     axes, groups = quantizer.axis, quantizer.group_size

@@ -1,12 +1,12 @@
-"""Products of data with codes: what is shipped is multiplied, not what it stands for.
+"""Products of data with codes, without dequantizing the weights first.
 
 With group `g` of the weights, its scale `s`, zero point `z` and offset `o`,
 
     x @ w = sum over g of s_g (x_g @ codes_g - z_g sum(x_g)) + o_g sum(x_g)
 
-so that memory is read for the codes alone: compilers widen them on their way into the
-product, but write weights that are scaled before it to memory. So do kernels, which
-read scales as they are stored, too.
+so that only the codes are read from memory. Compilers widen codes on their way into the
+product, but would write weights that are scaled before it to memory. Kernels also widen
+codes on the way, and read the scales as they are stored.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ from cage_jax.quantizers.scales import compute_dtype
 
 DimensionNumbers = tuple[tuple, tuple]
 
-# What a matrix unit sums up at a time: shorter groups are multiplied together.
+# Elements that a matrix unit sums at a time: shorter groups are multiplied together.
 _BLOCK = 128
-# For each element of a group: with more, the partial sums cost more than the weights.
+# Per element of a group: with more, the partial sums cost more than the weights.
 _MOST_TOKENS = 2
 
 
@@ -57,46 +57,46 @@ def low_bit_dot(
     preferred_element_type: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The product of `inputs` with quantized weights, made from their codes.
+    """Multiplies `inputs` with quantized weights, using their codes.
 
-    Equal to the product with `dequantize(weights)` but for the order of float32 sums
-    (float64 for float64 inputs): for a sum of n numbers the error is at most about
-    `n * 2**-24 * sum(|x| (|scale| (|code| + |zero_point|) + |offset|))`. Of rotated
-    weights the inputs are rotated instead. What `precision` does to floats is apart
-    from this: by default a TPU rounds both factors to bfloat16, where codes are exact.
+    The result equals the product with `dequantize(weights)` except for the order of
+    float32 sums (float64 for float64 inputs). For a sum of n numbers the error is at
+    most about `n * 2**-24 * sum(|x| (|scale| (|code| + |zero_point|) + |offset|))`. If
+    the weights are rotated, the inputs are rotated instead. The effect of `precision`
+    on floats is not included: by default a TPU rounds both factors to bfloat16, in
+    which codes are exact.
 
-    With groups shorter than half the rows of `inputs`, partial sums would be more than
-    the weights: then these are dequantized and rounded to the dtype of `inputs`. So
-    they are where a rotation is of an axis that is kept.
+    With groups shorter than half the rows of `inputs`, there would be more partial sums
+    than weights. Then the weights are dequantized and rounded to the dtype of `inputs`.
+    The same happens if a rotation is along an axis that is not summed over.
 
-    For TPU there is a kernel where rows of bfloat16 or float32 numbers are multiplied
-    with a matrix of integers or floats that share scales in groups along its first
-    axis, and it dequantizes on the chip. It is taken by itself for codes of 4 or 8 bits
-    in more than one group.
+    On TPU there is a kernel for rows of bfloat16 or float32 numbers times a matrix of
+    integers or floats that share scales in groups along its first axis. It dequantizes
+    on the chip. By default it is used for codes of 4 or 8 bits in more than one group.
 
-    Has no gradient in the codes; that of `inputs` is that of the product.
+    The codes receive no gradient; `inputs` receive the gradient of the product.
 
     Args:
-      inputs: real floats, such as (..., in).
+      inputs: an array of real floats, such as (..., in).
       weights: the codes, such as those of a kernel (in, out), of any format.
-      dimension_numbers: as of `jax.lax.dot_general`; None for the last axis of
+      dimension_numbers: as in `jax.lax.dot_general`; None contracts the last axis of
         `inputs` with the first of `weights`.
       inputs_quantizer: None, or a quantizer of the inputs along axis -1, 0 or None of
-        the matrix of (tokens, features). Int8 codes are summed in int32 where both
-        formats have values of equal steps (integers, mid-rise, E2M1), the inputs one
-        scale for each sum and no zero point, and both the same rotation or none.
-      precision: as of `jax.lax.dot_general`, for products of floats.
-      preferred_element_type: of the result; None for the dtype of `inputs`.
-      implementation: "xla" or "pallas", as of `fake_quant`; None for the faster one.
+        the matrix of (tokens, features). Int8 codes are summed in int32 if the values
+        of both formats have equal steps (integers, mid-rise, E2M1), the inputs have one
+        scale for each sum and no zero point, and both have the same rotation or none.
+      precision: as in `jax.lax.dot_general`, for products of floats.
+      preferred_element_type: the dtype of the result; None for the dtype of `inputs`.
+      implementation: "xla" or "pallas", as in `fake_quant`; None for the faster one.
 
     Returns:
-      As `jax.lax.dot_general`: the axes of batches, the other ones of `inputs`, the
-      other ones of `weights`.
+      An array with its axes as in `jax.lax.dot_general`: the batch axes, the other axes
+      of `inputs`, the other axes of `weights`.
 
     Raises:
-      TypeError: for weights without codes and inputs that are no floats.
+      TypeError: for weights without codes and inputs that are not floats.
       ValueError: for axes that do not fit, for inputs that `inputs_quantizer` does not
-        fit, and for "pallas" where no kernel can run.
+        fit, and for "pallas" if no kernel can run.
 
     Example:
       >>> import cage_jax as cage
@@ -125,29 +125,31 @@ def low_bit(
     *,
     implementation: Implementation | None = None,
 ) -> Callable:
-    """`function` of codes in the place of parameters, multiplied as they are.
+    """Makes `function` take codes in place of parameters and multiply them as such.
 
     Every product of a `QuantizedArray` with data becomes a `low_bit_dot`: in layers of
     any framework, `x @ w`, einsums, tied embeddings, under `jax.jit` and
-    `jax.checkpoint`, and in `jax.lax.scan` over stacked layers. What else is done with
+    `jax.checkpoint`, and in `jax.lax.scan` over stacked layers. Anything else done with
     quantized parameters, such as looking up embeddings, is done with `dequantize`d
-    ones. Forward only. Call it under `jax.jit`: else it is traced anew by each call.
+    ones. Use it forward only. Call the result under `jax.jit`, otherwise each call
+    traces it anew.
 
     Args:
-      function: of parameters, then anything, to a tree of arrays. What of the rest is
-        no array is left as it is, such as `train=False`.
-      rules: None, or those of which some have a quantizer for inputs: these are
-        quantized, and where both are whole numbers multiplied as such. Scales that are
-        calibrated or learned are not supported.
-      implementation: of each product, as of `low_bit_dot`.
+      function: a function of parameters, and any other arguments, that returns a tree
+        of arrays. Arguments that are no arrays are left as they are, such as
+        `train=False`.
+      rules: None, or a table in which some rules have a quantizer for inputs. These
+        inputs are quantized, and multiplied as integers if both factors are whole
+        numbers. Calibrated and learned scales are not supported.
+      implementation: the implementation of each product, as in `low_bit_dot`.
 
     Returns:
       A function like `function`, whose first argument may have a `QuantizedArray` in
       place of any leaf.
 
     Raises:
-      TypeError: for something else than `Rules`.
-      ValueError: by a call, as `low_bit_dot`, with the parameter's path.
+      TypeError: for anything but `Rules`.
+      ValueError: in a call, as in `low_bit_dot`, with the parameter's path.
 
     Example:
       >>> import cage_jax as cage
@@ -197,7 +199,7 @@ def low_bit(
 
 
 class _Product(NamedTuple):
-    """Weights and how they are multiplied: axes from 0."""
+    """Weights and how they are multiplied; axes count from 0."""
 
     weights: QuantizedArray
     inputs_shape: tuple[int, ...]
@@ -208,7 +210,7 @@ class _Product(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """The rows of the inputs."""
+        """Number of rows of the inputs."""
         (contracted, _), (batch, _) = self.numbers
         taken = {*contracted, *batch}
         return math.prod(
@@ -217,7 +219,7 @@ class _Product(NamedTuple):
 
     @property
     def sizes(self) -> list[int] | None:
-        """The size of a group along each axis summed over; None: not by codes."""
+        """Group size along each axis summed over; None if codes are not used."""
         (_, contracted), _ = self.numbers
         shape, quantizer = self.weights.shape, self.weights.quantizer
         groups = quantizer.blocks(shape).by_axis
@@ -242,7 +244,7 @@ def _of_floats(inputs, product):
         return _either(dequantized, inputs, product, scaled=True)
     quantizer = weights.quantizer
     if quantizer.hadamard is not None:
-        # x @ (H w) = (H x) @ w, whichever of the axes it is.
+        # x @ (H w) = (H x) @ w, whichever axis is rotated.
         (axis,) = quantizer.blocks(weights.shape).axes
         axis = contracted[product.numbers[0][1].index(axis)]
         along = dataclasses.replace(quantizer, axis=axis, group_size=None)
@@ -259,7 +261,7 @@ def _of_floats(inputs, product):
 
 
 def _either(default, inputs, product, *, scaled):
-    """`default`, or a kernel: for rows of floats with a matrix of codes."""
+    """Runs `default`, or a kernel for rows of floats with a matrix of codes."""
     weights, found = product.weights, Kernels()
     rotated = weights.quantizer.hadamard is not None
     rows = product.numbers == (((inputs.ndim - 1,), (0,)), ((), ()))
@@ -278,7 +280,7 @@ def _either(default, inputs, product, *, scaled):
 
 
 def _in_bfloat16(dtype, precision):
-    """Whether a TPU multiplies such inputs in bfloat16."""
+    """Returns whether a TPU multiplies such inputs in bfloat16."""
     if dtype != jnp.float32:
         return dtype == jnp.bfloat16
     if precision is None:
@@ -312,7 +314,7 @@ def _of_quantized_inputs(inputs, quantizer, product):
 
 
 def _in_one_basis(codes, inputs, product):
-    """Whether the codes of inputs can be multiplied: one scale for all of a sum."""
+    """Returns whether codes of inputs can be multiplied: each sum has one scale."""
     (contracted, _), _ = product.numbers
     grid, mine, theirs = grid_of(codes), codes.quantizer, product.weights.quantizer
     return (
@@ -326,7 +328,7 @@ def _in_one_basis(codes, inputs, product):
 
 
 def _of_numbers(x, product, sizes):
-    """The product from what the codes are, as `x` is: floats, or whole numbers in int8.
+    """Computes the product from the codes' numbers, in the dtype of `x`: float or int8.
 
     Each axis that is summed over is split into (blocks, groups, group). A block is
     multiplied at once, with rows for each of its groups: the inputs of that group, and
@@ -339,7 +341,7 @@ def _of_numbers(x, product, sizes):
     x = jnp.moveaxis(x, (*x_batch, *xs), (*range(batch), *range(-count, 0)))
     alone = product.tokens == 1 and all(groups == 1 for _, groups, _ in pieces)
     alone = alone and any(blocks > 1 for blocks, _, _ in pieces)
-    if alone:  # a compiler would not use a matrix unit, and write what it widens
+    if alone:  # else a compiler uses no matrix unit, and writes widened codes
         x = jnp.stack([x, jnp.zeros_like(x)], axis=batch)
     rows = x.ndim - batch - count
     x = x.reshape(*x.shape[: batch + rows], *(n for each in pieces for n in each))
@@ -348,7 +350,7 @@ def _of_numbers(x, product, sizes):
     free = [a for a in range(numbers.ndim) if a not in (*w_batch, *ws)]
 
     def spread(per_group):
-        """From the shape of scales to (batches, blocks, groups, rows, free axes)."""
+        """Reshapes scales to (batches, blocks, groups, rows, free axes)."""
         moved = jnp.transpose(per_group, (*w_batch, *ws, *free)).astype(wide)
         others = zip((*w_batch, *free), (*range(batch), *range(-len(free), 0)))
         for axis, place in others:
@@ -363,7 +365,7 @@ def _of_numbers(x, product, sizes):
         return moved.reshape(*shape, *[1] * rows, *kept)
 
     def sums():
-        """Of the inputs of each group, likewise."""
+        """Sums the inputs of each group, with the axes that `spread` gives."""
         last = tuple(batch + rows + 3 * i + 2 for i in range(count))
         found = jnp.sum(x, axis=last, dtype=jnp.int32 if exact else wide).astype(wide)
         found = jnp.moveaxis(found, range(batch, batch + rows), range(-rows, 0))
@@ -391,7 +393,7 @@ def _of_numbers(x, product, sizes):
 
 
 def _pieces(length, size):
-    """How many blocks an axis has, how many groups a block, and a group's size."""
+    """Returns an axis's number of blocks, a block's number of groups, and `size`."""
     count = length // size
     most = max(1, _BLOCK // size)
     groups = max(n for n in range(1, most + 1) if count % n == 0)
@@ -399,16 +401,16 @@ def _pieces(length, size):
 
 
 def _blocks_first(x, first, count, each):
-    """From (block, group) for each axis to all blocks, then all groups."""
+    """Reorders (block, group) for each axis to all blocks, then all groups."""
     order = [first + each * i + j for j in range(each) for i in range(count)]
     rest = range(first + each * count, x.ndim)
     return jnp.transpose(x, (*range(first), *order, *rest))
 
 
 def _in_rows(x, pieces, batch, rows):
-    """From (batches, rows, and each axis in pieces), to the left side of the product.
+    """Arranges (batches, rows, and each axis in pieces) as the product's left side.
 
-    That is (batches, groups, rows, and each axis in blocks and their elements).
+    The result is (batches, groups, rows, and each axis in blocks and their elements).
     """
     for place, (blocks, groups, size) in enumerate(pieces):
         at = batch + place + rows + 2 * place  # before it, groups and (block, element)
@@ -422,7 +424,7 @@ def _in_rows(x, pieces, batch, rows):
 
 
 def _in_blocks(numbers, ws, w_batch, pieces, batch, rows):
-    """The right side of the product, and its dimension numbers with `_in_rows`."""
+    """Returns the product's right side, and its dimension numbers with `_in_rows`."""
     count = len(ws)
     shape: list[int] = []
     place, starts = {}, dict(zip(ws, pieces))
@@ -457,13 +459,13 @@ def _widest(*dtypes):
 
 @functools.cache
 def _holds(format: Format, dtype: jnp.dtype) -> bool:
-    """Whether a dtype has all values of a format."""
+    """Returns whether a dtype has all values of a format."""
     return np.array_equal(format.values.astype(dtype).astype(np.float64), format.values)
 
 
 @functools.cache
 def _unit(format: Format) -> float | None:
-    """That of which int8 holds the multiples that the values are, or None."""
+    """Returns the format's step if every `value / step` fits int8, or None."""
     if format.step is None:
         return None
     multiples = format.values / format.step
@@ -471,10 +473,10 @@ def _unit(format: Format) -> float | None:
 
 
 def _numbers(quantized, dtype):
-    """Of codes a number in `dtype`, the unit of these, and what has to be added."""
+    """Returns codes as numbers in `dtype`, their unit, and what has to be added."""
     codes, format = quantized.codes, quantized.quantizer.format
     if format.of_zero_code is not None:
-        # To add it here would keep compilers from widening codes in the product.
+        # Adding it here would keep compilers from widening codes in the product.
         return codes.astype(jnp.int8).astype(dtype), 1.0, format.of_zero_code
     if dtype == jnp.int8:
         unit = _unit(format)
@@ -483,7 +485,7 @@ def _numbers(quantized, dtype):
 
 
 def _whole(quantized, unit):
-    """The values of codes in units, int8."""
+    """Returns the values of codes in units, int8."""
     values = quantized.quantizer.format.decode(quantized.codes, jnp.float32)
     return (values / unit).astype(jnp.int8)
 
@@ -534,14 +536,14 @@ class _Weights(NamedTuple):
 
 
 class _Run:
-    """Runs jaxprs of which some values are `_Weights`."""
+    """Runs jaxprs in which some values are `_Weights`."""
 
     def __init__(self, rules, implementation):
         self._rules = rules
         self._implementation = implementation
 
     def jaxpr(self, jaxpr, constants, values):
-        """The outputs."""
+        """Returns the outputs of a jaxpr."""
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *values)))
 
         def read(atom):
@@ -624,7 +626,7 @@ class _Run:
 
 
 def _rows(value):
-    """What a scan is given of a stack: codes where each layer has scales of its own."""
+    """Returns a scan's rows of a stack: codes if each layer has scales of its own."""
     if not isinstance(value, _Weights):
         return value
     array = value.quantized
@@ -645,7 +647,7 @@ def _transposed(weights, permutation):
 
 
 def _with_axes(array, moved):
-    """`array` with other axes in its quantizer, from those counted from 0."""
+    """Replaces each axis of the quantizer, counted from 0, by `moved(axis)`."""
     quantizer, ndim = array.quantizer, array.codes.ndim
     axis = quantizer.axis
     if isinstance(axis, int):
