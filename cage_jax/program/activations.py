@@ -2,8 +2,8 @@
 
 The input of a product is treated as a matrix of (tokens, features). The features are
 summed over with the weight; the tokens are all other axes. The axis of an input
-quantizer shares a scale: `axis=-1` the features (a scale per token), `axis=0` the
-tokens (a scale per feature), `axis=None` everything.
+quantizer selects the values that share a scale: `axis=-1` the features (a scale per
+token), `axis=0` the tokens (a scale per feature), `axis=None` everything.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Keys and values of attention, quantized: while training, and in a cache.
 
-Arrays are (..., tokens, heads, head_dim). The axis of the quantizer shares a scale:
+Arrays are (..., tokens, heads, head_dim). The quantizer's axis selects the values that
+share a scale:
 
 - -1, or (-2, -1): a scale for each token and head, or for each token. The values of a
   token depend on that token alone.
