@@ -516,7 +516,7 @@ def fit_if(active, x, quantizer, frozen):
 
 
 def _zeros(function, x, *args):
-    """Returns zeros with the shapes and shardings of `function`'s results."""
+    """Returns zeros like `function`'s results, also in sharding, without running it."""
     shapes = jax.eval_shape(lambda x: function(x, *args), x)
     # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
     return jax.tree.map(

@@ -10,7 +10,7 @@ from cage_jax.optim.curvature import Curvature, fisher
 from cage_jax.optim.schedules import ScalarOrSchedule, dose, ramp_to_dose, value_at
 
 _LARGEST = 3.0
-# In measurements CAGE did nothing at 0.01 and something at 0.2.
+# In measurements CAGE did nothing at a dose of 0.01 and something at 0.2.
 _LEAST_DOSE = 0.05
 # All measured strengths were below this; the paper's is 10.
 _STRONGEST = 15.0
