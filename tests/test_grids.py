@@ -308,6 +308,21 @@ def test_a_learned_grid_starts_as_in_the_paper(rng):
     np.testing.assert_allclose(grid.scale, [[expected]], rtol=1e-6)
 
 
+def test_the_grid_of_lsq_plus_starts_at_both_ends_of_the_values(rng):
+    x = normal(rng, 64, 3)
+    for quantizer in (lsq(4, offset=True), lsq(4, offset=True, axis=0)):
+        grid, axis = fit_grid(x, quantizer), quantizer.axis
+        scale, offset = np.float64(grid.scale), np.float64(grid.offset)
+        # The range and its ends are each rounded once in float32.
+        room = 4 * np.finfo(np.float32).eps * np.abs(x).max()
+        for code, end in (
+            (quantizer.format.low, np.min),
+            (quantizer.format.high, np.max),
+        ):
+            found = code * scale + offset
+            assert (np.abs(found - end(np.asarray(x), axis)) <= room).all()
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_learned_grids_are_trained_beside_the_weights(rng):
     rules = Rules([(".*kernel", lsq(2, axis=-2)), ("embed", int4())])
