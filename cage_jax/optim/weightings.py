@@ -104,7 +104,7 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
 
     Args:
       decay: the decay of the exponential average of flips.
-      floor: what is added for weights that never flip, as a multiple of the mean.
+      floor: the value for weights that never flip, as a multiple of mean(f).
 
     Returns:
       A source with a `FlipsState`: 5 bytes for each quantized weight.
@@ -198,7 +198,7 @@ def _distance(x, quantizer, grid):
 def _weighed(
     errors: Arrays, scores: Arrays, step: Step, floor: float = 0.0
 ) -> dict[str, jax.Array]:
-    """Weights errors by scores plus `floor` times their mean, divided by the mean."""
+    """Weights errors by scores plus `floor` times their mean, scaled to mean 1."""
     totals = [jnp.sum(scores[path], dtype=jnp.float32) for path in errors]
     count = float(sum(error.size for error in errors.values()))
     mean = sum(totals, start=jnp.float32(0)) / count
