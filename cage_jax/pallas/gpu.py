@@ -195,7 +195,7 @@ def _call(
     ]
     found = pl.pallas_call(
         run,
-        # The first axis runs fastest: neighbouring programs take neighbouring columns.
+        # Neighbouring programs take neighbouring columns.
         grid=(columns // width, rows // height, stack),
         in_specs=[
             *[block] * len(arrays),

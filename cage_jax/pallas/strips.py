@@ -1,7 +1,7 @@
-"""What kernels of every platform make of a strip: the arithmetic of `rounding`.
+"""Arithmetic on one strip, shared by the kernels of all platforms.
 
-Only the rotation is theirs, since a matrix unit multiplies numbers of 16 bits: float32
-numbers are three such parts, and rounded values are such numbers.
+It is the arithmetic of `rounding`, except for the rotation. A matrix unit multiplies
+16-bit numbers, so float32 numbers are split into three of them; a rounded value is one.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from cage_jax.quantizers.rounding import (
 )
 from cage_jax.quantizers.scales import Grid
 
-PARTS = 3  # numbers of 8 bits of mantissa that a float32 number of 24 is the sum of
+PARTS = 3  # a float32 (24 bits of mantissa) is the sum of three bfloat16 (8 bits each)
 
 
 class Strip(NamedTuple):
     """A strip and its grid.
 
     Attributes:
-      kept: the strip itself; None where it is rotated and was kept so.
-      rotated: the strip, up to the factor of the rotation.
-      grid: of its groups.
-      poison: 0 for each group, or NaN where something is not finite.
-      rotate: turns a strip, of so many `parts`.
-      quantizer: of the strip.
+      kept: the strip itself; None if only its rotated form was kept.
+      rotated: the rotated strip, up to the factor of the rotation.
+      grid: grid of its groups.
+      poison: per group, 0, or NaN if an element is not finite.
+      rotate: function that rotates a strip whose numbers have `parts` parts.
+      quantizer: quantizer of the strip.
     """
 
     kept: jax.Array | None
@@ -46,21 +46,21 @@ class Strip(NamedTuple):
     quantizer: Quantizer
 
     def value(self) -> jax.Array:
-        """The strip quantized and dequantized, float32."""
+        """Quantizes and dequantizes the strip, float32."""
         return self.restored(self.values())
 
     def values(self) -> jax.Array:
-        """In units of the grid and rounded, float32."""
+        """Rounds the strip to the grid, in units of the grid, float32."""
         return round_in_basis(self.rotated, self.quantizer, self.grid)
 
     def codes(self, values: jax.Array) -> jax.Array:
-        """Those of `values`, as `encode` gives them, int32."""
+        """Returns the codes of `values`, as `encode` does, int32."""
         zero_code = self.quantizer.format.of_zero_code
-        assert zero_code is not None  # there are no statistics of other formats
+        assert zero_code is not None  # statistics exist only for such formats
         return jnp.where(jnp.isnan(values), 0, values - zero_code).astype(jnp.int32)
 
     def restored(self, values: jax.Array) -> jax.Array:
-        """The strip quantized and dequantized, float32, from its `values`."""
+        """Dequantizes the strip from its `values`, float32."""
         quantizer, shape = self.quantizer, self.rotated.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
         parts = 1 if scaled_last(quantizer, shape) else PARTS
@@ -71,27 +71,27 @@ class Strip(NamedTuple):
         turned_back = turn_back(values, quantizer, self.grid, shape, back=back)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = apply_scale(turned_back, quantizer, self.grid, like)
-        # Whatever a maximum or a clip makes of NaN.
+        # This keeps NaN even where a maximum or a clip dropped it.
         return value + quantizer.blocks(shape).spread(self.poison)
 
     def mask(self) -> jax.Array:
-        """Where the gradient passes: 1, elsewhere 0; int32."""
+        """Returns 1 where the gradient passes and 0 elsewhere, int32."""
         passing = passes(self.rotated, self.quantizer, self.grid)
         return jnp.where(passing, jnp.int32(1), jnp.int32(0))
 
 
 def poison_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """0, or NaN where something is not finite, whatever a maximum makes of that."""
+    """Returns 0, or NaN if an element is not finite, which a maximum might drop."""
     return jnp.sum(x - x, axis=axes, keepdims=True)
 
 
 def rotation(block: int, times: int) -> jax.Array:
-    """The matrix, bfloat16, that rotates `times` neighbouring blocks."""
+    """Returns the bfloat16 matrix that rotates `times` neighbouring blocks."""
     return jnp.asarray(np.kron(np.eye(times), hadamard_matrix(block)), jnp.bfloat16)
 
 
 def product(matrix: jax.Array, x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """The symmetric `matrix`, bfloat16, times `axis` of a float32 `x`, in `parts`."""
+    """Multiplies `axis` of float32 `x`, in `parts`, by a symmetric bfloat16 matrix."""
 
     def times_matrix(part):
         left, right = (matrix, part) if axis == 0 else (part, matrix)

@@ -1,7 +1,7 @@
-"""How a kernel cuts an array: in blocks for the chip, and in strips for registers.
+"""Division of an array for a kernel: blocks for the chip, strips for registers.
 
-A block is what a kernel is handed at a time; it holds whole groups. A strip is what it
-computes at a time: whole groups, or a part of one where a group is all of an axis.
+A kernel receives one block at a time and computes one strip of it at a time. Both hold
+whole groups, except where a group is all of an axis: then they may hold a part of it.
 """
 
 import dataclasses
@@ -15,21 +15,22 @@ from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Narrow
 from cage_jax.quantizers.scales import ReducedScale
 
-# Of 8-bit masks, which have the highest tiles.
+# Rows of a tile of 8-bit masks, which have the highest tiles.
 _SUBLANES = 32
-# Of 16-bit numbers.
+# Rows of a tile of 16-bit numbers.
 _HALF_SUBLANES = 16
 _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
-# What is computed for one part is waited for while others go on: the strips of 128 of a
-# rotated channel take a fifth longer.
+# In a long strip, other work goes on while one part waits for its result. A rotated
+# channel takes a fifth longer in strips of 128.
 _LONG_STRIP = 256
-# What a kernel may hold of groups longer than a block; each chip has twice that.
+# Bytes that a kernel may keep of groups longer than a block; each chip has twice that.
 _KEPT_BYTES = 2**23
-# What a strip on a GPU has, or a row at most, and the fewest neighbours it reads well.
+# Elements of a strip on a GPU, or of a row at most; and the fewest neighbours that it
+# reads efficiently.
 _STRIP = 2**12
 _SECTOR = 16
-# What a product holds of codes, inputs and outputs; each chip has a multiple of that.
+# Bytes of codes, inputs and outputs that a product holds; each chip has a multiple.
 _CODES_BYTES = 2**20
 _INPUTS_BYTES = 2**23
 _OUTPUTS_BYTES = 2**21
@@ -39,18 +40,19 @@ _OUTPUTS_BYTES = 2**21
 class Tiles:
     """The blocks and strips of an array of shape (stack, rows, columns).
 
-    A kernel passes over the blocks along the groups, then goes to the next ones. Where
-    a group is all of the axis it does so twice: to find the grid, and to use it.
+    A kernel passes over the blocks along the groups before it goes on across them. If a
+    group is all of the axis, it passes twice: once to find the grid, once to use it.
 
     Attributes:
-      quantizer: of one strip: its axis is that of the groups, and its group size None
-        where a strip is a part of a group, or all of one.
+      quantizer: quantizer of one strip: its axis is that of the groups, and its group
+        size is None if a strip is a part of a group, or all of one.
       shape: (stack, rows, columns) of the array.
-      along: 1 or 2, the axis of the groups.
+      along: axis of the groups, 1 or 2.
       block: (rows, columns) of a block.
-      strip: its length along the axis of the groups.
-      whole: whether a group is all of the axis, of which a block may be a part.
-      transposed: whether strips are turned so that groups run along their rows.
+      strip: length of a strip along the axis of the groups.
+      whole: whether a group is all of the axis; a block may then be a part of it.
+      transposed: whether strips are transposed, so that groups lie along their first
+        axis.
     """
 
     quantizer: Quantizer
@@ -63,12 +65,12 @@ class Tiles:
 
     @property
     def strips(self) -> int:
-        """How many a block has."""
+        """Number of strips in a block."""
         return self.block[self.along - 1] // self.strip
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """The stack, blocks across the groups, passes, and blocks along them."""
+        """Grid of the kernel: (stack, blocks across groups, passes, blocks along)."""
         across = 2 - self.along
         return (
             self.shape[0],
@@ -85,18 +87,18 @@ class Tiles:
 
     @property
     def length(self) -> int:
-        """Of the axis of the groups."""
+        """Length of the axis of the groups."""
         return self.shape[self.along]
 
     @property
     def kept(self) -> tuple[int, int]:
-        """The shape of what a kernel keeps of groups that are all of the axis."""
+        """Shape of what a kernel keeps of groups that are all of the axis."""
         across = self.block[2 - self.along]
         return (self.length, across) if self.along == 1 else (across, self.length)
 
     @property
     def per_group(self) -> tuple[int, int]:
-        """The shape of a number for each of these groups."""
+        """Shape of one number for each of these groups."""
         across = self.block[2 - self.along]
         return (1, across) if self.along == 1 else (across, 1)
 
@@ -109,20 +111,20 @@ def tiles_of(
     block_bytes: int = 2**20,
     kept: int = 1,
 ) -> Tiles | None:
-    """Those of an array that is quantized, or None where it is not for a kernel.
+    """Returns the tiles of an array for a TPU, or None if no kernel suits it.
 
     Args:
-      quantizer: of the array.
-      shape: of the array.
-      dtype: of the array.
-      block_bytes: the most that a block has of an array of float32.
-      kept: how many float32 numbers a kernel keeps of each element of groups that are
-        all of an axis.
+      quantizer: quantizer of the array.
+      shape: shape of the array.
+      dtype: dtype of the array.
+      block_bytes: most bytes in a block of a float32 array.
+      kept: number of float32 numbers that a kernel keeps for each element of groups
+        that are all of an axis.
     """
     if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
         return None
     if shape[-1] % LANES or shape[-2] % _SUBLANES:
-        return None  # the compiler may lay it out otherwise, and would copy it
+        return None  # the compiler may use another layout, and would copy the array
     ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     if axis < len(shape) - 2:
         return None
@@ -136,7 +138,7 @@ def tiles_of(
         strip = math.gcd(length, max(unit, LANES))
     if strip % unit or strip > _LARGEST_STRIP or length % strip:
         return None
-    if along == 1 or whole or group % LANES:  # else a row would have several groups
+    if along == 1 or whole or group % LANES:  # else a row would hold several groups
         most = max(1, _LONG_STRIP // strip)
         strip *= max(n for n in range(1, most + 1) if length // strip % n == 0)
     if whole and quantizer.scale_type.has_tensor_divisor:
@@ -157,7 +159,7 @@ def tiles_of(
     )
     cut = Tiles(own, (stack, rows, columns), along, block, strip, whole, transposed)
     if quantizer.scale_type.has_tensor_divisor and not cut.exact:
-        return None  # what lies beyond the array might be the largest
+        return None  # an element beyond the array might be the largest
     return cut
 
 
@@ -176,20 +178,20 @@ def _suits(quantizer, dtype):
 
 
 def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
-    """Those of an array for kernels that compute on strips of a power of two.
+    """Returns the tiles of an array for a GPU, whose strips are powers of two.
 
-    A group that is all of an axis is one strip, where it is short enough, or is passed
-    over twice in one block. The second pass reads memory again but where what was read
-    is in a cache: the compiler's form does the same where nothing is rotated, so that
-    columns are left to it then.
+    A group that is all of an axis is one strip if it is short enough. Otherwise the
+    kernel passes twice over it in one block, and the second pass reads memory again
+    unless a cache holds the data. Without a rotation the compiler's form does the same,
+    so columns are left to the compiler then.
 
     Args:
-      quantizer: of the array.
-      shape: of the array.
-      dtype: of the array.
+      quantizer: quantizer of the array.
+      shape: shape of the array.
+      dtype: dtype of the array.
 
     Returns:
-      Tiles that are never transposed; None where the array is not for a kernel.
+      Tiles, never transposed, or None if no kernel suits the array.
     """
     if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
         return None
@@ -210,7 +212,7 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     if strip * across < _STRIP // 2 or (along == 1 and across < _SECTOR):
         return None
     strips = length // strip
-    if not whole:  # the matrix is read once for several strips
+    if not whole:  # so the matrix is read once for several strips
         strips = math.gcd(strips, 8) if quantizer.hadamard else 1
     block = (strips * strip, across) if along == 1 else (across, strips * strip)
     own = dataclasses.replace(
@@ -220,22 +222,22 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
 
 
 def _power_of_two(n):
-    """The largest that divides it."""
+    """Returns the largest power of two that divides `n`."""
     return n & -n
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiles:
-    """The blocks of a product of (tokens, in) with codes of (in, out).
+    """The blocks of a product of inputs (tokens, in) and codes (in, out).
 
     A kernel takes all of `in` at once, and widens codes strip by strip.
 
     Attributes:
-      format: of the codes.
-      group: how many of them along `in` share a scale.
-      tokens: the rows of a block of inputs.
-      out: the columns of a block of codes.
-      strip: its length along `in`.
+      format: format of the codes.
+      group: number of codes along `in` that share a scale.
+      tokens: rows of a block of inputs.
+      out: columns of a block of codes.
+      strip: length of a strip along `in`.
       scaled: whether weights are scaled and rounded to bfloat16 before they are
         multiplied; otherwise the sums of each group are scaled.
     """
@@ -249,24 +251,24 @@ class ProductTiles:
 
     @property
     def unit(self) -> float:
-        """That of which the kernel multiplies whole numbers."""
+        """Unit of the integers that the kernel multiplies: value = unit * integer."""
         return 0.5 if self.format == Float("e2m1") else 1.0
 
 
 def product_tiles_of(
     quantizer: Quantizer, shape: tuple[int, ...], tokens: int, *, scaled: bool
 ) -> ProductTiles | None:
-    """Those of a product with quantized weights, or None where it is not for a kernel.
+    """Returns the tiles of a product with quantized weights, or None without a kernel.
 
     Args:
-      quantizer: of the weights.
-      shape: of the weights.
-      tokens: the rows of the inputs.
-      scaled: as in `ProductTiles`.
+      quantizer: quantizer of the weights.
+      shape: shape of the weights.
+      tokens: number of rows of the inputs.
+      scaled: see `ProductTiles`.
     """
     if len(shape) != 2 or not is_large(shape, SMALLEST) or shape[1] % LANES:
         return None
-    if not isinstance(tokens, int):  # any number of them, while a program is exported
+    if not isinstance(tokens, int):  # symbolic, while a program is exported
         return None
     groups, format = quantizer.blocks(shape).by_axis, quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
