@@ -1,11 +1,11 @@
-"""The dimensions of a Llama, as its files give them."""
+"""The dimensions of a Llama model."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-# What a file may say at most: far above any model, far below what fills a memory.
+# Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
 
 
@@ -15,21 +15,21 @@ class LlamaConfig:
 
     Args:
       vocabulary: number of tokens.
-      width: of the residual stream.
+      width: width of the residual stream.
       hidden: width of the SwiGLU.
       layers: number of layers.
-      heads: number of heads that ask.
-      kv_heads: number of heads of keys and values; None for as many.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; None for `heads`.
       head_size: width of a head; None for `width / heads`.
       rope_theta: base of the rotary embedding.
-      norm_epsilon: of the norms, beside the mean square.
-      tied: whether the embedding is the head too.
-      context: the longest sequence.
+      norm_epsilon: constant that the norms add to the mean square.
+      tied: whether the head shares the weights of the embedding.
+      context: length of the longest sequence.
       bos: the token that begins a text, or None.
       eos: the tokens that end it.
 
     Raises:
-      TypeError, ValueError: for numbers that are no model.
+      TypeError, ValueError: if the numbers do not describe a model.
 
     Example:
       >>> from cage_jax.llama.config import LlamaConfig
@@ -94,7 +94,7 @@ class LlamaConfig:
                 raise TypeError(f"`bos` and `eos` must be tokens; got {token!r}.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by path; those of layers are stacked."""
+        """Returns the shape of each parameter by path, with stacked layers."""
         width, hidden = self.width, self.hidden
         asked, kept = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = {
@@ -126,14 +126,14 @@ class LlamaConfig:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """What a `config.json` of transformers says.
+        """Reads the dimensions from a `config.json` of transformers.
 
         Args:
           config: the file as a dict.
 
         Raises:
-          ValueError: for a model that is not Llama's, or that has what is not in
-            `LlamaConfig`, such as biases or scaled rotations.
+          ValueError: if the model is not a Llama, or has features that `LlamaConfig`
+            lacks, such as biases or scaled rotary embeddings.
         """
         kind = config.get("model_type")
         if kind not in ("llama", "mistral"):
@@ -178,10 +178,10 @@ class LlamaConfig:
         )
 
     def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` of transformers.
+        """Returns the `config.json` of transformers as a dict.
 
         Args:
-          dtype: of the model in the file.
+          dtype: dtype of the model in the file.
         """
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -197,7 +197,7 @@ class LlamaConfig:
             "attention_bias": False,
             "mlp_bias": False,
             "rms_norm_eps": self.norm_epsilon,
-            # Older and newer versions of transformers look in one place each.
+            # Older and newer versions of transformers read different places.
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "max_position_embeddings": self.context,

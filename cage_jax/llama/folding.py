@@ -1,10 +1,10 @@
-"""Rotations of weights, given to the weights before them.
+"""Folding of the rotations of weights into the preceding weights.
 
-A file's reader multiplies with codes as they are, and does not rotate. What a rotated
-matrix is multiplied with must then come rotated, which the weights before can do where
-nothing but products lies between, and where they are floats: the values of attention
-before its output. Behind a norm's weights, or between the factors of a SwiGLU, nothing
-can.
+Programs that read a file multiply by the codes as they are and do not rotate. So the
+inputs of a rotated matrix must already be rotated. The preceding weights can do this if
+they are floats and only products lie in between: the value projection of attention,
+before the output projection. It is not possible after the weights of a norm, or between
+the factors of a SwiGLU.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ OUTPUT, VALUE = "output/kernel", "value/kernel"
 
 
 def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]:
-    """The parameters, with rotations where they can be in the weights before.
+    """Folds rotations into the preceding weights where this is possible.
 
-    The model computes the same, up to the rounding of floats; codes and scales stay as
-    they are.
+    The model computes the same up to the rounding of floats; codes and scales do not
+    change.
 
     Args:
       arrays: floats and codes by path.
       config: the model's dimensions.
 
     Returns:
-      The same, where `output/kernel` has a rotation of blocks that divide a head, and
-      `value/kernel` is of floats: the one without rotation, the other rotated. All
-      other rotations are left, for the writer of the file to refuse.
+      The same arrays. If the rotation blocks of `output/kernel` divide a head and
+      `value/kernel` holds floats, the rotation moves from `output/kernel` to
+      `value/kernel`. All other rotations stay, and the file's writer rejects them.
     """
     found = dict(arrays)
     for path, codes in arrays.items():
@@ -46,7 +46,8 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
             or value is None
             or isinstance(value, QuantizedArray)
             or config.head_size % quantizer.hadamard
-            # Signs differ from head to head; those that share their values may not.
+            # Random signs differ between heads, but heads that share values need equal
+            # ones.
             or (quantizer.hadamard_seed is not None and config.kv_heads != config.heads)
         ):
             continue
@@ -59,7 +60,7 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
 
 
 def why_not_folded(path: str) -> str:
-    """Why a rotated parameter stays rotated, and what to do."""
+    """Explains why a parameter stays rotated, and what to do."""
     if path.endswith(OUTPUT):
         return (
             "Its rotation folds into value/kernel where that is of floats and the "

@@ -1,4 +1,4 @@
-"""A model as it comes out of a file."""
+"""A model that was loaded from a file."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from cage_jax.llama.config import LlamaConfig
 
 
 class Model(NamedTuple):
-    """What `cage_jax.load` returns.
+    """The result of `cage_jax.load`.
 
     Attributes:
-      params: the parameters, a nested dict: codes as `QuantizedArray`s, the rest
-        floats, with the paths of `config.shapes()`.
-      config: the model's dimensions; None where the file is not of a Llama.
-      tokenizer: the tokenizer's files by name, as transformers has them, such as
-        "tokenizer.json"; empty where the model came without.
+      params: the parameters, a nested dict with the paths of `config.shapes()`: codes
+        as `QuantizedArray`s, the rest floats.
+      config: the model's dimensions; None if the file does not hold a Llama.
+      tokenizer: the tokenizer's files by their names in transformers, such as
+        "tokenizer.json"; empty if the model has none.
 
     Example:
       >>> import cage_jax as cage
@@ -33,7 +33,7 @@ class Model(NamedTuple):
     tokenizer: Mapping[str, bytes]
 
     def floats(self) -> Any:
-        """The parameters, with the values of codes in their place."""
+        """Returns the parameters with all codes dequantized."""
         return jax.tree.map(
             lambda leaf: decoded(leaf) if _is_codes(leaf) else leaf,
             self.params,

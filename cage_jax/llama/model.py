@@ -1,11 +1,11 @@
 """A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads.
 
-Weights are quantized from outside, by `cage_jax.fake_quant(params, rules)`; the inputs
-of the linear layers are quantized here, by the `inputs` quantizer, token by token, and
-so are the keys and values of attention, by the `kv` quantizer.
+Weights are quantized outside the model, by `cage_jax.fake_quant(params, rules)`. The
+model quantizes the inputs of its linear layers token by token with the `inputs`
+quantizer, and the keys and values of attention with the `kv` quantizer.
 
-The parameters of all layers are stacked, and the layers are one loop: a deep model
-compiles as fast as a shallow one.
+The parameters of all layers are stacked, and the layers run as one loop, so a deep
+model compiles as fast as a shallow one.
 """
 
 import functools
@@ -26,14 +26,14 @@ FEW_LAYERS = 2
 
 
 class Llama(nnx.Module):
-    """Logits of the next token.
+    """A Llama model, from tokens to the logits of the next token.
 
     Args:
       config: the model's dimensions.
-      dtype: of computation; parameters are float32, so are the logits.
+      dtype: dtype of the computation; parameters and logits are float32.
       inputs: quantizer of the linear layers' inputs, or None.
       kv: quantizer of keys and values, or None.
-      rngs: for the initial weights.
+      rngs: random number generators for the initial weights.
 
     Example:
       >>> from cage_jax.llama.model import Llama
@@ -80,7 +80,8 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens (batch, sequence) to logits (batch, sequence, vocabulary)."""
-        # Tokens in one axis: products of two matrices are the fastest on any device.
+        # Batch and sequence merge into one axis, because products of two matrices are
+        # the fastest on any device.
         x = by_tokens(self.embedding(tokens.reshape(-1)))
         graphdef, stacked = nnx.split(self.layers)
 
@@ -88,21 +89,22 @@ class Llama(nnx.Module):
             x, _ = nnx.merge(graphdef, state)(x, *tokens.shape)
             return by_tokens(x), None
 
-        # Few layers run faster where they are not a loop.
+        # A few layers run faster unrolled.
         x, _ = jax.lax.scan(one_more, x, stacked, unroll=self.depth <= FEW_LAYERS)
         return self._logits(x).reshape(*tokens.shape, -1)
 
     def decode(
         self, tokens: jax.Array, caches: list[KVCache]
     ) -> tuple[jax.Array, list[KVCache]]:
-        """The same for one more token: (batch,) to logits (batch, vocabulary).
+        """Maps one more token (batch,) to logits (batch, vocabulary).
 
         Args:
-          tokens: the next of each sequence.
-          caches: of the tokens before, one a layer; `empty_caches` at first.
+          tokens: the next token of each sequence.
+          caches: caches of the earlier tokens, one per layer; initially
+            `empty_caches`.
 
         Returns:
-          The logits, and the caches with this token in them.
+          The logits, and the caches with this token added.
         """
         x, longer = self.embedding(tokens), []
         graphdef, stacked = nnx.split(self.layers)
@@ -113,7 +115,7 @@ class Llama(nnx.Module):
         return self._logits(x), longer
 
     def empty_caches(self, batch: int, length: int) -> list[KVCache]:
-        """Caches with room for `length` tokens of each sequence."""
+        """Makes caches with room for `length` tokens of each sequence."""
         return [self.layers.empty_cache(batch, length)] * self.depth
 
     def _logits(self, x):
@@ -122,7 +124,7 @@ class Llama(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Causal attention, then a SwiGLU, each behind a norm and beside a shortcut."""
+    """Causal attention, then a SwiGLU, each after a norm and with a residual."""
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class Layer(nnx.Module):
         return x + self._mlp(self._quantized(self.mlp_norm(x))), cache
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache with room for `length` tokens of each sequence."""
+        """Makes a cache with room for `length` tokens of each sequence."""
         return KVCache.empty((batch, length, *self.kept), self.kv, self.kv, self.dtype)
 
     def _attention(self, x, tokens, cache):
@@ -198,10 +200,10 @@ def logits(
     inputs: Quantizer | None = None,
     kv: Quantizer | None = None,
 ) -> jax.Array:
-    """`Llama` as a function of its parameters.
+    """Computes a `Llama` as a function of its parameters.
 
     Args:
-      params: a dict of the paths and shapes of `config.shapes()`, such as
+      params: a dict with the paths and shapes of `config.shapes()`, such as
         `cage_jax.load(path).params` or its values after `dequantize`; or the
         `nnx.state` of a `Llama`.
       tokens: (batch, sequence), ints.
@@ -232,11 +234,11 @@ def logits(
 
 
 def initial_params(config: LlamaConfig, *, seed: int) -> dict[str, Any]:
-    """Random parameters as a dict, for `logits`.
+    """Draws random parameters for `logits`, as a dict.
 
     Args:
       config: the model's dimensions.
-      seed: of the random numbers.
+      seed: seed of the random numbers.
     """
     return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
@@ -251,7 +253,7 @@ def _abstract(config, dtype, inputs, kv):
 
 
 def by_tokens(x: jax.Array) -> jax.Array:
-    """`x` split along "data" by its first axis, where there is such a mesh."""
+    """Shards the first axis of `x` along "data", if the mesh has this axis."""
     if "data" not in jax.sharding.get_abstract_mesh().axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))

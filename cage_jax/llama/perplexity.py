@@ -1,4 +1,4 @@
-"""How well a Llama guesses a text."""
+"""Perplexity of a Llama on a text, and greedy decoding."""
 
 import functools
 import math
@@ -15,11 +15,11 @@ from cage_jax.llama.model import logits as logits_of
 
 
 class Perplexity(NamedTuple):
-    """How well a text was guessed.
+    """Perplexity of a model on a text.
 
     Attributes:
-      loss: the mean negative log-probability of a token, in nats.
-      tokens: how many were guessed.
+      loss: mean negative log-probability of a token, in nats.
+      tokens: number of predicted tokens.
     """
 
     loss: float
@@ -27,22 +27,22 @@ class Perplexity(NamedTuple):
 
     @property
     def value(self) -> float:
-        """E to the loss."""
+        """exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def windows(tokens: Any, context: int) -> np.ndarray:
-    """Tokens in windows one after the other; the rest is dropped.
+    """Divides tokens into consecutive windows and drops the rest.
 
     Args:
       tokens: (count,), ints.
-      context: the length of a window. A text shorter than one is one window.
+      context: length of a window. A shorter text is one window.
 
     Returns:
       int32 of shape (windows, context).
 
     Raises:
-      ValueError: for fewer than two tokens, of which none is guessed.
+      ValueError: if there are fewer than two tokens, so that none is predicted.
     """
     tokens = np.asarray(tokens, np.int32)
     context = min(context, len(tokens))
@@ -65,25 +65,25 @@ def perplexity(
     track: Callable[[Iterator], Iterator] = iter,
     **options: Any,
 ) -> Perplexity:
-    """The perplexity of a text, in windows that do not overlap.
+    """Computes the perplexity of a text, in windows that do not overlap.
 
-    In each window every token but the first is guessed from those before it.
+    In each window, every token but the first is predicted from the tokens before it.
 
     Args:
-      params: as in `llama.logits`: floats. Codes go through `dequantize` first.
-      tokens: (count,), ints, of which the rest of the last window is dropped.
+      params: floats, as in `llama.logits`. Apply `dequantize` to codes first.
+      tokens: (count,), ints; an incomplete last window is dropped.
       config: the model's dimensions.
-      context: tokens in a window.
-      batch: windows at a time.
-      track: is given the batches and gives them back, to show progress.
-      **options: of `llama.logits`: `dtype`, `inputs`, `kv`.
+      context: number of tokens in a window.
+      batch: number of windows in a batch.
+      track: wraps the iterator of batches, to show progress.
+      **options: options of `llama.logits`: `dtype`, `inputs`, `kv`.
 
     Returns:
-      A `Perplexity`; its `value` is e to the mean loss.
+      A `Perplexity`; its `value` is exp of the mean loss.
 
     Raises:
-      ValueError: for a text of fewer than two tokens, and tokens that the model has
-        not.
+      ValueError: if the text has fewer than two tokens, or tokens that are not in the
+        model's vocabulary.
 
     Example:
       >>> from cage_jax import llama
@@ -123,14 +123,14 @@ def _loss(config, options):
 def greedy(
     params: Any, tokens: Any, config: LlamaConfig, *, count: int, **options: Any
 ) -> list[int]:
-    """The likeliest next tokens, one after the other.
+    """Appends the most likely next tokens, one at a time.
 
     Args:
       params: as in `llama.logits`.
-      tokens: (before,), ints: the text to go on from, of at least one token.
+      tokens: (before,), ints: the text to continue, at least one token.
       config: the model's dimensions.
-      count: how many tokens to append.
-      **options: of `llama.logits`.
+      count: number of tokens to append.
+      **options: options of `llama.logits`.
 
     Returns:
       The new tokens.
@@ -156,7 +156,7 @@ def greedy(
     @jax.jit
     def run(params, text):
         def one_more(place, text):
-            # What is behind `place` is not seen, for attention is causal.
+            # The zeros after `place` have no effect, because attention is causal.
             logits = logits_of(params, text, config, **options)
             last = lax.dynamic_index_in_dim(logits, place - 1, 1, keepdims=False)
             return text.at[:, place].set(jnp.argmax(last, -1).astype(text.dtype))

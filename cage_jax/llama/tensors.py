@@ -1,7 +1,8 @@
-"""The parameters of a Llama as a tree here, and one by one with the names of files.
+"""Conversion of a Llama's parameters between our tree and the tensors of files.
 
-Here the parameters of all layers are stacked, and a kernel is (in, out), as
-`LlamaConfig.shapes` says. In a file each layer has its own, and a kernel is (out, in).
+In our tree the parameters of all layers are stacked, and a kernel is (in, out), see
+`LlamaConfig.shapes`. In a file each layer has its own tensors, and a kernel is
+(out, in).
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from cage_jax.quantizers.quantizer import Quantizer
 
 
 class Place(NamedTuple):
-    """Where a parameter is.
+    """The names of a parameter in our tree and in files.
 
     Attributes:
-      path: here; those that begin with "layers/" have a first axis of layers.
-      huggingface: its name in transformers; "{}" stands for the layer.
-      gguf: its name in GGUF.
+      path: path in our tree; parameters in "layers/" have a leading axis of layers.
+      huggingface: name in transformers; "{}" stands for the layer.
+      gguf: name in GGUF.
     """
 
     path: str
@@ -34,12 +35,12 @@ class Place(NamedTuple):
 
     @property
     def in_layers(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has this parameter."""
         return self.path.startswith("layers/")
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is a matrix that files have the other way round."""
+        """Whether the parameter is a matrix, which files store transposed."""
         return self.path.endswith("/kernel")
 
 
@@ -71,12 +72,12 @@ PLACES = {
 
 
 class Tensor(NamedTuple):
-    """One tensor of a file, as it is here: (in, out).
+    """One tensor of a file, in our layout (in, out).
 
     Attributes:
-      place: which parameter it is, or is a layer of.
-      layer: the number of the layer, or None.
-      array: floats, or codes whose quantizer is as for this one array.
+      place: the parameter that the tensor is, or is one layer of.
+      layer: number of the layer, or None.
+      array: floats, or codes with a quantizer for this array alone.
     """
 
     place: Place
@@ -85,23 +86,26 @@ class Tensor(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Its path, with the layer's number: "layers/3/query/kernel"."""
+        """Path with the layer's number, such as "layers/3/query/kernel"."""
         return _path(self.place, self.layer)
 
 
 def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
-    """The parameters one by one, layer by layer.
+    """Yields the parameters one by one, layer by layer.
+
+    Rotations are folded into the preceding weights where possible, see
+    `cage_jax.llama.folding`.
 
     Args:
-      codes: a tree with the paths and shapes of `config.shapes()`, of floats and
-        `QuantizedArray`s: what `quantize` makes of parameters. Layers may also be each
-        for itself, with paths such as "layers/3/query/kernel". Rotations that fold
-        into the weights before are there, see `cage_jax.llama.folding`.
+      codes: a tree of floats and `QuantizedArray`s with the paths and shapes of
+        `config.shapes()`, as `quantize(params, rules)` returns it. Layers may also be
+        separate, with paths such as "layers/3/query/kernel".
       config: the model's dimensions.
 
     Raises:
-      TypeError: for another `config`, and leaves that are neither.
-      ValueError: for parameters that are missing, too many or of another shape.
+      TypeError: if `config` is not a `LlamaConfig`, or if a leaf is neither floats nor
+        a `QuantizedArray`.
+      ValueError: if parameters are missing, unexpected, of another shape or not finite.
     """
     if not isinstance(config, LlamaConfig):
         raise TypeError(
@@ -142,7 +146,7 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
 
 
 def _checked(tensor):
-    """A tensor of numbers: NaN and infinity are no weights to be shipped."""
+    """Returns the tensor; raises if it has NaN or infinity, which no file may ship."""
     array = tensor.array
     codes = _is_codes(array)
     values = array.scale if codes else array
@@ -156,7 +160,7 @@ def _checked(tensor):
 
 
 def by_path(tree: Any) -> dict[str, Array]:
-    """The leaves of a tree of floats and codes by path."""
+    """Returns the leaves of a tree of floats and codes by path."""
     if isinstance(tree, Model):
         raise TypeError(
             "`codes` must be parameters; got a whole Model. Use model.params."
@@ -176,12 +180,12 @@ def by_path(tree: Any) -> dict[str, Array]:
 
 
 def layer_of(stacked: Array, number: int) -> Array:
-    """One layer of stacked parameters."""
+    """Takes one layer out of stacked parameters."""
     if not isinstance(stacked, QuantizedArray):
         return stacked[number]
 
     def of(array):
-        # Where all layers share a scale there is one.
+        # Layers that share a scale have one entry for all.
         return None if array is None else array[number if array.shape[0] > 1 else 0]
 
     return dataclasses.replace(
@@ -211,18 +215,18 @@ def _of_layer_quantizer(quantizer: Quantizer, ndim: int) -> Quantizer:
 
 
 def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) -> Any:
-    """The tree of parameters, from those of a file.
+    """Builds the tree of parameters from the arrays of a file.
 
     Args:
       found: the arrays, (in, out), by path in `PLACES` and layer.
       config: the model's dimensions.
 
     Returns:
-      A nested dict with the paths of `config.shapes()`. Codes stay codes where all
-      layers have the same quantizer; else that parameter is of floats.
+      A nested dict with the paths of `config.shapes()`. Codes stay codes if all layers
+      of the parameter have the same quantizer; otherwise they become floats.
 
     Raises:
-      ValueError: for parameters that are missing, too many or of another shape.
+      ValueError: if parameters are missing, unexpected or of another shape.
     """
     expected = {
         (path, number): shape[1:] if PLACES[path].in_layers else shape
@@ -254,7 +258,7 @@ def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) 
 
 
 def stacked(arrays: list[Array]) -> Array:
-    """Layers in one array: codes if all have one quantizer, else floats."""
+    """Stacks layers: as codes if all have the same quantizer, else as floats."""
     alike = {
         (array.quantizer, array.dtype) if isinstance(array, QuantizedArray) else None
         for array in arrays
