@@ -1,6 +1,6 @@
-"""Kernels for TPU: one reads an array once and writes what comes of it once.
+"""Kernels for TPU, each of which reads an array once and writes its results once.
 
-What they compute on a strip is in `strips`.
+The arithmetic on a strip is in `strips`.
 """
 
 import dataclasses
@@ -25,15 +25,16 @@ from cage_jax.quantizers.scale_types import largest_of
 
 
 def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
-    """`x` quantized and dequantized.
+    """Quantizes and dequantizes `x`.
 
     Args:
       x: the array that `tiles` was made for.
-      tiles: how it is cut.
-      masked: whether to tell where the gradient passes.
+      tiles: the blocks and strips of `x`.
+      masked: whether to return the mask of the gradient too.
 
     Returns:
-      The values, like `x`; if `masked`, these and the mask, int8 of 1 and 0.
+      The values, like `x`. If `masked`, the values and the mask, int8: 1 where the
+      gradient passes and 0 elsewhere.
     """
     largest = None
     if tiles.quantizer.scale_type.has_tensor_divisor:
@@ -66,7 +67,7 @@ def fake_quant(x: jax.Array, *, tiles: Tiles, masked: bool) -> Any:
 
 
 def _largest_bounds(x, tiles):
-    """The largest bound of each matrix of a stack, (stack, 8, 128) of one number."""
+    """Computes each matrix's largest bound: (stack, 8, 128), one number per matrix."""
 
     def kernel(x_ref, _known_ref, matrix_ref, largest_ref):
         rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
@@ -95,14 +96,14 @@ def _largest_bounds(x, tiles):
 def masked_gradient(
     mask: jax.Array, cotangent: jax.Array, *, tiles: Tiles
 ) -> jax.Array:
-    """What passes of a cotangent: rotated, masked, rotated back.
+    """Masks a cotangent in the rotated basis: rotates it, masks it, rotates it back.
 
     Args:
-      mask: int8, as `fake_quant` gives it.
+      mask: int8, as returned by `fake_quant`.
       cotangent: an array like the quantized one.
-      tiles: how both are cut.
+      tiles: the blocks and strips of both.
     """
-    tiles = dataclasses.replace(tiles, whole=False)  # each block by itself
+    tiles = dataclasses.replace(tiles, whole=False)  # no block depends on another
 
     def kernel(mask_ref, cotangent_ref, _known_ref, matrix_ref, gradient_ref):
         rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
@@ -139,23 +140,25 @@ def adamw_step(
     adamw: AdamW,
     at_updated: bool,
 ) -> tuple:
-    """A step of AdamW with the pull to the grid, in place where the arrays are donated.
+    """Takes a step of AdamW with the pull to the grid, in place for donated arrays.
 
     Args:
-      gradient: that of the parameter.
+      gradient: the gradient of the parameter.
       first: the first moment.
       second: the second moment.
       x: the parameter, which `tiles` was made for.
-      numbers: those of the step.
-      previous: the codes at the step before, int8, for statistics; None for none.
-      tiles: how all are cut.
+      numbers: the numbers of this step.
+      previous: the codes at the step before, int8, for statistics; None for no
+        statistics.
+      tiles: the blocks and strips of all arrays.
       adamw: the optimizer.
       at_updated: whether the error is that of the updated parameter.
 
     Returns:
-      The moments and the parameter after the step; for statistics also the codes, and
-      the sums of squares of the error, of the parameter where that is taken, and of the
-      update, and how many codes differ, float32 (4,).
+      The moments and the parameter after the step. For statistics, also the codes, and
+      a float32 array of shape (4,): the sums of squares of the error, of the parameter
+      that the error is computed from, and of the update, and the number of codes that
+      differ.
     """
     codes = [] if previous is None else [previous]
     measured = previous is not None
@@ -168,7 +171,7 @@ def adamw_step(
         for_statistics: Any = left if measured else itertools.repeat(None)
         moments = next(left), next(left)
         previous_ref = next(for_statistics)
-        next(left)  # there is no number of the stack
+        next(left)  # `of_stack`, which is None
         matrix_ref = next(left)
         moments_after, x_after_ref = (next(left), next(left)), next(left)
         codes_ref, sums_ref = next(for_statistics), next(for_statistics)
@@ -181,7 +184,7 @@ def adamw_step(
             sums_ref[...] += jnp.where(rows == row, jnp.sum(part, keepdims=True), 0)
 
         def update_of(i, x):
-            """That of a strip, after its moments are stored."""
+            """Returns the update of a strip and stores the strip's moments."""
             gradient = _strip(gradient_ref, i, tiles)
             first, second = (_strip(ref, i, tiles) for ref in moments)
             *new, update = adamw.step(gradient, first, second, x, numbers)
@@ -197,8 +200,9 @@ def adamw_step(
                 return x
             update = update_of(i, x)
             updated = x + update
-            # What rounding took away. With it all that is added is added at once, as by
-            # `apply_updates`: otherwise both forms are apart by more each step.
+            # Store what rounding took away from the update. Then everything is added to
+            # `x` at once, as by `apply_updates`; otherwise the two forms would drift
+            # apart with each step.
             _store(rest_ref, begin + i, update - (updated - x), tiles)
             return updated
 
@@ -238,7 +242,7 @@ def adamw_step(
 
     kept = tiles.kept if tiles.whole else tiles.block
     rest = [pltpu.VMEM(kept, jnp.float32)] if at_updated else []
-    # The moments are written where the update is found: once for each block.
+    # The moments are written in the pass that finds the update, once for each block.
     early = gradient, first, second
     found = _call(
         kernel,
@@ -251,7 +255,8 @@ def adamw_step(
         dtypes=(first.dtype, second.dtype, x.dtype, *(code.dtype for code in codes)),
         sums=measured,
         scratch=[*rest, *_kept(tiles)],
-        # Each replaces its own, behind the numbers and the gradient.
+        # Each result replaces its own argument. Arguments 0 and 2 are the numbers and
+        # the gradient.
         aliases={3: 0, 4: 1, 1: 2} | ({5: 3} if measured else {}),
     )
     if not measured:
@@ -278,21 +283,23 @@ def _call(
     """Runs a kernel over all blocks.
 
     Args:
-      kernel: gets references to `numbers`, if any, to the blocks of `first` and
-        `last`, to `of_stack` and the matrix of the rotation (None without it), to the
-        blocks of the results, to one of 8 rows for sums over blocks, and to `scratch`.
+      kernel: receives references to `numbers`, if any, to the blocks of `first` and
+        `last`, to `of_stack` and the matrix of the rotation (each None if absent), to
+        the blocks of the results, to an (8, 128) block for sums, if any, and to
+        `scratch`.
       tiles: the blocks.
-      name: of the kernel in a program.
-      numbers: a vector.
-      first: the arrays that are read in the first pass.
-      last: those that are read in the last pass.
-      of_stack: an array of (stack, 8, 128), of which a block gets its own.
-      early: how many of the results are written in the first pass; the others are in
-        the last one.
-      dtypes: of the results.
+      name: name of the kernel in a program.
+      numbers: a vector that every block receives, or None.
+      first: arrays that the first pass reads.
+      last: arrays that the last pass reads.
+      of_stack: an array of shape (stack, 8, 128), or None; a block receives the part of
+        its own matrix.
+      early: number of results that the first pass writes; the last pass writes the
+        others.
+      dtypes: dtypes of the results.
       sums: whether there are sums; each block across the groups has its own.
-      scratch: memory that stays from one block to the next.
-      aliases: from the place of an argument to that of the result that replaces it.
+      scratch: memory that is kept from one block to the next.
+      aliases: maps the index of an argument to that of the result that replaces it.
     """
     shape, matrix = tiles.shape, _matrix(tiles)
     passes_count, end = tiles.grid[2], tiles.grid[3] - 1
@@ -303,7 +310,7 @@ def _call(
         return stack, across, along
 
     def in_first(stack, across, number, along):
-        # The last block of the first pass stays: nothing is read again.
+        # Later passes stay at the last block of the first, so nothing is read again.
         return place(stack, across, jnp.where(number == 0, along, end))
 
     def in_last(stack, across, number, along):
@@ -317,7 +324,7 @@ def _call(
     moved += (jnp.dtype(dtype).itemsize for dtype in dtypes)
     written = [pl.BlockSpec(block, in_first)] * early
     written += [pl.BlockSpec(block, in_last)] * (len(dtypes) - early)
-    # Inside of a `shard_map`, the axes of the mesh along which results differ.
+    # Inside a `shard_map`, the results must name the mesh axes along which they differ.
     struct = partial(
         jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(first[-1]).manual_axis_type
     )
@@ -374,7 +381,7 @@ def _call(
 
 
 def _matrix(tiles):
-    """That which rotates as many neighbours as a matrix unit takes at once."""
+    """Returns a matrix that rotates as many elements as a matrix unit takes at once."""
     block = tiles.quantizer.hadamard
     if block is None:
         return None
@@ -382,7 +389,7 @@ def _matrix(tiles):
 
 
 def _kept(tiles):
-    """Memory for groups that are all of an axis."""
+    """Returns the scratch memory for groups that are all of an axis."""
     if not tiles.whole:
         return []
     per_group = pltpu.VMEM(tiles.per_group, jnp.float32)
@@ -390,17 +397,17 @@ def _kept(tiles):
 
 
 def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known):
-    """Calls `then` with the number of each strip of the last pass, and the `Strip`.
+    """Calls `then` with the index of each strip and the `Strip`, in the last pass.
 
     Args:
-      read: gives a strip of the array by number, and is called once for each.
-      matrix_ref: that of the rotation, or None.
-      scratch: as `_kept` gives it.
+      read: returns a strip of the array by its index; called once for each strip.
+      matrix_ref: the matrix of the rotation, or None.
+      scratch: the memory of `_kept`.
       tiles: the blocks.
-      then: what is done with a strip.
-      keep_rotated: whether the first pass keeps strips as they are rotated, so that the
-        last one need not rotate them again.
-      known: what the scale rule need not find.
+      then: function of the index and the `Strip`.
+      keep_rotated: whether the first pass keeps strips rotated, so that the last pass
+        need not rotate them again.
+      known: arguments for the scale rule that it need not compute.
     """
     quantizer = tiles.quantizer
     rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles)
@@ -433,7 +440,7 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
         x = strip_at(i)
         rotated = rotate(x, parts=PARTS)
         _store(kept_ref, first + i, rotated if keep_rotated else x, tiles)
-        # As `fit_in_basis` does with all of it.
+        # This repeats what `fit_in_basis` does with a whole group.
         sized = times(rotated, basis_factor(quantizer))
         part = scale.part(sized, (axis,), tiles.length)
         return scale.joined(found, part), poison + poison_of(rotated, (axis,))
@@ -465,9 +472,9 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
 
 
 def _plain(read, scratch, tiles, then):
-    """Calls `then` with the number of each strip of the last pass, and the strip.
+    """Calls `then` with the index of each strip and the strip, in the last pass.
 
-    With arguments as for `_quantized`.
+    The arguments are those of `_quantized`.
     """
 
     def each(act):
@@ -504,7 +511,7 @@ def _place(i, tiles):
 
 
 def _rotate(x, *, matrix_ref, tiles, parts):
-    """Each piece of `x` along the axis of the groups times the matrix."""
+    """Multiplies each piece of `x` along the axis of the groups by the matrix."""
     if matrix_ref is None:
         return x
     matrix, axis = matrix_ref[...], tiles.quantizer.axis + 2

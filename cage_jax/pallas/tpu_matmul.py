@@ -1,8 +1,8 @@
-"""The kernel for TPU that multiplies codes: these and their scales are read as stored.
+"""TPU kernel that multiplies inputs by codes, reading codes and scales as stored.
 
-A compiler widens codes on their way into a product, but writes scales of 8 and 16 bits
-in float32, and weights that are scaled before, to memory first. Here both stay on the
-chip.
+A compiler widens codes on their way into a product. But it first writes 8-bit and
+16-bit scales to memory as float32, and also weights that are scaled before the product.
+Here both stay on the chip.
 """
 
 import jax
@@ -17,7 +17,7 @@ from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.tiles import ProductTiles
 from cage_jax.quantizers.formats import Float
 
-# Of what blocks need: chips have at least twice that.
+# Limit for the memory of the blocks; chips have at least twice that.
 _VMEM_BYTES = 2**26
 
 
@@ -32,17 +32,17 @@ def product(
     tiles: ProductTiles,
     dtype,
 ) -> jax.Array:
-    """`inputs`, rounded to bfloat16, times what the codes stand for; float32 sums.
+    """Multiplies `inputs`, rounded to bfloat16, by quantized weights; float32 sums.
 
     Args:
       inputs: (tokens, in).
       codes: (in, out).
       scale: (groups, out), as it is stored.
-      zero_point: codes like `scale`, or None.
-      offset: like `scale`, or None.
+      zero_point: codes of the shape of `scale`, or None.
+      offset: an array like `scale`, or None.
       tensor_divisor: (1, 1), or None.
-      tiles: how all are cut.
-      dtype: of the result.
+      tiles: the blocks and strips of all arrays.
+      dtype: dtype of the result.
 
     Returns:
       (tokens, out).
@@ -150,7 +150,7 @@ def product(
 
 
 def _varying_alike(*arrays):
-    """Inside of a `shard_map`, all differ along the axes of the mesh that one does."""
+    """Marks all arrays in a `shard_map` as varying along every axis that one varies."""
     present = [array for array in arrays if array is not None]
     own = [jax.typeof(array).manual_axis_type.varying for array in present]
     every = frozenset().union(*own)
@@ -162,7 +162,10 @@ def _varying_alike(*arrays):
 
 
 def _in_rows(x, tiles):
-    """(blocks, units of 128, rows, 128): rows for each group of a unit, else zeros."""
+    """Reshapes to (blocks, units of 128, rows, 128).
+
+    Each group of a unit has rows of its own, which are zero outside of the group.
+    """
     groups = max(1, LANES // tiles.group)
     x = x.reshape(-1, tiles.tokens, x.shape[1] // LANES, LANES).swapaxes(1, 2)
     own = np.repeat(np.eye(groups, dtype=bool), LANES // groups, axis=1)
@@ -171,7 +174,7 @@ def _in_rows(x, tiles):
 
 
 def _pieces(array, length):
-    """Of the first axis."""
+    """Splits the first axis."""
     return [array[i : i + length] for i in range(0, len(array), length)]
 
 
@@ -180,7 +183,7 @@ def _product(x, weights):
 
 
 def _scaled(codes, group, step_ref, shift_ref):
-    """What codes of a group stand for, rounded to bfloat16."""
+    """Dequantizes codes of one group, rounded to bfloat16."""
     row = pl.ds(group, 1)
     values = codes.astype(jnp.float32) * step_ref[row]
     if shift_ref is not None:
@@ -189,17 +192,17 @@ def _scaled(codes, group, step_ref, shift_ref):
 
 
 def _widened(codes_ref, here, tiles):
-    """A strip of codes in units, less that of code 0; bfloat16."""
+    """Returns a strip of codes in units of `tiles.unit`, with code 0 as 0; bfloat16."""
     if tiles.format == Float("e2m1"):
         return _halves(pltpu.bitcast(codes_ref[here], jnp.int4)).astype(jnp.bfloat16)
     return codes_ref[here].astype(jnp.bfloat16)
 
 
 def _halves(codes):
-    """The bits of E2M1 in int4, to how many halves they stand for, int8.
+    """Converts the bits of E2M1, held in int4, to the number of halves, int8.
 
-    Four codes are computed at once: bits 0 to 2 of n are the halves up to 4, then these
-    are worth more; bit 3 is the sign.
+    It converts four codes at once. Bits 0 to 2 are the number of halves up to 4, and
+    larger ones count for more; bit 3 is the sign.
     """
     ones = 0x01010101
     words = pltpu.bitcast(codes.astype(jnp.int8), jnp.int32)
@@ -213,14 +216,14 @@ def _halves(codes):
 
 
 def _readable(array):
-    """Float16, which Mosaic has not, by its bits."""
+    """Returns float16 as its bits, because Mosaic does not support the dtype."""
     if array is None or array.dtype != jnp.float16:
         return array
     return lax.bitcast_convert_type(array, jnp.int16)
 
 
 def _numbers(ref, dtype):
-    """What is stored of groups, as a `dtype`, in float32."""
+    """Converts the stored numbers of groups from `dtype` to float32."""
     if dtype in (jnp.float32, jnp.bfloat16):
         return ref[...].astype(jnp.float32)
     info, width = ml_dtypes.finfo(dtype), 8 * dtype.itemsize
