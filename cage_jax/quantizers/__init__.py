@@ -1,1 +1,1 @@
-"""How one array is quantized: formats, scale types, scale rules, presets, rounding."""
+"""Quantization of one array: formats, scale types, scale rules, presets, rounding."""
