@@ -1,8 +1,8 @@
-"""Files that other programs run: the codes that were trained, bit for bit.
+"""Export to files for other programs, with the trained codes bit for bit.
 
 `compressed_tensors` writes a folder for transformers and vLLM, `gguf` a file for
-llama.cpp, `stablehlo` a program without this library; `save` and `save_orbax` keep a
-tree of codes of any model. `cage_jax.load` reads all of them.
+llama.cpp, and `stablehlo` a program that runs without this library. `save` and
+`save_orbax` store a tree of codes of any model. `cage_jax.load` reads all of them.
 """
 
 from cage_jax.export.compressed_tensors import compressed_tensors

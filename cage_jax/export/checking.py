@@ -1,4 +1,4 @@
-"""Whether the parameters of a model are well-formed, and the same as another's."""
+"""Checks that a model's parameters are well-formed or equal those of another model."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from cage_jax.llama.tensors import Array
 
 
 def problems(path: str, leaf: Array) -> list[str]:
-    """What is wrong with a parameter, a sentence each."""
+    """Lists the problems of a parameter, one sentence each."""
     if not isinstance(leaf, QuantizedArray):
         return _not_finite(path, "the values", leaf)
     found = []
@@ -36,11 +36,11 @@ def _not_finite(path, what, array):
 
 
 def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[str]:
-    """Where two models differ in codes, scales or floats, a line for each parameter.
+    """Lists the differences of two models in codes, scales and floats.
 
     Args:
-      one: the parameters by path.
-      other: those of the other model.
+      one: the parameters of one model by path.
+      other: the parameters of the other model by path.
     """
     found = [f"{path}: only in one of them" for path in one.keys() ^ other.keys()]
     for path in [path for path in one if path in other]:
@@ -57,7 +57,7 @@ def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[st
 
 
 def _of_codes(path, ours, theirs):
-    """By what is stored: a file does not say how its codes were found."""
+    """Compares stored values only: a file does not say how its codes were found."""
     found = []
     for name in ("codes", "scale", "zero_point", "offset", "tensor_divisor"):
         parts = [_stored(codes, name) for codes in (ours, theirs)]
@@ -75,7 +75,7 @@ def _of_codes(path, ours, theirs):
 
 
 def _stored(codes, name):
-    """A part of codes, as the numbers that it stands for."""
+    """Returns an array of `codes`, decoded if it holds codes."""
     part = getattr(codes, name)
     if part is None or name not in ("codes", "zero_point"):
         return part

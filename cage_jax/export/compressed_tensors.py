@@ -1,7 +1,7 @@
-"""Folders of safetensors that transformers and vLLM read: compressed-tensors.
+"""compressed-tensors: folders of safetensors for transformers and vLLM.
 
-A matrix that is quantized has several tensors there: its codes in words, the scales,
-and what else its scheme has. `config.json` says which matrices have which scheme.
+A quantized matrix has several tensors there: its codes packed in words, its scales, and
+others that depend on its scheme. `config.json` says which matrices have which scheme.
 """
 
 import contextlib
@@ -58,39 +58,39 @@ def compressed_tensors(
 ) -> None:
     """Writes a folder for `transformers.AutoModelForCausalLM.from_pretrained` and vLLM.
 
-    The codes and scales of the file are those that are given, to the bit. A reader
-    computes in `dtype`, and its weights are `dequantize(codes)` as that dtype: of codes
-    of float32 arrays, and of codes of arrays of `dtype`.
+    The codes and scales in the file are bit-identical to the given ones. A reader
+    computes in `dtype`. Its weights equal `dequantize(codes)` cast to `dtype`, for
+    codes of float32 arrays and of arrays of `dtype`.
 
-    What each quantizer becomes, one scheme for each that occurs:
+    Each quantizer becomes one scheme:
 
-    - integers of up to 4 bits: `pack-quantized`, 4 bits a code, also those of 2 and 3
-      bits; those of 5 to 8 bits: the same with 8 bits a code. (`int-quantized` is read,
-      but not written: vLLM takes it with quantized inputs alone.)
+    - integers of 2 to 4 bits: `pack-quantized` with 4 bits per code; integers of 5 to 8
+      bits: `pack-quantized` with 8 bits per code. (`int-quantized` can be read but is
+      not written, because vLLM supports it only with quantized inputs.)
     - `fp8()`: `float-quantized`; `mxfp4()`: `mxfp4-pack-quantized`; `nvfp4()`:
       `nvfp4-pack-quantized`.
 
-    Rotations are folded into the weights before, where they can be.
+    Rotations are folded into the preceding weights where possible.
 
     Args:
-      codes: what `quantize(params, rules)` returns, with the paths and shapes of
+      codes: the result of `quantize(params, rules)`, with the paths and shapes of
         `config.shapes()`. All matrices but the embedding may be codes.
       config: the model's dimensions.
-      path: of the folder.
+      path: path of the folder.
       tokenizer: the tokenizer's files by name, such as "tokenizer.json", as bytes; or
-        the folder that they are in.
-      dtype: of all that is not quantized, and of the model: "float32", "float16" or
-        "bfloat16"; None for "bfloat16" with FP4, else "float32". Readers round scales
-        to it, so that float32 scales need "float32"; they decode FP4 as bfloat16, and
-        it needs "bfloat16".
-      shard_bytes: the most bytes of tensors in one file.
-      overwrite: replace what is there.
+        the folder that contains them.
+      dtype: dtype of the model and of all unquantized parameters: "float32", "float16"
+        or "bfloat16"; None for "bfloat16" with FP4, otherwise "float32". Readers round
+        scales to it, so float32 scales need "float32". They decode FP4 as bfloat16, so
+        FP4 needs "bfloat16".
+      shard_bytes: maximum bytes of tensors in one file.
+      overwrite: whether to replace an existing folder.
 
     Raises:
-      FileExistsError: where there is something already, unless `overwrite`.
-      TypeError: for codes that are neither floats nor `QuantizedArray`s.
-      ValueError: for a parameter that the format cannot hold, and for parameters that
-        are not those of `config`.
+      FileExistsError: if the path exists, unless `overwrite`.
+      TypeError: if a leaf is neither floats nor a `QuantizedArray`.
+      ValueError: if the format cannot hold a parameter, or if the parameters are not
+        those of `config`.
 
     Example:
       >>> import tempfile
@@ -130,7 +130,7 @@ def compressed_tensors(
             f"`shard_bytes` must be positive; got {shard_bytes}. Use 5 * 10**9."
         )
     files = tokenizer_files.given(tokenizer, config)
-    schemes: dict[str, _Scheme | None] = {}  # of all linear layers by module
+    schemes: dict[str, _Scheme | None] = {}  # by module, for all linear layers
 
     def named() -> Iterator[tuple[str, np.ndarray]]:
         for tensor in tensors(codes, config):
@@ -157,7 +157,7 @@ def compressed_tensors(
 
 
 class _Scheme(NamedTuple):
-    """How a matrix is stored; a group size of None stands for one scale per output."""
+    """Storage scheme of a matrix; a group size of None means one scale per output."""
 
     format: str
     type: str
@@ -167,7 +167,7 @@ class _Scheme(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `config.json` says of it."""
+        """Description of the scheme in `config.json`."""
         arguments = {
             "num_bits": self.bits,
             "type": self.type,
@@ -182,7 +182,7 @@ class _Scheme(NamedTuple):
         return arguments
 
     def tensors(self, shape: tuple[int, int]) -> Mapping[str, tuple[Any, Any]]:
-        """The dtypes and shapes of what it stores for a matrix (out, in)."""
+        """Returns the allowed dtypes and the shape of each tensor for (out, in)."""
         out, inputs = shape
         groups = 1 if self.group_size is None else inputs // self.group_size
         scale = {"weight_scale": (_FLOATS, (out, groups))}
@@ -233,7 +233,7 @@ def _module(place, layer):
 
 
 def _scheme_of(tensor: Tensor, dtype: str) -> _Scheme | None:
-    """The scheme that holds a tensor as it is, or None for floats."""
+    """Finds the scheme that holds a tensor exactly, or None for floats."""
     array = tensor.array
     if not isinstance(array, QuantizedArray):
         return None
@@ -285,7 +285,7 @@ def _refuse(tensor: Tensor, remedy: str) -> NoReturn:
 def _stored(
     tensor: Tensor, scheme: _Scheme | None, dtype: str
 ) -> dict[str, np.ndarray]:
-    """The tensors of the file."""
+    """Converts a tensor to the arrays that the file stores for it."""
     array = tensor.array
     if not isinstance(array, QuantizedArray):
         with np.errstate(over="ignore"):
@@ -330,7 +330,7 @@ _unpack = functools.partial(
 def _write_shards(
     folder: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> None:
-    """One file, or several and their index."""
+    """Writes one file, or several files and their index."""
     written: list[tuple[pathlib.Path, list[str]]] = []
     total = 0
     for shard in _split(arrays, shard_bytes):
@@ -365,14 +365,14 @@ def _split(arrays, shard_bytes):
 def _quantization_config(
     schemes: Mapping[str, _Scheme | None],
 ) -> dict[str, Any] | None:
-    """What `config.json` says of the schemes; None where there is none."""
+    """Describes the schemes for `config.json`; None if nothing is quantized."""
     modules: dict[_Scheme, list[str]] = {}
     for module, scheme in schemes.items():
         if scheme is not None:
             modules.setdefault(scheme, []).append(module)
     if not modules:
         return None
-    if len(modules) == 1:  # as most programs write it, and read it
+    if len(modules) == 1:  # the form that most programs write and read
         modules = {scheme: ["Linear"] for scheme in modules}
     groups = {
         f"group_{number}": {
@@ -404,21 +404,21 @@ def _write_json(path, content):
 
 
 def read(path: Path) -> Model:
-    """Reads what `compressed_tensors` wrote, or a Llama of floats from Hugging Face.
+    """Reads a folder of `compressed_tensors`, or a Llama of floats from Hugging Face.
 
-    Codes and scales are those of the file, to the bit, with the preset's quantizer that
-    has such: `ct_w4a16`, `ct_w8a8`, `fp8`, `mxfp4` or `nvfp4`. Floats become float32.
-    What a file says of quantized inputs is not part of the model.
+    Codes and scales are bit-identical to those of the file. Their quantizer is the
+    matching preset: `ct_w4a16`, `ct_w8a8`, `fp8`, `mxfp4` or `nvfp4`. Floats become
+    float32. The quantization of inputs in a file does not become part of the model.
 
     Args:
-      path: of the folder.
+      path: path of the folder.
 
     Returns:
       The model.
 
     Raises:
-      MalformedFileError: for a folder that is not whole, that is damaged or made to do
-        harm, and for one of a model that is not supported.
+      MalformedFileError: if the folder is incomplete, damaged or malicious, or if its
+        model is not supported.
     """
     folder = pathlib.Path(path)
     content = read_json(inside(folder, "config.json"))
@@ -468,7 +468,7 @@ _SUFFIXES = (
 
 
 def _read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors by name."""
+    """Reads the tensors of all files by name."""
     name = "model.safetensors.index.json"
     if not (folder / name).is_file():
         return read_arrays(inside(folder, "model.safetensors"))[0]
@@ -499,10 +499,10 @@ def _read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _declared(quantization: Any) -> list[_Scheme]:
-    """The schemes that `config.json` lists.
+    """Returns the schemes that `config.json` lists.
 
-    Which matrix has which is not asked of it: that shows in the tensors, while its
-    regular expressions could take hours.
+    The tensors themselves show which matrix has which scheme. The regular expressions
+    in `config.json` are not used, because a malicious one could take hours to match.
     """
     if quantization is None:
         return []
@@ -537,7 +537,7 @@ def _declared(quantization: Any) -> list[_Scheme]:
 
 
 def _schemes_from(weights: Mapping[str, Any]) -> list[_Scheme]:
-    """What the arguments of a group can stand for; nothing if not supported."""
+    """Returns the schemes that a group's arguments may mean; empty if unsupported."""
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     size, strategy = weights.get("group_size"), weights.get("strategy")
     symmetric = weights.get("symmetric", True)
@@ -565,7 +565,7 @@ def _schemes_from(weights: Mapping[str, Any]) -> list[_Scheme]:
 
 
 def _kernel(module, stored, shape, schemes):
-    """A matrix (in, out) of floats or of codes."""
+    """Builds a matrix (in, out) of floats or codes from its stored tensors."""
     if set(stored) == {"weight"} and str(stored["weight"].dtype) in _FLOATS:
         return _floats(module, stored, shape[::-1]).T
     has = {suffix: (str(part.dtype), part.shape) for suffix, part in stored.items()}
@@ -642,7 +642,7 @@ def _codes(module, stored, shape, scheme) -> QuantizedArray:
 
 
 def _quantizer(scheme: _Scheme, scale_dtype: str):
-    """The preset with such codes and scales."""
+    """Returns the preset with the codes and scales of a scheme."""
     if scheme.format == _MXFP4:
         return mxfp4()
     if scheme.format == _NVFP4:

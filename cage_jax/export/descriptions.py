@@ -1,8 +1,8 @@
-"""Quantizers as JSON, and back.
+"""Conversion of quantizers to JSON and back.
 
-A description has the name of a class and those of its fields that are not as they are
-by default: then files stay readable, and a later version can add fields. So a default
-must never change. What is read can only be one of the classes below, of plain values.
+A description has the name of a class and the fields that differ from their defaults. So
+files stay readable, and a later version can add fields. A default must therefore never
+change. Only the classes below, with plain values, can be read.
 """
 
 import dataclasses
@@ -49,23 +49,23 @@ _SCALE_TYPES = (Full, Narrow, PowerOfTwo, Float8)
 CLASSES: dict[str, type] = {
     kind.__name__: kind for kind in (Quantizer, *_FORMATS, *_RULES, *_SCALE_TYPES)
 }
-"""All that a description can be of, by name."""
+"""All classes that a description can name, by name."""
 
-_MOST_LEVELS = 256  # of a codebook, which no other list is longer than
+_MOST_LEVELS = 256  # of a codebook; no other list is longer
 _REMEDY = "Get the file again, or a newer version of cage_jax."
 
 
 def describe(quantizer: Quantizer) -> dict[str, Any]:
-    """A quantizer as JSON has it.
+    """Converts a quantizer to values that JSON can hold.
 
     Args:
-      quantizer: of formats and scales of this library.
+      quantizer: a quantizer with a format and a scale of this library.
 
     Returns:
-      The names of classes and their fields, nested.
+      Nested dicts with the names of classes and their fields.
 
     Raises:
-      TypeError: for a quantizer with a format or scale that is defined elsewhere.
+      TypeError: if the quantizer has a format or scale that is defined elsewhere.
 
     Example:
       >>> import cage_jax as cage
@@ -112,16 +112,16 @@ def _default(field):
 
 
 def quantizer_of(description: Any) -> Quantizer:
-    """The quantizer that `describe` described.
+    """Builds a quantizer from its description; the inverse of `describe`.
 
     Args:
-      description: what JSON gave, of a file that nobody vouches for.
+      description: a value read from JSON; it need not be trusted.
 
     Returns:
       A `Quantizer`.
 
     Raises:
-      MalformedFileError: for anything that `describe` does not give.
+      MalformedFileError: for anything that `describe` does not return.
 
     Example:
       >>> import cage_jax as cage
@@ -138,7 +138,7 @@ def quantizer_of(description: Any) -> Quantizer:
 
 
 def _built(description, wanted):
-    """The object of a class, or of a subclass of it."""
+    """Builds an object of the class `wanted` or of a subclass."""
     if not isinstance(description, dict) or "class" not in description:
         raise MalformedFileError(
             f"the description of a {wanted.__name__} must have a 'class'; got "
@@ -180,11 +180,11 @@ def _built(description, wanted):
 
 
 class _Unsuited(Exception):  # noqa: N818 - it says what would suit
-    """A value that is not of its field's type."""
+    """A value does not have the type of its field."""
 
 
 def _typed(value, hint):
-    """The value of a field, from what JSON has for it."""
+    """Converts a value of JSON to the type of a field."""
     if inspect.isclass(hint) and issubclass(hint, Format | ScaleRule | ScaleType):
         return _built(value, hint)
     origin, args = get_origin(hint), get_args(hint)
@@ -201,7 +201,7 @@ def _typed(value, hint):
         if isinstance(value, list) and len(value) <= _MOST_LEVELS:
             return tuple(_typed(each, args[0]) for each in value)
     elif hint is float:
-        # Whole numbers too; no NaN, and none that is too large for a float.
+        # Integers pass too, but no NaN and no number too large for a float.
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return value
     elif type(value) is hint:  # so that a bool is no int

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read as if they were hostile."""
+"""Files, written completely or not at all, and read without trusting them."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 Path = str | os.PathLike[str]
 
-# All names of what exports write, with those of Orbax and of tokenizers.
+# The names of all files that exports write, including those of Orbax and tokenizers.
 _WRITTEN = re.compile(
     r".*\.(safetensors|json|jinja)|program\.bin|merges\.txt|tokenizer\.model|"
     r"arrays|description|_CHECKPOINT_METADATA|commit_success\.txt"
@@ -21,15 +21,15 @@ _MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
 
 
 class MalformedFileError(ValueError):
-    """A file that is not what it should be: cut off, damaged, or made to do harm."""
+    """A file is not well-formed: truncated, damaged or malicious."""
 
 
 @contextlib.contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A place to write to that becomes `path` when all went well.
+    """Yields a temporary path for a file and moves it to `path` on success.
 
     Raises:
-      FileExistsError: where there is something already, unless `overwrite`.
+      FileExistsError: if the path exists, unless `overwrite`.
     """
     path = as_path(path)
     if path.is_dir() and any(path.iterdir()):
@@ -53,11 +53,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A folder to write to that becomes `path` when all went well.
+    """Yields a temporary folder and moves it to `path` on success.
 
     Raises:
-      FileExistsError: where there is something already, unless `overwrite`; an empty
-        folder is nothing. With it, where there is something that no export wrote.
+      FileExistsError: if the path exists and is not an empty folder, unless
+        `overwrite`. With `overwrite`, if it has files that no export wrote.
     """
     path = as_path(path)
     _check_free(path, overwrite)
@@ -96,10 +96,10 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      MalformedFileError: for anything else.
+      MalformedFileError: if the file holds anything else.
     """
     path = pathlib.Path(path)
     size = path.stat().st_size
@@ -123,10 +123,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: Any) -> pathlib.Path:
-    """The file of that name in a folder.
+    """Returns the path of a named file in a folder.
 
     Raises:
-      MalformedFileError: for a name that leads elsewhere, or to no file.
+      MalformedFileError: if the name leads out of the folder, or to no file.
     """
     if (
         not isinstance(name, str)
@@ -149,10 +149,10 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
 
 
 def as_path(path: Any) -> pathlib.Path:
-    """A path as `pathlib` has it.
+    """Converts a path to `pathlib.Path`.
 
     Raises:
-      TypeError: for what is none.
+      TypeError: if `path` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
@@ -163,7 +163,7 @@ def as_path(path: Any) -> pathlib.Path:
 
 
 def strangers(path: pathlib.Path) -> str:
-    """What an export cannot have written, in words; nothing where there is none."""
+    """Names what no export can have written, in words; "" if there is nothing."""
     if path.is_symlink():
         return "a link"
     if not path.exists():
@@ -175,7 +175,7 @@ def strangers(path: pathlib.Path) -> str:
 
 
 def is_free(path: pathlib.Path) -> bool:
-    """Whether nothing is there; an empty folder is nothing."""
+    """Returns whether a path does not exist or is an empty folder."""
     empty = path.is_dir() and not any(path.iterdir())
     return empty or not (path.exists() or path.is_symlink())
 

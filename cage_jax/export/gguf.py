@@ -1,4 +1,4 @@
-"""GGUF, for llama.cpp: a Llama in one file, of the very codes that were trained."""
+"""GGUF, for llama.cpp: a Llama in one file, with the trained codes bit for bit."""
 
 import math
 from collections.abc import Mapping
@@ -28,41 +28,42 @@ def gguf(
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a GGUF file, which llama.cpp and what is built on it run.
+    """Writes a GGUF file for llama.cpp and programs based on it.
 
-    Codes are written as they are, and so are their float16 scales: in blocks Q4_0, Q4_1
-    and Q8_0, which hold what the presets `q4_0`, `q4_1` and `q8_0` make. Other codes of
-    integers are held too if they are symmetric, in groups of 32 along the inputs and of
-    float16 scales, such as those of `ct_w4a16(group_size=32)`; those of 2 and 3 bits
-    take 4 bits in the file, those of 5 to 7 bits 8. What `read` makes of them has the
-    same values, and the quantizer of the preset.
+    Codes and float16 scales are written unchanged, in Q4_0, Q4_1 and Q8_0 blocks, which
+    hold the codes of the presets `q4_0`, `q4_1` and `q8_0`. Other integer codes fit too
+    if they are symmetric, in groups of 32 along the inputs, and with float16 scales,
+    such as those of `ct_w4a16(group_size=32)`. Codes of 2 and 3 bits take 4 bits in the
+    file, codes of 5 to 7 bits take 8. `read` gives them the same values, with the
+    quantizer of the preset.
 
-    The rows of queries and keys are put in another order, for llama.cpp rotates
-    neighbours where others rotate halves. It also rounds the inputs of layers that have
-    codes, to 8 bits in blocks of 32: on a CPU it computes what `llama.logits` does with
-    `inputs=q8_0(axis=-1)`.
+    The rows of queries and keys are reordered, because llama.cpp rotates neighbouring
+    features where others rotate the two halves of a head. llama.cpp also rounds the
+    inputs of quantized layers to 8 bits in blocks of 32: on a CPU it computes the same
+    as `llama.logits` with `inputs=q8_0(axis=-1)`.
 
     Args:
-      codes: what `quantize` makes of parameters with the paths and shapes of
-        `config.shapes()`: codes of kernels along axis -2, of the embedding along axis
-        -1, and floats.
+      codes: the result of `quantize` for parameters with the paths and shapes of
+        `config.shapes()`: codes of kernels along axis -2, codes of the embedding along
+        axis -1, and floats.
       config: the model's dimensions.
-      path: of the file.
+      path: path of the file.
       tokenizer: the files of a byte-level BPE by name, as bytes: "tokenizer.json" and
         "tokenizer_config.json", which names the token that ends a text; or the folder
-        that they are in. With None the
-        file has no vocabulary: llama.cpp's library takes tokens by number, and its
-        server, which answers in text, loads such a file but ends at the first answer.
-      float_dtype: of what is no codes: "float32" or "float16"; norms are always
-        float32.
-      name: of the model; None for the file's.
-      overwrite: whether a file that is there may be replaced.
+        that contains them. With None the file has no vocabulary. llama.cpp's library
+        then takes tokens by number; its server, which answers in text, loads such a
+        file but stops at the first answer.
+      float_dtype: dtype of unquantized parameters, "float32" or "float16"; norms are
+        always float32.
+      name: name of the model; None for the name of the file.
+      overwrite: whether to replace an existing file.
 
     Raises:
-      FileExistsError: where there is something already, unless `overwrite`.
-      TypeError: for another `config`, and leaves that are neither codes nor floats.
-      ValueError: for codes, floats or a tokenizer that the format cannot hold; the
-        error names the parameter and what would fit.
+      FileExistsError: if the path exists, unless `overwrite`.
+      TypeError: if `config` is not a `LlamaConfig`, or if a leaf is neither codes nor
+        floats.
+      ValueError: if the format cannot hold the codes, floats or tokenizer; the error
+        names the parameter and what would fit.
 
     Example:
       >>> import cage_jax as cage
@@ -114,7 +115,7 @@ def gguf(
                 writer.add_tensor_info(
                     place.gguf.format(layer),
                     form.shape,
-                    np.dtype(np.float32),  # of no interest beside the raw one
+                    np.dtype(np.float32),  # ignored, because the raw dtype is given
                     rows * form.row_bytes,
                     ggml.GGMLQuantizationType[form.kind],
                 )
@@ -132,23 +133,23 @@ def gguf(
 
 
 def read(path: Path) -> Model:
-    """A Llama from a GGUF file.
+    """Reads a Llama from a GGUF file.
 
-    Q4_0, Q4_1 and Q8_0 become codes with the quantizers of the presets; if not all
-    layers have the same, that parameter is of floats. F32, F16 and BF16 become float32,
-    and so do other types, such as Q4_K, by way of the package gguf.
+    Q4_0, Q4_1 and Q8_0 become codes with the quantizers of the presets. If the layers
+    of a parameter have different types, it becomes floats. F32, F16 and BF16 become
+    float32; so do other types, such as Q4_K, which the package gguf decodes.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
-      A `Model`. Its tokenizer is that of a byte-level BPE, split as by GPT-2, SmolLM or
-      Llama 3; of other kinds there is none.
+      A `Model`. It has a tokenizer only for a byte-level BPE that splits text like
+      GPT-2, SmolLM or Llama 3.
 
     Raises:
-      FileNotFoundError: where there is no file.
-      MalformedFileError: for a file that is cut off, damaged or made to do harm, and
-        for one with a model that is not here, such as scaled rotations.
+      FileNotFoundError: if there is no file.
+      MalformedFileError: if the file is truncated, damaged or malicious, or if its
+        model is not supported, such as one with scaled rotary embeddings.
 
     Example:
       >>> import pathlib, tempfile
@@ -185,7 +186,7 @@ def _form(tensor: Tensor, float_dtype):
 
 
 def _axis(place):
-    """The axis here that is the last one in the file."""
+    """Returns our axis that is the last one in the file."""
     return -2 if place.is_kernel else -1
 
 
@@ -209,7 +210,7 @@ def _metadata(config, name):
 
 
 def _file_type(forms):
-    """The type of most numbers, as llama.cpp shows it; no reader depends on it."""
+    """Returns the type of most numbers; llama.cpp shows it, no reader depends on it."""
     import gguf as ggml
 
     counts: dict[str, int] = {}
@@ -237,10 +238,10 @@ def _add(writer, key, value):
 
 
 def _row_order(place, config, *, back):
-    """The order of rows of queries and keys, or None where it stays.
+    """Returns the new order of rows of queries and keys, or None for other parameters.
 
-    llama.cpp rotates neighbours, as Llama's first weights were, and here the two halves
-    of a head are rotated.
+    llama.cpp rotates neighbouring features, like the original Llama weights; we rotate
+    the two halves of a head.
     """
     heads = {"query": config.heads, "key": config.kv_heads}
     name = place.path.split("/")[1]
@@ -266,7 +267,7 @@ def _config(metadata, found):
         return metadata.get(key, default)
 
     def real(name, default):
-        # The shortest number that is this float32: 1e-05, not 9.999999747378752e-06.
+        # Use the shortest decimal of this float32: 1e-05, not 9.999999747378752e-06.
         number = value(name, default)
         if not isinstance(number, float):
             return number
@@ -311,7 +312,7 @@ def _config(metadata, found):
 
 
 def _check_count(found, config):
-    # Before names are made, of which a file may ask for millions.
+    # Checked before any names are made, because a file may ask for millions.
     in_layers = sum(PLACES[path].in_layers for path in config.shapes())
     count = len(config.shapes()) + in_layers * (config.layers - 1)
     if len(found) == count:
@@ -325,7 +326,7 @@ def _check_count(found, config):
 
 
 def _array(found, place, layer, config):
-    """A parameter of one layer, with the rows in our order."""
+    """Reads a parameter of one layer, with the rows in our order."""
     name = place.gguf.format(layer)
     shape = config.shapes()[place.path]
     shape = shape[1:] if place.in_layers else shape

@@ -1,4 +1,4 @@
-"""Blocks of GGUF: codes and scales of 32 neighbours, as they lie in a file."""
+"""GGUF blocks: the codes and scale of 32 neighbours in the layout of the file."""
 
 from typing import NamedTuple
 
@@ -24,12 +24,12 @@ _NAMES = {"float32": "F32", "float16": "F16"}
 
 
 class Form(NamedTuple):
-    """How an array lies in a file.
+    """Layout of an array in a file.
 
     Attributes:
-      kind: the name of its type, such as "Q4_0".
-      shape: in the file, (out, in).
-      row_bytes: of one row.
+      kind: name of the type, such as "Q4_0".
+      shape: shape in the file, (out, in).
+      row_bytes: bytes of one row.
     """
 
     kind: str
@@ -40,16 +40,16 @@ class Form(NamedTuple):
 def form_of(
     array: jax.Array | QuantizedArray, path: str, *, axis: int, float_dtype: str
 ) -> Form:
-    """How an array is written.
+    """Finds the layout in which to write an array.
 
     Args:
       array: codes, or floats.
-      path: of the array, for errors.
-      axis: along which blocks lie, the last one in the file.
-      float_dtype: of floats: "float32" or "float16"; vectors are always float32.
+      path: path of the array, for errors.
+      axis: axis along which blocks run, the last one in the file.
+      float_dtype: dtype of floats, "float32" or "float16"; vectors are always float32.
 
     Raises:
-      ValueError: for codes that no block holds.
+      ValueError: if no block type can hold the codes.
     """
     shape = array.shape[::-1] if axis == -2 else array.shape
     if not isinstance(array, QuantizedArray):
@@ -75,7 +75,7 @@ def form_of(
 
 
 def _kind(array, axis):
-    """The type whose blocks hold the codes and the scales as they are, or None."""
+    """Finds the type whose blocks hold the codes and scales exactly, or None."""
     quantizer, format = array.quantizer, array.quantizer.format
     if (
         len(array.shape) != 2
@@ -97,16 +97,16 @@ def _kind(array, axis):
 def rows_of(
     array: jax.Array | QuantizedArray, path: str, form: Form, *, axis: int
 ) -> np.ndarray:
-    """The bytes of an array in a file: uint8 of shape (rows, bytes of a row).
+    """Returns the bytes of an array in a file, uint8 of shape (rows, bytes of a row).
 
     Args:
       array: codes, or floats.
-      path: of the array, for errors.
-      form: of `form_of`.
-      axis: as there.
+      path: path of the array, for errors.
+      form: the result of `form_of`.
+      axis: as in `form_of`.
 
     Raises:
-      ValueError: for floats that are too large for float16.
+      ValueError: if floats are too large for float16.
     """
 
     def turned(part):
@@ -138,14 +138,14 @@ def rows_of(
 
 
 def array_of(stored: Stored, *, axis: int) -> jax.Array | QuantizedArray:
-    """An array of a file: codes where they are of a preset, else float32.
+    """Decodes an array of a file: to codes if a preset matches, otherwise to float32.
 
     Args:
-      stored: as it lies in the file.
-      axis: along which blocks lie; with -2 the array is the other way round here.
+      stored: the tensor in the file.
+      axis: our axis along which blocks run; with -2 the array is transposed.
 
     Raises:
-      MalformedFileError: for types that are no numbers of a model.
+      MalformedFileError: if the type is not one of a model's weights.
     """
 
     def turned(part):
@@ -195,7 +195,7 @@ def _codes_of(stored, axis, turned):
     )
 
 
-# Step by step they take ten times as long.
+# Jitted, because these take ten times as long op by op.
 @jax.jit
 def _packed(codes):
     return pack(codes.astype(jnp.int4), GGUF_4BIT)

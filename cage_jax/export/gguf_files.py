@@ -1,8 +1,8 @@
-"""GGUF: metadata and tensors by name, read where they lie in the file.
+"""Reader of GGUF files: metadata and tensors by name, mapped from the file.
 
-The `GGUFReader` of PyPI's `gguf` believes what a file says: a count of 2**60 has it
-loop or allocate until the machine gives in. So files are read here: no count, length or
-offset is used before it was compared with the bytes that there are.
+The `GGUFReader` of PyPI's `gguf` trusts the file: a count of 2**60 makes it loop or
+allocate until the machine fails. This reader compares every count, length and offset
+with the size of the file before it uses them.
 """
 
 import math
@@ -16,10 +16,10 @@ from cage_jax.export.files import MalformedFileError, Path
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-# Of keys and of tensors: far above any model, far below what fills a memory.
+# Limit of keys and of tensors: far above any model, far below what exhausts memory.
 _MOST_ENTRIES = 2**16
 _MOST_DIMENSIONS = 4
-_LONGEST_KEY, _LONGEST_NAME = 2**16, 64  # in bytes, as the format has it
+_LONGEST_KEY, _LONGEST_NAME = 2**16, 64  # in bytes, from the format
 
 # Types of values by their numbers in files.
 _NUMBERS = {
@@ -39,12 +39,12 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 class Stored(NamedTuple):
-    """A tensor as it lies in a file.
+    """A tensor in a file.
 
     Attributes:
-      kind: the name of its type, such as "Q4_0".
-      shape: the last axis is the one along which blocks lie.
-      data: its bytes, uint8 of shape (bytes,), read-only.
+      kind: name of the type, such as "Q4_0".
+      shape: shape of the tensor; blocks run along the last axis.
+      data: bytes of the tensor, uint8 of shape (bytes,), read-only.
     """
 
     kind: str
@@ -53,11 +53,11 @@ class Stored(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a file has.
+    """The content of a file.
 
     Attributes:
       metadata: numbers, bools, texts, lists of texts and arrays of numbers by key.
-      tensors: by name.
+      tensors: tensors by name.
     """
 
     metadata: dict[str, Any]
@@ -65,10 +65,10 @@ class Content(NamedTuple):
 
 
 def read_content(path: Path) -> Content:
-    """What a GGUF file has; tensors that are not looked at are not loaded.
+    """Reads a GGUF file; tensors are loaded only when they are used.
 
     Raises:
-      MalformedFileError: for a file that is cut off, damaged or made to do harm.
+      MalformedFileError: if the file is truncated, damaged or malicious.
     """
     path = pathlib.Path(path)
     if path.stat().st_size == 0:
@@ -97,7 +97,7 @@ def read_content(path: Path) -> Content:
 
 
 def _entry(cursor):
-    """A tensor in the table: name, number of its type, shape and offset."""
+    """Reads a tensor's entry in the table: name, type number, shape and offset."""
     name = cursor.text(_LONGEST_NAME)
     ndim = cursor.number("I")
     if not 1 <= ndim <= _MOST_DIMENSIONS:
@@ -107,7 +107,7 @@ def _entry(cursor):
 
 
 def _located(table, cursor, alignment, content):
-    """The tensors of the table, which lie one after another behind it."""
+    """Locates the tensors of the table, which follow it one after another."""
     from gguf import GGML_QUANT_SIZES
 
     def padded(place):
@@ -139,7 +139,7 @@ def _located(table, cursor, alignment, content):
 
 
 class _Cursor:
-    """Goes through the bytes of a file and never beyond their end."""
+    """A cursor over the bytes of a file that never passes their end."""
 
     def __init__(self, content, name):
         self.view = memoryview(content)
@@ -157,7 +157,7 @@ class _Cursor:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
 
     def count(self, size):
-        """A count of what takes `size` bytes each, which must be there."""
+        """Reads a count of items of `size` bytes; raises if the file is too short."""
         count = self.number("Q")
         if count * size > len(self.view) - self.place:
             self._end(self.place + count * size)
@@ -176,7 +176,7 @@ class _Cursor:
         return str(self.take(length), "utf-8")
 
     def texts(self, count):
-        """As `text`, `count` times, in a loop for a million of them."""
+        """Reads `count` texts like `text`, in a loop that is fast for millions."""
         view, place, end = self.view, self.place, len(self.view)
         length_at = struct.Struct("<Q").unpack_from
         found = []
@@ -198,7 +198,7 @@ class _Cursor:
             kind = self.number("I")
             if kind == _STRING:
                 return self.texts(self.count(8))
-            dtype = self._dtype(kind)  # which is no array: those are not nested
+            dtype = self._dtype(kind)  # rejects arrays, which may not be nested
             size = self.count(dtype.itemsize) * dtype.itemsize
             return np.frombuffer(self.take(size), dtype)
         dtype = self._dtype(kind)
