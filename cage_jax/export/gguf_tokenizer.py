@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer as GGUF has it, and as transformers has it.
+"""Conversion of byte-level BPE tokenizers between GGUF and transformers.
 
-GGUF has lists of tokens, of their types and of merges, and a name for the way a text is
-split before; transformers has `tokenizer.json`, which spells that way out, and
-`tokenizer_config.json`, which says what some tokens are for.
+GGUF has lists of tokens, of their types and of merges, and only a name for the way a
+text is split before the merges. transformers has `tokenizer.json`, which spells the
+split out, and `tokenizer_config.json`, which gives the roles of some tokens.
 """
 
 import json
@@ -16,14 +16,14 @@ from cage_jax.llama.config import LlamaConfig
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _PREFIX = "tokenizer.ggml."
-# By the names of transformers.
+# Keys by the names in transformers.
 _ID_KEYS = {
     "bos_token": f"{_PREFIX}bos_token_id",
     "eos_token": f"{_PREFIX}eos_token_id",
     "unk_token": f"{_PREFIX}unknown_token_id",
     "pad_token": f"{_PREFIX}padding_token_id",
 }
-# Tokens that end a text: the first, and two more that llama.cpp stops at.
+# Tokens that end a text: the usual one, and two more at which llama.cpp stops.
 _END_KEYS = (_ID_KEYS["eos_token"], f"{_PREFIX}eot_token_id", f"{_PREFIX}eom_token_id")
 
 
@@ -32,8 +32,8 @@ class _Split(NamedTuple):
 
     Attributes:
       steps: the steps of `pre_tokenizer` in `tokenizer.json`.
-      ignore_merges: whether a piece that is a token needs no merges.
-      adds_bos: whether llama.cpp puts bos first where a file does not say.
+      ignore_merges: whether a piece that is a token skips the merges.
+      adds_bos: whether llama.cpp puts bos first by default.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -59,7 +59,7 @@ _LLAMA_3 = {
     "behavior": "Isolated",
     "invert": False,
 }
-# By what llama.cpp calls them.
+# Splits by their names in llama.cpp.
 _SPLITS = {
     "gpt-2": _Split((_byte_level(),)),
     "smollm": _Split(({"type": "Digits", "individual_digits": True}, _byte_level())),
@@ -71,23 +71,23 @@ _SPLITS = {
 
 
 def metadata_of(tokenizer: Mapping[str, bytes], config: LlamaConfig) -> dict[str, Any]:
-    """The metadata of a tokenizer.
+    """Converts a tokenizer to GGUF metadata.
 
     Args:
-      tokenizer: the files of a byte-level BPE by name, "tokenizer.json" among them; or
-        none.
-      config: the model's dimensions; its `bos` and `eos` count where the tokenizer does
-        not name any.
+      tokenizer: the files of a byte-level BPE by name, including "tokenizer.json"; or
+        an empty mapping.
+      config: the model's dimensions; its `bos` and `eos` are used if the tokenizer
+        does not name these tokens.
 
     Returns:
       Lists, texts, bools and ints by key.
 
     Raises:
-      TypeError, ValueError: for files that are none, and for a tokenizer that GGUF
-        cannot hold.
+      TypeError, ValueError: if the files are not a tokenizer's, or if GGUF cannot hold
+        the tokenizer.
     """
     if not tokenizer:
-        # The model that llama.cpp loads without a vocabulary, for tokens by number.
+        # llama.cpp loads "no_vocab" without a vocabulary and takes tokens by number.
         found: dict[str, Any] = {f"{_PREFIX}model": "no_vocab"}
         if config.bos is not None:
             found[_ID_KEYS["bos_token"]] = config.bos
@@ -138,7 +138,7 @@ def _metadata(content, settings, config):
     ends = dict.fromkeys([special.get("eos_token"), *config.eos])
     ends.pop(None, None)
     if not ends:
-        # llama.cpp takes token 11 where a file names none.
+        # llama.cpp assumes token 11 if a file names none.
         _unsupported('an "eos_token" in tokenizer_config.json', "none")
     eos = next(iter(ends))
     first, last = _template(content.get("post_processor"), tokens, bos, eos)
@@ -165,7 +165,7 @@ def _metadata(content, settings, config):
 
 
 def _by_id(ids, count):
-    """The texts of all tokens in order; None where there is none."""
+    """Returns the texts of all tokens in order, None for missing tokens."""
     tokens: list[str | None] = [None] * count
     for text, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < count:
@@ -180,9 +180,9 @@ def _by_id(ids, count):
 
 
 def _split_name(pre_tokenizer, model):
-    """What llama.cpp calls the way a text is split."""
+    """Returns llama.cpp's name for the way a text is split."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    # Offsets are of no interest, and older files have no use_regex.
+    # Ignore trim_offsets, which does not affect tokens; older files lack use_regex.
     plain = [
         {"use_regex": True} | step | {"trim_offsets": True}
         if step and step.get("type") == "ByteLevel"
@@ -199,7 +199,7 @@ def _split_name(pre_tokenizer, model):
 
 
 def _template(post_processor, tokens, bos, eos):
-    """Whether a text begins with bos, and whether it ends with eos."""
+    """Returns whether a text begins with bos, and whether it ends with eos."""
     steps = (post_processor or {}).get("processors", [post_processor])
     for step in steps:
         if step is None or step["type"] == "ByteLevel":
@@ -233,12 +233,12 @@ def _ends(ids):
 
 
 def _text(token):
-    """The text of a token, which may be given with its flags."""
+    """Returns the text of a token, which may be a dict with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _chat_template(settings):
-    """The template, or of several the one that is the default."""
+    """Returns the chat template, or the default one of several."""
     template = settings.get("chat_template")
     if isinstance(template, list):
         by_name = {each["name"]: each["template"] for each in template}
@@ -274,17 +274,17 @@ def _unsupported(rule, got) -> NoReturn:
 
 
 def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a tokenizer, from the metadata of a GGUF file.
+    """Makes the files of a tokenizer from the metadata of a GGUF file.
 
     Args:
-      metadata: of the file.
+      metadata: metadata of the file.
 
     Returns:
-      "tokenizer.json" and "tokenizer_config.json"; nothing for what is no byte-level
-      BPE, and for texts split in ways that are not known here.
+      "tokenizer.json" and "tokenizer_config.json"; an empty dict if the tokenizer is
+      not a byte-level BPE, or if its way of splitting texts is unknown.
 
     Raises:
-      MalformedFileError: for lists that do not fit together.
+      MalformedFileError: if the lists are inconsistent.
     """
     split = _SPLITS.get(_of_type(metadata, "pre", str, ""))
     if _of_type(metadata, "model", str, "") != "gpt2" or split is None:
@@ -359,10 +359,10 @@ def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def token_id(metadata: Mapping[str, Any], key: str, count: int) -> int:
-    """The number of a token, below `count`.
+    """Reads the number of a token from the metadata.
 
     Raises:
-      MalformedFileError: for anything else.
+      MalformedFileError: if the value is not an int in [0, count).
     """
     number = metadata[key]
     if type(number) is not int or not 0 <= number < count:
@@ -373,14 +373,14 @@ def token_id(metadata: Mapping[str, Any], key: str, count: int) -> int:
 def special_ids(
     metadata: Mapping[str, Any], count: int
 ) -> tuple[int | None, tuple[int, ...]]:
-    """The token that begins a text, or None, and those that end it.
+    """Returns the token that begins a text, or None, and the tokens that end it.
 
     Args:
-      metadata: of a GGUF file.
-      count: of tokens.
+      metadata: metadata of a GGUF file.
+      count: number of tokens.
 
     Raises:
-      MalformedFileError: for what is no token.
+      MalformedFileError: if a value is not a token.
     """
     key = _ID_KEYS["bos_token"]
     bos = token_id(metadata, key, count) if key in metadata else None

@@ -1,4 +1,4 @@
-"""Any file or folder with a model, back as codes."""
+"""Loading of models from any supported file or folder."""
 
 import importlib.util
 import os
@@ -18,33 +18,32 @@ _FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")
 
 
 def load(path: Path) -> Model:
-    """A model from disk: its codes as they were trained, or its floats.
+    """Loads a model from disk, with its trained codes or its floats.
 
-    A file is taken for hostile: what is damaged, or made to do harm, is an error; and
-    nothing in it is executed.
+    Files are not trusted: a damaged or malicious file raises an error, and nothing in
+    it is executed.
 
     Args:
       path: one of
 
-        - a folder of transformers, of floats or as `export.compressed_tensors` writes
-          it: a Llama, safetensors in one file or several;
-        - a GGUF, as `export.gguf` writes it, or of floats;
-        - a folder that `cage-jax quantize` or `export.native.save` wrote;
-        - a `.safetensors` file or Orbax folder of `export.save`, of any model;
-        - the folder of `export.stablehlo` with weights as arguments;
+        - a transformers folder of a Llama, with floats or from
+          `export.compressed_tensors`, as one safetensors file or several;
+        - a GGUF file, from `export.gguf` or with floats;
+        - a folder from `cage-jax quantize` or `export.native.save`;
+        - a `.safetensors` file or Orbax folder from `export.save`, of any model;
+        - a folder from `export.stablehlo` with weights as arguments;
         - the name of a Llama on the Hugging Face hub.
 
     Returns:
-      A `Model` of `params`, `config` and `tokenizer`. `config` is None, and there is no
-      tokenizer, where the file is not of a Llama but of any tree.
+      A `Model` of `params`, `config` and `tokenizer`. If the file holds a tree that is
+      not a Llama, `config` is None and `tokenizer` is empty.
 
     Raises:
-      FileNotFoundError: where there is nothing.
-      ImportError: for a GGUF, and for a name on the hub, without the package that reads
-        it.
-      MalformedFileError: for what is damaged.
-      TypeError: for a path that is none.
-      ValueError: for what is no model, or not a Llama's.
+      FileNotFoundError: if there is no such file or folder.
+      ImportError: if the package to read a GGUF, or to load from the hub, is missing.
+      MalformedFileError: if the file is damaged.
+      TypeError: if `path` is not a path.
+      ValueError: if it is not a model, or not a supported one.
 
     Example:
       >>> import cage_jax as cage
@@ -77,11 +76,11 @@ def load(path: Path) -> Model:
 
 
 def find(path: Path) -> pathlib.Path | None:
-    """Where a model is on this disk; None for a name on the hub.
+    """Returns the path of a model on disk, or None for a name on the hub.
 
     Raises:
-      FileNotFoundError: where there is nothing, and it cannot be such a name.
-      TypeError: for a path that is none.
+      FileNotFoundError: if the path does not exist and cannot be a name on the hub.
+      TypeError: if `path` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
@@ -122,7 +121,7 @@ def _folder(place):
 
 
 def _from_hub(name):
-    """The folder of a model on the hub, once it is here."""
+    """Downloads a model from the hub and returns its folder."""
     _need("huggingface_hub", "A name on the hub")
     from huggingface_hub import snapshot_download
 
@@ -130,7 +129,7 @@ def _from_hub(name):
         folder = snapshot_download(
             name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]
         )
-    except Exception as error:  # of several libraries, with no class in common
+    except Exception as error:  # several libraries raise, with no common class
         reason = str(error).strip().splitlines()[0] if str(error) else type(error)
         raise ValueError(
             f"`path` must be a file, a folder, or a name on the Hugging Face hub that "

@@ -1,4 +1,4 @@
-"""A model in a folder of our own: any quantizer, its dimensions and its tokenizer."""
+"""Our own folder format: parameters of any quantizer, dimensions and tokenizer."""
 
 import json
 import pathlib
@@ -13,17 +13,17 @@ CODES, CONFIG = "codes.safetensors", "config.json"
 
 
 def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
-    """Writes a model to a folder, from which `cage_jax.load` reads it.
+    """Writes a model to a folder that `cage_jax.load` reads.
 
     Args:
-      model: with parameters of any quantizer.
-      path: of the folder.
-      overwrite: replace what is there.
+      model: a model with parameters of any quantizer.
+      path: path of the folder.
+      overwrite: whether to replace an existing folder.
 
     Raises:
-      FileExistsError: where there is something already.
-      TypeError: for parameters that are neither floats nor codes.
-      ValueError: for a model without dimensions.
+      FileExistsError: if the path exists, unless `overwrite`.
+      TypeError: if a parameter is neither floats nor codes.
+      ValueError: if the model has no dimensions.
     """
     if model.config is None:
         raise ValueError(
@@ -41,10 +41,10 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
 
 
 def read(path: Path) -> Model:
-    """What `save` wrote.
+    """Reads a folder of `save`.
 
     Raises:
-      MalformedFileError: for a folder that is damaged.
+      MalformedFileError: if the folder is damaged.
     """
     folder = pathlib.Path(path)
     params = trees.load(folder / CODES)

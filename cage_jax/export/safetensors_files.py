@@ -1,4 +1,4 @@
-"""safetensors: arrays of any dtype by name, read where they lie in the file."""
+"""safetensors files: arrays of any dtype by name, mapped from the file."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from cage_jax.export.files import MalformedFileError, Path
 
-# By the names in files; those of one byte or more, in little-endian order.
+# Dtypes of at least one byte by their names in files, little-endian.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -31,7 +31,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_DIMENSIONS = 16
-# What is read of it takes many times as much memory. Real ones have 0.1 MB.
+# A parsed header takes many times as much memory. Real headers have about 0.1 MB.
 _MOST_HEADER = 4 * 2**20
 
 
@@ -40,16 +40,16 @@ def write(
 ) -> None:
     """Writes arrays to one file.
 
-    By hand: what the library has for dtypes that NumPy lacks is not the same from one
-    version to the next.
+    It does not use the library, whose handling of dtypes that NumPy lacks differs
+    between versions.
 
     Args:
-      path: of the file.
-      arrays: by name.
+      path: path of the file.
+      arrays: arrays by name.
       metadata: texts by name.
 
     Raises:
-      TypeError: for an array whose dtype the format does not have, such as int4.
+      TypeError: if the format lacks the dtype of an array, such as int4.
     """
     found = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     for name, array in found.items():
@@ -58,7 +58,7 @@ def write(
                 f"`{name}`: an array must have a dtype that safetensors has; got "
                 f"{array.dtype}. Pack its codes into bytes first."
             )
-    # The widest first, so that each begins at a multiple of its width.
+    # Sorted by width, so that each array begins at a multiple of its width.
     order = sorted(found, key=lambda name: (-found[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -79,12 +79,13 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of one file by name, and its metadata.
+    """Returns the arrays of one file by name, and its metadata.
 
-    The arrays are read-only and lie in the file: what is not looked at is not loaded.
+    The arrays are read-only and mapped from the file, so they are loaded only when
+    used.
 
     Raises:
-      MalformedFileError: for a file that is cut off, damaged or made to do harm.
+      MalformedFileError: if the file is truncated, damaged or malicious.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -101,11 +102,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise _malformed(path, error) from error
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
-    # A plain array: the parts of a memmap are as large as many a tensor.
+    # A plain array, because the overhead of a memmap slice exceeds many tensors.
     content = np.memmap(path, np.uint8, "r").view(np.ndarray)
     arrays = {}
     for name, entry in header.items():
-        if not isinstance(entry, dict):  # the library takes lists for objects too
+        if not isinstance(entry, dict):  # the library accepts lists as objects too
             raise _malformed(path, f"`{name}` as {type(entry).__name__}")
         shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
         if dtype is None or len(shape) > _MOST_DIMENSIONS:
@@ -117,7 +118,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         begin, end = (8 + length + place for place in entry["data_offsets"])
         try:
             arrays[name] = content[begin:end].view(dtype).reshape(shape)
-        except ValueError as error:  # beside a size of 0 another can be anything
+        except ValueError as error:  # with one size of 0, the others can be anything
             raise _malformed(path, f"`{name}` of shape {shape}") from error
     return arrays, metadata
 

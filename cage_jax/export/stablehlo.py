@@ -1,4 +1,4 @@
-"""A function and its codes as a program that needs jax alone.
+"""Export of a function and its codes as a program that needs only jax.
 
     import jax
     from safetensors.numpy import load_file
@@ -7,8 +7,8 @@
         program = jax.export.deserialize(file.read())
     y = program.call(load_file("folder/weights.safetensors"), x)
 
-The program unpacks the codes and makes values of them; it runs wherever jax does, in
-later versions too, as far as `jax.export` promises.
+The program unpacks and dequantizes the codes. It runs wherever jax runs, and in later
+versions of jax within the compatibility guarantees of `jax.export`.
 """
 
 import dataclasses
@@ -59,31 +59,32 @@ def stablehlo(
 ) -> None:
     """Exports `function(params, *arguments)` with the codes of its parameters.
 
-    The folder has `program.bin`, which `jax.export.deserialize` reads, `program.json`,
-    which says what goes in and comes out, and the codes: `bits` bits for each
-    parameter, packed, either in `weights.safetensors`, to be given to the program, or
-    within it. Values are those of `dequantize`, in the tree that `function` is used to.
+    The folder has `program.bin`, for `jax.export.deserialize`; `program.json`, which
+    describes the inputs and outputs; and the codes, packed with `bits` bits for each
+    parameter. The codes are either in `weights.safetensors`, as an argument of the
+    program, or constants in it. `function` gets the values of `dequantize`, in the
+    same tree as `codes`.
 
     Args:
-      function: of parameters and arguments, which `jax.jit` compiles.
-      codes: the parameters: any tree of `QuantizedArray`s and arrays.
-      path: of the folder.
-      arguments: those of `function` behind the parameters, as trees of arrays or of
-        `jax.ShapeDtypeStruct`s, of which shapes and dtypes count.
-      shapes: None for those of `arguments`; else texts, one or a tree as far as that
-        of `arguments` goes, in which letters stand for any length: with "b, ..." the
-        program takes batches of all sizes. As of `jax.export.symbolic_args_specs`.
-      weights: "arguments": they are the first argument of the program, a dict of the
-        arrays in the file. "constants": they are in the program.
-      platforms: where the program can run; it need not be here.
-      overwrite: whether a folder that is there is replaced.
+      function: a function of parameters and arguments that `jax.jit` can compile.
+      codes: the parameters, any tree of `QuantizedArray`s and arrays.
+      path: path of the folder.
+      arguments: the arguments of `function` after the parameters, as trees of arrays
+        or `jax.ShapeDtypeStruct`s; only their shapes and dtypes are used.
+      shapes: None for the shapes of `arguments`; otherwise a text or a prefix tree of
+        texts, as in `jax.export.symbolic_args_specs`. Letters stand for any length:
+        with "b, ..." the program takes batches of all sizes.
+      weights: "arguments" makes them the program's first argument, a dict of the arrays
+        in the file; "constants" puts them into the program.
+      platforms: platforms that can run the program; this machine need not have them.
+      overwrite: whether to replace an existing folder.
 
     Raises:
-      ImportError: without flatbuffers, which `jax.export` writes by.
-      TypeError: for leaves and arguments that are no arrays.
-      ValueError: for another value of `weights`, more constants than 2 GiB, and two
-        arrays of one path.
-      FileExistsError: where there is something already, unless `overwrite`.
+      ImportError: if flatbuffers is missing, which `jax.export` needs.
+      TypeError: if a leaf or an argument is not an array.
+      ValueError: if `weights` has another value, if constants need almost 2 GiB or
+        more, or if two arrays have one path.
+      FileExistsError: if the path exists, unless `overwrite`.
 
     Example:
       >>> import cage_jax as cage
@@ -145,7 +146,7 @@ def stablehlo(
         return function(structure.unflatten(values), *arguments)
 
     def of_constants(*arguments):
-        # Else a compiler makes constants of the values, which are larger.
+        # Keeps the compiler from folding these into the larger dequantized constants.
         kept = lax.optimization_barrier(jax.tree.map(jnp.asarray, words))
         return of_words(kept, *arguments)
 
@@ -177,19 +178,19 @@ def stablehlo(
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether a folder is one that `stablehlo` wrote, by its names."""
+    """Returns whether a folder has the files that `stablehlo` writes."""
     return (path / PROGRAM).is_file() and (path / DESCRIPTION).is_file()
 
 
 def read_codes(path: Path) -> Any:
-    """The codes of an exported program, as the tree that was given.
+    """Reads the codes of an exported program as their original tree.
 
     Args:
-      path: of the folder.
+      path: path of the folder.
 
     Raises:
-      MalformedFileError: for a folder that is damaged.
-      ValueError: where the codes are constants in the program.
+      MalformedFileError: if the folder is damaged.
+      ValueError: if the codes are constants in the program.
     """
     folder = pathlib.Path(path)
     description = read_json(folder / DESCRIPTION)
@@ -230,7 +231,7 @@ def _array(words, path, like):
 
 
 def _stored_as(words, name, like):
-    """An array of a dtype that the file may have as bits."""
+    """Reads an array whose dtype the file may store as raw bits."""
     dtype = np.dtype(like.dtype)
     stored = dtype if dtype.isbuiltin == 1 else np.dtype(f"uint{_bits(dtype)}")
     return _of(words, name, stored, like.shape).view(dtype)
@@ -254,7 +255,7 @@ def _check_arguments(arguments):
 
 
 def _specs(arguments, shapes):
-    """What the program takes, with letters for lengths that may differ."""
+    """Returns the specs of the program's arguments, with symbolic lengths."""
     reason = "another number of axes"
     try:
         specs = jax.export.symbolic_args_specs(arguments, _as_tuple(shapes))
@@ -301,7 +302,7 @@ _PLAIN = ("scale", "offset", "tensor_divisor")
 
 
 def _words(paths, leaves):
-    """What is stored, by name: arrays of dtypes that NumPy has."""
+    """Returns the arrays to store by name, in dtypes that NumPy has."""
     words: dict[str, np.ndarray] = {}
     for path, leaf in zip(paths, leaves):
         found = {path: leaf}
@@ -332,7 +333,7 @@ def _as_stored(name, array):
     dtype = getattr(array, "dtype", type(array).__name__)
     if isinstance(dtype, np.dtype) and dtype.isbuiltin == 1 and dtype.kind in "fiub":
         return np.asarray(array)
-    # What NumPy does not have itself: bfloat16 and floats of 8 bits.
+    # NumPy lacks bfloat16 and 8-bit floats, so they are stored as raw bits.
     if not isinstance(dtype, np.dtype) or _bits(dtype) not in (8, 16):
         raise TypeError(
             f"`{name}`: `codes` must be QuantizedArrays and arrays of floats, whole "
@@ -346,7 +347,7 @@ def _bits(dtype):
 
 
 def _value(words, path, leaf):
-    """A parameter, within the program."""
+    """Computes a parameter from its stored arrays, within the program."""
     if not _is_codes(leaf):
         return _from_stored(words[path], leaf.dtype)
     format = leaf.quantizer.format

@@ -1,4 +1,4 @@
-"""Text to tokens, by the tokenizer that came with a model."""
+"""Tokenization of text by a model's own tokenizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ from cage_jax.export.files import MalformedFileError
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Any:
-    """The `tokenizers.Tokenizer` of a model.
+    """Makes the `tokenizers.Tokenizer` of a model.
 
     Args:
-      files: by name, as `Model.tokenizer` has them.
+      files: files by name, as in `Model.tokenizer`.
 
     Raises:
-      ValueError: for a model without one.
-      MalformedFileError: for a file that is none.
+      ValueError: if the model has no tokenizer.
+      MalformedFileError: if the file is not a tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -36,6 +36,6 @@ def tokenizer_of(files: Mapping[str, bytes]) -> Any:
 
 
 def encoded(files: Mapping[str, bytes], text: str) -> np.ndarray:
-    """The tokens of a text, int32, without those that begin or end it."""
+    """Returns the tokens of a text, int32, without special tokens at its ends."""
     tokenizer = tokenizer_of(files)
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)

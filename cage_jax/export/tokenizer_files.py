@@ -1,4 +1,4 @@
-"""The files of a tokenizer, as transformers has them in a model's folder."""
+"""Tokenizer files, as in a model's folder of transformers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NAMES = (
 
 
 def in_folder(folder: Path) -> dict[str, bytes]:
-    """Those that are in a folder, by name."""
+    """Reads the tokenizer files of a folder by name."""
     folder = pathlib.Path(folder)
     return {
         name: (folder / name).read_bytes()
@@ -33,16 +33,16 @@ def in_folder(folder: Path) -> dict[str, bytes]:
 def given(
     tokenizer: Mapping[str, bytes] | Path | None, config: LlamaConfig
 ) -> Mapping[str, bytes]:
-    """The files that an argument `tokenizer` stands for, by name.
+    """Resolves a `tokenizer` argument to files by name.
 
     Args:
-      tokenizer: bytes by name, a folder of such files, or None for none.
-      config: the dimensions of the model that they come with.
+      tokenizer: bytes by name, a folder of tokenizer files, or None for no tokenizer.
+      config: the model's dimensions.
 
     Raises:
-      TypeError: for anything else.
-      ValueError: for other files, and for the tokenizer of another model: one with
-        tokens that the model has not.
+      TypeError: if `tokenizer` is anything else.
+      ValueError: if there are other files, or if the tokenizer has tokens outside the
+        model's vocabulary and so belongs to another model.
     """
     if tokenizer is None:
         return {}
@@ -90,7 +90,7 @@ def _check_vocabulary(files, config):
         ids |= {each["content"]: each["id"] for each in content["added_tokens"]}
         text, number = max(ids.items(), key=lambda item: item[1])
     except (ValueError, TypeError, KeyError):
-        return  # of a kind that numbers its tokens in another way
+        return  # this kind of tokenizer numbers its tokens differently
     if number >= config.vocabulary:
         raise ValueError(
             f"`tokenizer` must have tokens below the {config.vocabulary} of `config`; "

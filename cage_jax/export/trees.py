@@ -1,13 +1,13 @@
-"""Codes of any model in one file, or through Orbax in a folder; and back, bit for bit.
+"""Storage of codes of any model, bit for bit: in one file, or in a folder by Orbax.
 
-Both have the arrays by path, beside a description as JSON of what each of them is:
+Both hold the arrays by path and a JSON description of each of them:
 
     {"format": "cage_jax", "version": "1", "tree": {"layers/0/kernel": {
       "kind": "codes", "shape": [64, 32], "dtype": "float32", "quantizer": {...}}, ...}}
 
-In a file (safetensors, the description in its metadata) codes are packed, and an array
-of them is the bytes of `QuantizedArray.to_bytes`. In a folder they are arrays as jax
-has them, so that each process writes and reads what its devices have.
+A file is safetensors, with the description in its metadata. Its codes are packed: each
+`QuantizedArray` is the bytes of `QuantizedArray.to_bytes`. A folder holds plain jax
+arrays, so that each process writes and reads the shards of its own devices.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _DTYPES = {
         *("uint8", "uint16", "uint32", "uint64", "bool"),
     )
 }
-# What a tree can have where it has no array.
+# Leaves of a tree that are not arrays.
 _EMPTY: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "dict": dict,
@@ -63,22 +63,23 @@ _REMEDY = "Get the file again."
 
 
 def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
-    """Writes a tree of codes and arrays to one file, all of its bits and no more.
+    """Writes a tree of codes and arrays to one file, with packed codes.
 
-    The file has `QuantizedArray.nbytes` bytes of each array of codes, and a description
-    of some hundred bytes. Any program reads the other arrays as safetensors.
+    The file takes `QuantizedArray.nbytes` bytes for each array of codes, and a
+    description of some hundred bytes. Any safetensors reader can read the other arrays.
 
     Args:
-      codes: any tree of `QuantizedArray`s and arrays of floats, whole numbers and
-        bools, such as what `quantize` gives; of dicts, lists and others such as
-        `nnx.State`.
-      path: of the file, which ends in ".safetensors".
-      overwrite: whether a file that is there is replaced.
+      codes: any tree of `QuantizedArray`s and arrays of floats, integers and bools,
+        such as the result of `quantize`. It may have dicts, lists, and other nodes such
+        as `nnx.State`.
+      path: path of the file, which ends in ".safetensors".
+      overwrite: whether to replace an existing file.
 
     Raises:
-      TypeError: for leaves that are no such arrays.
-      ValueError: for another path, and for arrays that are not all on this machine.
-      FileExistsError: where there is something already, unless `overwrite`.
+      TypeError: if a leaf is not such an array.
+      ValueError: if `path` has another ending, or if parts of an array are not on this
+        machine.
+      FileExistsError: if the path exists, unless `overwrite`.
 
     Example:
       >>> import cage_jax as cage
@@ -117,22 +118,22 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
 
 
 def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
-    """Writes a tree of codes and arrays to a folder, by Orbax.
+    """Writes a tree of codes and arrays to a folder with Orbax.
 
-    Each process writes what its devices have, and all have to call this. Codes are a
-    byte each, compressed. `orbax.checkpoint` alone reads the arrays, by path and then
-    "codes", "scale" and so on.
+    Each process writes the shards of its devices, so all processes must call this.
+    Codes take one byte each, compressed. `orbax.checkpoint` can read the arrays without
+    this library, by path and then "codes", "scale" and so on.
 
     Args:
-      codes: as of `save`.
-      path: of the folder.
-      overwrite: whether a folder that is there is replaced; of several processes it
-        is removed first.
+      codes: as in `save`.
+      path: path of the folder.
+      overwrite: whether to replace an existing folder; with several processes it is
+        removed before the new one is written.
 
     Raises:
-      TypeError: for leaves that are no such arrays.
-      ValueError: for a tree without arrays, and for arrays without numbers.
-      FileExistsError: where there is something already, unless `overwrite`.
+      TypeError: if a leaf is not such an array.
+      ValueError: if the tree has no arrays, or an array of size 0.
+      FileExistsError: if the path exists, unless `overwrite`.
     """
     import orbax.checkpoint as ocp
 
@@ -153,7 +154,7 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
     )
     path = as_path(path).absolute()
     alone = jax.process_count() == 1
-    if not alone and not overwrite and path.exists():  # else one of them would wait
+    if not alone and not overwrite and path.exists():  # else a process would hang
         raise FileExistsError(
             f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
             f"path."
@@ -167,35 +168,34 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
 
 
 def load(path: Path, *, shardings: Any = None) -> Any:
-    """Reads what `save` or `save_orbax` wrote.
+    """Reads a file of `save` or a folder of `save_orbax`.
 
-    A file is read as a hostile one: it can give arrays and quantizers and nothing else,
-    of no more bytes than it has. Of a folder of Orbax the sizes that it says are
-    believed, since it is compressed.
+    Files are not trusted: a file can only contain arrays and quantizers, no larger than
+    the file itself. The sizes in an Orbax folder are trusted, because its content is
+    compressed.
 
     Args:
-      path: of the file or the folder.
-      shardings: None for the default device of the only process; else a
-        `jax.sharding.Sharding`, or a tree of them as far as the tree of codes goes, as
-        of `jax.device_put`. That of an array of codes is that of its scales too; axes
-        that the devices do not divide, such as those of few groups, are left whole.
+      path: path of the file or the folder.
+      shardings: None for the default device of a single process; otherwise a
+        `jax.sharding.Sharding`, or a prefix tree of them, as in `jax.device_put`. The
+        scales of an array are sharded like its codes. Axes that the devices do not
+        divide, such as those of few groups, are not sharded.
 
     Returns:
-      The tree: dicts and lists as they were (tuples are lists), with keys that are
-      strings; all else, such as an `nnx.State`, as nested dicts.
+      The tree. Dicts keep their structure, with string keys; lists and tuples become
+      lists; other nodes, such as `nnx.State`, become nested dicts.
 
     Raises:
-      MalformedFileError: for anything that `save` does not write, and for what a newer
-        version of it wrote.
-      ValueError: for arrays of 64 bits where jax has none, and for shardings that do
-        not fit the tree or that a folder read by several processes lacks.
+      MalformedFileError: if the content is not from `save`, or from a newer version.
+      ValueError: if there are 64-bit arrays and jax does not have them enabled, if
+        `shardings` do not fit the tree, or if they are missing with several processes.
     """
     path = pathlib.Path(path).absolute()
     return (_load_orbax if path.is_dir() else _load_file)(path, shardings)
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether a folder is one that `save_orbax` wrote, by its names."""
+    """Returns whether a folder has the subfolders that `save_orbax` writes."""
     return all((path / name).is_dir() for name in ("arrays", "description"))
 
 
@@ -274,7 +274,8 @@ def _load_orbax(path, shardings):
             for name, like in placed.items()
         }
         with _as_malformed(path):
-            # Orbax would convert codes of 4 bits to 8, and make room for any shape.
+            # Checked first, because Orbax would convert 4-bit codes to 8 bits and
+            # allocate any shape.
             there = checkpointer.metadata(path).item_metadata["arrays"].tree
             if _forms(there) != _forms(arrays):
                 raise ValueError("other arrays than its description says")
@@ -297,7 +298,7 @@ def _forms(tree):
 def _as_malformed(path):
     try:
         yield
-    except Exception as error:  # Orbax raises all kinds
+    except Exception as error:  # Orbax raises exceptions of all kinds
         text = (str(error) or repr(error)).strip().splitlines()[0]
         raise MalformedFileError(
             f"{path.name} must be a whole folder of save_orbax; got {text}. Get the "
@@ -309,7 +310,7 @@ def _as_malformed(path):
 
 
 def described(codes):
-    """What a file says of each leaf, and the leaves that are arrays, by path."""
+    """Returns by path the description of each leaf, and the leaves that are arrays."""
     entries: dict[str, Any] = {}
     arrays = {}
     for path, keys, leaf in _flat(codes):
@@ -323,13 +324,13 @@ def described(codes):
             entry = _entry(leaf)
         if entry["kind"] not in _EMPTY:
             arrays[path] = leaf
-        # Where the path does not say it all: in lists, and with keys that have a "/".
+        # The path alone is ambiguous for lists, and for keys that contain a "/".
         entries[path] = entry if path.split("/") == keys else entry | {"keys": keys}
     return entries, arrays
 
 
 def _flat(tree: Any) -> Iterator[tuple[str, list[str | int], Any]]:
-    """The path, the keys and the value of each leaf."""
+    """Yields the path, the keys and the value of each leaf."""
     for key_path, leaf in zip(*flatten_with_keys(tree, _is_leaf)[:2]):
         keys = [k.idx if isinstance(k, SequenceKey) else name_of(k) for k in key_path]
         yield "/".join(map(str, keys)), keys, leaf
@@ -372,7 +373,7 @@ def _entry(leaf):
 
 
 def _parts(codes):
-    """The arrays of codes by name."""
+    """Returns the arrays of a `QuantizedArray` by name."""
     names = ("codes", "scale", "zero_point", "offset", "tensor_divisor")
     parts = {name: getattr(codes, name) for name in names}
     return {name: part for name, part in parts.items() if part is not None}
@@ -397,10 +398,10 @@ def _check_version(metadata, path):
 
 
 class Tree:
-    """What a file says of its leaves, checked.
+    """The checked description of a file's leaves.
 
     Attributes:
-      like: by path, what each array is, of `ShapeDtypeStruct`s.
+      like: each array by path, with `ShapeDtypeStruct`s in the place of data.
     """
 
     def __init__(self, entries: Any):
@@ -423,7 +424,7 @@ class Tree:
         self.of(self.like)
 
     def of(self, leaves: Mapping[str, Any]) -> Any:
-        """The tree, of these leaves."""
+        """Builds the tree from its leaves by path."""
         root = _Node()
         for path, keys in self._keys.items():
             leaf = leaves[path] if path in leaves else self._empty[path]()
@@ -438,14 +439,14 @@ class Tree:
         return _plain(root.get(None, {}))
 
     def placed(self, shardings: Any) -> dict[str, Any]:
-        """`like`, with shardings."""
+        """Returns `like` with shardings."""
         tree = self.of(self.like)
         tree = jax.tree.map(_placed, tree, jax.tree.broadcast(shardings, tree))
         return {path: leaf for path, _, leaf in _flat(tree) if path in self.like}
 
 
 class _Node(dict):
-    """A node that is under construction, which is no leaf."""
+    """A node under construction; its own class tells it from a leaf."""
 
 
 def _plain(node):
@@ -520,7 +521,7 @@ def _like(path, entry):
 
 
 def malformed(path: str, rule: str, found: Any) -> MalformedFileError:
-    """The error for an array that is not as its file says."""
+    """Makes the error for an array that does not fit its description."""
     return MalformedFileError(
         f"`{path[:200]}`: {rule}; got {short(found)}: damaged, or written by a newer "
         f"version of cage_jax. {_REMEDY}"
