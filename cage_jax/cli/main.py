@@ -1,4 +1,4 @@
-"""`cage-jax`: models on disk, from the shell.
+"""The command `cage-jax`, for models on disk.
 
     cage-jax report SmolLM2.gguf
     cage-jax quantize SmolLM2.gguf codes/ --weights q4_0
@@ -6,7 +6,7 @@
     cage-jax export codes/ SmolLM2-q4_0.gguf
     cage-jax check SmolLM2-q4_0.gguf --same-as codes/
 
-`cage-jax COMMAND --help` says what each takes.
+`cage-jax COMMAND --help` describes the arguments of each command.
 """
 
 import argparse
@@ -58,15 +58,14 @@ WEIGHTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
-    0: all is well; 1: it could not be done, and one line says why; 2: the flags are
-    wrong; 3: `check` found a difference; 129, 130 and 143: stopped by the end of the
-    terminal, Ctrl-C or `kill`.
+    0: success; 1: failure, explained in one line; 2: wrong flags; 3: `check` found a
+    difference; 129, 130 and 143: stopped by the end of the terminal, Ctrl-C or `kill`.
     """
     if not (sys.argv[1:] if arguments is None else arguments):
         parser().print_help()
         return 2
     options = parser().parse_args(arguments)
-    # Before jax is at work: what it logs is not for those who run a command.
+    # Set before jax is loaded, to hide its logs from users of the command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     terminal = Terminal(json=options.json, quiet=options.quiet)
     more = {"well_formed": False} if options.run is check else {}
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of all commands."""
+    """Makes the parser of all commands and flags."""
     whole = argparse.ArgumentParser(
         prog="cage-jax",
         description="Quantized models on disk: look at them, make them, ship them.",
@@ -227,7 +226,7 @@ def _rules_flags():
 
 
 def _of_presets():
-    """The lines about `WEIGHTS` at the end of a help text."""
+    """Formats the presets in `WEIGHTS` for the end of a help text."""
     target = {_GGUF: "llama.cpp", _CT: "transformers, vLLM"}
     lines = [
         f"  {name:9} {preset.summary:50} "
@@ -253,7 +252,7 @@ def _at_least(least):
 
 
 def report(options: argparse.Namespace, terminal: Terminal) -> int:
-    """Prints what each parameter is, or what the flags would make of it."""
+    """Prints how each parameter is stored, or how the flags would quantize it."""
     from cage_jax.core.weight_report import Report, table
     from cage_jax.llama.tensors import by_path
 
@@ -289,7 +288,7 @@ def report(options: argparse.Namespace, terminal: Terminal) -> int:
     size = sum(row.size for row in rows)
     bits = f"{whole.bits_per_weight:.2f}"
     cells.append(("total", f"{size:,}", "", bits, f"{whole.bytes_after:,}", ""))
-    # Codes do not know what they were rounded from, and so no error.
+    # Codes have no errors, because the original floats are unknown.
     columns = slice(None if errors else -1)
     content = _totals(whole) | {"parameters": parameters}
     terminal.result(content, table([line[columns] for line in cells], left=3))
@@ -316,7 +315,7 @@ def quantize(options: argparse.Namespace, terminal: Terminal) -> int:
         )
     _check_out(options, is_folder=True)
     model = _llama(options.model, terminal)
-    # What no flag is for stays as it is: codes, too.
+    # Parameters without a flag stay unchanged, also if they are codes.
     params, floats = by_path(model.params), by_path(model.floats())
     before = _whole(model.params)
     found = _quantized(options, rules, floats)
@@ -429,13 +428,13 @@ def evaluate(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def check(options: argparse.Namespace, terminal: Terminal) -> int:
-    """Reads everything of a model, and compares it."""
+    """Reads a whole model, checks it and compares it."""
     from cage_jax.export.checking import differences, problems
     from cage_jax.export.loading import find
     from cage_jax.export.text import tokenizer_of
     from cage_jax.llama.tensors import by_path
 
-    if options.same_as is not None:  # before the other is read
+    if options.same_as is not None:  # checked before the first model is read
         try:
             find(options.same_as)
         except FileNotFoundError as error:
@@ -471,7 +470,7 @@ def check(options: argparse.Namespace, terminal: Terminal) -> int:
 # --- flags to rules -------------------------------------------------------------------
 
 
-# By flag: the parameters that it is for, and the axis along which groups lie.
+# The parameters of each flag, and the axis along which their groups run.
 _PARTS = {
     "weights": (r"layers/.*/kernel", -2),
     "embedding": (r"embedding/embedding", -1),
@@ -480,7 +479,7 @@ _PARTS = {
 
 
 def _rules(options):
-    """The table that the flags are, or None where none says what to quantize."""
+    """Converts the flags to rules; None if no flag says what to quantize."""
     from cage_jax.core.rules import Rules
 
     table = [_skip(pattern) for pattern in options.skip]
@@ -530,15 +529,15 @@ def _preset(name, axis, options):
 
 
 def _skip(pattern):
-    """The rule that leaves alone what a pattern matches."""
+    """Returns a rule that leaves the matching parameters unquantized."""
     return f".*(?:{pattern}).*", None
 
 
 def _quantized(options, rules, params):
-    """Quantizer and array by path of what is quantized.
+    """Returns quantizer and array of each quantized parameter by path.
 
     Raises:
-      ValueError: for a flag that is for none of the parameters.
+      ValueError: if a flag matches none of the parameters.
     """
 
     def matches(pattern):
@@ -574,7 +573,7 @@ def _quantized(options, rules, params):
         raise
 
 
-# What the rules say of groups, in words of Python.
+# The rules' error about groups, which names Python arguments instead of flags.
 _GROUPS = re.compile(
     r"`(.+?)`: `group_size` must divide .*group_size=(\d+),.* divisor of (\d+)"
 )
@@ -591,7 +590,7 @@ def _loaded(path, terminal):
 
 
 def _llama(path, terminal):
-    """A model with its dimensions."""
+    """Loads a model; raises if it has no dimensions."""
     model = _loaded(path, terminal)
     if model.config is None:
         raise ValueError(
@@ -603,7 +602,7 @@ def _llama(path, terminal):
 
 
 def _check_out(options, *, is_folder):
-    """Before a model is read: minutes later is too late."""
+    """Checks `OUT` early, because reading a model first may take minutes."""
     from cage_jax.export.files import is_free, strangers
 
     out = pathlib.Path(options.out)
@@ -642,7 +641,7 @@ def _check_out(options, *, is_folder):
 
 
 def _can_be_made(path):
-    """Whether the folders above a path are there, or can be made."""
+    """Returns whether the folders above a path exist or can be made."""
     above = path.absolute().parent
     while not above.exists():
         above = above.parent
@@ -655,7 +654,7 @@ def _suffix(name):
 
 @contextlib.contextmanager
 def _of_presets_in_errors():
-    """Says where to find what a target has room for."""
+    """Adds to errors where to find the presets of each target."""
     try:
         yield
     except ValueError as error:
@@ -665,7 +664,7 @@ def _of_presets_in_errors():
 
 
 def _nested(params):
-    """Parameters by path as a nested dict."""
+    """Converts parameters by path to a nested dict."""
     tree: dict[str, Any] = {}
     for path, leaf in params.items():
         *inner, last = path.split("/")
@@ -683,7 +682,7 @@ def _rounded(leaf, quantizer):
 
 
 def _squares(leaf, rounded):
-    """The squares of an array's error and of the array, summed."""
+    """Returns the sums of squares of an array's error and of the array."""
     import jax.numpy as jnp
 
     return [float(jnp.sum(jnp.square(each))) for each in (leaf - rounded, leaf)]
@@ -694,7 +693,7 @@ def _relative(error, total):
 
 
 def _whole(params):
-    """The report of parameters as they are."""
+    """Reports the parameters in their current form."""
     from cage_jax.core.weight_report import Report
     from cage_jax.llama.tensors import by_path
 

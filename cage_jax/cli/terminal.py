@@ -1,4 +1,4 @@
-"""What a command says: its result to stdout, all else to stderr."""
+"""Output of a command: its result on stdout, everything else on stderr."""
 
 import contextlib
 import json
@@ -12,23 +12,23 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 FAILED = 1
-STOPPED = 130  # what a shell expects of a program that was stopped by Ctrl-C
-_SECONDS = 10.0  # between two lines of progress where there is no terminal
+STOPPED = 130  # the shells' exit code of a program that was stopped by Ctrl-C
+_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 
 
 class Terminal:
-    """Where a command's words go.
+    """The output of a command.
 
     Args:
-      json: whether stdout is to have JSON and nothing else.
-      quiet: whether to say nothing of progress.
+      json: whether to print only JSON to stdout.
+      quiet: whether to hide progress.
     """
 
     def __init__(self, *, json: bool = False, quiet: bool = False):
         self._json, self._quiet = json, quiet
 
     def result(self, content: Any, text: str) -> None:
-        """Prints what was found: `content` as JSON, or `text`."""
+        """Prints the result: `content` as JSON, or `text`."""
         print(json.dumps(content, indent=2) if self._json else text)
 
     def warn(self, message: Any) -> None:
@@ -44,7 +44,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Says what goes on until the context ends."""
+        """Shows what is being done until the context ends."""
         if self._quiet:
             yield
         elif not sys.stderr.isatty():
@@ -57,7 +57,7 @@ class Terminal:
                 yield
 
     def track(self, parts: Iterable, what: str, count: int) -> Iterator:
-        """`parts` again, with a bar, or now and then a line where it is no terminal."""
+        """Yields `parts` with a progress bar, or regular lines without a terminal."""
         if self._quiet:
             yield from parts
         elif not sys.stderr.isatty():
@@ -83,14 +83,14 @@ def run(
     more: dict[str, Any] | None = None,
     writes: bool = False,
 ) -> int:
-    """The exit code of a command, whose errors become a line.
+    """Runs a command, prints its errors as one line, and returns its exit code.
 
     Args:
-      command: what to run.
-      terminal: for its warnings and errors.
-      debug: whether to show where in the program an error is.
-      more: for the JSON of an error.
-      writes: whether it is one that writes, all or nothing.
+      command: the function to run.
+      terminal: receives its warnings and errors.
+      debug: whether to print the traceback of an error.
+      more: entries to add to the JSON of an error.
+      writes: whether the command writes files, all or nothing.
     """
     try:
         with _signals(), warnings.catch_warnings():
@@ -101,7 +101,7 @@ def run(
             "stopped; nothing was written." if writes else "stopped.", file=sys.stderr
         )
         return stop.exit_code if isinstance(stop, _StoppedError) else STOPPED
-    except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ImportError, ValueError, TypeError, OSError) as error:
@@ -111,7 +111,7 @@ def run(
 
 
 class _StoppedError(BaseException):
-    """The program was asked to end: by `kill`, or by the end of its terminal."""
+    """The program was asked to stop, by `kill` or by the end of its terminal."""
 
     def __init__(self, number: int):
         self.exit_code = 128 + number
@@ -119,7 +119,7 @@ class _StoppedError(BaseException):
 
 @contextlib.contextmanager
 def _signals():
-    """What stops a program as exceptions, so that what is half done goes."""
+    """Turns signals to stop into exceptions, so that partial files are removed."""
 
     def stop(number, _):
         raise _StoppedError(number)
@@ -143,7 +143,7 @@ def _text(error):
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    # What the library calls `path` is MODEL here: OUT is seen to before.
+    # The library's `path` is MODEL here, because OUT was checked before.
     return str(error).replace("`path`", "`MODEL`")
 
 
