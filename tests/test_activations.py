@@ -40,7 +40,7 @@ def compiled(function, *arguments):
 
 
 def assert_close(pairs, **tolerance):
-    """That of each pair both are close, by name."""
+    """Asks that both of each pair are close, by name."""
     for name, (found, expected) in pairs.items():
         np.testing.assert_allclose(found, expected, err_msg=str(name), **tolerance)
 

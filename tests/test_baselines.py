@@ -279,7 +279,7 @@ def test_one_interpolation_a_step_is_post_step_cage_and_pv_tuning(x64, tree):
 
 
 def variance(x, levels):
-    """Of unbiased random rounding to the levels on both sides; 0 beyond them."""
+    """Variance of unbiased random rounding between two levels; 0 beyond the ends."""
     above = levels[np.clip(np.searchsorted(levels, x), 1, len(levels) - 1)]
     below = levels[np.clip(np.searchsorted(levels, x) - 1, 0, len(levels) - 2)]
     within = np.clip(x, levels[0], levels[-1])

@@ -44,7 +44,7 @@ def problem(rng):
 
 
 def coupled(source, strength=1.0, **options):
-    """Of the pull alone: the learning rate is -1."""
+    """Makes updates that are the pull alone: the learning rate is -1."""
     return optax.chain(
         cage.cage(RULES, strength, curvature=source, **options), optax.sgd(-1.0)
     )
@@ -328,7 +328,7 @@ def test_a_few_with_nearly_all_the_curvature_are_not_pulled_beyond_the_grid():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_factors_are_means_of_rows_and_columns(rng, relative):
-    """Of each matrix of a stack; of a product they are the whole of it."""
+    """Each matrix of a stack has its own, and a product of two is all of it."""
     quantizers = {"w": cage.int4(), "v": cage.int4(axis=-1)}
     rules = cage.Rules(list(quantizers.items()))
     params = narrow({"w": rng.normal(size=(2, 8, 3)), "v": rng.normal(size=(5,))})

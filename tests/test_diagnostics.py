@@ -38,7 +38,7 @@ def params(rng):
 
 @pytest.fixture
 def x(rng, params):
-    """As many as each level of int8 needs; of one shape, for which all is compiled."""
+    """Enough numbers for each level of int8; one shape for all compiled programs."""
     return normal(rng, 4096, 4)
 
 

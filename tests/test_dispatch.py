@@ -1,4 +1,4 @@
-"""Which form of a computation a program gets: by its platform and its partitioning."""
+"""The form of a computation that a program gets, by platform and partitioning."""
 
 import functools
 
@@ -26,7 +26,7 @@ def both(x, implementation=None):
 
 
 def forms(function, *args, platforms=("tpu",)):
-    """Those in the program for platforms that need not be here."""
+    """Finds the forms in a program for platforms that need not be here."""
     text = export.export(jax.jit(function), platforms=platforms)(*args).mlir_module()
     return {number for number in NUMBERS if f"{number:e}"[:7] in text}
 

@@ -147,7 +147,7 @@ def test_every_class_is_known():
 
 @dataclasses.dataclass(frozen=True)
 class Integer4(Integer):
-    """Of a user."""
+    """A class that a user wrote."""
 
 
 def test_a_class_of_a_user_is_refused():

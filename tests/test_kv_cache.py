@@ -97,7 +97,7 @@ def numpy_past(x, group, high=7):
 
 
 def numpy_attention(query, key, value):
-    """Of the last token, in float64."""
+    """Computes the attention of the last token in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     score = np.einsum("bhd,bshd->bhs", query, key) / np.sqrt(SIZE)
     weight = np.exp(score - score.max(-1, keepdims=True))

@@ -5,6 +5,7 @@ import builtins
 import doctest
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -187,6 +188,15 @@ def test_names_that_an_example_does_not_bring_are_found():
         "factor",
         "n",
     }
+
+
+def test_docstrings_begin_with_what_they_are_about():
+    """A function's with a verb, a property's or a class's with its noun."""
+    words = re.compile(r'\s*r?"""(Of|That|Those|Which|Likewise|As)\b')
+    for folder in ("cage_jax", "tests"):
+        for path in (FOLDER.parent / folder).rglob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert not words.match(line), f"{path}:{number}: {line}"
 
 
 def test_public_methods_are_documented():

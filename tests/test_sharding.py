@@ -54,7 +54,7 @@ def weight_for(placed, rng):
 
 
 def assert_sharded(array, spec):
-    """As the weight, along the axes in which the array has several elements."""
+    """Asks for the sharding of the weight along axes with several elements."""
     axes = P(*(None if n == 1 else axis for axis, n in zip(spec, array.shape)))
     expected = NamedSharding(array.sharding.mesh, axes)
     assert array.sharding.is_equivalent_to(expected, array.ndim), array.sharding

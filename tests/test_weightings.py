@@ -39,7 +39,7 @@ def in_groups(x, size, scale):
 
 
 def power_of_two(x):
-    """Of the OCP's microscaling, for FP4: the largest value is 6, below 2 ** 3."""
+    """Finds the scale of FP4 as the OCP does: its largest value, 6, is below 2 ** 3."""
     return 2.0 ** (np.floor(np.log2(np.abs(x).max(0, keepdims=True))) - 2)
 
 
@@ -112,7 +112,7 @@ def fixed(*values):
 
 
 def coupled(rules, source):
-    """Of the pull alone: the learning rate is -1."""
+    """Makes updates that are the pull alone: the learning rate is -1."""
     return optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(-1.0))
 
 
@@ -184,7 +184,7 @@ def test_the_dose_stays_the_same(name, rng):
 
     @jax.jit
     def weights_of(params, state):
-        """Of all parameters, and of the only one that is pulled."""
+        """Weighs all parameters, and the only one that is pulled."""
         step = Step(params, params, rules, None, {})
         state = source.update(state, step)
         ones = jax.tree.map(jnp.ones_like, params)

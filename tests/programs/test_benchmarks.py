@@ -364,7 +364,7 @@ def test_the_peak_of_a_chip():
 
 
 def test_the_record_of_curvature(monkeypatch):
-    """Of those that the target is of, and one that is given gradients, one is run."""
+    """Three sources are recorded, but only one of them is run."""
     names = ["fisher, sampled", "hutchinson", "gauss_newton"]
     sources = {name: curvature_cost.SOURCES[name] for name in names}
     monkeypatch.setattr(curvature_cost, "SOURCES", sources)

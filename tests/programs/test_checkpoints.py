@@ -292,7 +292,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    """As large a file as the limit allows stands for a disk without room."""
+    """A limit on the size of a file stands for a disk without room."""
     own_process.run(write_more_than_fits_into, tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_the_programs_of_the_readme(tmp_path, capsys):
 
 
 def _anchors(path):
-    """Of the headings, as GitHub and Sphinx make them."""
+    """Makes the anchors of the headings as GitHub and Sphinx do."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", each) for each in headings)

@@ -38,7 +38,7 @@ def start(processes, *flags):
 
 
 def losses(out):
-    """Those of all steps, as the last checkpoint has them."""
+    """Reads the losses of all steps from the last checkpoint."""
     path = out / "checkpoints/cage/20/default"
     tree = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
