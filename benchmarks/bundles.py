@@ -21,11 +21,11 @@ _TRIPS = re.compile(r", (\d+) /\* loop exit test \*/")
 
 
 class Loop(NamedTuple):
-    """One over the strips of a block.
+    """A loop over the strips of a block.
 
     Attributes:
-      bundles: of its body.
-      trips: how often it turns.
+      bundles: bundles of its body.
+      trips: number of iterations.
     """
 
     bundles: int
@@ -33,12 +33,12 @@ class Loop(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Of a kernel that loops over the strips of each block.
+    """The schedule of a kernel that loops over the strips of each block.
 
     Attributes:
       steps: blocks times passes.
-      block: the bundles of a step that are in no loop over strips.
-      loops: those over strips, as they stand.
+      block: bundles of a step outside the loops over strips.
+      loops: loops over strips, in their order in the program.
     """
 
     steps: int
@@ -46,10 +46,10 @@ class Schedule(NamedTuple):
     loops: tuple[Loop, ...]
 
     def cycles(self, branches: int = 1) -> float:
-        """Of the whole kernel: each of its passes runs one of the loops.
+        """Computes the cycles of the whole kernel; each pass runs one of the loops.
 
         Args:
-          branches: how many there are to choose from; the first one is counted.
+          branches: number of branches of the program; only the first is counted.
         """
         run = self.loops[: len(self.loops) // branches]
         strips = sum(bundles * trips for bundles, trips in run) / len(run)
@@ -57,14 +57,14 @@ class Schedule(NamedTuple):
 
 
 def schedules(compiled: Callable, calls: list[tuple]) -> list[dict[str, Schedule]]:
-    """Those of the kernels of this package, by their names, for each of several calls.
+    """Returns the schedules of this package's kernels by name, for each of the calls.
 
-    In a process of its own: the compiler writes a schedule of all that a process has it
-    compile, and of what are no kernels that takes minutes.
+    It runs in a process of its own, because the compiler writes schedules of everything
+    that a process compiles, and for programs other than kernels that takes minutes.
 
     Args:
-      compiled: a function of a module, which compiles kernels.
-      calls: its arguments.
+      compiled: a function of a module that compiles kernels.
+      calls: the arguments of each call.
     """
     context = multiprocessing.get_context("spawn")
     with (

@@ -96,22 +96,22 @@ def xla(case: Case) -> Callable:
 
 
 def count(case: Case) -> int:
-    """Of the arrays that go in."""
+    """Returns the number of input arrays."""
     return {"forward": 1, "forward and backward": 2, "step": 4}[case.what]
 
 
 def donated(case: Case) -> tuple[int, ...]:
-    """Those that a step is in the place of."""
+    """Returns the arguments that a step overwrites."""
     return (0, 1, 2) if case.what == "step" else ()
 
 
 def cut(case: Case, shape: tuple[int, int]) -> tiles.Tiles | None:
-    """Those of its arrays, with `shape`."""
+    """Returns the tiles of the case's arrays of a shape."""
     return tiles.tiles_for_gpu(case.quantizer, shape, jnp.dtype(case.dtype))
 
 
 def arrays(case: Case, shape: tuple[int, int], seed: int = 0) -> list[jax.Array]:
-    """Random ones; the second moment of a step is positive."""
+    """Draws random input arrays; the second moment of a step is positive."""
     keys = jax.random.split(jax.random.key(seed), count(case))
     made = [jax.random.normal(key, shape, case.dtype) for key in keys]
     if case.what == "step":
@@ -159,7 +159,7 @@ def milliseconds(functions: dict[str, Callable], make: Callable) -> dict[str, fl
 
 
 def again(function: Callable, case: Case) -> Callable:
-    """Of a list of arrays, with the results in the place of the first ones."""
+    """Wraps a function so that its results replace the first arrays of a list."""
     run = jax.jit(function, donate_argnums=donated(case))
     return lambda state: [*(made := run(*state)), *state[len(made) :]]
 

@@ -228,7 +228,10 @@ class _Inside:
         self.by_name = {each.name: each for each in self.instructions}
 
     def share_read(self, number: int) -> float:
-        """Of an operand, by slicing; what is updated in place is not read."""
+        """Returns the share of an operand that is read.
+
+        Slices read a part; an operand that is updated in place is not read.
+        """
         own = f"parameter({number})"
         name = next((e.name for e in self.instructions if e.rest.startswith(own)), None)
         return 1.0 if name is None else min(1.0, self._read(name))
@@ -256,7 +259,10 @@ class _Inside:
                 return 1.0
 
     def shares_written(self) -> list[float]:
-        """Of each result, less where one is updated in place."""
+        """Returns the share of each result that is written.
+
+        It is below 1 for a result that is updated in place.
+        """
         root = self.instructions[-1]
         if root.kind == "fusion":
             return _Inside(self.computations, root.called[0]).shares_written()

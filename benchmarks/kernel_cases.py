@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the array."""
+        """Shape of the array."""
         return (LONG, WIDE) if self.quantizer.axis == -2 else (WIDE, LONG)
 
     @property

@@ -122,7 +122,7 @@ def counted(
 
 
 def cycles(cases: list[Case], chips: tuple[str, ...]) -> list[float]:
-    """Those of the kernels of each case, for one chip after the other."""
+    """Computes the cycles of each case's kernels, for one chip after the other."""
     calls = [(case, chip) for case in cases for chip in chips]
     found = []
     for (case, _), each in zip(calls, bundles.schedules(_compiled, calls)):

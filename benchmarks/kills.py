@@ -43,9 +43,9 @@ class Settings:
     """Kills a training run at random moments and sees whether it goes on."""
 
     kills: int = 20
-    """How often."""
+    """Number of kills."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
     tiny: bool = False
     """Two kills, to see that it works; nothing is written."""
 
@@ -95,7 +95,7 @@ def _kill(out: Path, moment: float) -> dict[str, Any]:
 
 
 def _step(out: Path) -> int:
-    """That of the newest checkpoint, or -1."""
+    """Returns the step of the newest checkpoint, or -1."""
     _, step = newest(out) or ("", -1)
     return step
 

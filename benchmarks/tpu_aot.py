@@ -161,7 +161,7 @@ def measure(programs: list[tuple[str, str, int]], out: Path | None) -> dict[str,
 
 
 def _targets(figures, name):
-    """That the step fits, and that CAGE needs no other chip."""
+    """Returns targets: the step fits in memory, and CAGE adds no collectives."""
     adamw, pulled = (figures[f"{name}, {optimizer}"] for optimizer in OPTIMIZERS)
     kind = name.split(", ")[1].partition(":")[0]
     sent = [sum(each["collectives"].values()) / 1e6 for each in (adamw, pulled)]

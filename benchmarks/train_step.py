@@ -44,7 +44,7 @@ class Settings:
     """Times a train step at full precision, with STE and with CAGE, in turns."""
 
     size: Literal["demo", "30m", "100m"] = "demo"
-    """Of the model; those of the paper are for a large GPU or a TPU."""
+    """Size of the model; the sizes of the paper are for a large GPU or a TPU."""
     rounds: int = 30
     """Timed steps of each kind."""
     tiny: bool = False
@@ -162,7 +162,7 @@ def measure(
 
 
 def name_of(size: str) -> str:
-    """That of a record."""
+    """Returns the name of a record."""
     return "train_step" if size == "demo" else f"train_step_{size}"
 
 

@@ -39,10 +39,10 @@ def _named(name, device):
 
 
 def operations(size: Size, vocabulary: int) -> int:
-    """Of a train step, for each token: six a weight in products, and attention.
+    """Counts a train step's operations per token: six per weight, and attention.
 
-    Those of attention are twelve times layers, width of the heads and tokens, as if it
-    were not causal.
+    Attention takes twelve times layers, width of all heads and tokens, as if it were
+    not causal.
 
     Source: PaLM, arXiv 2204.02311, appendix B.
     """

@@ -70,7 +70,7 @@ class RunFolder:
             self._lock.close()
 
     def checkpoints(self, segment: str) -> "Checkpoints":
-        """Those of a segment, to be used in a `with`."""
+        """Returns the checkpoints of a segment, for use in a `with`."""
         return Checkpoints(self._segments / segment)
 
     def latest_step(self, segment: str) -> int | None:

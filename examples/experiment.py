@@ -103,9 +103,9 @@ class Settings:
     max_skipped: int = 100
     """Steps in a row with a loss or gradient that is not finite, which ends the run."""
     seed: int = 0
-    """Of the initial weights, the batches and stochastic rounding."""
+    """Seed of the initial weights, the batches and stochastic rounding."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of computation; parameters are float32. By default the size's."""
+    """Dtype of the computation; parameters are float32. By default the size's."""
     devices: int | None = None
     """How many devices to use; by default all."""
     model_devices: int = 1
@@ -414,7 +414,7 @@ class Experiment:
         return run
 
     def batches(self, source: Source) -> Batches:
-        """Those to train on, of windows of the text or of what a teacher wrote."""
+        """Returns the training batches: windows of the text or of a teacher's text."""
         settings = self.settings
         return Batches(
             source,
@@ -512,7 +512,7 @@ class Experiment:
 
 
 def _mesh(settings):
-    """That of the devices asked for, after checking that it divides the batches."""
+    """Makes the mesh of the requested devices; checks that it divides the batches."""
     devices = jax.devices()
     if settings.devices not in (None, len(devices)):
         if settings.devices > len(devices):

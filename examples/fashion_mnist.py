@@ -409,7 +409,7 @@ class Experiment:
         )
 
     def batches(self, seed: int) -> Batches:
-        """Those to train on, the same for all arms."""
+        """Returns the training batches, the same for all arms."""
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return Batches(self.train, batch=BATCH, seed=seed, sharding=here)
 

@@ -87,15 +87,15 @@ class Settings:
     learning_rate: float = 1e-4
     """The peak, which falls in a cosine to a tenth."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of computation; parameters are float32."""
+    """Dtype of the computation; parameters are float32."""
     evaluation_tokens: int | None = None
-    """Of the text held out so many are guessed; by default 8192, with --tiny 64."""
+    """Number of held-out tokens to predict; by default 8192, with --tiny 64."""
     reader_tokens: int | None = None
-    """Of those so many in the other programs; by default 2048, with --tiny 32."""
+    """Number of these for the other programs; by default 2048, with --tiny 32."""
     save_every: int = 50
     """Steps between two checkpoints."""
     seed: int = 0
-    """Of the order of windows."""
+    """Seed of the order of windows."""
     out: Path = Path("runs/smollm2")
     """Folder for checkpoints, exports and results."""
     resume: bool = False
@@ -302,7 +302,7 @@ class Finetuning:
         return step
 
     def perplexity(self, params: Any, tokens: int | None = None, inputs=None) -> float:
-        """That of the text held out."""
+        """Computes the perplexity of the held-out text."""
         return perplexity(
             params,
             self.held_out[:tokens],

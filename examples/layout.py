@@ -69,7 +69,7 @@ def shardings_of(tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """That of windows, (batch, length)."""
+    """Returns the sharding of windows, (batch, length)."""
     return NamedSharding(mesh, P("data"))
 
 
@@ -90,7 +90,7 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh) -> None:
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """That of what each device has a whole copy of."""
+    """Returns the sharding of arrays that are replicated on all devices."""
     return NamedSharding(mesh, P())
 
 

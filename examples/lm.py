@@ -97,7 +97,10 @@ class LanguageModel:
     def cross_entropy(
         self, weights: Any, windows: jax.Array, quantized: bool
     ) -> jax.Array:
-        """That of the next token, of weights as they are; `quantized` is of inputs."""
+        """Computes the mean cross-entropy of the next token.
+
+        The weights are used as given; `quantized` says whether inputs are quantized.
+        """
         logits = self._logits(weights, windows, quantized)
         targets = windows[:, 1:].astype(jnp.int32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -210,7 +213,7 @@ def _rules(weights):
 
 
 def _decays(params):
-    """Of each parameter, whether it decays: all but the norms."""
+    """Returns whether each parameter decays: all but the norms."""
     return jax.tree.map_with_path(
         lambda path, _: "norm" not in jax.tree_util.keystr(path), params
     )

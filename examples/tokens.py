@@ -178,7 +178,7 @@ def _from_dataset(name: str, limit: int) -> _Source:
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Of each file its path, size and time of change."""
+    """Returns the path, size and modification time of each file."""
     stats = ((path.resolve(), path.stat()) for path in paths)
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 

@@ -199,12 +199,12 @@ def scores_of_methods(
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """As the record has them."""
+    """Rounds values to the six digits that the record keeps."""
     return [float(f"{value:.6g}") for value in values]
 
 
 def names() -> list[str]:
-    """Those of all cells: data, network, width, floor."""
+    """Returns the names of all cells: data, network, width, floor."""
     return [
         f"{data} {network} W{bits}A{bits} {floor:g}"
         for data, network, floor, bits in itertools.product(

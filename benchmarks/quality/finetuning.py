@@ -138,7 +138,7 @@ def load_texts(
 
 
 def names(seeds: int = SEEDS) -> list[str]:
-    """Those of all cells, the first seed before the second."""
+    """Returns the names of all cells, the first seed before the second."""
     return [
         name
         for seed in range(seeds)

@@ -45,13 +45,13 @@ _SIZE_OF = {size.width: name for name, size in SIZES.items()}
 
 
 def name_of(w_bits: int, a_bits: int, model: Model, floor: float, seed: int) -> str:
-    """That of a cell."""
+    """Returns the name of a cell."""
     size = f"{model.layers} x {model.width}, {model.steps} steps"
     return f"W{w_bits}A{a_bits}, {size}, rate to {floor:.0%}, seed {seed}"
 
 
 def names(seeds: int = SEEDS) -> list[str]:
-    """Those of all cells."""
+    """Returns the names of all cells."""
     cells = [
         (w_bits, a_bits, LONG, floor)
         for floor, widths in FLOORS.items()

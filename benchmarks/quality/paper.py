@@ -27,7 +27,7 @@ TINY = {"seeds": 2, "steps": 10, "dtype": "float32", **_FEW}
 
 
 def names(seeds: int = SEEDS) -> list[str]:
-    """Those of all cells."""
+    """Returns the names of all cells."""
     return [
         language_models.name_of(bits, bits, MODEL, 0.1, seed)
         for seed in range(seeds)

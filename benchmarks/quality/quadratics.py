@@ -145,7 +145,7 @@ def _base(optimizer: str, rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def loss_of(weights: jax.Array, of: Problems) -> jax.Array:
-    """That of one problem."""
+    """Computes the loss of one problem."""
     offset = (weights - of.optimum).ravel()
     return offset @ (of.curvature @ offset) / 2
 
@@ -233,7 +233,7 @@ def measure(
 
 
 def names() -> list[str]:
-    """Those of all cells: width, grid, optimizer, floor."""
+    """Returns the names of all cells: width, grid, optimizer, floor."""
     return [
         f"W{bits} {grid} {optimizer} {floor:g}"
         for floor, optimizer, grid, bits in itertools.product(

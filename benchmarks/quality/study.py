@@ -54,15 +54,15 @@ class Settings:
     """Measures a table of the study; what is there already is not measured again."""
 
     table: Annotated[Literal[tuple(TABLES)], tyro.conf.Positional]  # type: ignore
-    """Which one."""
+    """The table to measure."""
     only: tuple[str, ...] = ()
     """Cells whose names begin so, such as "digits ViT"; by default all."""
     data: Path = prose.DATA
     """Folder of texts and images that are downloaded."""
     text: tuple[Path, ...] = ()
-    """Of paper: text files to train on."""
+    """For the table paper: text files to train on."""
     dataset: str | None = None
-    """Of paper: instead of files a Hugging Face dataset, by its name or its folder."""
+    """For the table paper: a Hugging Face dataset, by name or folder, not files."""
     seeds: int | None = None
     """Problems or trainings of each cell; by default the published number."""
     tiny: bool = False

@@ -23,7 +23,7 @@ TINY = {"seeds": 2, "steps": 20, "factors": (0.1, 1.0)}
 
 
 def names() -> list[str]:
-    """Those of all cells."""
+    """Returns the names of all cells."""
     return [f"digits {NETWORK} W{bits}A{bits}" for bits in BITS]
 
 
