@@ -303,3 +303,24 @@ def test_a_step_that_gains_too_little_is_run_by_name_alone():
 def test_a_placement_that_is_none():
     with pytest.raises(ValueError, match=r"`placement` must be one of .*'coupled'"):
         optimizer(placement="coupled")
+
+
+def test_the_arithmetic_of_a_step_is_that_of_optax(rng):
+    """With numbers so large that each of them shows; two float32 programs differ."""
+    options = {"b1": 0.8, "b2": 0.9, "eps": 0.3, "eps_root": 0.2, "weight_decay": 0.4}
+    x, *gradients = rng.normal(size=(3, 64)).astype(np.float32)
+    tx, fused = optax.adamw(0.1, **options), AdamW(**options)
+    state = tx.init(x)
+    first = second = np.zeros_like(x)
+    for step, gradient in enumerate(gradients, 1):
+        numbers = StepNumbers(
+            rate=np.float32(0.1),
+            pull=np.float32(0),
+            first_correction=np.float32(1 - 0.8**step),
+            second_correction=np.float32(1 - 0.9**step),
+        )
+        first, second, update = jax.jit(fused.step)(gradient, first, second, x, numbers)
+        expected, state = jax.jit(tx.update)(gradient, state, x)
+        np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(first, state[0].mu, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(second, state[0].nu, rtol=1e-5, atol=1e-7)
