@@ -153,3 +153,22 @@ def test_packed_words_are_the_same(rng):
         assert packed[name].dtype == jnp.int32, name
         assert again[name].dtype == codes.dtype, name
         np.testing.assert_array_equal(np.int8(again[name]), np.int8(codes), name)
+
+
+def test_packed_fp4_is_the_same(rng):
+    torch = pytest.importorskip("torch")
+    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    x = jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)
+    codes = cage.quantize(x, cage.nvfp4(axis=-1)).codes
+    values = torch.tensor(np.float32(codes))
+    expected = helpers.pack_fp4_to_uint8(values).numpy()
+
+    @jax.jit
+    def both(codes):
+        words = packing.pack(codes, packing.FP4)
+        return words, packing.unpack(words, packing.FP4, codes.dtype)
+
+    words, again = both(codes)
+    # It writes the zero that was negative as such; a code has one zero or the other.
+    np.testing.assert_array_equal(words, expected)
+    np.testing.assert_array_equal(np.float32(again), np.float32(codes))
