@@ -161,8 +161,8 @@ def test_without_strength_it_is_the_base_optimizer(name, start):
         tx = placed(name, strength, lr, **options)
         corrected, _ = train(tx, params, gradients[:3], jit=jit)
         plain, _ = train(base_steps(base, jit), params, gradients[:3], jit=False)
-        # Compiled, XLA may contract a product and a sum of Optax's own, such as those of
-        # the momentum, in one of both programs: roundings of numbers near 1.
+        # Compiled, XLA may contract a product and a sum of Optax's own, as of the
+        # momentum, in one of both programs: roundings of numbers near 1.
         rounding = 2.0**-23 if jit else 0
         chex.assert_trees_all_close(corrected, plain, rtol=0, atol=rounding)
 
