@@ -178,7 +178,9 @@ def test_a_platform_may_have_a_form_of_its_own_where_it_can_be_partitioned():
         assert forms(partitioned, X) == {found}
 
 
-def test_outside_of_jit_equal_closures_are_compiled_once(compilations):
+def test_outside_of_jit_equal_closures_are_compiled_once(
+    compilations, standard_promotion
+):
     def scaled(x, factor, offset):
         kernels = Kernels(tpu=lambda x: x * factor)
         default = functools.partial(
@@ -192,6 +194,8 @@ def test_outside_of_jit_equal_closures_are_compiled_once(compilations):
     # What is closed over, or bound, makes another function of it.
     np.testing.assert_array_equal(scaled(X, 3.0, 1.0), 3 * X + 1)
     np.testing.assert_array_equal(scaled(X, 2.0, 4.0), 2 * X + 4)
+    kinds = [scaled(jnp.arange(8), factor, 0).dtype for factor in (2, 2.0)]
+    assert kinds == [jnp.int32, jnp.float32]
     # An array has no hash: the function is compiled at each call.
     for offset in (jnp.ones(8), 2 * jnp.ones(8)):
         np.testing.assert_array_equal(scaled(X, 2.0, offset), 2 * X + offset)

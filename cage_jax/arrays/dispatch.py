@@ -206,7 +206,7 @@ def _parts(value):
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
         defaults = value.__defaults__, value.__kwdefaults__
         return value.__code__, _parts(cells), _parts(defaults)
-    return value
+    return type(value), value  # 1, 1.0 and True are equal, their programs are not
 
 
 _either_p = Primitive("cage_either")
