@@ -1,0 +1,69 @@
+"""Checks of arguments, with one wording for all errors."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def is_int(value: Any) -> bool:
+    """Tells whether a value is an int, of Python or NumPy, and not a bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_int(
+    name: str,
+    value: Any,
+    remedy: str,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> None:
+    """Raises TypeError for anything but an int, ValueError for one out of range."""
+    if not is_int(value):
+        raise TypeError(f"`{name}` must be an int; got {value!r}. {remedy}")
+    if not least <= value <= most:
+        rule = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"`{name}` must be {rule}; got {value}. {remedy}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    remedy: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raises TypeError for anything but a real number, ValueError for one out of range.
+
+    Args:
+      name: name of the argument.
+      value: its value.
+      remedy: a sentence that says what to use instead.
+      least, above, most, below: the range; `least` and `most` belong to it. Infinities
+        and NaN are always out of range.
+    """
+    if not is_int(value) and not isinstance(value, (float, np.floating)):
+        raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
+    inside = least <= value <= most and above < value < below
+    if inside and math.isfinite(value):
+        return
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    rules = [f"{word} {x:g}" for word, x in limits.items() if math.isfinite(x)]
+    rule = " and ".join(rules or ["finite"])
+    raise ValueError(f"`{name}` must be {rule}; got {value}. {remedy}")
+
+
+def check_choice(
+    name: str, value: Any, choices: Sequence[Any], remedy: str = ""
+) -> None:
+    """Raises ValueError for a value that is none of `choices`."""
+    if value not in choices:
+        remedy = remedy or f"Use {choices[0]!r}."
+        raise ValueError(
+            f"`{name}` must be one of {tuple(choices)}; got {value!r}. {remedy}"
+        )

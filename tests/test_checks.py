@@ -1,0 +1,47 @@
+"""Tests of the checks of arguments."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cage_jax.arrays.checks import check_choice, check_int, check_number
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_what_is_no_int(value):
+    with pytest.raises(TypeError, match=r"`n` must be an int; got .*\. Use 1\."):
+        check_int("n", value, "Use 1.")
+
+
+def test_ints_in_a_range():
+    check_int("n", np.int64(3), "Use 3.", least=3, most=3)
+    with pytest.raises(ValueError, match=r"`n` must be from 3 to 4; got 2\. Use 3\."):
+        check_int("n", 2, "Use 3.", least=3, most=4)
+    with pytest.raises(ValueError, match="`n` must be at least 3; got 2"):
+        check_int("n", 2, "Use 3.", least=3)
+
+
+@pytest.mark.parametrize("value", [False, "1", None, 1j])
+def test_what_is_no_number(value):
+    with pytest.raises(TypeError, match="`x` must be a number"):
+        check_number("x", value, "Use 1.0.")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, np.float32(2)])
+def test_numbers_out_of_range(value):
+    with pytest.raises(ValueError, match="`x` must be above 0 and below 2; got"):
+        check_number("x", value, "Use 1.0.", above=0, below=2)
+
+
+def test_the_ends_of_a_range():
+    check_number("x", 0, "Use 1.0.", least=0, most=1)
+    check_number("x", 1.0, "Use 1.0.", least=0, most=1)
+    with pytest.raises(ValueError, match="`x` must be finite; got nan"):
+        check_number("x", math.nan, "Use 1.0.")
+
+
+def test_choices():
+    check_choice("kind", "one", ("one", "two"))
+    with pytest.raises(ValueError, match=r"one of \('one', 'two'\); got 3. Use 'one'"):
+        check_choice("kind", 3, ("one", "two"))
