@@ -162,7 +162,7 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
             return {"x": jnp.diagonal(curvature)[:, None] * errors["x"]}
 
         sources = {
-            "diag(H)": partial(curvature_sources.weighted, known),
+            "diag(H)": partial(curvature_sources.stateless_source, known),
             "Hutchinson": curvature_sources.hutchinson,
             "H e": curvature_sources.hessian,
         }

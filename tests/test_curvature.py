@@ -238,7 +238,9 @@ def test_a_function_of_the_user(problem):
         assert set(step.gradients) == {"w"}
         return {path: jnp.sign(e) for path, e in errors.items()}
 
-    gradient, updates, _ = stepped(coupled(curvature.weighted(signs)), params, loss)
+    gradient, updates, _ = stepped(
+        coupled(curvature.stateless_source(signs)), params, loss
+    )
     g, x = (np.asarray(tree["w"], np.float64) for tree in (gradient, params))
     np.testing.assert_allclose(updates["w"], g + np.sign(x - absmax_round(x)), **CLOSE)
 
@@ -433,6 +435,8 @@ def test_an_overflow_is_left_out(problem):
     gradients = [{"w": np.full((8, 3), value)} for value in (1.0, np.inf, 1.0)]
     _, state = updated(tx, params, gradients)
     np.testing.assert_array_equal(tree_get(state, "diagonal")["w"], 0.75)
+    _, state = updated(coupled(curvature.kronecker(decay=0.5)), params, gradients)
+    np.testing.assert_array_equal(tree_get(state, "right")["w"], 8 * 0.75)
 
 
 def test_while_silent_updates_pass_and_estimates_go_on(problem):

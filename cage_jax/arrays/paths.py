@@ -68,6 +68,12 @@ def _joined(key_path: KeyPath) -> str:
     return "/".join(name_of(key) for key in keys)
 
 
+def nodes_of_type(tree: Any, kind: type) -> list[Any]:
+    """Returns the nodes of one type, such as Adam's state in that of a chain."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
 @contextlib.contextmanager
 def path_in_errors(path: str) -> Iterator[None]:
     """Puts a parameter's path in front of an error about it."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.contrib.arguments import check_number, check_steps
 from cage_jax.optim.placements import check_params
 from cage_jax.quantizers.scales import compute_dtype
@@ -112,18 +113,13 @@ def averaged(state: Any) -> Any:
       >>> baselines.averaged(baselines.averaging().init({"kernel": jnp.ones(2)}))
       {'kernel': Array([1., 1.], dtype=float32)}
     """
-
-    def is_ours(part):
-        return isinstance(part, AveragingState)
-
-    parts = jax.tree.leaves(state, is_leaf=is_ours)
-    found = [part.average for part in parts if is_ours(part)]
+    found = nodes_of_type(state, AveragingState)
     if len(found) != 1:
         raise ValueError(
             f"`state` must have one average; got {len(found)}. Use that of "
             f"optax.chain(optimizer, averaging())."
         )
-    return found[0]
+    return found[0].average
 
 
 def _reached(params, updates):

@@ -16,10 +16,18 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import check_grid_given, grid_at
-from cage_jax.optim.curvature import Arrays, Curvature, Step, weighed, weighted
+from cage_jax.optim.curvature.source import (
+    Arrays,
+    Curvature,
+    Step,
+    apply_weights,
+    mean_of_all,
+    stateless_source,
+)
 from cage_jax.optim.statistics import codes_of
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_in_basis, in_basis, position_of
@@ -44,8 +52,8 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
       A source without a state.
 
     Raises:
-      ValueError: for a power out of range; in `update` for a quantizer without codes of
-        its own.
+      TypeError, ValueError: for a power out of range; in `update` for a quantizer
+        without codes of its own.
 
     Example:
       >>> import cage_jax as cage
@@ -64,20 +72,17 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
     Source: none of its own; Nagel et al. 2022, arXiv 2203.11086, found that the weights
     near a threshold are the ones that oscillate.
     """
-    if not 0 < power < float("inf"):
-        raise ValueError(
-            f"`power` must be positive and finite; got {power}. Use 1.0, or leave the "
-            f"curvature out for equal weights."
-        )
+    remedy = "Use 1.0, or leave the curvature out for equal weights."
+    check_number("power", power, remedy, above=0)
 
-    def function(errors, step):
+    def weigh(errors, step):
         scores = {}
         for path, x, quantizer, grid in _with_codes(step, "by_distance"):
             away = _distance(x, quantizer, grid)
             scores[path] = (away if near else 1 - away) ** power
-        return _weighed(errors, scores, step)
+        return _weigh_by_scores(errors, scores, step)
 
-    return weighted(function)
+    return stateless_source(weigh)
 
 
 class FlipsState(NamedTuple):
@@ -110,8 +115,8 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
       A source with a `FlipsState`: 5 bytes for each quantized weight.
 
     Raises:
-      ValueError: for numbers out of range; in `update` for a quantizer without codes of
-        its own.
+      TypeError, ValueError: for numbers out of range; in `update` for a quantizer
+        without codes of its own.
 
     Example:
       >>> import cage_jax as cage
@@ -131,14 +136,8 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
     Source: Nagel et al. 2022, arXiv 2203.11086, for the frequency. They count changes
     back, and use it to dampen or freeze weights, see `baselines`.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(
-            f"`decay` must be at least 0 and below 1; got {decay}. Use 0.99."
-        )
-    if not 0 <= floor < float("inf"):
-        raise ValueError(
-            f"`floor` must be finite and not negative; got {floor}. Use 0.1."
-        )
+    check_number("decay", decay, "Use 0.99.", least=0, below=1)
+    check_number("floor", floor, "Use 0.1.", least=0)
 
     def init(params):
         return FlipsState(
@@ -158,7 +157,7 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
         return FlipsState(optax.safe_increment(state.steps), codes, frequency)
 
     def weigh(errors, state, step):
-        return _weighed(errors, state.flip_frequency, step, floor)
+        return _weigh_by_scores(errors, state.flip_frequency, step, floor)
 
     return Curvature(init, update, weigh)
 
@@ -195,17 +194,15 @@ def _distance(x, quantizer, grid):
     return jnp.where(away < 1, away, 1.0)  # 1 for NaN too, to keep it out of the mean
 
 
-def _weighed(
+def _weigh_by_scores(
     errors: Arrays, scores: Arrays, step: Step, floor: float = 0.0
 ) -> dict[str, jax.Array]:
     """Weights errors by scores plus `floor` times their mean, scaled to mean 1."""
-    totals = [jnp.sum(scores[path], dtype=jnp.float32) for path in errors]
-    count = float(sum(error.size for error in errors.values()))
-    mean = sum(totals, start=jnp.float32(0)) / count
+    mean = mean_of_all({path: scores[path] for path in errors})
     found, quantizers = {}, step.quantizers
     for path, error in errors.items():
         score = scores[path]
         share = jnp.where(mean > 0, score / mean.astype(score.dtype), 1.0)
         weight = ((share + floor) / (1 + floor)).astype(error.dtype)
-        found[path] = weighed(weight, error, quantizers[path])
+        found[path] = apply_weights(weight, error, quantizers[path])
     return found

@@ -1,0 +1,47 @@
+"""The diagonal of the Fisher information."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from cage_jax.arrays.checks import check_int
+from cage_jax.optim.curvature.diagonal import diagonal
+from cage_jax.optim.curvature.source import Curvature, rotated
+
+
+def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curvature:
+    """Weights errors by the diagonal of the Fisher information, from squared gradients.
+
+    Args:
+      examples: the number of examples that a gradient is the mean of. As far as
+        gradients are noise, the square of the mean is smaller than the mean of squares
+        by this factor.
+      sampled: False for the empirical Fisher information, from the gradients that the
+        optimizer is given. True for gradients at labels drawn from the model's own
+        predictions, given to `update` as `sampled_gradients`, a tree like the
+        parameters.
+      **options: as in `diagonal`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import curvature
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> source = curvature.fisher(examples=64, relative=True)
+      >>> tx = cage.cage_adamw(1e-3, rules, 10.0, curvature=source)
+
+    Source: Amari 1998; the empirical one is what Adam's second moment averages.
+    """
+    check_int("examples", examples, "Use 1.", least=1)
+
+    def estimate(step, key):
+        del key
+        gradients, quantizers = step.gradients, step.quantizers
+        if sampled:
+            tree = step.extra("sampled_gradients", "those at labels of the model")
+            gradients = step.by_path(tree)
+        return {
+            path: examples * jnp.square(rotated(g, quantizers[path]))
+            for path, g in gradients.items()
+        }
+
+    return diagonal(estimate, **options)

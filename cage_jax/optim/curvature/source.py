@@ -1,0 +1,127 @@
+"""The protocol of a source of curvature, and what one is given at a step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cage_jax.core.rules import Rules
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import back_from_basis, basis_factor, in_basis
+
+Arrays = Mapping[str, jax.Array]
+
+
+class Step(NamedTuple):
+    """The inputs of a source at one step.
+
+    Attributes:
+      tree: the tree of gradients that the optimizer is given.
+      params: the parameters at which the gradients were taken.
+      rules: which parameters are quantized, and how.
+      inner_state: the state of the optimizer before the correction, or None.
+      extra_args: the other arguments of `update`, such as `obj_fn`.
+    """
+
+    tree: Any
+    params: Any
+    rules: Rules
+    inner_state: Any
+    extra_args: dict[str, Any]
+
+    @property
+    def gradients(self) -> dict[str, jax.Array]:
+        """Gradients of the quantized parameters, by path."""
+        return self.by_path(self.tree)
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """Quantizers of the quantized parameters, by path."""
+        quantized = self.rules.quantized(self.params)
+        return {path: quantizer for path, (quantizer, _) in quantized.items()}
+
+    def by_path(self, tree: Any) -> dict[str, jax.Array]:
+        """Returns the leaves of `tree` at the paths of the quantized parameters."""
+        return {path: leaf for path, (_, leaf) in self.rules.quantized(tree).items()}
+
+    def with_paths(self, arrays: Arrays) -> Any:
+        """Returns a tree like the parameters: `arrays` by path, zeros elsewhere."""
+        return self.rules.map(
+            lambda path, quantizer, x, zero: arrays.get(path, zero).astype(x.dtype),
+            self.params,
+            jax.tree.map(jnp.zeros_like, self.params),
+        )
+
+    def extra(self, name: str, what: str) -> Any:
+        """Returns one of the extra arguments.
+
+        Raises:
+          ValueError: if it was not given.
+        """
+        found = self.extra_args.get(name)
+        if found is None:
+            raise ValueError(
+                f"`{name}` must be given to `update` for this curvature; got None. Use "
+                f"tx.update(updates, state, params, {name}=...), {what}."
+            )
+        return found
+
+
+class Curvature(NamedTuple):
+    """A source of curvature; an Optax optimizer has the first two of its functions.
+
+    Attributes:
+      init: maps arrays by path to the state of the source.
+      update: maps the state and a `Step` to the next state, once a step.
+      weigh: maps errors by path, the state and the `Step` to weighted errors, along
+        which the weights are pulled.
+    """
+
+    init: Callable[[dict[str, jax.Array]], Any]
+    update: Callable[[Any, Step], Any]
+    weigh: Callable[[dict[str, jax.Array], Any, Step], dict[str, jax.Array]]
+
+
+def stateless_source(
+    function: Callable[[Arrays, Step], dict[str, jax.Array]],
+) -> Curvature:
+    """Creates a source without a state, which weights errors by `function`.
+
+    Args:
+      function: maps errors by path, float32 or wider, and a `Step` to weighted errors,
+        along which the weights are pulled.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> from cage_jax import curvature
+      >>> rules = cage.Rules([(r".*kernel", cage.int4())])
+      >>> double = curvature.stateless_source(
+      ...     lambda errors, step: {path: 2 * e for path, e in errors.items()})
+      >>> tx = cage.cage(rules, 0.5, curvature=double)
+    """
+    return Curvature(
+        lambda params: (),
+        lambda state, step: state,
+        lambda errors, state, step: function(errors, step),
+    )
+
+
+def apply_weights(
+    weights: jax.Array, error: jax.Array, quantizer: Quantizer
+) -> jax.Array:
+    """Multiplies an error by weights given in the basis of its quantizer."""
+    turned = back_from_basis(weights * in_basis(error, quantizer), quantizer)
+    return turned * basis_factor(quantizer) ** 2
+
+
+def rotated(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Returns `x` in the basis of its quantizer, float32 or wider."""
+    return in_basis(x, quantizer) * basis_factor(quantizer)
+
+
+def mean_of_all(arrays: Arrays) -> jax.Array:
+    """Returns the mean of all entries of all arrays, float32."""
+    sums = [jnp.sum(x, dtype=jnp.float32) for x in arrays.values()]
+    entries = sum(x.size for x in arrays.values())
+    return sum(sums, start=jnp.float32(0)) / max(entries, 1)
