@@ -261,10 +261,10 @@ def test_checks(check, name):
 
 def test_what_cannot_be_a_dose_is_refused(standard_promotion):
     table = [
-        ({"dose": -1.0}, "`dose` must be finite and not negative; got -1.0"),
-        ({"power": math.nan}, "`power` must be finite and not negative; got nan"),
-        ({"silence": 1.0}, r"`silence` must be in \[0, 1\); got 1.0"),
-        ({"total_steps": 0}, "`total_steps` must be positive; got 0"),
+        ({"dose": -1.0}, "`dose` must be at least 0; got -1.0"),
+        ({"power": math.nan}, "`power` must be at least 0; got nan"),
+        ({"silence": 1.0}, "`silence` must be at least 0 and below 1; got 1.0"),
+        ({"total_steps": 0}, "`total_steps` must be at least 1; got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be positive in some step"),
     ]
     for arguments, text in table:

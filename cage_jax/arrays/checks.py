@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -19,8 +20,11 @@ def check_int(
     *,
     least: float = -math.inf,
     most: float = math.inf,
+    or_array: bool = False,
 ) -> None:
-    """Raises TypeError for anything but an int, ValueError for one out of range."""
+    """Raises as `check_number` does, for anything but an int in range."""
+    if or_array and isinstance(value, (jax.Array, np.ndarray)):
+        return
     if not is_int(value):
         raise TypeError(f"`{name}` must be an int; got {value!r}. {remedy}")
     if not least <= value <= most:
@@ -37,6 +41,7 @@ def check_number(
     above: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
+    or_array: bool = False,
 ) -> None:
     """Raises TypeError for anything but a real number, ValueError for one out of range.
 
@@ -46,7 +51,11 @@ def check_number(
       remedy: a sentence that says what to use instead.
       least, above, most, below: the range; `least` and `most` belong to it. Infinities
         and NaN are always out of range.
+      or_array: whether an array passes unchecked. Its value may be known only when the
+        program runs, as under `optax.inject_hyperparams`.
     """
+    if or_array and isinstance(value, (jax.Array, np.ndarray)):
+        return
     if not is_int(value) and not isinstance(value, (float, np.floating)):
         raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
     inside = least <= value <= most and above < value < below

@@ -1,17 +1,17 @@
 """Ready-made optimizers with the CAGE correction in the right place."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import optax
 
 from cage_jax.arrays.adamw import AdamW
+from cage_jax.arrays.checks import check_choice
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature import Curvature
 from cage_jax.optim.fused_adamw import FusedAdamW, FusedStep
 from cage_jax.optim.placements import decoupled, post_step
-from cage_jax.optim.recommended import chosen
+from cage_jax.optim.recommended import resolve_strength
 from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate
 
 Placement = Literal["decoupled", "post_step"]
@@ -94,14 +94,14 @@ def cage_adamw(
         mask=mask,
         nesterov=nesterov,
     )
-    if placement not in get_args(Placement):
-        near = difflib.get_close_matches(str(placement), get_args(Placement), 1)
-        raise ValueError(
-            f"`placement` must be one of {get_args(Placement)}; got {placement!r}. Use "
-            f"{near[0] if near else 'decoupled'!r}; for the coupled form use "
-            f"optax.chain(cage(rules, strength), optax.adamw(learning_rate))."
-        )
-    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    remedy = (
+        "Use 'decoupled'; for the coupled form use optax.chain(cage(rules, strength), "
+        "optax.adamw(learning_rate))."
+    )
+    check_choice("placement", placement, get_args(Placement), remedy)
+    strength, curvature = resolve_strength(
+        learning_rate, strength, total_steps, curvature
+    )
     place = decoupled if placement == "decoupled" else post_step
     transformation = place(
         adamw,
@@ -169,7 +169,9 @@ def cage_sgd(
     """
     check_learning_rate(learning_rate)
     check_rules(rules)
-    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    strength, curvature = resolve_strength(
+        learning_rate, strength, total_steps, curvature
+    )
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
         rules,

@@ -30,7 +30,7 @@ from jax import lax
 from cage_jax.core.quantize import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature import Curvature, Step
-from cage_jax.optim.recommended import chosen
+from cage_jax.optim.recommended import resolve_strength
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     check_learning_rate,
@@ -175,7 +175,9 @@ def decoupled(
     """
     _check_inner("decoupled", inner)
     check_learning_rate(learning_rate)
-    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    strength, curvature = resolve_strength(
+        learning_rate, strength, total_steps, curvature
+    )
     _check_share(learning_rate, strength)
     correction = _correction(
         rules,
@@ -236,7 +238,9 @@ def post_step(
     """
     _check_inner("post_step", inner)
     check_learning_rate(learning_rate)
-    strength, curvature = chosen(learning_rate, strength, total_steps, curvature)
+    strength, curvature = resolve_strength(
+        learning_rate, strength, total_steps, curvature
+    )
     _check_share(learning_rate, strength)
     correction = _correction(
         rules,

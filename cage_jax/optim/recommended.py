@@ -74,7 +74,7 @@ def recommended(
     }
 
 
-def chosen(
+def resolve_strength(
     learning_rate: ScalarOrSchedule,
     strength: ScalarOrSchedule | None,
     total_steps: int | None,
@@ -84,34 +84,29 @@ def chosen(
     if strength is not None:
         if total_steps is not None:
             raise ValueError(
-                f"`total_steps` must not come with `strength`, which says all; got "
-                f"{total_steps} and {strength!r}. Leave one of them out."
+                f"`total_steps` must not come with a `strength`; got {total_steps} and "
+                f"{strength!r}. Leave one of them out."
             )
         return strength, curvature
     if total_steps is None:
         raise TypeError(
-            "`total_steps` must be given, the length of the training in optimizer "
-            "steps, for the strength that is recommended; or `strength`."
+            "`total_steps` must be given if `strength` is not; got neither. Use the "
+            "number of optimizer steps, for the recommended strength."
         )
     if isinstance(learning_rate, jax.Array) or isinstance(total_steps, jax.Array):
         raise TypeError(
-            "`total_steps` needs the learning rate of all steps, a number or a "
-            "schedule, and an int; got an array, which under optax.inject_hyperparams "
-            "is the rate of one step. Give **recommended(learning_rate, total_steps) "
-            "in place of `total_steps`: strength and curvature."
+            "`total_steps` must be an int, and come with the learning rate of all "
+            "steps, a number or a schedule; got an array, which under "
+            "optax.inject_hyperparams is the value of one step. Use "
+            "**recommended(learning_rate, total_steps) in place of `total_steps`."
         )
     found = recommended(learning_rate, total_steps)
-    _warn_of_little(learning_rate, found["strength"], total_steps)
-    return found["strength"], curvature or found["curvature"]
-
-
-def _warn_of_little(learning_rate, strength, total_steps):
-    left = dose(learning_rate, strength, total_steps)
-    if left < _LEAST_DOSE:
+    total = dose(learning_rate, found["strength"], total_steps)
+    if total < _LEAST_DOSE:
         warnings.warn(
             f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
-            f"{left:.2g} in {total_steps} steps at this learning rate, and will do "
-            f"nothing. Train longer, or leave it out: a pull that is stronger than the "
-            f"steps did harm.",
-            stacklevel=4,
+            f"{total:.2g} in {total_steps} steps at this learning rate, too little "
+            f"to have an effect. Train longer, or leave CAGE out: more pull did harm.",
+            stacklevel=3,
         )
+    return found["strength"], curvature or found["curvature"]

@@ -1,6 +1,5 @@
 """Schedules of the correction's strength, and its dose."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from cage_jax.arrays.checks import check_int, check_number
 
 Schedule = Callable[[jax.Array], jax.Array]
 ScalarOrSchedule = float | jax.Array | Schedule
@@ -64,9 +65,8 @@ def silence_then_constant(
     """Returns a strength of 0, then of `peak`.
 
     Args:
-      total_steps: length of the training in optimizer steps.
+      total_steps, silence: as in `silence_then_ramp`.
       peak: the strength once the silence is over.
-      silence: the fraction of training without correction, in [0, 1).
 
     Returns:
       A schedule that maps the step count (from 0) to the strength.
@@ -108,9 +108,8 @@ def ramp_to_dose(
 
     Args:
       learning_rate: the optimizer's, a number or a schedule of the step count.
-      total_steps: length of the training in optimizer steps.
+      total_steps, silence: as in `silence_then_ramp`.
       dose: the sum of learning rate times strength, see `cage_jax.dose`.
-      silence: the fraction of training without correction, in [0, 1).
       power: 1 for a line; 3 leaves most of the pull to the end.
 
     Returns:
@@ -128,7 +127,8 @@ def ramp_to_dose(
     """
     ramp = silence_then_ramp(total_steps, 1.0, silence)
     for name, value in (("dose", dose), ("power", power)):
-        _check_nonnegative(value, name, f"Use ramp_to_dose(lr, steps, {name}=1.0)")
+        remedy = f"Use ramp_to_dose(lr, steps, {name}=1.0)."
+        check_number(name, value, remedy, least=0, or_array=True)
     check_learning_rate(learning_rate)
 
     def shape(count):
@@ -138,9 +138,8 @@ def ramp_to_dose(
     total = jnp.sum(_values(learning_rate, counts) * _values(shape, counts))
     if not isinstance(total, jax.core.Tracer) and not total > 0:
         raise ValueError(
-            f"`learning_rate` must be positive in some step after the silence, for "
-            f"there to be a dose; its sum there is {float(total):g}. Give that of the "
-            f"optimizer."
+            f"`learning_rate` must be positive in some step after the silence, or "
+            f"there is no dose; got a sum of {float(total):g}. Use the optimizer's."
         )
     peak = dose / total
     return lambda count: peak * shape(count)
@@ -176,7 +175,6 @@ def dose(
     """
     _check_total_steps(total_steps)
     counts = jnp.arange(total_steps)
-
     rates, strengths = (
         np.asarray(_values(schedule, counts), np.float64)
         for schedule in (learning_rate, strength)
@@ -201,35 +199,32 @@ def _values(schedule, counts):
 def check_strength(strength, name: str = "strength") -> None:
     """Raises for a strength that is a negative number, NaN, or no number at all."""
     remedy = "Use silence_then_ramp(total_steps), a number, or 0.0 for no correction."
-    _check_nonnegative(strength, name, remedy)
+    _check_number_or_schedule(name, strength, remedy)
 
 
 def check_learning_rate(learning_rate) -> None:
     """Raises for a learning rate that is a negative number, NaN, or no number."""
     remedy = "Use the learning rate, or the schedule, that the optimizer has."
-    _check_nonnegative(learning_rate, "learning_rate", remedy)
+    _check_number_or_schedule("learning_rate", learning_rate, remedy)
 
 
-def _check_nonnegative(value, name, remedy):
+def _check_number_or_schedule(name, value, remedy):
+    rule = f"`{name}` must be a number, or a schedule that maps a step's count to one"
     if is_optimizer(value):
         raise TypeError(
-            f"`{name}` must be a number or a schedule; got an optimizer. For another "
-            f"than AdamW and SGD use decoupled(optimizer, rules, strength, "
-            f"learning_rate)."
+            f"{rule}; got an optimizer. For optimizers other than AdamW and SGD use "
+            f"decoupled(optimizer, rules, strength, learning_rate)."
         )
-    if callable(value):
-        _check_schedule(value, name, remedy)
-        return
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return  # known when the step runs
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        got = repr(value)
-        if isinstance(value, Mapping):
-            got, remedy = "a dict", "Unpack it: **recommended(learning_rate, steps)."
-        raise TypeError(f"`{name}` must be a number or a schedule; got {got}. {remedy}")
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(
-            f"`{name}` must be finite and not negative; got {value}. {remedy}"
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"{rule}; got a dict. Unpack it: **recommended(learning_rate, steps)."
+        )
+    if not callable(value):
+        check_number(name, value, remedy, least=0, or_array=True)
+    elif why := _why_no_schedule(value):
+        got = getattr(value, "__name__", "a function")
+        raise TypeError(
+            f"{rule}; got {got}, which {why}. If it makes a schedule, call it. {remedy}"
         )
 
 
@@ -238,37 +233,22 @@ def is_optimizer(value: Any) -> bool:
     return hasattr(value, "init") and hasattr(value, "update")
 
 
-def _check_schedule(value, name, remedy):
-    """Raises for a function that does not map a step count to a number."""
+def _why_no_schedule(function) -> str | None:
+    """Says what a function does that maps no step count to a number, or None."""
     try:
         with jax.numpy_dtype_promotion("standard"):  # Optax's schedules have ints
-            found = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
-        what = f"returned {found}"
+            found = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     except jax.errors.JAXTypeError:
-        return  # it branches on the count, which works if nothing is traced
+        return None  # it branches on the count, which works if nothing is traced
     except Exception as error:
-        what = f"raised {type(error).__name__}, {str(error).rstrip('.')}"
-    else:
-        if isinstance(found, jax.ShapeDtypeStruct) and not found.shape:
-            return
-    made = getattr(value, "__name__", "silence_then_ramp")
-    raise TypeError(
-        f"`{name}` must be a number, or a schedule from a step's count to a number; "
-        f"got {made}, which {what}. What makes a schedule has to be called. {remedy}"
-    )
+        return f"raised {type(error).__name__}, {str(error).rstrip('.')}"
+    is_number = isinstance(found, jax.ShapeDtypeStruct) and not found.shape
+    return None if is_number else f"returned {found}"
 
 
 def _check_total_steps(total_steps):
-    if isinstance(total_steps, bool) or not isinstance(total_steps, (int, np.integer)):
-        raise TypeError(
-            f"`total_steps` must be an int; got {total_steps!r}. Use the number of "
-            f"optimizer steps."
-        )
-    if total_steps < 1:
-        raise ValueError(
-            f"`total_steps` must be positive; got {total_steps}. Use the number of "
-            f"optimizer steps."
-        )
+    remedy = "Use the number of optimizer steps."
+    check_int("total_steps", total_steps, remedy, least=1)
 
 
 def _silent_steps(total_steps, peak, silence) -> int:
@@ -280,15 +260,8 @@ def _silent_steps(total_steps, peak, silence) -> int:
             "straight to `cage` as its strength."
         )
     check_strength(peak, "peak")
-    if isinstance(silence, bool) or not isinstance(silence, (int, float, np.number)):
-        raise TypeError(
-            f"`silence` must be a number; got {silence!r}. The paper uses 0.8."
-        )
-    if not 0 <= silence < 1:
-        raise ValueError(
-            f"`silence` must be in [0, 1); got {silence}. The paper uses 0.8; for no "
-            f"correction at all use strength 0.0."
-        )
+    remedy = "The paper uses 0.8; for no correction at all use strength 0.0."
+    check_number("silence", silence, remedy, least=0, below=1)
     # The last step t with (t / total_steps) <= silence, in exactly the arithmetic of
     # the definition: silence * total_steps may round to the wrong side.
     steps = int(silence * total_steps)
