@@ -83,8 +83,8 @@ def xla(case: Case) -> Callable:
 
     def step(first, second, x, gradient):
         # As the transformation does, which moves less than `quantization_error`.
-        fitted = rounding.fit_for_error(x, case.quantizer)
-        error = rounding.error_from(x, case.quantizer, *fitted)
+        reductions = rounding.error_reductions(x, case.quantizer)
+        error = rounding.error_elementwise(x, case.quantizer, reductions)
         *moments, update = ADAMW.step(gradient, first, second, x, NUMBERS)
         return *moments, x + (update + NUMBERS.pull * error)
 

@@ -22,8 +22,8 @@ from cage_jax.program.activations import calibrate as calibrate_function
 from cage_jax.program.activations import quantize_activations as quantize_function
 from cage_jax.program.model_report import ModelReport
 from cage_jax.program.model_report import report as report_of_function
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.scales import Grid
 
 try:
     from flax import linen, nnx

@@ -34,9 +34,10 @@ from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.rules import Rules
 from cage_jax.program.products import scan_counts, subjaxprs
 from cage_jax.quantizers.formats import Format
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import FULL
-from cage_jax.quantizers.scales import Grid, ScaleRule
+from cage_jax.quantizers.scales import ScaleRule
 
 _VERSION = "0.1.8"
 

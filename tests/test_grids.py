@@ -24,7 +24,12 @@ from cage_jax import (
     quest,
     with_grids,
 )
-from cage_jax.quantizers.rounding import error_from, fit_for_error, fit_grid
+from cage_jax.quantizers.rounding import (
+    error_elementwise,
+    error_reductions,
+    fit_grid,
+    rounding,
+)
 from cage_jax.quantizers.scales import Fixed, Gaussian, Grid
 
 EPS = float(np.finfo(np.float32).eps)
@@ -110,7 +115,7 @@ def test_where_the_scale_is_zero_the_grid_is_found(rng):
     found = np.float64(fake_quant(x, quantizer))
     found[4:, 2] = result[4:, 2]
     np.testing.assert_array_equal(result, found)
-    kept = fit_grid(x, quantizer, grid)
+    kept = rounding(x, quantizer, grid).grid
     assert (float(kept.scale[1, 2]), float(kept.zero_point[1, 2])) == (0.5, -2.0)
     assert np.all(np.asarray(kept.scale) > 0)
 
@@ -208,18 +213,18 @@ def in_two_halves(x, quantizers):
 
     @jax.jit
     def fit(x):
-        return [fit_for_error(x, quantizer) for quantizer in quantizers]
+        return [error_reductions(x, quantizer) for quantizer in quantizers]
 
     @jax.jit
     def rest(x, kept):
-        return [error_from(x, q, *each) for q, each in zip(quantizers, kept)]
+        return [error_elementwise(x, q, each) for q, each in zip(quantizers, kept)]
 
     @jax.jit
     def whole(x):
         return [quantization_error(x, quantizer) for quantizer in quantizers]
 
     kept = fit(x)
-    return rest(x, kept), whole(x), [turned_back for _, turned_back in kept]
+    return rest(x, kept), whole(x), [each.unrotated_codes for each in kept]
 
 
 @pytest.mark.parametrize("rows", [128, 256])

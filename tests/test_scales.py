@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import assert_raises
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.scale_types import FULL as FULL_SCALE
 from cage_jax.quantizers.scale_types import PowerOfTwo
@@ -27,7 +28,6 @@ from cage_jax.quantizers.scales import (
     Percentile,
     Searched,
     SignedMax,
-    compute_dtype,
 )
 
 FULL = Integer(4, narrow=False)

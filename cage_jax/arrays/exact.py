@@ -18,6 +18,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 
+def compute_dtype(dtype) -> np.dtype:
+    """Returns the dtype that computes values of `dtype`: float32 or float64."""
+    # This uses NumPy's promotion, because JAX's raises where users made it strict.
+    return np.promote_types(dtype, np.float32)
+
+
 def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
     """Computes `a / b`, rounded once; `b` is like `a` or a number of its dtype."""
     # The comparison makes the divisor depend on `a`: NaN is unequal to itself, so a

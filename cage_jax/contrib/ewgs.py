@@ -8,20 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.contrib.arguments import check_number
 from cage_jax.core.quantize import fake_quant, grid_at
 from cage_jax.core.rules import Rules, check_rules
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_and_round,
-    fit_in_basis,
-    in_basis,
-    position_of,
-)
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.rounding import rounding
 
 
 def ewgs(
@@ -99,13 +92,11 @@ def _scaled_forward(quantizer, x, grid, delta):
 
 def _scaled_backward(quantizer: Quantizer, saved, cotangent):
     x, grid, delta = saved
-    values, transformed, fitted = fit_and_round(x, quantizer, grid)
+    found, basis = rounding(x, quantizer, grid), quantizer.basis(x.shape)
     low, high = quantizer.format.low, quantizer.format.high
-    position = clamp(position_of(transformed, quantizer, fitted), low, high)
-    distance = (position - values) / (high - low)
-    gradient = in_basis(cotangent, quantizer)
-    extra = delta * jnp.abs(gradient) * distance
-    extra = back_from_basis(extra, quantizer) * basis_factor(quantizer) ** 2
+    position = clamp(found.position(), low, high)
+    distance = (position - found.code_values()) / (high - low)
+    extra = basis.unrotate(delta * jnp.abs(basis.rotate(cotangent)) * distance)
     gradient = (cotangent.astype(extra.dtype) + extra).astype(cotangent.dtype)
     return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(saved[2])
 
@@ -163,15 +154,13 @@ def ewgs_delta(
     vectors, along = {}, jax.tree.map(jnp.zeros_like, quantized)
 
     def draw(path, quantizer, x, zeros):
-        transformed = in_basis(x, quantizer)
-        found = fit_in_basis(transformed, quantizer, grid_at(path, params, grid))
+        found = rounding(x, quantizer, grid_at(path, params, grid)).grid
         width = found.step * (quantizer.format.high - quantizer.format.low)
         width = quantizer.blocks(x.shape).spread(width)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         signs = jax.random.rademacher(own, x.shape, width.dtype)
         vectors[path] = signs, width
-        vector = back_from_basis(signs * width, quantizer) * basis_factor(quantizer)
-        return vector.astype(zeros.dtype)
+        return quantizer.basis(x.shape).unrotate(signs * width).astype(zeros.dtype)
 
     along = rules.map(draw, params, along)
 
@@ -185,10 +174,9 @@ def ewgs_delta(
     deltas = {}
 
     def measure(path, quantizer, x, gradient, curved):
-        signs, width = vectors[path]
-        scaled = width * basis_factor(quantizer)
-        gradient = scaled * in_basis(gradient, quantizer)
-        mean = jnp.mean(signs * scaled * in_basis(curved, quantizer))
+        (signs, width), basis = vectors[path], quantizer.basis(x.shape)
+        gradient = width * basis.rotate(gradient)
+        mean = jnp.mean(signs * width * basis.rotate(curved))
         deviation = 3 * jnp.std(gradient)
         known = deviation > 0
         ratio = jnp.maximum(mean, 0.0) / jnp.where(known, deviation, 1.0)

@@ -7,21 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.arguments import check_known_values, check_number, quantized
 from cage_jax.core.quantize import needed_grid
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.placements import check_params
 from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
-from cage_jax.quantizers.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_in_basis,
-    in_basis,
-    position_of,
-)
-from cage_jax.quantizers.scales import compute_dtype
+from cage_jax.quantizers.rounding import rounding
 
 
 class LotionState(NamedTuple):
@@ -103,14 +96,13 @@ def lotion(
             if update is None:
                 return None
             x = lax.stop_gradient(x.astype(compute_dtype(x.dtype)))
-            gradient, factor = update.astype(x.dtype), basis_factor(quantizer)
+            gradient, basis = update.astype(x.dtype), quantizer.basis(x.shape)
             before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
-            square = jnp.square(in_basis(gradient, quantizer) * factor)
+            square = jnp.square(basis.rotate(gradient))
             fisher[path] = before + share * (square - before)
             slope = _variance_slope(x, quantizer, needed_grid(path, quantizer, params))
             pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
-            pull = back_from_basis(pull, quantizer) * factor
-            return (gradient + pull).astype(update.dtype)
+            return (gradient + basis.unrotate(pull)).astype(update.dtype)
 
         updates = rules.map(add, params, updates)
         return updates, LotionState(optax.safe_increment(state.lotion_count), fisher)
@@ -120,10 +112,8 @@ def lotion(
 
 def _variance_slope(x, quantizer, grid):
     """Computes the derivative of the rounding variance for each rotated weight."""
-    transformed = in_basis(x, quantizer)
-    grid = fit_in_basis(transformed, quantizer, grid)
-    format, position = quantizer.format, position_of(transformed, quantizer, grid)
-    position = clamp(position, format.low, format.high)
+    found, format = rounding(x, quantizer, grid), quantizer.format
+    position = clamp(found.position(), format.low, format.high)
     below, above = format.neighbours(position)
     slope = jnp.where(position == below, 0.0, below + above - 2 * position)
-    return slope * quantizer.blocks(x.shape).spread(grid.step)
+    return slope * quantizer.blocks(x.shape).spread(found.grid.step)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cage_jax.arrays.exact import select
+from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.arguments import (
     check_number,
@@ -23,16 +23,7 @@ from cage_jax.optim.schedules import (
     check_strength,
     value_at,
 )
-from cage_jax.quantizers.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_and_round,
-    fit_in_basis,
-    in_basis,
-    is_inside,
-    restore,
-)
-from cage_jax.quantizers.scales import compute_dtype
+from cage_jax.quantizers.rounding import dequantized, rounding
 
 
 class DampeningState(NamedTuple):
@@ -110,12 +101,9 @@ def dampening(
 
 def _error_within(x, quantizer, grid):
     """Computes `x - Q(x)`, with 0 beyond the grid."""
-    transformed = in_basis(x, quantizer)
-    fitted = fit_in_basis(transformed, quantizer, grid)
-    inside = is_inside(transformed, quantizer, fitted, 0.0)
-    error = in_basis(quantization_error(x, quantizer, grid=grid), quantizer)
-    within = back_from_basis(select(inside, error, 0), quantizer)
-    return within * basis_factor(quantizer) ** 2
+    inside = rounding(x, quantizer, grid).is_inside(0.0)
+    error = quantization_error(x, quantizer, grid=grid)
+    return quantizer.basis(x.shape).within(lambda e: select(inside, e, 0), error)
 
 
 def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
@@ -219,8 +207,8 @@ def freezing(
     def values_of(path, quantizer, x, params):
         x = x.astype(compute_dtype(x.dtype))
         grid = needed_grid(path, quantizer, params)
-        values, _, grid = fit_and_round(jax.lax.stop_gradient(x), quantizer, grid)
-        return values, grid
+        found = rounding(jax.lax.stop_gradient(x), quantizer, grid)
+        return found.code_values(), found.grid
 
     def init(params):
         values = {}
@@ -272,7 +260,7 @@ def freezing(
             after.frequency[path] = frequency
             after.value_average[path] = average
             after.frozen[path] = frozen
-            moved = restore(pinned, quantizer, grid, reached) - x
+            moved = dequantized(pinned, quantizer, grid, reached) - x
             return jnp.where(frozen, moved.astype(update.dtype), update)
 
         return rules.map(step, params, updates), after

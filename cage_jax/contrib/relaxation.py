@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.contrib.arguments import check_number, check_steps
 from cage_jax.core.quantize import grid_at, needed_grid, quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.schedules import Schedule
-from cage_jax.quantizers.rounding import fit_in_basis, in_basis, position_of, restore
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.rounding import dequantized, rounding
 
 
 def binary_relax(
@@ -120,10 +120,8 @@ def parq(
 
 
 def _ramped(x, quantizer, grid, inverse_slope):
-    format = quantizer.format
-    transformed = in_basis(x, quantizer)
-    grid = fit_in_basis(transformed, quantizer, grid)
-    position = position_of(transformed, quantizer, grid)
+    found, format = rounding(x, quantizer, grid), quantizer.format
+    position = found.position()
     slope = jnp.asarray(inverse_slope, position.dtype)
     within = clamp(position, format.low, format.high)
     below, above = format.neighbours(within)
@@ -131,7 +129,7 @@ def _ramped(x, quantizer, grid, inverse_slope):
     steep = (within - center) / jnp.where(slope > 0, slope, 1.0)
     ramped = jnp.clip(center + steep, below, above)
     values = jnp.where(slope > 0, ramped, format.round(position))
-    return jnp.where(slope < 1, restore(values, quantizer, grid, x), x)
+    return jnp.where(slope < 1, dequantized(values, quantizer, found.grid, x), x)
 
 
 def parq_schedule(

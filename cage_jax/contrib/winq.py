@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.contrib.arguments import check_number, check_steps, quantized
 from cage_jax.core.quantize import fake_quant, needed_grid, quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.placements import check_params
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.grid import Grid
 
 
 def noisy_fake_quant(

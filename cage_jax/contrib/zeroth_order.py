@@ -8,16 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.contrib.arguments import check_number, check_steps
 from cage_jax.core.quantize import needed_grid
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.quantizers.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_in_basis,
-    in_basis,
-)
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.rounding import rounding
 
 
 def two_point_gradient(
@@ -150,16 +146,14 @@ def fogzo(
     check_number(beta, "beta", "The paper ends at 0.999.", most=1)
     check_steps(samples, "samples", 1, "The paper uses 1.")
     value, gradient = jax.value_and_grad(loss)(params)
-    quantized = rules.quantized(params)
-    quantizers = {path: quantizer for path, (quantizer, _) in quantized.items()}
-    units, guides = {}, {}
+    units, bases, guides = {}, {}, {}
 
     def guide(path, quantizer, x, g):
         given = needed_grid(path, quantizer, params, grid)
-        fitted = fit_in_basis(in_basis(x, quantizer), quantizer, given)
-        step = quantizer.blocks(x.shape).spread(fitted.step)
-        units[path] = step * basis_factor(quantizer) / (2 * math.sqrt(3))
-        guides[path] = units[path] * in_basis(g, quantizer)
+        step = rounding(x, quantizer, given).grid.step
+        units[path] = quantizer.blocks(x.shape).spread(step) / (2 * math.sqrt(3))
+        bases[path] = quantizer.basis(x.shape)
+        guides[path] = units[path] * bases[path].rotate(g)
         return g
 
     rules.map(guide, params, gradient)
@@ -172,7 +166,7 @@ def fogzo(
         losses = []
         for sign in (1, -1):
             away = {
-                path: sign * back_from_basis(units[path] * v, quantizers[path])
+                path: sign * bases[path].unrotate(units[path] * v)
                 for path, v in vectors.items()
             }
             losses.append(loss(_moved(params, rules, away)))
@@ -181,10 +175,7 @@ def fogzo(
             total[path] += slope.astype(v.dtype) * v / samples
 
     def corrected(path, quantizer, x, g):
-        square = basis_factor(quantizer) ** 2
-        return (back_from_basis(total[path] / units[path], quantizer) * square).astype(
-            g.dtype
-        )
+        return bases[path].unrotate(total[path] / units[path]).astype(g.dtype)
 
     return value, rules.map(corrected, params, gradient)
 

@@ -15,13 +15,14 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.dispatch import Implementation, check_implementation
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules
 from cage_jax.core.straight_through import straight_through
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
-from cage_jax.quantizers.scales import Grid, compute_dtype
 
 _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.packing import pack_bits, unpack_bits
 from cage_jax.quantizers.formats import Format
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import fit_and_round, restore
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.rounding import dequantized, rounding
 
 _AT_ONCE = 2**18  # codes packed at a time; they fill whole bytes
 
@@ -246,15 +247,15 @@ def encoded(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None, noise: jax.Array | None
 ) -> QuantizedArray:
     """Quantizes `x`; `noise` is for stochastic rounding."""
-    values, _, grid = fit_and_round(x, quantizer, grid, noise)
-    encode = quantizer.format.encode
+    found, encode = rounding(x, quantizer, grid), quantizer.format.encode
+    grid = found.grid
 
     def stored(number):
         dtype = quantizer.scale_type.dtype or number.dtype
         return _without_gradient(number).astype(dtype)
 
     return QuantizedArray(
-        codes=encode(values),
+        codes=encode(found.code_values(noise)),
         scale=stored(grid.scale),
         zero_point=None if grid.zero_point is None else encode(grid.zero_point),
         offset=None if grid.offset is None else stored(grid.offset),
@@ -285,7 +286,7 @@ def decoded(quantized: QuantizedArray) -> jax.Array:
     quantizer, dtype = quantized.quantizer, compute_dtype(quantized.dtype)
     values = quantizer.format.decode(quantized.codes, dtype)
     like = jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
-    return restore(values, quantizer, grid_of(quantized), like)
+    return dequantized(values, quantizer, grid_of(quantized), like)
 
 
 def grid_of(quantized: QuantizedArray) -> Grid:

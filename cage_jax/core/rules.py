@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.weight_report import Report, Row, split_text
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.scales import Grid, compute_dtype
 
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 

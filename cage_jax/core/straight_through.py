@@ -11,15 +11,7 @@ from cage_jax.arrays.exact import select
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.pallas.choice import fake_quant as fake_quant_kernels
 from cage_jax.pallas.choice import masked_gradient as masked_gradient_kernels
-from cage_jax.quantizers.rounding import (
-    back_from_basis,
-    basis_factor,
-    fit_and_round,
-    in_basis,
-    passes,
-    position_of,
-    restore,
-)
+from cage_jax.quantizers.rounding import dequantized, rounding
 
 
 def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
@@ -57,8 +49,8 @@ def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _straight_through(quantizer, implementation, x, grid, noise):
     def value(x, grid, noise):
-        values, _, found = fit_and_round(x, quantizer, grid, noise)
-        return restore(values, quantizer, found, x)
+        found = rounding(x, quantizer, grid)
+        return dequantized(found.code_values(noise), quantizer, found.grid, x)
 
     kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
     return either(value, kernels, x, grid, noise, implementation=implementation)
@@ -83,10 +75,10 @@ def _value_and_mask(quantizer, implementation, x, grid, noise):
     kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=True)
 
     def value_and_mask(x, grid, noise):
-        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
-        mask = passes(transformed, quantizer, found)
-        mask = mask.astype(jnp.int8) if kernels else mask
-        return restore(values, quantizer, found, x), mask
+        found = rounding(x, quantizer, grid)
+        value = dequantized(found.code_values(noise), quantizer, found.grid, x)
+        mask = found.gradient_mask()
+        return value, mask.astype(jnp.int8) if kernels else mask
 
     x = lax.stop_gradient(x)
     return either(
@@ -98,14 +90,9 @@ def _backward(quantizer, implementation, saved, cotangent):
     grid, noise, x, mask = saved
     grid_gradient = jax.tree.map(jnp.zeros_like, grid)
     if x is not None:
-        values, transformed, found = fit_and_round(x, quantizer, grid, noise)
-        position = position_of(transformed, quantizer, found)
-        passing = passes(transformed, quantizer, found)
-        gradient = in_basis(cotangent, quantizer) * basis_factor(quantizer)
-        grid_gradient = _learned_gradient(
-            gradient, values, position, passing, quantizer, grid
-        )
-        mask = None if quantizer.gradient == "identity" else passing
+        found = rounding(x, quantizer, grid)
+        grid_gradient = _learned_gradient(cotangent, found, noise, grid)
+        mask = None if quantizer.gradient == "identity" else found.gradient_mask()
     gradient = cotangent
     if mask is not None:
         gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
@@ -129,10 +116,9 @@ def _masked_backward(quantizer, implementation, mask, cotangent):
 
 def _masked_gradient(quantizer, implementation, mask, cotangent):
     def gradient(mask, cotangent):
-        # The rotation is orthonormal: its transpose rotates back.
         passing = mask if mask.dtype == bool else lax.ne(mask, mask.dtype.type(0))
-        found = select(passing, in_basis(cotangent, quantizer), 0)
-        found = back_from_basis(found, quantizer) * basis_factor(quantizer) ** 2
+        basis = quantizer.basis(cotangent.shape)
+        found = basis.within(lambda g: select(passing, g, 0), cotangent)
         return found.astype(cotangent.dtype)
 
     kernels = Kernels()
@@ -144,23 +130,24 @@ def _masked_gradient(quantizer, implementation, mask, cotangent):
 _masked.defvjp(_masked_forward, _masked_backward)
 
 
-def _learned_gradient(gradient, values, position, mask, quantizer, grid):
+def _learned_gradient(cotangent, found, noise, grid):
     """Computes LSQ's gradient, that of `scale * round(x / scale)` straight through."""
-    blocks = quantizer.blocks(gradient.shape)
+    quantizer, shape = found.quantizer, cotangent.shape
+    blocks, gradient = quantizer.blocks(shape), quantizer.basis(shape).rotate(cotangent)
     share = (blocks.count * quantizer.format.high) ** -0.5
 
     def of_group(parts):
         total = functools.partial(jnp.sum, keepdims=True)
         return blocks.reduce(total, parts) * share
 
-    inside = mask.astype(gradient.dtype)
-    found = jax.tree.map(jnp.zeros_like, grid)
-    scale = of_group(gradient * (values - inside * position))
-    found = found._replace(scale=scale.astype(grid.scale.dtype))
+    inside = found.gradient_mask().astype(gradient.dtype)
+    slope = found.code_values(noise) - inside * found.position()
+    scale = of_group(gradient * slope).astype(grid.scale.dtype)
+    learned = jax.tree.map(jnp.zeros_like, grid)._replace(scale=scale)
     if grid.offset is not None:
         offset = of_group(gradient * (1 - inside))
-        found = found._replace(offset=offset.astype(grid.offset.dtype))
-    return found
+        learned = learned._replace(offset=offset.astype(grid.offset.dtype))
+    return learned
 
 
 _straight_through.defvjp(_forward, _backward)

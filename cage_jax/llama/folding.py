@@ -14,7 +14,6 @@ import jax
 
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
-from cage_jax.quantizers.rounding import basis_factor, in_basis
 
 Array = jax.Array | QuantizedArray
 OUTPUT, VALUE = "output/kernel", "value/kernel"
@@ -52,7 +51,7 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
         ):
             continue
         of_outputs = dataclasses.replace(quantizer, axis=-1, group_size=None)
-        rotated = in_basis(value, of_outputs) * basis_factor(of_outputs)
+        rotated = of_outputs.basis(value.shape).rotate(value)
         found[before] = rotated.astype(value.dtype)
         plain = dataclasses.replace(quantizer, hadamard=None, hadamard_seed=None)
         found[path] = dataclasses.replace(codes, quantizer=plain)

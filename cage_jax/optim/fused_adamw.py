@@ -32,7 +32,7 @@ from cage_jax.optim.placements import CageState, fit_if
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import Seen, seen
 from cage_jax.pallas.choice import adamw_step
-from cage_jax.quantizers.rounding import error_from
+from cage_jax.quantizers.rounding import error_elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,8 +314,8 @@ def _stepped(quantizer, adamw, at_updated, gradient, first, second, x, numbers, 
     first, second, update = adamw.step(gradient, first, second, x, numbers)
     point = x + update if at_updated else x
     # Compilers do not know the pull, so they keep the condition on it.
-    active, grid, turned_back = fit_if(numbers.pull != 0, point, quantizer, None)
-    error = error_from(point, quantizer, grid, turned_back)
+    active, reductions = fit_if(numbers.pull != 0, point, quantizer, None)
+    error = error_elementwise(point, quantizer, reductions)
     pull = numbers.pull * jnp.where(active, error, 0)
     after = first, second, x + (update + pull)
     if codes is None:

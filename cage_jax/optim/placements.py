@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.core.quantize import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature import Curvature, Step
@@ -39,8 +40,12 @@ from cage_jax.optim.schedules import (
     value_at,
 )
 from cage_jax.optim.statistics import CageStatistics, Seen, first, gathered, seen
-from cage_jax.quantizers.rounding import error_from, fit_for_error, fit_grid
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.rounding import (
+    error_elementwise,
+    error_reductions,
+    fit_grid,
+)
 
 
 class CageState(NamedTuple):
@@ -453,8 +458,9 @@ def _correction(
             if frozen is None and freeze_scale:
                 frozen = state.grids[path]
             check_grid_given(quantizer, frozen)
-            active, kept[path], turned_back = fit_if(active, x, quantizer, frozen)
-            error = error_from(x, quantizer, kept[path], turned_back)
+            active, reductions = fit_if(active, x, quantizer, frozen)
+            kept[path] = reductions.grid
+            error = error_elementwise(x, quantizer, reductions)
             if curvature is None:
                 return pulled(update, error)
             errors[path] = error
@@ -498,7 +504,7 @@ def _correction(
 
 @functools.partial(jax.jit, static_argnames="quantizer")
 def fit_if(active, x, quantizer, frozen):
-    """Computes `fit_for_error` if `active`; otherwise gives zeros and the frozen grid.
+    """Computes `error_reductions` if `active`, else zeros and the frozen grid.
 
     While silent, no extra pass over an array is made. Reductions and rotations are
     under this condition; the rest is elementwise and fuses with the optimizer and
@@ -510,11 +516,11 @@ def fit_if(active, x, quantizer, frozen):
     """
 
     def fit():
-        return True, *fit_for_error(x, quantizer, frozen)
+        return True, error_reductions(x, quantizer, frozen)
 
     def skip():
-        grid, turned_back = _zeros(fit_for_error, x, quantizer, frozen)
-        return False, grid if frozen is None else frozen, turned_back
+        zeros = _zeros(error_reductions, x, quantizer, frozen)
+        return False, zeros if frozen is None else zeros._replace(grid=frozen)
 
     return lax.cond(active, fit, skip)
 

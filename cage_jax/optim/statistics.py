@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.core.quantize import quantization_error, quantize
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
-from cage_jax.quantizers.scales import Grid
 
 
 class CageStatistics(NamedTuple):

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from cage_jax.arrays.checks import check_number
-from cage_jax.arrays.exact import clamp
+from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import check_grid_given, grid_at
 from cage_jax.optim.curvature.source import (
@@ -29,9 +29,9 @@ from cage_jax.optim.curvature.source import (
     stateless_source,
 )
 from cage_jax.optim.statistics import codes_of
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import fit_in_basis, in_basis, position_of
-from cage_jax.quantizers.scales import Grid, compute_dtype
+from cage_jax.quantizers.rounding import rounding
 
 
 def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
@@ -182,9 +182,7 @@ def _with_codes(
 def _distance(x, quantizer, grid):
     """Computes, in the basis, `a`: 0 at the nearest value, 1 at the threshold."""
     format = quantizer.format
-    transformed = in_basis(x, quantizer)
-    fitted = fit_in_basis(transformed, quantizer, grid)
-    position = position_of(transformed, quantizer, fitted)
+    position = rounding(x, quantizer, grid).position()
     thresholds = (format.values[1:] + format.values[:-1]) / 2
     # Values beyond the outermost thresholds are measured by the outermost step.
     within = clamp(position, thresholds[0], thresholds[-1])

@@ -23,8 +23,8 @@ from cage_jax.pallas.tiles import (
     tiles_of,
 )
 from cage_jax.quantizers.formats import Integer, MidRise
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.scales import Grid
 
 
 def fake_quant(

@@ -20,7 +20,8 @@ from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
-from cage_jax.quantizers.rounding import basis_factor, fit_in_basis
+from cage_jax.quantizers.basis import Basis
+from cage_jax.quantizers.rounding import Rounding, fit
 
 # Exact by IEEE 754 for float32; rounding is to the nearest, half to even.
 _INSTRUCTIONS = {
@@ -77,7 +78,7 @@ def masked_gradient(
 
     def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
         rotate = _rotation(matrix_ref, tiles)
-        square = basis_factor(tiles.quantizer) ** 2
+        square = Basis(tiles.quantizer.hadamard).factor ** 2
 
         def passed(mask, cotangent):
             gradient = rotate(cotangent.astype(jnp.float32), parts=_parts(cotangent))
@@ -256,10 +257,11 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
         kept = x.astype(jnp.float32)
         rotated = rotate(kept, parts=_parts(x))
         if found is None:
-            grid = fit_in_basis(rotated, quantizer, None)
+            grid = fit(rotated, quantizer).grid
             found = grid, quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
         grid, poison = found
-        return Strip(kept, rotated, grid, poison, rotate, quantizer)
+        rounding = Rounding(rotated, grid, None, quantizer)
+        return Strip(kept, rounding, poison, rotate)
 
     if not tiles.whole:
         return strip
@@ -268,8 +270,8 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
     def one(i, carry):
         def joined(x, found, poison):
             rotated = rotate(x.astype(jnp.float32), parts=_parts(x))
-            # This repeats what `fit_in_basis` does with a whole group.
-            sized = times(rotated, basis_factor(quantizer))
+            # This repeats what `fit` does with a whole group.
+            sized = times(rotated, quantizer.basis(rotated.shape).factor)
             part = scale.part(sized, axes, tiles.length)
             return scale.joined(found, part), poison + poison_of(rotated, axes)
 

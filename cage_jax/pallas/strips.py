@@ -4,6 +4,7 @@ It is the arithmetic of `rounding`, except for the rotation. A matrix unit multi
 16-bit numbers, so float32 numbers are split into three of them; a rounded value is one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,15 +14,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.hadamard import hadamard_matrix
-from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import (
-    apply_scale,
-    passes,
-    round_in_basis,
-    scaled_last,
-    turn_back,
-)
-from cage_jax.quantizers.scales import Grid
+from cage_jax.quantizers.rounding import Rounding, scaled, scaled_last, unrotated_codes
 
 PARTS = 3  # a float32 (24 bits of mantissa) is the sum of three bfloat16 (8 bits each)
 
@@ -31,19 +24,15 @@ class Strip(NamedTuple):
 
     Attributes:
       kept: the strip itself; None if only its rotated form was kept.
-      rotated: the rotated strip, up to the factor of the rotation.
-      grid: grid of its groups.
+      rounding: the strip in the basis of its quantizer, and the grid of its groups.
       poison: per group, 0, or NaN if an element is not finite.
       rotate: function that rotates a strip whose numbers have `parts` parts.
-      quantizer: quantizer of the strip.
     """
 
     kept: jax.Array | None
-    rotated: jax.Array
-    grid: Grid
+    rounding: Rounding
     poison: jax.Array
     rotate: Callable
-    quantizer: Quantizer
 
     def value(self) -> jax.Array:
         """Quantizes and dequantizes the strip, float32."""
@@ -51,33 +40,30 @@ class Strip(NamedTuple):
 
     def values(self) -> jax.Array:
         """Rounds the strip to the grid, in units of the grid, float32."""
-        return round_in_basis(self.rotated, self.quantizer, self.grid)
+        return self.rounding.code_values()
 
     def codes(self, values: jax.Array) -> jax.Array:
         """Returns the codes of `values`, as `encode` does, int32."""
-        zero_code = self.quantizer.format.of_zero_code
+        zero_code = self.rounding.quantizer.format.of_zero_code
         assert zero_code is not None  # statistics exist only for such formats
         return jnp.where(jnp.isnan(values), 0, values - zero_code).astype(jnp.int32)
 
     def restored(self, values: jax.Array) -> jax.Array:
         """Dequantizes the strip from its `values`, float32."""
-        quantizer, shape = self.quantizer, self.rotated.shape
+        quantizer, grid = self.rounding.quantizer, self.rounding.grid
+        shape = values.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
         parts = 1 if scaled_last(quantizer, shape) else PARTS
-
-        def back(values, _):
-            return self.rotate(values, parts=parts)
-
-        turned_back = turn_back(values, quantizer, self.grid, shape, back=back)
+        rotate = functools.partial(self.rotate, parts=parts)
+        unrotated = unrotated_codes(values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
-        value = apply_scale(turned_back, quantizer, self.grid, like)
+        value = scaled(unrotated, quantizer, grid, like)
         # This keeps NaN even where a maximum or a clip dropped it.
         return value + quantizer.blocks(shape).spread(self.poison)
 
     def mask(self) -> jax.Array:
         """Returns 1 where the gradient passes and 0 elsewhere, int32."""
-        passing = passes(self.rotated, self.quantizer, self.grid)
-        return jnp.where(passing, jnp.int32(1), jnp.int32(0))
+        return jnp.where(self.rounding.gradient_mask(), jnp.int32(1), jnp.int32(0))
 
 
 def poison_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -20,7 +20,8 @@ from cage_jax.arrays.exact import times
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
-from cage_jax.quantizers.rounding import basis_factor, fit_in_basis
+from cage_jax.quantizers.basis import Basis
+from cage_jax.quantizers.rounding import Rounding, fit
 from cage_jax.quantizers.scale_types import largest_of
 
 
@@ -79,7 +80,7 @@ def _largest_bounds(x, tiles):
 
         def one(i, carry):
             rotated = rotate(_strip(x_ref, i, tiles).astype(jnp.float32))
-            sized = times(rotated, basis_factor(quantizer))
+            sized = times(rotated, quantizer.basis(rotated.shape).factor)
             bounds = quantizer.blocks(sized.shape).reduce(quantizer.scale.bounds, sized)
             largest = largest_of(bounds, (0, 1))
             largest_ref[...] = lax.max(
@@ -107,7 +108,7 @@ def masked_gradient(
 
     def kernel(mask_ref, cotangent_ref, _known_ref, matrix_ref, gradient_ref):
         rotate = partial(_rotate, matrix_ref=matrix_ref, tiles=tiles, parts=PARTS)
-        square = basis_factor(tiles.quantizer) ** 2
+        square = Basis(tiles.quantizer.hadamard).factor ** 2
 
         def one(i, carry):
             passing = _strip(mask_ref, i, tiles).astype(jnp.float32)
@@ -423,9 +424,9 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
         def one(i, carry):
             x = strip_at(i)
             rotated = rotate(x, parts=PARTS)
-            grid = fit_in_basis(rotated, quantizer, None, **known)
+            rounding = fit(rotated, quantizer, **known)
             poison = quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
-            then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
+            then(i, Strip(x, rounding, poison, rotate))
             return carry
 
         each(one, 0)
@@ -440,8 +441,8 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
         x = strip_at(i)
         rotated = rotate(x, parts=PARTS)
         _store(kept_ref, first + i, rotated if keep_rotated else x, tiles)
-        # This repeats what `fit_in_basis` does with a whole group.
-        sized = times(rotated, basis_factor(quantizer))
+        # This repeats what `fit` does with a whole group.
+        sized = times(rotated, quantizer.basis(rotated.shape).factor)
         part = scale.part(sized, (axis,), tiles.length)
         return scale.joined(found, part), poison + poison_of(rotated, (axis,))
 
@@ -465,7 +466,8 @@ def _quantized(read, matrix_ref, scratch, tiles, then, *, keep_rotated, **known)
             kept = _strip(kept_ref, first + i, tiles)
             rotated = kept if keep_rotated else rotate(kept, parts=PARTS)
             x = None if keep_rotated else kept
-            then(i, Strip(x, rotated, grid, poison, rotate, quantizer))
+            rounding = Rounding(rotated, grid, None, quantizer)
+            then(i, Strip(x, rounding, poison, rotate))
             return carry
 
         each(use, 0)

@@ -21,9 +21,9 @@ from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.program.products import DATA, Origin, Product, find, map_inputs
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
-from cage_jax.quantizers.scales import Grid
 
 INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
 

@@ -27,6 +27,7 @@ from cage_jax.arrays.dispatch import (
     check_implementation,
     either,
 )
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.quantize import dequantize, quantize
 from cage_jax.core.quantized_array import QuantizedArray, grid_of
@@ -36,8 +37,6 @@ from cage_jax.program.activations import arranged, check_no_module, trace
 from cage_jax.program.products import inner_program, scan_counts, unchanged
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import basis_factor, in_basis
-from cage_jax.quantizers.scales import compute_dtype
 
 DimensionNumbers = tuple[tuple, tuple]
 
@@ -248,7 +247,7 @@ def _of_floats(inputs, product):
         (axis,) = quantizer.blocks(weights.shape).axes
         axis = contracted[product.numbers[0][1].index(axis)]
         along = dataclasses.replace(quantizer, axis=axis, group_size=None)
-        inputs = in_basis(inputs, along) * basis_factor(quantizer)
+        inputs = along.basis(inputs.shape).rotate(inputs)
     dtype = inputs.dtype
     if quantizer.format.of_zero_code is None and not _holds(quantizer.format, dtype):
         dtype = _widest(dtype, compute_dtype(weights.dtype))

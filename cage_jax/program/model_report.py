@@ -29,7 +29,7 @@ from cage_jax.program.activations import (
 )
 from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import fit_and_round, is_inside
+from cage_jax.quantizers.rounding import rounding
 
 # Findings are reported above these.
 _CLIPPED = 0.01  # fraction of values beyond the grid
@@ -202,12 +202,12 @@ def _to_nearest(rules):
 def _measure(x, quantizer, grid, _=None):
     """Computes the figures of `Measured` as arrays."""
     quantizer = dataclasses.replace(quantizer, rounding="nearest")
-    values, transformed, found = fit_and_round(x, quantizer, grid)
-    format = quantizer.format
+    found, format = rounding(x, quantizer, grid), quantizer.format
+    values = found.code_values()
     error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
     size = jnp.linalg.norm(x.ravel())
     # Half a step beyond the end is rounded, not clipped.
-    beyond = ~is_inside(transformed, quantizer, found, format.edge)
+    beyond = ~found.is_inside(format.edge)
     levels = jnp.asarray(format.values, values.dtype)
     used = jnp.zeros(levels.size, bool)
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
+from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.scale_types import FULL, ScaleType
 from cage_jax.quantizers.scales import AbsMax, ScaleRule
@@ -205,6 +206,7 @@ class Quantizer:
             return False
         return self.scale.idempotent(self.format)
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def blocks(self, shape: tuple[int, ...]) -> Blocks:
         """Divides an array of a given shape into groups.
 
@@ -218,7 +220,30 @@ class Quantizer:
           ValueError: if an axis is out of range, or a group or Hadamard block does not
             divide its axis.
         """
-        return _blocks(self, tuple(shape))
+        sizes = self._sizes(shape)
+        # A stack has leading axes, before both the shared axes and the last two. A
+        # tensor spans all axes but these.
+        first = min([*sizes, max(len(shape) - 2, 0)])
+        tensor_axes, pieces = tuple(range(first, len(shape))), sizes
+        if self.scale_type.has_tensor_divisor:
+            pieces = {axis: shape[axis] for axis in tensor_axes}
+        elif self.hadamard is not None:
+            pieces = {axis: math.lcm(n, self.hadamard) for axis, n in sizes.items()}
+        return Blocks(
+            shape=shape,
+            axes=tuple(sizes),
+            sizes=tuple(sizes.values()),
+            tensor_axes=tensor_axes,
+            pieces=tuple(pieces.items()),
+            rotated=self.hadamard is not None,
+        )
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def basis(self, shape: tuple[int, ...]) -> Basis:
+        """Returns the basis in which an array of a given shape is rounded."""
+        if self.hadamard is None:
+            return Basis()
+        return Basis(self.hadamard, self.blocks(shape).axes[0], self.hadamard_seed)
 
     def _sizes(self, shape):
         """Returns the length of a group along each shared axis, by ascending axis."""
@@ -267,7 +292,7 @@ class Quantizer:
         scale_bits = 8 * jnp.dtype(self.scale_type.dtype or scale_dtype).itemsize
         per_group = scale_bits * (2 if self.scale.has_offset else 1)
         per_group += self.bits if self.asymmetric else 0
-        blocks = self.blocks(shape)
+        blocks = self.blocks(tuple(shape))
         bits = self.bits * math.prod(shape)
         bits += per_group * math.prod(blocks.scale_shape)
         if self.scale_type.has_tensor_divisor:
@@ -291,25 +316,3 @@ class Quantizer:
         if self.rounding != "nearest":
             parts.append(self.rounding)
         return ", ".join([*parts, self.gradient])
-
-
-@functools.lru_cache(maxsize=4096)
-def _blocks(quantizer, shape):
-    sizes = quantizer._sizes(shape)
-    # A stack has leading axes, before both the shared axes and the last two. A tensor
-    # spans all axes but these.
-    first = min([*sizes, max(len(shape) - 2, 0)])
-    tensor_axes, pieces = tuple(range(first, len(shape))), sizes
-    if quantizer.scale_type.has_tensor_divisor:
-        pieces = {axis: shape[axis] for axis in tensor_axes}
-    elif quantizer.hadamard is not None:
-        block = quantizer.hadamard
-        pieces = {axis: math.lcm(size, block) for axis, size in sizes.items()}
-    return Blocks(
-        shape=shape,
-        axes=tuple(sizes),
-        sizes=tuple(sizes.values()),
-        tensor_axes=tensor_axes,
-        pieces=tuple(pieces.items()),
-        rotated=quantizer.hadamard is not None,
-    )

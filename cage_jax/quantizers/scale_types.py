@@ -8,7 +8,7 @@ that would underflow become its smallest number.
 
 import abc
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,9 @@ from jax import lax
 
 from cage_jax.arrays.exact import clamp, divide, finite, power_below, select, times
 from cage_jax.quantizers.formats import Float, Format
+from cage_jax.quantizers.grid import Grid
 
 PowerRounding = Literal["down", "nearest", "up"]
-
-
-class StoredScale(NamedTuple):
-    """A scale as it is stored; all arrays are in the dtype of computation.
-
-    Attributes:
-      scale: stored scale of each group.
-      tensor_divisor: number that divides all scales of a tensor, or None.
-      inverse: factor that values are multiplied by before rounding, where the program
-        that writes the file does not round by the stored scale; None for the reciprocal
-        of the stored scale.
-    """
-
-    scale: jax.Array
-    tensor_divisor: jax.Array | None = None
-    inverse: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +35,11 @@ class ScaleType(abc.ABC):
     def has_tensor_divisor(self) -> bool:
         """Whether each tensor has one more float32 scale for all of its groups."""
         return False
+
+    @property
+    def rounds_by(self) -> "ScaleType | None":
+        """Type of the scales that values are rounded by; None for this one."""
+        return None
 
     @property
     def signed(self) -> bool:
@@ -68,8 +58,8 @@ class ScaleType(abc.ABC):
         format: Format,
         axes: tuple[int, ...],
         largest: jax.Array | None = None,
-    ) -> StoredScale:
-        """Returns the stored scale of each group.
+    ) -> Grid:
+        """Returns the stored scale of each group, as a grid.
 
         Args:
           bound: the value at the end of each group's grid; may be 0, an infinity or
@@ -86,7 +76,7 @@ class Full(ScaleType):
     """Scales as they are computed: float32, or float64 for float64 arrays."""
 
     def store(self, bound, range, format, axes, largest=None):
-        return StoredScale(_valid(_quotient(bound, range), format))
+        return Grid(_valid(_quotient(bound, range), format))
 
     def __str__(self):
         return ""
@@ -119,6 +109,10 @@ class Narrow(ScaleType):
     def dtype(self):
         return jnp.dtype(self.name)
 
+    @property
+    def rounds_by(self):
+        return _Unrounded(self) if self.unrounded else None
+
     def store(self, bound, range, format, axes, largest=None):
         limits = jnp.finfo(self.dtype)
         ideal = _quotient(bound, range)
@@ -130,17 +124,28 @@ class Narrow(ScaleType):
             ideal = jnp.where(jnp.abs(ideal) < tiny, jnp.sign(ideal) * tiny, ideal)
         largest = float(limits.max)
         scale = jnp.clip(ideal, -largest, largest).astype(self.dtype)
-        scale = jnp.where(jnp.isfinite(bound), scale.astype(bound.dtype), jnp.nan)
-        if not self.unrounded:
-            return StoredScale(scale)
-        # A scale that saturates, or whose reciprocal is not finite, cannot be used
-        # unrounded, so the stored one is inverted instead.
-        usable = (jnp.abs(ideal) <= largest) & (jnp.abs(ideal) >= 2.0**-126)
-        inverse = 1 / jnp.where(usable, ideal, jnp.where(scale == 0, jnp.inf, scale))
-        return StoredScale(scale, inverse=inverse)
+        return Grid(jnp.where(jnp.isfinite(bound), scale.astype(bound.dtype), jnp.nan))
 
     def __str__(self):
         return f"{self.name} scales"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unrounded(ScaleType):
+    """The scales of a `Narrow` type before they are rounded.
+
+    A scale that saturates, or whose reciprocal is not finite, cannot be used unrounded.
+    In its place is the stored one, or an infinity if that is 0.
+    """
+
+    stored: Narrow
+
+    def store(self, bound, range, format, axes, largest=None):
+        ideal, largest = _quotient(bound, range), jnp.finfo(self.stored.dtype).max
+        usable = (jnp.abs(ideal) <= float(largest)) & (jnp.abs(ideal) >= 2.0**-126)
+        stored = self.stored.store(bound, range, format, axes).scale
+        stored = jnp.where(stored == 0, jnp.inf, stored)
+        return Grid(jnp.where(usable, ideal, stored))
 
 
 # From which multiple of a power of two a bound rounds up to the next power.
@@ -197,9 +202,7 @@ class PowerOfTwo(ScaleType):
         # 2**-127 is not a normal float32, so some processors flush it to 0.
         scale = clamp(scale, 2.0**-126, 2.0**127)
         scale = select(bound == 0, 1.0, scale)
-        return StoredScale(
-            select(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype)
-        )
+        return Grid(select(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype))
 
     def __str__(self):
         return f"e8m0 scales {self.rounding}"
@@ -249,7 +252,7 @@ class Float8(ScaleType):
         # 1/8 is what compressed-tensors writes for a group of zeros.
         scale = select(bound == 0, 0.125, scale)
         scale = select(jnp.isfinite(bound), scale, jnp.nan)
-        return StoredScale(scale.astype(bound.dtype), divisor)
+        return Grid(scale.astype(bound.dtype), tensor_divisor=divisor)
 
     def __str__(self):
         return "e4m3 scales" + (" and one a tensor" if self.tensor_divisor else "")
@@ -259,13 +262,6 @@ def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns the largest finite bound along `axes`, kept with size 1; 0 if none is."""
     finite = jnp.where(jnp.isfinite(bound), bound, 0)
     return jnp.max(finite, axis=axes, keepdims=True, initial=0)
-
-
-def step(scale: jax.Array, tensor_divisor: jax.Array | None) -> jax.Array:
-    """Returns the distance between neighbouring integers of a format."""
-    if tensor_divisor is None:
-        return scale
-    return divide(scale, jnp.broadcast_to(tensor_divisor, scale.shape))
 
 
 def _quotient(bound, range):

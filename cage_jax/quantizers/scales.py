@@ -12,7 +12,6 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,38 +20,8 @@ from jax import lax
 
 from cage_jax.arrays.exact import clamp, divide, finite, power_below, rounded
 from cage_jax.quantizers.formats import Format, Integer
-from cage_jax.quantizers.scale_types import FULL, Full, ScaleType, step
-
-
-class Grid(NamedTuple):
-    """The grid of each group: scale, zero point and offset.
-
-    value = step * (code value - zero_point) + offset, step = scale / tensor_divisor
-
-    Attributes:
-      scale: stored scale, at least float32; one entry per group. 0 means "not known
-        yet", see `fake_quant`.
-      zero_point: code of real zero, a whole number stored as a float, or None.
-      offset: value of code 0, or None.
-      tensor_divisor: number that divides the scales of a tensor, one entry per tensor,
-        or None.
-      inverse: factor that values minus `origin` are multiplied by before rounding,
-        where a target does not round by the numbers it stores (GGUF); None for
-        1 / step.
-      origin: value subtracted before that; None for `offset`.
-    """
-
-    scale: jax.Array
-    zero_point: jax.Array | None = None
-    offset: jax.Array | None = None
-    tensor_divisor: jax.Array | None = None
-    inverse: jax.Array | None = None
-    origin: jax.Array | None = None
-
-    @property
-    def step(self) -> jax.Array:
-        """Distance between neighbouring integers of the format."""
-        return step(self.scale, self.tensor_divisor)
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.scale_types import FULL, Full, ScaleType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +138,7 @@ class ReducedScale(ScaleRule):
         The arguments are those of `fit`, with `largest` as in `ScaleType.store`.
         """
         bound, end = self.bound(whole, count), self.end(format)
-        return _grid(scale_type.store(bound, end, format, tensor_axes, largest))
+        return scale_type.store(bound, end, format, tensor_axes, largest)
 
     def bounds(self, x, axes):
         """Computes the value at `end` of the grid for each group of `x`."""
@@ -259,7 +228,7 @@ class SignedMax(ScaleRule):
             return jnp.min(found, axis=axes, keepdims=True, initial=never)
 
         bound = jnp.where(first(-1) < first(1), size, -size)
-        return _grid(scale_type.store(bound, -format.low, format, tensor_axes))
+        return scale_type.store(bound, -format.low, format, tensor_axes)
 
     def clips(self, format):
         return True
@@ -330,7 +299,7 @@ class Percentile(ScaleRule):
         )
         bound = jnp.where(jnp.isfinite(_largest(x, axes)), bound, jnp.nan)
         bound = bound.astype(x.dtype)
-        return _grid(scale_type.store(bound, format.half_range, format, tensor_axes))
+        return scale_type.store(bound, format.half_range, format, tensor_axes)
 
     def clips(self, format):
         return self.percent < 100 or format.high < format.half_range
@@ -376,7 +345,7 @@ class Searched(ScaleRule):
 
         def error(clip):
             found = stored(clip)
-            steps = jnp.broadcast_to(step(found.scale, found.tensor_divisor), x.shape)
+            steps = jnp.broadcast_to(found.step, x.shape)
             value = rounded(format.round(divide(x, steps)) * steps)
             square = rounded(jnp.square(divide(x - value, unit)))
             return jnp.sum(square, axis=axes, keepdims=True)
@@ -392,7 +361,7 @@ class Searched(ScaleRule):
         clips = jnp.linspace(1, self.least, self.count, dtype=x.dtype)
         start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
         (_, clip), _ = lax.scan(better, start, clips)
-        return _grid(stored(clip))
+        return stored(clip)
 
     def clips(self, format):
         return True
@@ -450,7 +419,7 @@ class Fixed(ScaleRule):
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         bound = jnp.where(jnp.isfinite(_largest(x, axes)), self.scale, jnp.nan)
         bound = bound.astype(x.dtype)
-        return _grid(scale_type.store(bound, 1.0, format, tensor_axes))
+        return scale_type.store(bound, 1.0, format, tensor_axes)
 
     def clips(self, format):
         return True
@@ -514,16 +483,15 @@ class MinMax(ScaleRule):
         bound = jnp.where(wide, halves, divide(top - bottom, ends))
         stored = scale_type.store(bound, 1.0, format, tensor_axes)
         if self.zero_point:
-            zero_point = format.low - divide(bottom, step(*stored[:2]))
+            zero_point = format.low - divide(bottom, stored.step)
             zero_point = clamp(jnp.round(zero_point), format.low, format.high)
-            return _grid(stored)._replace(zero_point=zero_point)
+            return stored._replace(zero_point=zero_point)
         offset = bottom
         if scale_type.dtype is not None:
             largest = float(jnp.finfo(scale_type.dtype).max)
             offset = jnp.clip(bottom, -largest, largest).astype(scale_type.dtype)
         offset = jnp.where(jnp.isfinite(bottom), offset.astype(x.dtype), jnp.nan)
-        origin = None if stored.inverse is None else bottom
-        return _grid(stored)._replace(offset=offset, origin=origin)
+        return stored._replace(offset=offset)
 
     def clips(self, format):
         return False
@@ -574,7 +542,7 @@ class Learned(ScaleRule):
             count = _count(x, axes)
             bound = 2 * _mean(_sum(lax.abs(x), x, axes, count), count)
             end = math.sqrt(format.high)
-            return _grid(scale_type.store(bound, end, format, tensor_axes))
+            return scale_type.store(bound, end, format, tensor_axes)
         span = MinMax(zero_point=False)
         found = span.fit(x, axes, format, scale_type, tensor_axes)
         low = rounded(format.low * found.scale)
@@ -681,17 +649,6 @@ def _value_of(grid, code):
     code = code if grid.zero_point is None else code - grid.zero_point
     value = code * grid.step
     return value if grid.offset is None else value + grid.offset
-
-
-def compute_dtype(dtype) -> np.dtype:
-    """Returns the dtype that computes values of `dtype`: float32 or float64."""
-    # This uses NumPy's promotion, because JAX's raises where users made it strict.
-    return np.promote_types(dtype, np.float32)
-
-
-def _grid(stored):
-    scale, tensor_divisor, inverse = stored
-    return Grid(scale, tensor_divisor=tensor_divisor, inverse=inverse)
 
 
 def _largest(x, axes):

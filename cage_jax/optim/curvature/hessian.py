@@ -15,7 +15,6 @@ from cage_jax.optim.curvature.source import (
     rotated,
     stateless_source,
 )
-from cage_jax.quantizers.rounding import back_from_basis, basis_factor
 
 
 def hutchinson(**options: Any) -> Curvature:
@@ -97,8 +96,7 @@ def probed_diagonal(
         for i, (path, g) in enumerate(step.gradients.items()):
             quantizer, own = quantizers[path], jax.random.fold_in(key, i)
             signs[path] = jax.random.rademacher(own, g.shape, jnp.float32)
-            back = back_from_basis(signs[path], quantizer)
-            vectors[path] = back * basis_factor(quantizer)
+            vectors[path] = quantizer.basis(g.shape).unrotate(signs[path])
         products = product(step, vectors)
         return {
             path: z * rotated(products[path], quantizers[path])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from cage_jax.core.rules import Rules
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import back_from_basis, basis_factor, in_basis
 
 Arrays = Mapping[str, jax.Array]
 
@@ -111,13 +110,12 @@ def apply_weights(
     weights: jax.Array, error: jax.Array, quantizer: Quantizer
 ) -> jax.Array:
     """Multiplies an error by weights given in the basis of its quantizer."""
-    turned = back_from_basis(weights * in_basis(error, quantizer), quantizer)
-    return turned * basis_factor(quantizer) ** 2
+    return quantizer.basis(error.shape).within(lambda e: weights * e, error)
 
 
 def rotated(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     """Returns `x` in the basis of its quantizer, float32 or wider."""
-    return in_basis(x, quantizer) * basis_factor(quantizer)
+    return quantizer.basis(x.shape).rotate(x)
 
 
 def mean_of_all(arrays: Arrays) -> jax.Array:
