@@ -10,7 +10,14 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cage_jax.arrays.dispatch import Kernels, either
+from cage_jax.arrays.dispatch import (
+    Variant,
+    Variants,
+    dispatch,
+    if_asked,
+    if_divided,
+    on_one_device,
+)
 
 # Constants that tell the forms apart in a program's text.
 DEFAULT, TPU, CUDA, XLA_TPU = NUMBERS = 1234.5, 2345.5, 3456.5, 4567.5
@@ -20,9 +27,17 @@ def form(number):
     return lambda tree: {"a": jnp.sin(tree["x"]) * number, "b": tree["x"].sum()}
 
 
+def tpu():
+    return Variant("tpu", form(TPU), on_one_device)
+
+
+def cuda(when=on_one_device):
+    return Variant("cuda", form(CUDA), when)
+
+
 def both(x, implementation=None):
-    kernels = Kernels(tpu=form(TPU), cuda=form(CUDA))
-    return either(form(DEFAULT), kernels, {"x": x}, implementation=implementation)
+    kernels = Variants((tpu(), cuda()))
+    return dispatch(form(DEFAULT), kernels, {"x": x}, implementation=implementation)
 
 
 def forms(function, *args, platforms=("tpu",)):
@@ -44,7 +59,7 @@ def test_the_form_is_that_of_the_platform():
     assert every == {DEFAULT, TPU, CUDA}
 
     def for_tpu(x):
-        return either(form(DEFAULT), Kernels(tpu=form(TPU)), {"x": x})
+        return dispatch(form(DEFAULT), Variants((tpu(),)), {"x": x})
 
     assert forms(for_tpu, X, platforms=["cuda"]) == {DEFAULT}
 
@@ -134,15 +149,15 @@ def test_a_named_implementation_runs_or_raises():
     with pytest.raises(ValueError, match=r"`implementation` must be one of .*'cuda'"):
         both(X, "cuda")
     with pytest.raises(ValueError, match="none for this quantizer and shape"):
-        either(form(DEFAULT), Kernels(), {"x": X}, implementation="pallas")
+        dispatch(form(DEFAULT), Variants(), {"x": X}, implementation="pallas")
 
 
 def test_what_was_not_measured_is_run_by_name_alone():
-    kernels = Kernels(tpu=form(TPU), cuda=form(CUDA), by_name=frozenset({"cuda"}))
+    kernels = Variants((tpu(), cuda(if_asked)))
 
     def run(implementation):
         def run(x):
-            return either(
+            return dispatch(
                 form(DEFAULT), kernels, {"x": x}, implementation=implementation
             )
 
@@ -156,17 +171,17 @@ def test_what_was_not_measured_is_run_by_name_alone():
 
 
 def test_a_platform_may_have_a_form_of_its_own_where_it_can_be_partitioned():
-    def run(implementation, **kernels):
-        kernels = Kernels(xla_tpu=form(XLA_TPU), pieces=4, **kernels)
-        return lambda x: either(
-            form(DEFAULT), kernels, {"x": x}, implementation=implementation
+    def run(implementation, *kernels):
+        variants = Variants((*kernels, Variant("tpu", form(XLA_TPU), if_divided(4))))
+        return lambda x: dispatch(
+            form(DEFAULT), variants, {"x": x}, implementation=implementation
         )
 
     for name in (None, "xla"):
         assert forms(run(name), X) == {XLA_TPU}
         assert forms(run(name), X, platforms=["cuda"]) == {DEFAULT}
-    assert forms(run(None, tpu=form(TPU)), X) == {TPU}
-    assert forms(run("xla", tpu=form(TPU)), X) == {XLA_TPU}
+    assert forms(run(None, tpu()), X) == {TPU}
+    assert forms(run("xla", tpu()), X) == {XLA_TPU}
     with pytest.raises(ValueError, match="none for this quantizer and shape"):
         forms(run("pallas"), X)
     assert forms(jax.vmap(run(None)), X.reshape(2, 4)) == {XLA_TPU}
@@ -174,7 +189,7 @@ def test_a_platform_may_have_a_form_of_its_own_where_it_can_be_partitioned():
     for devices, found in ((4, XLA_TPU), (8, DEFAULT)):
         mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, P("d"))
-        partitioned = jax.jit(run(None, tpu=form(TPU)), in_shardings=sharding)
+        partitioned = jax.jit(run(None, tpu()), in_shardings=sharding)
         assert forms(partitioned, X) == {found}
 
 
@@ -182,11 +197,11 @@ def test_outside_of_jit_equal_closures_are_compiled_once(
     compilations, standard_promotion
 ):
     def scaled(x, factor, offset):
-        kernels = Kernels(tpu=lambda x: x * factor)
+        kernel = Variant("tpu", lambda x: x * factor, on_one_device)
         default = functools.partial(
             lambda x, offset: x * factor + offset, offset=offset
         )
-        return either(default, kernels, x)
+        return dispatch(default, Variants((kernel,)), x)
 
     np.testing.assert_array_equal(scaled(X, 2.0, 1.0), 2 * X + 1)
     with compilations(0):

@@ -39,14 +39,15 @@ QUANTIZERS = {
 
 def kernel(x, weights, *, scaled=False):
     """The compiled kernel; reads out of bounds, races and gaps show."""
-    found = kernels.product(
+    variants = kernels.product(
         weights.quantizer, weights.shape, x.shape, jnp.float32, scaled=scaled
     )
+    (variant,) = variants.found
     params = pltpu.InterpretParams(
         detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
     )
     with pltpu.force_tpu_interpret_mode(params):
-        return jax.jit(found.tpu).lower(x, weights).compile()
+        return jax.jit(variant.function).lower(x, weights).compile()
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

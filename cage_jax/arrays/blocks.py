@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cage_jax.arrays.dispatch import Kernels, either
+from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
 from cage_jax.arrays.sharding import across_shards
 from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
 
@@ -117,12 +117,11 @@ class Blocks:
         if not ignores_zeros:
             return default(x)
         tiled = functools.partial(reduce_in_tiles, function)
-        return either(default, self._in_tile_order(tiled, x), x)
+        return self._or_tiled(default, tiled, x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
         """Repeats the number of each group, of `scale_shape`, for all its elements."""
-        tiled = self._in_tile_order(spread_in_tiles, per_group)
-        return either(self._repeat, tiled, per_group)
+        return self._or_tiled(self._repeat, spread_in_tiles, per_group)
 
     def _repeat(self, per_group):
         places = tuple(map(self._place, self._split))
@@ -135,15 +134,15 @@ class Blocks:
             found = found.reshape(*self.shape[: axis + 1], *found.shape[axis + 2 :])
         return found
 
-    def _in_tile_order(self, function, sharded):
-        """Returns the TPU form, if groups are parts of one of the last two axes."""
+    def _or_tiled(self, default, tiled, x):
+        """Computes `default(x)`, or `tiled` on a TPU if groups are parts of tiles."""
         if not self._split or len(self.axes) > 1 or self.rotated:
-            return Kernels()
+            return default(x)
         ((axis, size),) = self._split.items()
         axis -= len(self.shape)
-        sharding = jax.typeof(sharded).sharding
-        pieces = tile_pieces(self.shape, axis, size, sharding)
+        pieces = tile_pieces(self.shape, axis, size, jax.typeof(x).sharding)
         if not pieces:
-            return Kernels()
-        form = functools.partial(function, axis=axis, size=size)
-        return Kernels(xla_tpu=form, pieces=pieces)
+            return default(x)
+        form = functools.partial(tiled, axis=axis, size=size)
+        variant = Variant("tpu", form, if_divided(pieces))
+        return dispatch(default, Variants((variant,)), x)

@@ -1,78 +1,97 @@
-"""One computation in several forms; each program gets the form that suits it.
+"""One computation in several variants; each program gets the one that suits it.
 
-The form cannot be chosen while a function is traced. The platform may differ from that
-of this process (compiling ahead of time, exporting), and automatic partitioning decides
-later which part of an array a device holds. So a primitive stands for all forms, and
-lowering the program replaces it by one of them.
+The variant cannot be chosen while a function is traced. The platform may differ from
+that of this process (compiling ahead of time, exporting), and automatic partitioning
+decides later which part of an array a device holds. So a primitive stands for all
+variants, and lowering the program replaces it by one of them.
 """
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from cage_jax.arrays.checks import check_choice
+
 Implementation = Literal["xla", "pallas"]
-_PLATFORMS = ("tpu", "cuda")
+Platform = Literal["tpu", "cuda"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-    """Other forms of a `jax.numpy` function, for single devices and platforms.
-
-    An instance is true if it has a kernel.
+class Variant(NamedTuple):
+    """Another form of a `jax.numpy` function, for one platform.
 
     Attributes:
-      tpu: TPU kernel with the same arguments and results, or None if there is none.
-      cuda: GPU kernel with the same arguments and results, or None.
-      by_name: platforms whose kernel runs only if "pallas" is asked for. A kernel is
-        chosen automatically only once it was measured on its platform and took at most
-        1 / 1.15 of the time of the best `jax.numpy` form.
-      xla_tpu: another `jax.numpy` form, faster on a TPU, or None.
-      xla_cuda: another `jax.numpy` form, faster on a GPU, or None.
-      pieces: a compiler may partition `xla_tpu` and `xla_cuda` over any number of
-        devices that divides this; 0 for any number at all.
+      platform: the platform that a program is compiled for.
+      function: takes the same arguments and returns the same results.
+      when: tells whether it may run, from `implementation` and the number of devices
+        that the compiler partitions the program over: `on_one_device`, `if_asked` or
+        `if_divided(pieces)`.
     """
 
-    tpu: Callable | None = None
-    cuda: Callable | None = None
-    by_name: frozenset[str] = frozenset()
-    xla_tpu: Callable | None = None
-    xla_cuda: Callable | None = None
-    pieces: int = 0
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, name) for name in _PLATFORMS)
-
-    @property
-    def forms(self) -> dict[str, Callable | None]:
-        """All forms by name, None where there is none."""
-        names = (*_PLATFORMS, *(f"xla_{name}" for name in _PLATFORMS))
-        return {name: getattr(self, name) for name in names}
+    platform: Platform
+    function: Callable
+    when: Callable[[int, Implementation | None], bool]
 
 
-def either(
+class Variants(NamedTuple):
+    """The variants of one computation.
+
+    Attributes:
+      found: the variants; the first one that may run does.
+      missing: platforms without a kernel, each with the reason.
+    """
+
+    found: tuple[Variant, ...] = ()
+    missing: tuple[tuple[Platform, str], ...] = ()
+
+
+def on_one_device(devices: int, implementation: Implementation | None) -> bool:
+    """Lets a kernel run if it may, because it is known to be faster.
+
+    It was measured on its platform to take at most 1 / 1.15 of the time of the best
+    `jax.numpy` form.
+    """
+    return devices == 1 and implementation != "xla"
+
+
+def if_asked(devices: int, implementation: Implementation | None) -> bool:
+    """Lets a kernel run only if "pallas" is asked for."""
+    return devices == 1 and implementation == "pallas"
+
+
+def if_divided(pieces: int) -> Callable[[int, Implementation | None], bool]:
+    """Lets a `jax.numpy` form run on numbers of devices that divide `pieces`.
+
+    A compiler may partition it over these; 0 is for any number at all.
+    """
+
+    def when(devices, implementation):
+        return implementation != "pallas" and pieces % devices == 0
+
+    return when
+
+
+def dispatch(
     default: Callable,
-    kernels: Kernels,
+    variants: Variants,
     *args: Any,
     implementation: Implementation | None = None,
     path: str = "",
 ) -> Any:
-    """Computes `default(*args)`, by a kernel where one can run.
+    """Computes `default(*args)`, by a variant where one may run.
 
     A kernel runs if the program is compiled for its platform and runs on one device, or
-    is inside a `shard_map` over all axes of the mesh. Elsewhere, and for platforms in
-    `kernels.by_name`, the `jax.numpy` form that suits the platform runs instead.
-    Derivatives are those of `default`.
+    is inside a `shard_map` over all axes of the mesh. Derivatives are those of
+    `default`.
 
     Args:
       default: a `jax.numpy` function; a compiler may partition it.
-      kernels: the other forms; a form is traced only once it is chosen.
+      variants: the other forms; a form is traced only once it is chosen.
       *args: trees of arrays.
       implementation: "xla" for a `jax.numpy` form; "pallas" for the kernel, or an error
         if it cannot run; None for the kernel if it can run and is known to be faster.
@@ -85,18 +104,21 @@ def either(
       ValueError: for "pallas" without a kernel. Also when the program is lowered, if
         the platform has no kernel or the program is partitioned automatically.
     """
-    check_implementation(implementation)
-    if implementation == "pallas" and not kernels:
-        raise _impossible(path, "there is none for this quantizer and shape")
-    if implementation == "xla":
-        kernels = dataclasses.replace(kernels, tpu=None, cuda=None)
-    if not any(kernels.forms.values()):
+    if implementation is not None:
+        check_implementation(implementation)
+        found = [each for each in variants.found if each.when(1, implementation)]
+        variants = variants._replace(found=tuple(found))
+    if not variants.found:
+        if implementation == "pallas":
+            why = "there is none for this quantizer and shape"
+            raise _impossible(path, why + _reasons(variants.missing))
         return default(*args)
     leaves, structure = jax.tree.flatten(args)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return default(*args)
-        return _compiled(default, kernels, implementation, path)(*args)
+        run = partial(dispatch, default, variants)
+        return _compiled(partial(run, implementation=implementation, path=path))(*args)
 
     def flat(function):
         return lambda *leaves: jax.tree.leaves(
@@ -104,27 +126,29 @@ def either(
         )
 
     jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
-    found = _either_p.bind(
+    results = _dispatch_p.bind(
         *leaves,
         default=jaxpr,
-        required=implementation == "pallas",
-        by_name=kernels.by_name,
-        pieces=kernels.pieces,
+        variants=_change(variants, flat),
+        implementation=implementation,
         path=path,
-        **{name: form and flat(form) for name, form in kernels.forms.items()},
     )
-    return jax.tree.unflatten(jax.tree.structure(out), found)
+    return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 2))
-def kernel_required(kernels: Kernels, x: jax.Array, path: str) -> jax.Array:
+def kernel_required(kernels: Variants, x: jax.Array, path: str) -> jax.Array:
     """Returns `x`, or raises an error with the path if no kernel can run.
 
-    This check takes the path, so `either` itself can go without one and is traced once
-    for all arrays of a shape.
+    This check takes the path, so `dispatch` can go without one and is traced once for
+    all arrays of a shape.
     """
-    itself = Kernels(tpu=kernels.tpu and _itself, cuda=kernels.cuda and _itself)
-    return either(_itself, itself, x, implementation="pallas", path=path)
+
+    def itself(x):
+        return x
+
+    kernels = _change(kernels, lambda _: itself)
+    return dispatch(itself, kernels, x, implementation="pallas", path=path)
 
 
 @kernel_required.defjvp
@@ -133,17 +157,15 @@ def _differentiate_required(kernels, path, primals, tangents):
     return kernel_required(kernels, x, path), tangent
 
 
-def _itself(x):
-    return x
+def _change(variants, change):
+    """Applies `change` to the function of each variant."""
+    found = [each._replace(function=change(each.function)) for each in variants.found]
+    return variants._replace(found=tuple(found))
 
 
 def check_implementation(implementation: Implementation | None) -> None:
     """Raises ValueError for an unknown name."""
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"`implementation` must be one of {get_args(Implementation)}, or None for "
-            f"the faster one; got {implementation!r}. Use None."
-        )
+    check_choice("implementation", implementation, (None, *get_args(Implementation)))
 
 
 def _impossible(path, why):
@@ -154,28 +176,31 @@ def _impossible(path, why):
     )
 
 
-def _compiled(default, kernels, implementation, path):
-    """Compiles `either` for calls outside of `jax.jit`, once for equal functions.
+def _reasons(missing):
+    """Lists why kernels are missing, each reason once, for the end of a sentence."""
+    platforms: dict[str, list[str]] = {}
+    for platform, reason in missing:
+        platforms.setdefault(reason, []).append(platform)
+    each = [f"{reason} ({', '.join(names)})" for reason, names in platforms.items()]
+    return f": {'; '.join(each)}" if each else ""
+
+
+def _compiled(function):
+    """Compiles calls outside of `jax.jit`, once for equal functions.
 
     Callers make new closures at each call, so closures are compared by their code and
     the values they close over. Closures that cannot be compared are compiled at each
     call.
     """
-    forms = {name: _Comparable(form) for name, form in kernels.forms.items() if form}
-    kernels = dataclasses.replace(kernels, **forms)
-    arguments = _Comparable(default), kernels, implementation, path
     try:
-        return _compiled_once(*arguments)
+        return _compiled_once(_Comparable(function))
     except TypeError:  # something in a closure has no hash
-        return _compiled_once.__wrapped__(*arguments)
+        return jax.jit(function)
 
 
 @lru_cache(maxsize=1024)
-def _compiled_once(default, kernels, implementation, path):
-    def run(*args):
-        return either(default, kernels, *args, implementation=implementation, path=path)
-
-    return jax.jit(run)
+def _compiled_once(function):
+    return jax.jit(lambda *args: function(*args))
 
 
 class _Comparable:
@@ -209,39 +234,39 @@ def _parts(value):
     return type(value), value  # 1, 1.0 and True are equal, their programs are not
 
 
-_either_p = Primitive("cage_either")
-_either_p.multiple_results = True
+_dispatch_p = Primitive("cage_dispatch")
+_dispatch_p.multiple_results = True
 
 
-@_either_p.def_impl
+@_dispatch_p.def_impl
 def _run(*args, **params):
-    return jax.jit(partial(_either_p.bind, **params))(*args)
+    return jax.jit(partial(_dispatch_p.bind, **params))(*args)
 
 
-@_either_p.def_abstract_eval
+@_dispatch_p.def_abstract_eval
 def _shapes(*args, default, **_):
     return default.out_avals
 
 
-def _lower(context, *args, default, required, by_name, pieces, path, platform, **forms):
-    kernel = forms.get(platform)
+def _lower(context, *args, default, variants, implementation, path, platform):
     devices = _devices(context.module_context.axis_context)
-    if kernel is not None and devices == 1 and (required or platform not in by_name):
-        with warnings.catch_warnings():
-            # The replacement of Triton's lowering is not in all supported versions yet.
-            warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-            return mlir.lower_fun(kernel)(context, *args)
-    if required:
-        raise _impossible(
-            path,
-            f"there is none for {platform}"
-            if kernel is None
-            else "the compiler partitions this program: wrap the call in a shard_map",
-        )
-    form = forms.get(f"xla_{platform}")
-    if form is None or pieces % devices:
-        form = jaxpr_as_fun(default)
-    return mlir.lower_fun(form)(context, *args)
+    here = [each for each in variants.found if each.platform == platform]
+    for each in here:
+        if each.when(devices, implementation):
+            with warnings.catch_warnings():
+                # Not all supported versions have what replaces Triton's lowering.
+                warnings.filterwarnings(
+                    "ignore", "The Pallas Triton backend is deprecated"
+                )
+                return mlir.lower_fun(each.function)(context, *args)
+    if implementation != "pallas":
+        return mlir.lower_fun(jaxpr_as_fun(default))(context, *args)
+    if here:
+        why = "the compiler partitions this program: wrap the call in a shard_map"
+    else:
+        missing = [each for each in variants.missing if each[0] == platform]
+        why = f"there is none for {platform or 'this platform'}{_reasons(missing)}"
+    raise _impossible(path, why)
 
 
 def _devices(context):
@@ -252,28 +277,25 @@ def _devices(context):
     return getattr(context, "num_devices", 1)
 
 
-mlir.register_lowering(_either_p, partial(_lower, platform="this platform"))
-for _name in _PLATFORMS:
-    mlir.register_lowering(_either_p, partial(_lower, platform=_name), platform=_name)
+mlir.register_lowering(_dispatch_p, partial(_lower, platform=None))
+for _name in get_args(Platform):
+    mlir.register_lowering(_dispatch_p, partial(_lower, platform=_name), platform=_name)
 
 
-def _batch(args, dimensions, *, default, required, by_name, pieces, path, **forms):
+def _batch(args, dimensions, *, default, variants, **others):
     def mapped(function):
         return jax.vmap(function, in_axes=tuple(dimensions), out_axes=0)
 
-    found = _either_p.bind(
+    found = _dispatch_p.bind(
         *args,
         default=jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*args),
-        required=required,
-        by_name=by_name,
-        pieces=pieces,
-        path=path,
-        **{name: form and mapped(form) for name, form in forms.items()},
+        variants=_change(variants, mapped),
+        **others,
     )
     return found, [0] * len(found)
 
 
-batching.primitive_batchers[_either_p] = _batch
+batching.primitive_batchers[_dispatch_p] = _batch
 
 
 def _differentiate(primals, tangents, *, default, **_):
@@ -281,4 +303,4 @@ def _differentiate(primals, tangents, *, default, **_):
     return jax.jvp(jaxpr_as_fun(default), primals, tuple(tangents))
 
 
-ad.primitive_jvps[_either_p] = _differentiate
+ad.primitive_jvps[_dispatch_p] = _differentiate

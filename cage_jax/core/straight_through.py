@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.arrays.dispatch import Kernels, either, kernel_required
+from cage_jax.arrays.dispatch import Variants, dispatch, kernel_required
 from cage_jax.arrays.exact import select
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.pallas.choice import fake_quant as fake_quant_kernels
@@ -36,7 +36,7 @@ def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
 
 def _has_kernel(quantizer, shape, x, grid, noise):
     x = jax.ShapeDtypeStruct(shape, x.dtype)
-    return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False))
+    return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False).found)
 
 
 # Under `jax.jit` a program with many arrays of one shape traces this once. `products`
@@ -53,7 +53,7 @@ def _straight_through(quantizer, implementation, x, grid, noise):
         return dequantized(found.code_values(noise), quantizer, found.grid, x)
 
     kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
-    return either(value, kernels, x, grid, noise, implementation=implementation)
+    return dispatch(value, kernels, x, grid, noise, implementation=implementation)
 
 
 def _forward(quantizer, implementation, x, grid, noise):
@@ -78,10 +78,10 @@ def _value_and_mask(quantizer, implementation, x, grid, noise):
         found = rounding(x, quantizer, grid)
         value = dequantized(found.code_values(noise), quantizer, found.grid, x)
         mask = found.gradient_mask()
-        return value, mask.astype(jnp.int8) if kernels else mask
+        return value, mask.astype(jnp.int8) if kernels.found else mask
 
     x = lax.stop_gradient(x)
-    return either(
+    return dispatch(
         value_and_mask, kernels, x, grid, noise, implementation=implementation
     )
 
@@ -121,10 +121,10 @@ def _masked_gradient(quantizer, implementation, mask, cotangent):
         found = basis.within(lambda g: select(passing, g, 0), cotangent)
         return found.astype(cotangent.dtype)
 
-    kernels = Kernels()
+    kernels = Variants()
     if mask.dtype != bool:
         kernels = masked_gradient_kernels(quantizer, cotangent)
-    return either(gradient, kernels, mask, cotangent, implementation=implementation)
+    return dispatch(gradient, kernels, mask, cotangent, implementation=implementation)
 
 
 _masked.defvjp(_masked_forward, _masked_backward)

@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.dispatch import (
     Implementation,
-    Kernels,
+    Variants,
     check_implementation,
-    either,
+    dispatch,
 )
 from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.arrays.sharding import Shards, shards_of
@@ -181,14 +181,14 @@ class _Chosen(NamedTuple):
 
     path: str
     default: Callable
-    kernels: Kernels
+    kernels: Variants
     shards: Shards | None
 
     def step(self, arrays, codes, numbers, implementation):
         """Returns what `default` does for the gradient, moments, values and codes."""
 
         def local(arrays, codes, numbers):
-            found = either(
+            found = dispatch(
                 self.default,
                 self.kernels,
                 *arrays,
@@ -228,7 +228,7 @@ def _chosen(fused, gradients, state, params, implementation):
         quantizer, x = quantized[path][0], leaves[place]
         gradient, first, second = (tree[place] for tree in others)
         shards = shards_of(x, quantizer.blocks(x.shape).pieces)
-        kernels = Kernels()
+        kernels = Variants()
         if (
             cage_state.grids is None
             and cage_state.curvature is None
@@ -248,7 +248,7 @@ def _chosen(fused, gradients, state, params, implementation):
                 at_updated=fused.at_updated,
                 measured=cage_state.statistics is not None,
             )
-        if kernels:
+        if kernels.found:
             default = partial(_stepped, quantizer, adamw, fused.at_updated)
             chosen[place] = _Chosen(path, default, kernels, shards)
         elif implementation == "pallas":

@@ -5,7 +5,6 @@ platform, because importing them takes longer than the rest of this package. The
 kernels have not been timed on a GPU yet, so they run only if "pallas" is asked for.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.adamw import AdamW
-from cage_jax.arrays.dispatch import Kernels
+from cage_jax.arrays.dispatch import Variant, Variants, if_asked, on_one_device
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.tiles import (
     Tiles,
@@ -34,13 +33,13 @@ def fake_quant(
     noise: jax.Array | None,
     *,
     masked: bool,
-) -> Kernels:
+) -> Variants:
     """Returns the kernels that quantize and dequantize an array.
 
     They map `(x, grid, noise)` to the values, and with `masked` also to a mask, int8.
     """
     if grid is not None or noise is not None:
-        return Kernels()
+        return Variants()
 
     def kernel(module, tiles):
         return lambda x, grid, noise: module.fake_quant(x, tiles=tiles, masked=masked)
@@ -49,7 +48,7 @@ def fake_quant(
     return _kernels(kernel, tiles, tiles_for_gpu(quantizer, x.shape, x.dtype))
 
 
-def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Kernels:
+def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
     """Returns the kernels that map `(mask, cotangent)` to the gradient.
 
     The mask is that of `fake_quant`.
@@ -71,10 +70,10 @@ def adamw_step(
     *,
     at_updated: bool,
     measured: bool,
-) -> Kernels:
+) -> Variants:
     """Returns the kernels for a step of AdamW, with the signature in `pallas.tpu`."""
     if first_dtype not in (jnp.float32, jnp.bfloat16):
-        return Kernels()
+        return Variants()
     # The step streams seven arrays instead of two or three, so its blocks are smaller.
     kept = 2 if at_updated else 1
     for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
@@ -100,8 +99,8 @@ def adamw_step(
         _one_more(n, axis, shape) for axis, n in quantizer.blocks(shape).by_axis.items()
     ):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
-        # gains less than the factor of 1.15 that `Kernels.by_name` asks for.
-        found = dataclasses.replace(found, by_name=found.by_name | {"tpu"})
+        # gains less than the factor of 1.15 that `on_one_device` asks for.
+        found = Variants(tuple(each._replace(when=if_asked) for each in found.found))
     return found
 
 
@@ -117,7 +116,7 @@ def product(
     dtype,
     *,
     scaled: bool,
-) -> Kernels:
+) -> Variants:
     """Returns the kernels that multiply `inputs` by a `QuantizedArray` of weights.
 
     Args:
@@ -130,7 +129,7 @@ def product(
     tokens = math.prod(inputs_shape[:-1])
     tiles = product_tiles_of(quantizer, shape, tokens, scaled=scaled)
     if tiles is None:
-        return Kernels()
+        return Variants()
 
     def on_tpu(inputs, weights):
         from cage_jax.pallas import tpu_matmul as products_tpu
@@ -152,26 +151,27 @@ def product(
     # the compiler for v4.
     taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
     taken = taken and quantizer.format.code_dtype != jnp.int2
-    return Kernels(tpu=on_tpu, by_name=frozenset() if taken else frozenset({"tpu"}))
+    return Variants((Variant("tpu", on_tpu, on_one_device if taken else if_asked),))
 
 
 def _kernels(
     kernel: Callable[..., Callable], for_tpu: Tiles | None, for_gpu: Tiles | None
-) -> Kernels:
+) -> Variants:
     """Returns `kernel(module, tiles)` for each platform that has tiles."""
 
-    def on_tpu(*args):
+    def tpu_kernel(*args):
         from cage_jax.pallas import tpu
 
         return kernel(tpu, for_tpu)(*args)
 
-    def on_gpu(*args):
+    def gpu_kernel(*args):
         from cage_jax.pallas import gpu
 
         return kernel(gpu, for_gpu)(*args)
 
-    return Kernels(
-        tpu=on_tpu if for_tpu else None,
-        cuda=on_gpu if for_gpu else None,
-        by_name=frozenset({"cuda"}),
-    )
+    found = []
+    if for_tpu is not None:
+        found.append(Variant("tpu", tpu_kernel, on_one_device))
+    if for_gpu is not None:
+        found.append(Variant("cuda", gpu_kernel, if_asked))
+    return Variants(tuple(found))

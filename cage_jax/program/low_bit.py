@@ -23,9 +23,9 @@ from jax.extend.core import Literal
 
 from cage_jax.arrays.dispatch import (
     Implementation,
-    Kernels,
+    Variants,
     check_implementation,
-    either,
+    dispatch,
 )
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
@@ -240,7 +240,7 @@ def _of_floats(inputs, product):
             values = dequantize(weights).astype(inputs.dtype)
             return _dot(inputs, values, product).astype(product.dtype)
 
-        return _either(dequantized, inputs, product, scaled=True)
+        return _dispatch(dequantized, inputs, product, scaled=True)
     quantizer = weights.quantizer
     if quantizer.hadamard is not None:
         # x @ (H w) = (H x) @ w, whichever axis is rotated.
@@ -256,12 +256,12 @@ def _of_floats(inputs, product):
         own = product._replace(weights=weights)
         return _of_numbers(inputs, own, sizes).astype(product.dtype)
 
-    return _either(by_codes, inputs.astype(dtype), product, scaled=False)
+    return _dispatch(by_codes, inputs.astype(dtype), product, scaled=False)
 
 
-def _either(default, inputs, product, *, scaled):
+def _dispatch(default, inputs, product, *, scaled):
     """Runs `default`, or a kernel for rows of floats with a matrix of codes."""
-    weights, found = product.weights, Kernels()
+    weights, found = product.weights, Variants()
     rotated = weights.quantizer.hadamard is not None
     rows = product.numbers == (((inputs.ndim - 1,), (0,)), ((), ()))
     fits = compute_dtype(weights.dtype) == jnp.float32 and not (scaled and rotated)
@@ -273,7 +273,7 @@ def _either(default, inputs, product, *, scaled):
             product.dtype,
             scaled=scaled,
         )
-    return either(
+    return dispatch(
         default, found, inputs, weights, implementation=product.implementation
     )
 
@@ -298,9 +298,9 @@ def _of_quantized_inputs(inputs, quantizer, product):
     if sizes is None or unit is None or not whole:
         return _of_floats(back(dequantize(codes)), product)
     whole = _whole(codes, unit)
-    found = either(
+    found = dispatch(
         lambda whole: _of_numbers(whole, product, sizes),
-        Kernels(),
+        Variants(),
         whole,
         implementation=product.implementation,
     )
