@@ -9,7 +9,7 @@ beside `update`, with the same state.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from cage_jax.arrays.dispatch import (
     check_implementation,
     dispatch,
 )
-from cage_jax.arrays.paths import flatten_with_paths
-from cage_jax.arrays.sharding import Shards, shards_of
+from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
+from cage_jax.arrays.sharding import shards_of
 from cage_jax.core.quantize import grid_at
 from cage_jax.core.rules import Rules
 from cage_jax.optim.placements import CageState, fit_if
@@ -36,7 +36,7 @@ from cage_jax.quantizers.rounding import error_elementwise
 
 
 @dataclasses.dataclass(frozen=True)
-class FusedStep:
+class FusedOptions:
     """Options of an optimizer that its fused step needs.
 
     Attributes:
@@ -59,15 +59,7 @@ class FusedStep:
 class FusedAdamW(optax.GradientTransformationExtraArgs):
     """`cage_adamw`: a transformation that can also step in place."""
 
-    _fused: FusedStep
-
-    def __new__(
-        cls, transformation: optax.GradientTransformationExtraArgs, fused: FusedStep
-    ) -> "FusedAdamW":
-        """Adds the options of the fused step to a transformation."""
-        self = super().__new__(cls, transformation.init, transformation.update)
-        self._fused = fused
-        return self
+    options: FusedOptions
 
     def fused_step(
         self,
@@ -121,175 +113,163 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         """
         check_implementation(implementation)
         _check_state(state)
-        return _step(self._fused, self.update, gradients, state, params, implementation)
+        kernel_steps = _kernel_steps(
+            self.options, gradients, state, params, implementation
+        )
+        return _step(kernel_steps, self, gradients, state, params)
 
 
-def _step(fused, update, gradients, state, params, implementation):
-    chosen = _chosen(fused, gradients, state, params, implementation)
+def with_fused_step(
+    transformation: optax.GradientTransformationExtraArgs, options: FusedOptions
+) -> FusedAdamW:
+    """Adds a fused step to the transformation that has these options."""
+    # Optax's chains take named tuples of two functions, so the options lie beside them.
+    found = FusedAdamW(*transformation)
+    found.options = options
+    return found
+
+
+def _step(kernel_steps, tx, gradients, state, params):
+    """Steps parameters with kernels by these, and all others by `tx.update`."""
     (adam, *others), cage_state = state
-    paths, leaves, structure = flatten_with_paths(params)
-    each = [structure.flatten_up_to(tree) for tree in (gradients, adam.mu, adam.nu)]
-    after = {}
-    if chosen:
-        numbers = _numbers(fused, adam, others, cage_state)
-        for place, one in chosen.items():
-            arrays = *(tree[place] for tree in each), leaves[place]
-            codes = None
-            if cage_state.statistics is not None:
-                codes = cage_state.statistics.previous_codes[paths[place]]
-            after[place] = one.step(arrays, codes, numbers, implementation)
+    statistics = cage_state.statistics
+    paths, _, structure = flatten_with_paths(params)
 
-    def without(values):
-        return structure.unflatten(
-            [None if i in after else value for i, value in enumerate(values)]
+    def replace(tree, new):
+        """Puts `new`, by path, in the places of the parameters with kernels."""
+        leaves = structure.flatten_up_to(tree)
+        return structure.unflatten(map(new.get, paths, leaves))
+
+    numbers = _step_numbers(tx.options, state) if kernel_steps else None
+    trees = gradients, adam.mu, adam.nu, params
+    arrays = dict(zip(paths, zip(*map(structure.flatten_up_to, trees))))
+    stepped = {
+        path: step(
+            arrays[path], statistics and statistics.previous_codes[path], numbers
         )
-
-    gradient, first, second = map(without, each)
-    rest = (adam._replace(mu=first, nu=second), *others), cage_state
+        for path, step in kernel_steps.items()
+    }
     measured = {}
-    if cage_state.statistics is not None:
-        for place, (_, _, _, codes, sums) in after.items():
-            measured[paths[place]] = Seen(sums[0], sums[1], sums[2], sums[3], codes)
-    updates, ((adam, *others), cage_state) = update(
-        gradient, rest, without(leaves), seen_elsewhere=measured
+    if statistics is not None:
+        measured = {
+            path: Seen(sums[0], sums[1], sums[2], sums[3], codes)
+            for path, (*_, codes, sums) in stepped.items()
+        }
+    gradients, mu, nu, params = (
+        replace(tree, dict.fromkeys(stepped)) for tree in trees
     )
-
-    def merged(tree, which):
-        parts = structure.flatten_up_to(tree)
-        return structure.unflatten(
-            [after[i][which] if i in after else part for i, part in enumerate(parts)]
-        )
-
-    applied = [
-        None if part is None else optax.apply_updates(leaf, part)
-        for leaf, part in zip(leaves, structure.flatten_up_to(updates))
-    ]
-    adam = adam._replace(mu=merged(adam.mu, 0), nu=merged(adam.nu, 1))
-    params = merged(structure.unflatten(applied), 2)
-    return params, ((adam, *others), cage_state)
+    rest = (adam._replace(mu=mu, nu=nu), *others), cage_state
+    updates, ((adam, *others), cage_state) = tx.update(
+        gradients, rest, params, seen_elsewhere=measured
+    )
+    params = optax.apply_updates(params, updates)
+    mu, nu, params = (
+        replace(tree, {path: found[i] for path, found in stepped.items()})
+        for i, tree in enumerate((adam.mu, adam.nu, params))
+    )
+    return params, ((adam._replace(mu=mu, nu=nu), *others), cage_state)
 
 
-class _Chosen(NamedTuple):
-    """The step of a parameter that has kernels.
-
-    Attributes:
-      path: the parameter's path.
-      default: the step without a kernel.
-      kernels: the kernels for the part of the parameter that one device holds.
-      shards: the shards, if each device steps its own; otherwise None.
-    """
-
-    path: str
-    default: Callable
-    kernels: Variants
-    shards: Shards | None
-
-    def step(self, arrays, codes, numbers, implementation):
-        """Returns what `default` does for the gradient, moments, values and codes."""
-
-        def local(arrays, codes, numbers):
-            found = dispatch(
-                self.default,
-                self.kernels,
-                *arrays,
-                numbers,
-                codes,
-                implementation=implementation,
-                path=self.path,
-            )
-            if self.shards is None or codes is None:
-                return found
-            *after, sums = found
-            return *after, lax.psum(sums, jax.tree.leaves(tuple(self.shards.spec)))
-
-        if self.shards is None:
-            return local(arrays, codes, numbers)
-        spec = self.shards.spec
-        out = (spec,) * 3 if codes is None else (*(spec,) * 4, P())
-        return jax.shard_map(
-            local,
-            mesh=self.shards.mesh,
-            in_specs=(spec, spec, P()),
-            out_specs=out,
-        )(arrays, codes, numbers)
-
-
-def _chosen(fused, gradients, state, params, implementation):
-    """Returns a `_Chosen` for each parameter with kernels, by its leaf's index."""
+def _kernel_steps(options, gradients, state, params, implementation):
+    """Returns the step of each parameter with kernels, by path."""
     (adam, *_), cage_state = state
-    quantized = fused.rules.quantized(params)
-    paths, leaves, structure = flatten_with_paths(params)
-    others = [structure.flatten_up_to(tree) for tree in (gradients, adam.mu, adam.nu)]
-    decays = _decays(fused, params)
-    chosen = {}
-    for place, path in enumerate(paths):
-        if path not in quantized or not path:  # a lone array leaves no others
+    paths, _, structure = flatten_with_paths(params)
+    trees = gradients, adam.mu, adam.nu, _decays(options.mask, params)
+    others = dict(zip(paths, zip(*map(structure.flatten_up_to, trees))))
+    has_form = (
+        options.adamw is not None
+        and cage_state.grids is None
+        and cage_state.curvature is None
+    )
+    steps = {}
+    for path, (quantizer, x) in options.rules.quantized(params).items():
+        if not path:  # a lone array leaves no others for `update`
             continue
-        quantizer, x = quantized[path][0], leaves[place]
-        gradient, first, second = (tree[place] for tree in others)
+        gradient, first, second, decays = others[path]
         shards = shards_of(x, quantizer.blocks(x.shape).pieces)
         kernels = Variants()
         if (
-            cage_state.grids is None
-            and cage_state.curvature is None
-            and fused.adamw is not None
+            has_form
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
             and grid_at(path, params, None) is None
-            and (shards is None or _alike(gradient, first, second, x))
+            and (shards is None or _have_same_shards(gradient, first, second, x))
         ):
-            decay = fused.adamw.weight_decay if decays[place] else 0.0
-            adamw = dataclasses.replace(fused.adamw, weight_decay=decay)
+            decay = options.adamw.weight_decay if decays else 0.0
+            adamw = dataclasses.replace(options.adamw, weight_decay=decay)
             kernels = adamw_step(
                 quantizer,
                 x.shape if shards is None else shards.shape,
                 x.dtype,
                 first.dtype,
                 adamw,
-                at_updated=fused.at_updated,
+                at_updated=options.at_updated,
                 measured=cage_state.statistics is not None,
             )
         if kernels.found:
-            default = partial(_stepped, quantizer, adamw, fused.at_updated)
-            chosen[place] = _Chosen(path, default, kernels, shards)
+            step = partial(
+                dispatch,
+                partial(_step_without_kernel, quantizer, adamw, options.at_updated),
+                kernels,
+                implementation=implementation,
+                path=path,
+            )
+            steps[path] = partial(_step_on_shards, step, shards)
         elif implementation == "pallas":
             raise ValueError(
                 f"`{path}`: `implementation` must be None or 'xla' where a parameter "
                 f"has no kernel; got 'pallas', {quantizer}, {x.dtype}{list(x.shape)}. "
                 f"Use None, for a kernel wherever there is one."
             )
-    return chosen
+    return steps
 
 
-def _alike(*arrays):
-    """Returns whether all arrays have the same shards."""
+def _step_on_shards(step, shards, arrays, codes, numbers):
+    """Runs `step`, on each device for its own part if there are shards."""
+    if shards is None:
+        return step(*arrays, numbers, codes)
+
+    def local(arrays, codes, numbers):
+        found = step(*arrays, numbers, codes)
+        if codes is None:
+            return found
+        *after, sums = found
+        return *after, lax.psum(sums, jax.tree.leaves(tuple(shards.spec)))
+
+    spec = shards.spec
+    return jax.shard_map(
+        local,
+        mesh=shards.mesh,
+        in_specs=(spec, spec, P()),
+        out_specs=(spec,) * 3 if codes is None else (*(spec,) * 4, P()),
+    )(arrays, codes, numbers)
+
+
+def _have_same_shards(*arrays):
     return len({jax.typeof(array).sharding.spec for array in arrays}) == 1
 
 
-def _decays(fused, params):
-    """Returns whether each leaf decays."""
-    mask = fused.mask
-    if mask is None:
-        return [True] * len(jax.tree.leaves(params))
+def _decays(mask, params):
+    """Returns a tree like the parameters that says which of them decay."""
     mask = mask(params) if callable(mask) else mask
-    spread = jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), mask, params)
-    return jax.tree.leaves(spread)
+    if mask is None:
+        return jax.tree.map(lambda _: True, params)
+    return jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), mask, params)
 
 
-def _numbers(fused, adam, others, cage_state):
-    schedules = [
-        each for each in others if isinstance(each, optax.ScaleByScheduleState)
-    ]
-    count = schedules[0].count if schedules else cage_state.cage_count
-    level = value_at(fused.strength, cage_state.cage_count)
-    pulled = cage_state.cage_count
-    if fused.at_updated:
-        pulled = optax.safe_increment(pulled)
+def _step_numbers(options, state):
+    (adam, *others), cage_state = state
+    cage_count = cage_state.cage_count
+    schedules = nodes_of_type(others, optax.ScaleByScheduleState)
+    count = schedules[0].count if schedules else cage_count
+    rate = value_at(options.learning_rate, count)
+    strength = value_at(options.strength, cage_count)
+    pulled = optax.safe_increment(cage_count) if options.at_updated else cage_count
     steps = optax.safe_increment(adam.count)
     numbers = (
-        value_at(fused.learning_rate, count),
-        -value_at(fused.learning_rate, pulled) * level,
-        1 - fused.adamw.b1**steps,
-        1 - fused.adamw.b2**steps,
+        rate,
+        -value_at(options.learning_rate, pulled) * strength,
+        1 - options.adamw.b1**steps,
+        1 - options.adamw.b2**steps,
     )
     return StepNumbers(*(jnp.asarray(number, jnp.float32) for number in numbers))
 
@@ -309,14 +289,16 @@ def _check_state(state):
         )
 
 
-def _stepped(quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes):
+def _step_without_kernel(
+    quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes
+):
     """Computes the step of `pallas.tpu.adamw_step` without a kernel."""
     first, second, update = adamw.step(gradient, first, second, x, numbers)
     point = x + update if at_updated else x
     # Compilers do not know the pull, so they keep the condition on it.
-    active, reductions = fit_if(numbers.pull != 0, point, quantizer, None)
+    is_pulling, reductions = fit_if(numbers.pull != 0, point, quantizer, None)
     error = error_elementwise(point, quantizer, reductions)
-    pull = numbers.pull * jnp.where(active, error, 0)
+    pull = numbers.pull * jnp.where(is_pulling, error, 0)
     after = first, second, x + (update + pull)
     if codes is None:
         return after

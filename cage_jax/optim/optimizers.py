@@ -9,7 +9,7 @@ from cage_jax.arrays.adamw import AdamW
 from cage_jax.arrays.checks import check_choice
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature import Curvature
-from cage_jax.optim.fused_adamw import FusedAdamW, FusedStep
+from cage_jax.optim.fused_adamw import FusedAdamW, FusedOptions, with_fused_step
 from cage_jax.optim.placements import decoupled, post_step
 from cage_jax.optim.recommended import resolve_strength
 from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate
@@ -115,9 +115,9 @@ def cage_adamw(
     numbers = b1, b2, eps, eps_root, weight_decay
     known = not nesterov and all(isinstance(n, (int, float)) for n in numbers)
     fused = AdamW(*numbers) if known else None
-    return FusedAdamW(
+    return with_fused_step(
         transformation,
-        FusedStep(
+        FusedOptions(
             rules, strength, learning_rate, fused, mask, placement == "post_step"
         ),
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int
 from cage_jax.optim.curvature.diagonal import diagonal
-from cage_jax.optim.curvature.source import Curvature, rotated
+from cage_jax.optim.curvature.source import Curvature
 
 
 def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curvature:
@@ -40,7 +40,7 @@ def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curva
             tree = step.extra("sampled_gradients", "those at labels of the model")
             gradients = step.by_path(tree)
         return {
-            path: examples * jnp.square(rotated(g, quantizers[path]))
+            path: examples * jnp.square(quantizers[path].basis(g.shape).rotate(g))
             for path, g in gradients.items()
         }
 

@@ -12,7 +12,6 @@ from cage_jax.optim.curvature.source import (
     Arrays,
     Curvature,
     Step,
-    rotated,
     stateless_source,
 )
 
@@ -92,15 +91,15 @@ def probed_diagonal(
     """
 
     def estimate(step, key):
-        signs, vectors, quantizers = {}, {}, step.quantizers
+        signs, bases, quantizers = {}, {}, step.quantizers
         for i, (path, g) in enumerate(step.gradients.items()):
-            quantizer, own = quantizers[path], jax.random.fold_in(key, i)
+            own = jax.random.fold_in(key, i)
             signs[path] = jax.random.rademacher(own, g.shape, jnp.float32)
-            vectors[path] = quantizer.basis(g.shape).unrotate(signs[path])
+            bases[path] = quantizers[path].basis(g.shape)
+        vectors = {path: bases[path].unrotate(z) for path, z in signs.items()}
         products = product(step, vectors)
         return {
-            path: z * rotated(products[path], quantizers[path])
-            for path, z in signs.items()
+            path: z * bases[path].rotate(products[path]) for path, z in signs.items()
         }
 
     return diagonal(estimate, **options)

@@ -113,11 +113,6 @@ def apply_weights(
     return quantizer.basis(error.shape).within(lambda e: weights * e, error)
 
 
-def rotated(x: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Returns `x` in the basis of its quantizer, float32 or wider."""
-    return quantizer.basis(x.shape).rotate(x)
-
-
 def mean_of_all(arrays: Arrays) -> jax.Array:
     """Returns the mean of all entries of all arrays, float32."""
     sums = [jnp.sum(x, dtype=jnp.float32) for x in arrays.values()]
