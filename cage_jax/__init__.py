@@ -9,6 +9,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from cage_jax.core.choose_rotation import choose_rotation
+from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import (
     QuantizedArray,
     dequantize,
@@ -29,7 +30,7 @@ from cage_jax.optim.schedules import (
     silence_then_ramp,
 )
 from cage_jax.program.activations import calibrate, quantize_activations
-from cage_jax.program.low_bit import low_bit, low_bit_dot
+from cage_jax.program.low_bit import low_bit
 from cage_jax.quantizers.presets import (
     binary,
     ct_w4a16,

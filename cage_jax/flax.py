@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from jax import lax
 
+from cage_jax.core.inputs import quantize_input
 from cage_jax.core.quantize import fake_quant as fake_quant_tree
 from cage_jax.core.rules import INPUT_GRIDS, Rules, check_rules
-from cage_jax.program.activations import INPUTS, quantize_input
+from cage_jax.program.activations import INPUTS
 from cage_jax.program.activations import calibrate as calibrate_function
 from cage_jax.program.activations import quantize_activations as quantize_function
 from cage_jax.program.model_report import ModelReport

@@ -13,7 +13,7 @@ from oracles import EPS, absmax_round
 
 import cage_jax as cage
 from cage_jax import Rules, fake_quant, int4, int8, quantize_activations
-from cage_jax.program.activations import quantize_input
+from cage_jax.core.inputs import quantize_input
 from cage_jax.quantizers.formats import Integer
 from cage_jax.quantizers.scales import AbsMax, Calibrated
 

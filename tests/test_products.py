@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax import fake_quant, quest
+from cage_jax.core.straight_through import FAKE_QUANT
 from cage_jax.program.products import DATA, Product, find, map_inputs
 
 W, X = np.ones((8, 4), np.float32), np.ones((5, 8), np.float32)
@@ -39,6 +41,17 @@ def test_a_factor_computed_from_parameters_has_all_their_paths():
     origins = [("w",), ("a",), ("b",), DATA]
     (found,) = products_of(lora, W, a, b, X, origins=origins)
     assert found.paths == ("w", "a", "b")
+
+
+def test_a_quantized_weight_is_a_weight():
+    def run(w, x):
+        return x @ fake_quant(w, quest(4, hadamard=8))
+
+    # The rotation's own product, with a matrix, is not one of the model.
+    (found,) = products_of(run, W, X, origins=[("w",), DATA])
+    assert found == Product(("w",), "dot_general", (5, 8), (1,))
+    called = [eqn.params.get("name") for eqn in jax.make_jaxpr(run)(W, X).eqns]
+    assert called.count(FAKE_QUANT) == 1
 
 
 def test_a_weight_that_depends_on_data_is_data():

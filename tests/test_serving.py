@@ -13,7 +13,7 @@ from oracles import hadamard, levels_of, spread
 
 import cage_jax as cage
 from cage_jax import formats
-from cage_jax.program.products import subjaxprs
+from cage_jax.arrays.jaxprs import subjaxprs
 
 IN, OUT = 256, 24
 QUANTIZERS = {

@@ -10,7 +10,7 @@ import pytest
 from cases import KERNEL, QUANTIZERS, normal
 
 from cage_jax import Quantizer, Rules, fake_quant, int4, quest
-from cage_jax.program.products import scan_counts
+from cage_jax.arrays.jaxprs import scan_counts
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scales import AbsMax, Fixed, Grid, SignedMax

@@ -23,7 +23,7 @@ def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
         if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
             kernels = fake_quant_kernels(quantizer, x, grid, noise, masked=False)
             x = kernel_required(kernels, x, path)
-        return _cage_jax_fake_quant(quantizer, implementation, x, grid, noise)
+        return _fake_quant(quantizer, implementation, x, grid, noise)
 
     if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
         return local(x, grid, noise)
@@ -39,11 +39,15 @@ def _has_kernel(quantizer, shape, x, grid, noise):
     return bool(fake_quant_kernels(quantizer, x, grid, noise, masked=False).found)
 
 
-# Under `jax.jit` a program with many arrays of one shape traces this once. `products`
-# recognises it by its name, which is the value of `FAKE_QUANT`.
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
     return _straight_through(quantizer, implementation, x, grid, noise)
+
+
+# Under `jax.jit` a program with many arrays of one shape traces this once.
+_fake_quant = jax.jit(_cage_jax_fake_quant, static_argnums=(0, 1))
+# Its name in a program, by which `program/products.py` finds quantized weights. No
+# function of a user may have the same.
+FAKE_QUANT = _cage_jax_fake_quant.__name__
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

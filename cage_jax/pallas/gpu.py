@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import Literal
 
 from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.exact import times
+from cage_jax.arrays.jaxprs import called, evaluate, unchanged
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
 from cage_jax.pallas.tiles import Tiles
 from cage_jax.quantizers.basis import Basis
@@ -316,7 +316,8 @@ def _exactly(interpret: bool) -> Callable:
     def exactly(function):
         def run(*args):
             jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
-            found = _evaluated(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args))
+            values = [*jaxpr.consts, *jax.tree.leaves(args)]
+            found = evaluate(jaxpr.jaxpr, values, _exact)
             return jax.tree.unflatten(jax.tree.structure(out), found)
 
         return run
@@ -324,24 +325,12 @@ def _exactly(interpret: bool) -> Callable:
     return exactly
 
 
-def _evaluated(jaxpr, consts, args):
-    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(variable):
-        return variable.val if isinstance(variable, Literal) else known[variable]
-
-    for equation in jaxpr.eqns:
-        values, params = [*map(read, equation.invars)], equation.params
-        inner = params.get("jaxpr", params.get("call_jaxpr"))
-        if equation.primitive in _INSTRUCTIONS:
-            found = [_instruction(equation, values)]
-        elif inner is not None:
-            found = _evaluated(inner.jaxpr, inner.consts, values)
-        else:
-            found = equation.primitive.bind(*values, **params)
-            found = found if equation.primitive.multiple_results else [found]
-        known.update(zip(equation.outvars, found, strict=True))
-    return [*map(read, jaxpr.outvars)]
+def _exact(equation, values):
+    if equation.primitive in _INSTRUCTIONS:
+        return [_instruction(equation, values)]
+    if (inner := called(equation, custom_derivatives=True)) is not None:
+        return evaluate(inner.jaxpr, [*inner.consts, *values], _exact)
+    return unchanged(equation, values)
 
 
 def _instruction(equation, values):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.inputs import arranged, quantize_input
 from cage_jax.core.quantize import (
     fake_quant,
     gaussian_error,
@@ -19,14 +20,7 @@ from cage_jax.core.quantize import (
 )
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.core.weight_report import Row, table
-from cage_jax.program.activations import (
-    apart,
-    arranged,
-    input_path,
-    quantize_input,
-    run,
-    split,
-)
+from cage_jax.program.activations import apart, input_path, run, split
 from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import rounding

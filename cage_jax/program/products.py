@@ -6,24 +6,22 @@ embedding. `find` lists the products; `map_inputs` runs the program with other i
 them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
-from jax.extend.core import (
-    ClosedJaxpr,
-    DebugInfo,
-    Jaxpr,
-    JaxprEqn,
-    Literal,
-    jaxpr_as_fun,
-)
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# A program of this name quantizes and dequantizes its first argument, so its result has
-# the origin of that argument, whatever the grid. Its own products, with a matrix that
-# rotates, do not belong to the model.
-FAKE_QUANT = "_cage_jax_fake_quant"
+from cage_jax.arrays.jaxprs import (
+    called,
+    enter,
+    evaluate,
+    scan_counts,
+    subjaxprs,
+    unchanged,
+)
+from cage_jax.core.straight_through import FAKE_QUANT
 
 # The paths of the parameters that a value is computed from, if it is computed from
 # nothing else; None if it depends on data.
@@ -65,7 +63,9 @@ def find(program: ClosedJaxpr, origins: Sequence[Origin]) -> list[Product]:
       program: the result of `jax.make_jaxpr`.
       origins: the origins of its inputs.
     """
-    return _follow(program.jaxpr, _with_constants(program, origins))[1]
+    products: list[Product] = []
+    _follow(program.jaxpr, origins, products)
+    return products
 
 
 def map_inputs(
@@ -91,80 +91,65 @@ def map_inputs(
     Returns:
       The outputs, and the records by name, an entry for each product.
     """
-    run = _Run(wanted, visit)
-    return run.program(program, _with_constants(program, origins), values, given)
-
-
-def _with_constants(program, origins):
-    # A function may close over its data: then that is a constant of the program.
-    return [DATA] * len(program.jaxpr.constvars) + list(origins)
+    *outputs, records = _run(
+        program, [*values, given], origins=origins, wanted=wanted, visit=visit
+    )
+    return outputs, records
 
 
 # --- what depends on what -------------------------------------------------------------
 
 
-def _follow(jaxpr: Jaxpr, origins) -> tuple[list[Origin], list[Product]]:
-    """Returns the origins of the outputs, and the products inside."""
-    known = _Known(jaxpr, origins)
-    products: list[Product] = []
-    for eqn in jaxpr.eqns:
-        products += known.step(eqn)
-    return known.read(jaxpr.outvars), products
+def _follow(
+    jaxpr: Jaxpr, origins: Sequence[Origin], products: list[Product]
+) -> list[Origin]:
+    """Returns the origins of the outputs, and adds what is inside to `products`."""
+    return evaluate(
+        jaxpr,
+        # A function may close over its data: then that is a constant of the program.
+        [*[DATA] * len(jaxpr.constvars), *origins],
+        functools.partial(_follow_equation, products=products),
+        literal=lambda _: (),
+    )
 
 
-class _Known:
-    """The origins of a jaxpr's values, found from one equation to the next."""
-
-    def __init__(self, jaxpr, origins):
-        self._origins = dict(zip((*jaxpr.constvars, *jaxpr.invars), origins))
-
-    def read(self, atoms):
-        return [() if isinstance(a, Literal) else self._origins[a] for a in atoms]
-
-    def step(self, eqn) -> list[Product]:
-        """Follows one equation and returns the products inside."""
-        origins = self.read(eqn.invars)
-        outputs, products = _step(eqn, origins)
-        self._origins.update(zip(eqn.outvars, outputs))
-        return products
-
-
-def _step(eqn: JaxprEqn, origins):
+def _follow_equation(eqn, origins, products) -> list[Origin]:
     name = eqn.primitive.name
     if name in _FEATURES:
-        product = _product(eqn, origins)
-        return [_join(origins)], [] if product is None else [product]
-    if name == "dynamic_slice":
-        # A layer's weight out of a stack is still a weight, whatever the index is.
-        return [origins[0]], []
+        if (product := _product(eqn, origins)) is not None:
+            products.append(product)
+        return [_join(origins)]
+    if name == "dynamic_slice" or eqn.params.get("name") == FAKE_QUANT:
+        # A layer's weight out of a stack is still a weight, whatever the index is. So
+        # is a quantized one, whatever its grid; products inside of `fake_quant`, with a
+        # matrix that rotates, do not belong to the model.
+        return [origins[0]]
     if name == "scan":
-        return _follow_scan(eqn, origins)
-    if eqn.params.get("name") == FAKE_QUANT:
-        return [origins[0]], []
-    called = inner_program(eqn)
-    if called is None:
-        return [_join(origins)] * len(eqn.outvars), _opaque(eqn, origins)
-    jaxpr, constants = called
-    return _follow(jaxpr, [DATA] * len(constants) + list(origins))
+        return _follow_scan(eqn, origins, products)
+    if (inside := called(eqn)) is not None:
+        return _follow(inside.jaxpr, origins, products)
+    products.extend(_out_of_reach(eqn, origins))
+    return [_join(origins)] * len(eqn.outvars)
 
 
-def _follow_scan(eqn, origins):
-    program, (_, carries) = eqn.params["jaxpr"], scan_counts(eqn)
-    origins = _settled(eqn, origins)
-    outputs, products = _follow(program.jaxpr, _with_constants(program, origins))
-    inside = [p._replace(repeats=(eqn.params["length"], *p.repeats)) for p in products]
-    return [*origins[_carried(eqn)], *outputs[carries:]], inside
+def _follow_scan(eqn, origins, products):
+    origins, carries = _settled(eqn, origins), scan_counts(eqn)[1]
+    inside: list[Product] = []
+    outputs = _follow(eqn.params["jaxpr"].jaxpr, origins, inside)
+    length = eqn.params["length"]
+    products.extend(p._replace(repeats=(length, *p.repeats)) for p in inside)
+    return [*origins[_carried(eqn)], *outputs[carries:]]
 
 
 def _settled(eqn, origins):
     """Returns the origins of a scan's inputs that hold in every repetition."""
-    program, origins = eqn.params["jaxpr"], list(origins)
+    origins, carried = list(origins), _carried(eqn)
     while True:
-        outputs, _ = _follow(program.jaxpr, _with_constants(program, origins))
-        joined = [_join(pair) for pair in zip(origins[_carried(eqn)], outputs)]
-        if joined == origins[_carried(eqn)]:
+        outputs = _follow(eqn.params["jaxpr"].jaxpr, origins, [])
+        joined = [_join(pair) for pair in zip(origins[carried], outputs)]
+        if joined == origins[carried]:
             return origins
-        origins[_carried(eqn)] = joined
+        origins[carried] = joined
 
 
 def _carried(eqn):
@@ -172,77 +157,39 @@ def _carried(eqn):
     return slice(first, first + carries)
 
 
-def _opaque(eqn, origins):
+def _out_of_reach(eqn, origins):
     """Finds products in jaxprs whose inputs cannot be replaced, assuming the worst."""
     found: list[Product] = []
     for jaxpr in subjaxprs(eqn.params):
-        count = len(jaxpr.invars)
         # Operands that the jaxpr lacks (predicates, constants) come first.
-        inner = list(origins)[-count:] if count <= len(origins) else [DATA] * count
-        found += _follow(jaxpr, [DATA] * len(jaxpr.constvars) + inner)[1]
+        missing = len(origins) - len(jaxpr.invars)
+        known = origins[missing:] if missing >= 0 else [DATA] * len(jaxpr.invars)
+        _follow(jaxpr, known, found)
     return [p._replace(beyond=p.beyond or eqn.primitive.name) for p in found]
-
-
-def subjaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """Yields the jaxprs among the parameters of an operation."""
-    for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(each, ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, Jaxpr):
-                yield each
 
 
 def _join(origins) -> Origin:
     """Returns the origin of a value computed from all of these."""
-    paths: list[str] = []
-    for origin in origins:
-        if origin is DATA:
-            return DATA
-        paths += [path for path in origin if path not in paths]
-    return tuple(paths)
-
-
-def scan_counts(eqn):
-    """Counts the constants and the carried values, a scan's first operands."""
-    if "ft_in" in eqn.params:  # from JAX 0.11 on
-        constants, carry, _ = eqn.params["ft_in"].unpack()
-        return len(constants), len(carry)
-    return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
-def inner_program(eqn):
-    """Returns the jaxpr and the constants of a plain call, or None."""
-    if eqn.primitive.name not in _CALLS:
-        return None
-    jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
-
-
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+    if any(origin is DATA for origin in origins):
+        return DATA
+    return tuple(dict.fromkeys(path for origin in origins for path in origin))
 
 
 # --- products -------------------------------------------------------------------------
 
 
 def _product(eqn, origins) -> Product | None:
-    side = _data_side(origins)
-    if side is None:
-        return None
-    features = _FEATURES[eqn.primitive.name](eqn.params, side)
-    return Product(
-        paths=origins[1 - side],
-        operation=eqn.primitive.name,
-        shape=eqn.invars[side].aval.shape,
-        features=tuple(sorted(features)),
-    )
-
-
-def _data_side(origins) -> int | None:
-    """Returns which factor is data, if the other is a parameter; else None."""
+    """Describes a product, if one factor is data and the other a parameter."""
     for side in (0, 1):
-        if origins[side] is DATA and origins[1 - side]:
-            return side
+        paths = origins[1 - side]
+        if origins[side] is DATA and paths:
+            features = _FEATURES[eqn.primitive.name](eqn.params, side)
+            return Product(
+                paths=paths,
+                operation=eqn.primitive.name,
+                shape=eqn.invars[side].aval.shape,
+                features=tuple(sorted(features)),
+            )
     return None
 
 
@@ -259,106 +206,42 @@ _FEATURES = {
 # --- running with other inputs --------------------------------------------------------
 
 
-class _Run:
-    """Runs jaxprs, and calls `visit` at each product that is wanted."""
+def _run(program: ClosedJaxpr, values, *, origins, wanted, visit) -> list[Any]:
+    """Runs a program as `map_inputs` does.
 
-    def __init__(self, wanted, visit):
-        self._wanted = wanted
-        self._visit = visit
+    What is given comes after the values, and the records come after the outputs, so
+    that a scan reads and writes an entry of both in each repetition.
+    """
+    *values, given = values
+    records: dict[str, list[Any]] = {}
 
-    def program(self, program, origins, values, given):
-        return self._jaxpr(program.jaxpr, origins, [*program.consts, *values], given)
+    def rule(eqn, known):
+        origins, values = [origin for origin, _ in known], [value for _, value in known]
+        products: list[Product] = []
+        outputs_origins = _follow_equation(eqn, origins, products)
+        names = {n for p in products if not p.beyond and (n := wanted(p))}
+        found: dict[str, list[Any]] = {}
+        if not names:
+            outputs = unchanged(eqn, values)
+        elif eqn.primitive.name in _FEATURES:
+            (product,), (name,) = products, names
+            side = origins.index(DATA)  # the other factor is a parameter
+            x, record = visit(name, product, values[side], given.get(name))
+            values[side] = x.astype(values[side].dtype)
+            outputs, found = unchanged(eqn, values), {name: [record]}
+        else:
+            inside = _settled(eqn, origins) if eqn.primitive.name == "scan" else origins
+            run = functools.partial(_run, origins=inside, wanted=wanted, visit=visit)
+            parts = {name: given[name] for name in names if name in given}
+            *outputs, found = enter(eqn, [*values, parts], run)
+        for name, entries in found.items():
+            records.setdefault(name, []).extend(entries)
+        return zip(outputs_origins, outputs, strict=True)
 
-    def _jaxpr(self, jaxpr, origins, values, given):
-        known = _Known(jaxpr, origins)
-        environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), values))
-        records: dict[str, list[Any]] = {}
-
-        def read(atoms):
-            return [a.val if isinstance(a, Literal) else environment[a] for a in atoms]
-
-        for eqn in jaxpr.eqns:
-            inputs = known.read(eqn.invars)
-            products = known.step(eqn)
-            names = {n for p in products if not p.beyond and (n := self._wanted(p))}
-            if names:
-                run = self._equation(eqn)
-                parts = {name: given[name] for name in names if name in given}
-                outputs, found = run(eqn, inputs, read(eqn.invars), parts)
-                for name, entries in found.items():
-                    records.setdefault(name, []).extend(entries)
-            else:
-                outputs = unchanged(eqn)(*read(eqn.invars))
-            environment.update(zip(eqn.outvars, outputs))
-        return read(jaxpr.outvars), records
-
-    def _equation(self, eqn):
-        name = eqn.primitive.name
-        if name in _FEATURES:
-            return self._product
-        if name == "scan":
-            return self._scan
-        return self._rematerialized if name in ("remat2", "checkpoint") else self._call
-
-    def _product(self, eqn, origins, values, given):
-        product = _product(eqn, origins)
-        name, side = self._wanted(product), _data_side(origins)
-        replaced, record = self._visit(name, product, values[side], given.get(name))
-        values[side] = replaced.astype(values[side].dtype)
-        return unchanged(eqn)(*values), {name: [record]}
-
-    def _call(self, eqn, origins, values, given):
-        jaxpr, constants = inner_program(eqn)
-        origins = [DATA] * len(constants) + origins
-        return self._jaxpr(jaxpr, origins, [*constants, *values], given)
-
-    def _rematerialized(self, eqn, origins, values, given):
-        def run(values, given):
-            return self._jaxpr(eqn.params["jaxpr"], origins, values, given)
-
-        checkpointed = jax.checkpoint(
-            run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-        )
-        return checkpointed(values, given)
-
-    def _scan(self, eqn, origins, values, given):
-        params, carried = eqn.params, _carried(eqn)
-        program = params["jaxpr"]
-        origins = _with_constants(program, _settled(eqn, origins))
-        constants, rows = values[: carried.start], values[carried.stop :]
-
-        def body(carry, rows):
-            row, given = rows
-            values = [*program.consts, *constants, *carry, *row]
-            outputs, records = self._jaxpr(program.jaxpr, origins, values, given)
-            return outputs[: len(carry)], (outputs[len(carry) :], records)
-
-        carry, (stacked, records) = lax.scan(
-            body,
-            values[carried],
-            (rows, given),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*carry, *stacked], records
-
-
-def unchanged(eqn):
-    """Returns an equation as a function from its inputs to a list of its outputs."""
-    inputs = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
-    about = DebugInfo(
-        "products",
-        eqn.primitive.name,
-        ("",) * len(inputs),
-        ("",) * len(eqn.outvars),
+    outputs = evaluate(
+        program.jaxpr,
+        [*((DATA, c) for c in program.consts), *zip(origins, values, strict=True)],
+        rule,
+        literal=lambda value: ((), value),
     )
-    jaxpr = Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, about)
-
-    def run(*values):
-        environment = {
-            a: v for a, v in zip(eqn.invars, values) if not isinstance(a, Literal)
-        }
-        return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*environment.values())
-
-    return run
+    return [*(value for _, value in outputs), records]

@@ -1,0 +1,111 @@
+"""The input of a product, quantized as a matrix of (tokens, features).
+
+The features are summed over with the weight; the tokens are all other axes. The axis of
+an input quantizer selects the values that share a scale: `axis=-1` the features (a
+scale per token), `axis=0` the tokens (a scale per feature), `axis=None` everything.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cage_jax.core.quantize import fake_quant
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import fit_grid
+
+
+def quantize_input(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
+) -> jax.Array:
+    """Applies `fake_quant` to the input of a product.
+
+    Args:
+      x: the input.
+      features: the axes of `x` that are summed over, ascending.
+      quantizer: its quantizer, along the axes of the matrix of (tokens, features).
+      grid: the result of `fit_input_grid`, or None.
+
+    Returns:
+      An array like `x`.
+    """
+    if quantizer.scale.needs_grid and grid is None:
+        raise ValueError(
+            f"`inputs` of this weight must be calibrated first; got no grid for "
+            f"{quantizer}. Use variables = calibrate(model, rules, [(x,), ...])."
+        )
+    x, quantizer, grid, back = arranged(x, features, quantizer, grid)
+    return back(fake_quant(x, quantizer, grid=grid))
+
+
+def fit_input_grid(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer
+) -> Grid:
+    """Finds the grid of an input by the scale rule, without the axes of tokens.
+
+    The scale is 0 for groups of zeros only, which give no information.
+    """
+    if quantizer.axis == -1:
+        raise ValueError(
+            f"`inputs` must not have a calibrated or learned scale per token, since "
+            f"tokens differ; got {quantizer}. Use axis=None or axis=0."
+        )
+    keep = () if quantizer.axis is None else tuple(x.shape[a] for a in features)
+    x, quantizer, _, _ = arranged(x, features, quantizer, None)
+    grid, blocks = fit_grid(x, quantizer), quantizer.blocks(x.shape)
+    any_of_group = functools.partial(jnp.any, keepdims=True)
+    empty = ~blocks.reduce(any_of_group, x != 0, ignores_zeros=True)
+    grid = grid._replace(scale=jnp.where(empty, 0, grid.scale))
+    return jax.tree.map(lambda g: g.reshape(keep), grid)
+
+
+def arranged(
+    x: jax.Array, features: tuple[int, ...], quantizer: Quantizer, grid: Grid | None
+) -> tuple[jax.Array, Quantizer, Grid | None, Callable]:
+    """Arranges an input for a quantizer of (tokens, features).
+
+    Returns:
+      The input, the quantizer along its axes, the grid in its shape, and the function
+      that undoes the arrangement.
+    """
+    x, quantizer, back = _arranged(x, features, quantizer)
+    if grid is not None:
+        shape = quantizer.blocks(x.shape).scale_shape
+        grid = jax.tree.map(lambda g: g.reshape(shape), grid)
+    return x, quantizer, grid, back
+
+
+def _arranged(x, features, quantizer):
+    def along(axes):
+        axis = axes[0] if len(axes) == 1 else tuple(axes)
+        return dataclasses.replace(quantizer, axis=axis)
+
+    if quantizer.rounding != "nearest":
+        raise ValueError(
+            f"`inputs` must be rounded to the nearest; got {quantizer}. Round the "
+            f"weights stochastically, where there is a key."
+        )
+    tokens = tuple(axis for axis in range(x.ndim) if axis not in features)
+    blocks = quantizer.group_size is not None or quantizer.hadamard is not None
+    match quantizer.axis:
+        case None:
+            return x, quantizer, lambda x: x
+        case 0 if tokens and not blocks:
+            return x, along(tokens), lambda x: x
+        case -1 if len(features) == 1 or not blocks:
+            return x, along(features), lambda x: x
+        case -1:
+            order = tokens + tuple(features)
+            moved = jnp.transpose(x, order)
+            flat = moved.reshape(*moved.shape[: len(tokens)], -1)
+            back = np.argsort(order).tolist()
+            return flat, quantizer, lambda y: y.reshape(moved.shape).transpose(back)
+    raise ValueError(
+        f"`inputs` must be quantized along axis -1 (a scale per token), 0 without "
+        f"groups (a scale per feature) or None (one for all); got {quantizer}, an "
+        f"input of shape {x.shape}. Use int8(axis=-1)."
+    )
