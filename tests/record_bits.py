@@ -96,7 +96,7 @@ def of_steps(quantizer):
             "coupled": optax.chain(cage.cage(rules, schedule), optax.sgd(0.1)),
             "decoupled": cage.cage_adamw(0.1, rules, schedule),
             "post_step": cage.post_step(
-                optax.adamw(0.1), rules, schedule, learning_rate=0.1
+                optax.adamw(0.1), rules, strength=schedule, learning_rate=0.1
             ),
         }
         for name, tx in placements.items():

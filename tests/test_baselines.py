@@ -265,7 +265,9 @@ def test_one_interpolation_a_step_is_post_step_cage_and_pv_tuning(x64, tree):
     )
     got, _ = train(ours, params, gradients)
     want, _ = train(
-        cage.post_step(optax.sgd(lr), RULES, strength, lr), params, gradients
+        cage.post_step(optax.sgd(lr), RULES, strength=strength, learning_rate=lr),
+        params,
+        gradients,
     )
     chex.assert_trees_all_close(got, want, **FLOAT64)
     buffer, decay = params["kernel"], lr * strength  # PV-Tuning's

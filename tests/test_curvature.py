@@ -460,10 +460,10 @@ def test_statistics_have_the_norm_of_what_is_pulled(problem):
 PLACES = {
     "coupled": lambda source: coupled(source, 0.1),
     "decoupled": lambda source: cage.decoupled(
-        optax.adamw(0.1), RULES, 0.1, 0.1, curvature=source
+        optax.adamw(0.1), RULES, strength=0.1, learning_rate=0.1, curvature=source
     ),
     "post_step": lambda source: cage.post_step(
-        optax.adamw(0.1), RULES, 0.1, 0.1, curvature=source
+        optax.adamw(0.1), RULES, strength=0.1, learning_rate=0.1, curvature=source
     ),
     "sgd": lambda source: cage.cage_sgd(0.1, RULES, 0.1, curvature=source),
 }

@@ -30,8 +30,12 @@ def build(name, strength=2.0, lr=0.1, rules=RULES, **options):
         "coupled": lambda: optax.chain(
             cage.cage(rules, strength, **options), optax.sgd(lr)
         ),
-        "decoupled": lambda: cage.decoupled(adam, rules, strength, lr, **options),
-        "post_step": lambda: cage.post_step(adam, rules, strength, lr, **options),
+        "decoupled": lambda: cage.decoupled(
+            adam, rules, strength=strength, learning_rate=lr, **options
+        ),
+        "post_step": lambda: cage.post_step(
+            adam, rules, strength=strength, learning_rate=lr, **options
+        ),
         "cage_adamw": lambda: cage.cage_adamw(lr, rules, strength, **options),
         "cage_sgd": lambda: cage.cage_sgd(lr, rules, strength, **options),
     }[name]()
@@ -105,7 +109,7 @@ def test_extra_arguments_reach_the_inner_optimizer(wrap, params, gradients):
         return jax.tree.map(lambda g: value * g, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    tx = wrap(inner, RULES, 0.0, 0.1)
+    tx = wrap(inner, RULES, learning_rate=0.1, strength=0.0)
     updates, _ = tx.update(gradients, tx.init(params), params, value=3.0)
     chex.assert_trees_all_equal(updates, jax.tree.map(lambda g: 3 * g, gradients))
 

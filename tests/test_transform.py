@@ -123,8 +123,12 @@ def placed(name, strength, lr, **options):
             correction,
             optax.scale_by_learning_rate(lr),
         ),
-        "decoupled": lambda: cage.decoupled(adamw, RULES, strength, lr, **options),
-        "post_step": lambda: cage.post_step(adamw, RULES, strength, lr, **options),
+        "decoupled": lambda: cage.decoupled(
+            adamw, RULES, strength=strength, learning_rate=lr, **options
+        ),
+        "post_step": lambda: cage.post_step(
+            adamw, RULES, strength=strength, learning_rate=lr, **options
+        ),
         "cage_adamw": lambda: cage.cage_adamw(
             lr, RULES, strength, weight_decay=0.1, **options
         ),
@@ -196,7 +200,7 @@ def test_post_step_is_the_buffer_update_of_pv_tuning(x64, start):
     params, gradients = start
     lr, strength = 0.05, 3.0
     decay = lr * strength  # PV-Tuning's delta, and WinQ's interpolation weight
-    tx = cage.post_step(optax.sgd(lr), RULES, strength, lr)
+    tx = cage.post_step(optax.sgd(lr), RULES, strength=strength, learning_rate=lr)
     trajectory, _ = train(tx, params, gradients)
     buffer = params["kernel"]
     for gradient, reached in zip(gradients, trajectory):

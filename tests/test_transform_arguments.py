@@ -15,8 +15,12 @@ RULES = cage.Rules([(r".*kernel", cage.int4(group_size=4))])
 WRAPS = cage.decoupled, cage.post_step
 BUILD = {
     "cage": lambda strength, lr: cage.cage(RULES, strength),
-    "decoupled": lambda strength, lr: cage.decoupled(optax.sgd(1), RULES, strength, lr),
-    "post_step": lambda strength, lr: cage.post_step(optax.sgd(1), RULES, strength, lr),
+    "decoupled": lambda strength, lr: cage.decoupled(
+        optax.sgd(1), RULES, strength=strength, learning_rate=lr
+    ),
+    "post_step": lambda strength, lr: cage.post_step(
+        optax.sgd(1), RULES, strength=strength, learning_rate=lr
+    ),
     "cage_adamw": lambda strength, lr: cage.cage_adamw(lr, RULES, strength),
     "cage_sgd": lambda strength, lr: cage.cage_sgd(lr, RULES, strength),
 }
@@ -46,17 +50,19 @@ def test_rules_in_place_of_the_optimizer():
         assert_raises(
             [
                 (
-                    partial(wrap, RULES, RULES, 1.0, 1e-3),
+                    partial(wrap, RULES, RULES, learning_rate=1e-3, strength=1.0),
                     TypeError,
                     rf"`inner`.*{wrap.__name__}\(optax.adamw",
                 ),
                 (
-                    partial(wrap, RULES, optax.adam(1e-3), 1.0, 1e-3),
+                    partial(
+                        wrap, RULES, optax.adam(1e-3), learning_rate=1e-3, strength=1.0
+                    ),
                     TypeError,
                     r"got Rules\. The optimizer comes first",
                 ),
                 (
-                    partial(wrap, optax.adam, RULES, 1.0, 1e-3),
+                    partial(wrap, optax.adam, RULES, learning_rate=1e-3, strength=1.0),
                     TypeError,
                     "`inner` must be an optimizer",
                 ),
@@ -74,7 +80,7 @@ def test_a_double_correction_is_found_at_init():
     )
     assert_raises(
         (
-            partial(wrap(inner, RULES, 1.0, 0.1).init, PARAMS),
+            partial(wrap(inner, RULES, learning_rate=0.1, strength=1.0).init, PARAMS),
             ValueError,
             rf"{wrap.__name__} would pull twice",
         )

@@ -44,7 +44,13 @@ def test_passes_over_an_array_stand_in_a_branch(
     params = {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}
     rules = cage.Rules([("kernel", quantizer)])
     strength = cage.silence_then_ramp(100)
-    tx = cage.decoupled(optax.sgd(0.1), rules, strength, 0.1, freeze_scale=freeze_scale)
+    tx = cage.decoupled(
+        optax.sgd(0.1),
+        rules,
+        strength=strength,
+        learning_rate=0.1,
+        freeze_scale=freeze_scale,
+    )
     arguments = params, tx.init(params), params
     jaxpr = jax.make_jaxpr(tx.update)(*arguments).jaxpr
     assert work <= primitives(jaxpr, in_branches=True)

@@ -68,7 +68,11 @@ def test_frozen_grid_is_that_of_the_first_pull(x64, placement, start):
     params, gradients = start
     lr, strength = table(LEARNING_RATE), table(STRENGTH)
     tx = getattr(cage, placement)(
-        optax.sgd(lr), QUEST_RULES, strength, lr, freeze_scale=True
+        optax.sgd(lr),
+        QUEST_RULES,
+        learning_rate=lr,
+        strength=strength,
+        freeze_scale=True,
     )
     trajectory, states = train(tx, params, gradients)
     x, scale = params["kernel"], np.zeros((1, 3))
@@ -154,8 +158,8 @@ def test_norm_drift_of_a_long_pull(quantizer, least, most, rng):
             tx = cage.decoupled(
                 optax.sgd(0.1),
                 rules,
-                1.0,
-                0.1,
+                strength=1.0,
+                learning_rate=0.1,
                 freeze_scale=freeze_scale,
                 statistics=True,
             )
@@ -198,7 +202,8 @@ def test_statistics(x64, placement, rng):
         tx = optax.chain(cage.cage(RULES, strength, statistics=True), optax.sgd(lr))
     else:
         wrap = getattr(cage, placement)
-        tx = wrap(optax.sgd(lr), RULES, strength, lr, statistics=True)
+        options = dict(learning_rate=lr, strength=strength, statistics=True)
+        tx = wrap(optax.sgd(lr), RULES, **options)
     _, states = train(tx, x, gradients)
     late = placement == "post_step"
     before = {path: codes(x[path]) for path in ("a/kernel", "b/kernel")}
@@ -253,7 +258,12 @@ def test_statistics_of_frozen_grids(x64, start):
     params, gradients = start
     lr = table(LEARNING_RATE)
     tx = cage.decoupled(
-        optax.sgd(lr), QUEST_RULES, 1.0, lr, freeze_scale=True, statistics=True
+        optax.sgd(lr),
+        QUEST_RULES,
+        strength=1.0,
+        learning_rate=lr,
+        freeze_scale=True,
+        statistics=True,
     )
     trajectory, states = train(tx, params, gradients)
     scale = quest_scale(params["kernel"])

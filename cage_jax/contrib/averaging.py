@@ -10,7 +10,7 @@ import optax
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.contrib.arguments import check_number, check_steps
-from cage_jax.optim.placements import check_params
+from cage_jax.optim.correction import check_params
 
 
 class AveragingState(NamedTuple):

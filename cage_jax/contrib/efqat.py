@@ -11,7 +11,7 @@ from jax import lax
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.contrib.arguments import check_number, check_steps, quantized
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.placements import check_params
+from cage_jax.optim.correction import check_params
 
 
 class TrainedRowsState(NamedTuple):

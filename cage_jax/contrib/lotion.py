@@ -12,7 +12,7 @@ from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.arguments import check_known_values, check_number, quantized
 from cage_jax.core.quantize import needed_grid
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.placements import check_params
+from cage_jax.optim.correction import check_params
 from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
 from cage_jax.quantizers.rounding import rounding
 

@@ -16,7 +16,7 @@ from cage_jax.contrib.arguments import (
 )
 from cage_jax.core.quantize import needed_grid, quantization_error
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.placements import check_params
+from cage_jax.optim.correction import check_params
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     Schedule,

@@ -28,9 +28,9 @@ from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.core.quantize import grid_at
 from cage_jax.core.rules import Rules
-from cage_jax.optim.placements import CageState, fit_if
+from cage_jax.optim.correction import CageState, reductions_if
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
-from cage_jax.optim.statistics import Seen, seen
+from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
 from cage_jax.pallas.choice import adamw_step
 from cage_jax.quantizers.rounding import error_elementwise
 
@@ -152,7 +152,7 @@ def _step(kernel_steps, tx, gradients, state, params):
     measured = {}
     if statistics is not None:
         measured = {
-            path: Seen(sums[0], sums[1], sums[2], sums[3], codes)
+            path: ParameterStatistics(*sums, codes)
             for path, (*_, codes, sums) in stepped.items()
         }
     gradients, mu, nu, params = (
@@ -160,7 +160,7 @@ def _step(kernel_steps, tx, gradients, state, params):
     )
     rest = (adam._replace(mu=mu, nu=nu), *others), cage_state
     updates, ((adam, *others), cage_state) = tx.update(
-        gradients, rest, params, seen_elsewhere=measured
+        gradients, rest, params, fused_statistics=measured
     )
     params = optax.apply_updates(params, updates)
     mu, nu, params = (
@@ -302,5 +302,5 @@ def _step_without_kernel(
     after = first, second, x + (update + pull)
     if codes is None:
         return after
-    *sums, codes = seen(quantizer, point, update, None, codes)
+    *sums, codes = parameter_statistics(quantizer, point, update, None, codes)
     return *after, codes, jnp.stack(sums)

@@ -106,8 +106,8 @@ def cage_adamw(
     transformation = place(
         adamw,
         rules,
-        strength,
-        learning_rate,
+        learning_rate=learning_rate,
+        strength=strength,
         curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
@@ -175,8 +175,8 @@ def cage_sgd(
     return decoupled(
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
         rules,
-        strength,
-        learning_rate,
+        learning_rate=learning_rate,
+        strength=strength,
         curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,

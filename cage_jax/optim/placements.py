@@ -6,64 +6,32 @@ Where the correction goes::
                  optax.chain(cage(rules, strength), optax.sgd(lr))
 
     decoupled    gradient -> optimizer -> (+ lambda e) -> -learning rate -> update
-                 decoupled(optax.adamw(lr), rules, strength, lr)   # or cage_adamw(...)
+                 decoupled(optax.adamw(lr), rules, learning_rate=lr, total_steps=n)
 
     post-step    gradient -> optimizer -> -learning rate -> update, then x - lr lambda e
-                 post_step(optax.adamw(lr), rules, strength, lr)
+                 post_step(optax.adamw(lr), rules, learning_rate=lr, total_steps=n)
 
 `e = x - Q(x)` is the quantization error, `lambda` the strength. Never
 `optax.chain(optax.adam(lr), cage(...))`: after `adam(lr)` the updates are already
 scaled by -lr, so the pull has the wrong sign and size, and `cage` cannot detect this.
 """
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-from cage_jax.arrays.exact import compute_dtype
-from cage_jax.core.quantize import check_grid_given, grid_at
-from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.curvature import Curvature, Step
+from cage_jax.arrays.paths import nodes_of_type
+from cage_jax.core.rules import Rules
+from cage_jax.optim.correction import CageState, check_params, correction
+from cage_jax.optim.curvature.source import Curvature
 from cage_jax.optim.recommended import resolve_strength
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     check_learning_rate,
-    check_strength,
     is_optimizer,
     value_at,
 )
-from cage_jax.optim.statistics import CageStatistics, Seen, first, gathered, seen
-from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.rounding import (
-    error_elementwise,
-    error_reductions,
-    fit_grid,
-)
-
-
-class CageState(NamedTuple):
-    """State of the correction.
-
-    Attributes:
-      cage_count: the number of steps done, int32.
-      grids: with `freeze_scale`, the grid of each quantized parameter by path. Its
-        scale is 0 until the pull begins. Pass it to `fake_quant` and `quantize` as
-        `grid`. None otherwise.
-      statistics: with `statistics`, the statistics of the last step. None otherwise.
-      curvature: with `curvature`, the state of that source. None otherwise.
-    """
-
-    cage_count: jax.Array
-    grids: dict[str, Grid] | None
-    statistics: CageStatistics | None
-    curvature: Any = None
 
 
 def cage(
@@ -120,7 +88,7 @@ def cage(
 
     Source: CAGE, arXiv 2510.18784, the coupled form.
     """
-    return _correction(
+    return correction(
         rules,
         strength,
         lambda count: 1.0,
@@ -134,9 +102,9 @@ def cage(
 def decoupled(
     inner: optax.GradientTransformation,
     rules: Rules,
-    strength: ScalarOrSchedule | None = None,
-    learning_rate: ScalarOrSchedule = None,  # type: ignore[assignment]
     *,
+    learning_rate: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
@@ -151,9 +119,9 @@ def decoupled(
       inner: an optimizer with its learning rate, such as `optax.contrib.muon(lr)`.
         Gradient clipping belongs before this transformation or inside `inner`.
       rules: which parameters are quantized, and how.
+      learning_rate: the one of `inner`, a number or a schedule.
       strength: lambda, a number or a schedule of the step count; None for the
         recommended schedule of `total_steps`.
-      learning_rate: the one of `inner`, a number or a schedule; it must be given.
       total_steps: length of the training in optimizer steps, in place of `strength`.
         Strength and curvature are then those of `recommended`.
       curvature: as in `cage`.
@@ -171,10 +139,10 @@ def decoupled(
       >>> import cage_jax as cage
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4(group_size=32))])
-      >>> strength = cage.silence_then_ramp(1000)
-      >>> tx = cage.decoupled(optax.lion(1e-3), rules, strength, 1e-3)
       >>> lion = optax.lion(1e-3)
       >>> tx = cage.decoupled(lion, rules, learning_rate=1e-3, total_steps=1000)
+      >>> strength = cage.silence_then_ramp(1000)
+      >>> tx = cage.decoupled(lion, rules, learning_rate=1e-3, strength=strength)
 
     Source: CAGE, arXiv 2510.18784, the decoupled form, the paper's default.
     """
@@ -184,7 +152,7 @@ def decoupled(
         learning_rate, strength, total_steps, curvature
     )
     _check_share(learning_rate, strength)
-    correction = _correction(
+    pull = correction(
         rules,
         strength,
         lambda count: -value_at(learning_rate, count),
@@ -193,15 +161,15 @@ def decoupled(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
-    return _after("decoupled", inner, correction)
+    return _after("decoupled", inner, pull)
 
 
 def post_step(
     inner: optax.GradientTransformation,
     rules: Rules,
-    strength: ScalarOrSchedule | None = None,
-    learning_rate: ScalarOrSchedule = None,  # type: ignore[assignment]
     *,
+    learning_rate: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
@@ -217,9 +185,9 @@ def post_step(
     Args:
       inner: an optimizer with its learning rate, such as `optax.adamw(lr)`.
       rules: which parameters are quantized, and how.
-      strength: as in `decoupled`.
-      learning_rate: the one of `inner`, a number or a schedule; it must be given. Under
+      learning_rate: the one of `inner`, a number or a schedule. Under
         `optax.inject_hyperparams` it is this step's number, not the next one's.
+      strength: as in `decoupled`.
       total_steps: as in `decoupled`.
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
@@ -237,7 +205,8 @@ def post_step(
       >>> rules = cage.Rules([(r".*kernel", cage.quest(4))])
       >>> lr = optax.warmup_cosine_decay_schedule(0, 1e-3, 100, 1000, 1e-4)
       >>> strength = cage.silence_then_ramp(1000)
-      >>> tx = cage.post_step(optax.adamw(lr), rules, strength, lr)
+      >>> adamw = optax.adamw(lr)
+      >>> tx = cage.post_step(adamw, rules, learning_rate=lr, strength=strength)
 
     Source: the reference implementation of CAGE, arXiv 2510.18784.
     """
@@ -247,7 +216,7 @@ def post_step(
         learning_rate, strength, total_steps, curvature
     )
     _check_share(learning_rate, strength)
-    correction = _correction(
+    pull = correction(
         rules,
         strength,
         lambda count: -value_at(learning_rate, optax.safe_increment(count)),
@@ -256,7 +225,7 @@ def post_step(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
-    return _after("post_step", inner, correction)
+    return _after("post_step", inner, pull)
 
 
 def _check_inner(name, inner):
@@ -264,7 +233,7 @@ def _check_inner(name, inner):
         got = type(inner).__name__ if isinstance(inner, Rules) else repr(inner)
         raise TypeError(
             f"`inner` must be an optimizer; got {got}. The optimizer comes first: "
-            f"{name}(optax.adamw(lr), rules, strength, lr)."
+            f"{name}(optax.adamw(lr), rules, learning_rate=lr, total_steps=steps)."
         )
 
 
@@ -282,14 +251,14 @@ def _check_share(learning_rate, strength):
             )
 
 
-def _after(name, inner, correction):
-    """Runs `inner`, then `correction` on its updates."""
-    both = optax.chain(inner, correction)
+def _after(name, inner, pull):
+    """Runs `inner`, then the correction `pull` on its updates."""
+    both = optax.chain(inner, pull)
     first_of_both = optax.with_extra_args_support(inner)
 
     def init(params):
         state = both.init(params)
-        if len(_cage_states(state)) > 1:
+        if len(nodes_of_type(state, CageState)) > 1:
             raise ValueError(
                 f"`inner` must be an optimizer without a CAGE correction; got one that "
                 f"has it, and {name} would pull twice. Give {name} the plain optimizer."
@@ -312,7 +281,7 @@ def _after(name, inner, correction):
         updates, inner_state = first_of_both.update(
             updates, inner_state, params, **extra_args
         )
-        updates, cage_state = correction.update(
+        updates, cage_state = pull.update(
             updates,
             cage_state,
             params,
@@ -323,227 +292,3 @@ def _after(name, inner, correction):
         return updates, (inner_state, cage_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_params(params: Any) -> None:
-    """Raises if `update` was not given the parameters."""
-    if params is None:
-        raise ValueError(
-            "`params` must be given to `update`, since what it does depends on them; "
-            "got None. Use tx.update(updates, state, params)."
-        )
-
-
-def _cage_states(state):
-    def is_cage(part):
-        return isinstance(part, CageState)
-
-    return [part for part in jax.tree.leaves(state, is_leaf=is_cage) if is_cage(part)]
-
-
-def _correction(
-    rules: Rules,
-    strength: ScalarOrSchedule,
-    factor: Callable,
-    *,
-    at_updated: bool,
-    curvature: Curvature | None,
-    freeze_scale: bool,
-    statistics: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """Adds `factor(count) * strength * e` to the updates, for all placements.
-
-    The factor is 1 or minus the learning rate. `at_updated` takes the error at
-    `params + updates` rather than at `params`.
-    """
-    check_rules(
-        rules,
-        " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
-        "strength), optimizer), or decoupled(optimizer, rules, strength, "
-        "learning_rate)."
-        if is_optimizer(rules)
-        else "",
-    )
-    check_strength(strength)
-    if not isinstance(curvature, Curvature | None):
-        called = " Call the source, with ()." if callable(curvature) else ""
-        raise TypeError(
-            f"`curvature` must be a source of `cage_jax.curvature`, or None; got "
-            f"{curvature!r}.{called} Use curvature.hutchinson(), for example."
-        )
-
-    def point(x, update):
-        """Returns the weights at which the error is taken, in float32 or wider."""
-        if at_updated:
-            x = (x + update).astype(x.dtype)
-        return x.astype(compute_dtype(x.dtype))
-
-    def init(params):
-        quantized = rules.quantized(params)
-        for name, asked in (("freeze_scale", freeze_scale), ("statistics", statistics)):
-            if asked:
-                _check_grids(name, quantized)
-        unused = rules.why_unused(params)
-        if not quantized:
-            why = f" {unused[0][0].upper()}{unused[0][1:]}" if unused else ""
-            if not jax.tree.leaves(params):
-                why = " `params` has no array in it: does `wrt` select some?"
-            warnings.warn(
-                f"no parameter is quantized by {rules.in_words}, so CAGE has nothing "
-                f"to pull."
-                f"{why} Print rules.report(params) to see the paths.",
-                stacklevel=2,
-            )
-        else:
-            for text in unused:
-                warnings.warn(text, stacklevel=2)
-        return CageState(
-            cage_count=jnp.zeros([], jnp.int32),
-            grids=_unknown_grids(quantized) if freeze_scale else None,
-            statistics=first(quantized) if statistics else None,
-            curvature=curvature
-            and curvature.init({path: x for path, (_, x) in quantized.items()}),
-        )
-
-    def check_kept(state):
-        for name, asked, kept in (
-            ("freeze_scale", freeze_scale, state.grids),
-            ("statistics", statistics, state.statistics),
-            ("curvature", curvature is not None, state.curvature),
-        ):
-            if asked and kept is None:
-                raise ValueError(
-                    f"`state` must be that of this optimizer; got one of an optimizer "
-                    f"without `{name}`. Use that of its own init, which may get the "
-                    f"`cage_count` of the other, or leave `{name}` out."
-                )
-
-    def update(
-        updates,
-        state,
-        params=None,
-        *,
-        gradients=None,
-        inner_state=None,
-        seen_elsewhere: Mapping[str, Seen] | None = None,
-        **extra_args,
-    ):
-        check_params(params)
-        if gradients is None:
-            gradients = updates  # no optimizer runs before the correction
-        check_kept(state)
-        count = state.cage_count
-        level = value_at(strength, count)
-
-        silent = isinstance(level, (int, float)) and level == 0
-        # With a constant strength, compilers would fold a condition without the count.
-        active = (level != 0) & (count >= 0)
-        coefficient = factor(count) * level
-        points, kept, errors = {}, {}, {}
-
-        def pulled(update, error):
-            pull = jnp.asarray(coefficient, error.dtype) * error
-            found = update.astype(error.dtype) + pull
-            return jnp.where(active, found.astype(update.dtype), update)
-
-        def correct(path, quantizer, x, update):
-            nonlocal active
-            if update is None:
-                return None
-            x = point(x, update)
-            points[path] = (quantizer, x, update)
-            if silent:
-                return update
-            frozen = grid_at(path, params, None)  # learned
-            if frozen is None and freeze_scale:
-                frozen = state.grids[path]
-            check_grid_given(quantizer, frozen)
-            active, reductions = fit_if(active, x, quantizer, frozen)
-            kept[path] = reductions.grid
-            error = error_elementwise(x, quantizer, reductions)
-            if curvature is None:
-                return pulled(update, error)
-            errors[path] = error
-            return update
-
-        updates = rules.map(correct, params, updates)
-        source = state.curvature
-        if curvature is not None:
-            step = Step(gradients, params, rules, inner_state, extra_args)
-            source = curvature.update(source, step)
-            if errors:
-                errors = lax.cond(
-                    active,
-                    lambda: curvature.weigh(errors, source, step),
-                    lambda: errors,
-                )
-            updates = rules.map(
-                lambda path, _, x, update: (
-                    pulled(update, errors[path]) if path in errors else update
-                ),
-                params,
-                updates,
-            )
-        grids = state.grids | kept if freeze_scale else None
-        measured = state.statistics
-        if statistics:
-            each = {}
-            for path, (quantizer, x, update) in points.items():
-                grid = grid_at(path, params, None)
-                if grid is None and grids is not None:
-                    grid = grids[path]
-                before = measured.previous_codes[path]
-                each[path] = seen(quantizer, x, update, grid, before)
-            each |= seen_elsewhere or {}
-            measured = gathered(each, level, coefficient, measured, errors.values())
-        count = optax.safe_increment(count)
-        return updates, CageState(count, grids, measured, source)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@functools.partial(jax.jit, static_argnames="quantizer")
-def fit_if(active, x, quantizer, frozen):
-    """Computes `error_reductions` if `active`, else zeros and the frozen grid.
-
-    While silent, no extra pass over an array is made. Reductions and rotations are
-    under this condition; the rest is elementwise and fuses with the optimizer and
-    `apply_updates`. A condition around that part too would have to store the updates.
-
-    It also returns `active`, for the next parameter to wait for. Otherwise the
-    intermediate arrays of all parameters are in memory at once, and on a CPU fresh
-    memory costs more than the work itself.
-    """
-
-    def fit():
-        return True, error_reductions(x, quantizer, frozen)
-
-    def skip():
-        zeros = _zeros(error_reductions, x, quantizer, frozen)
-        return False, zeros if frozen is None else zeros._replace(grid=frozen)
-
-    return lax.cond(active, fit, skip)
-
-
-def _zeros(function, x, *args):
-    """Returns zeros like `function`'s results, also in sharding, without running it."""
-    shapes = jax.eval_shape(lambda x: function(x, *args), x)
-    # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
-    return jax.tree.map(
-        lambda s: lax.full_like(x, 0, s.dtype, s.shape, s.sharding), shapes
-    )
-
-
-def _check_grids(name, quantized):
-    for path, (quantizer, _) in quantized.items():
-        if quantizer.scale.finds_values:
-            raise ValueError(
-                f"`{path}`: `{name}` must be False for a quantizer without a grid and "
-                f"codes of its own; got {quantizer}. Leave it out."
-            )
-
-
-def _unknown_grids(quantized):
-    # Zeros made from fitted grids, so that they have the shardings of later grids.
-    grids = {path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()}
-    return jax.tree.map(jnp.zeros_like, grids)

@@ -213,7 +213,7 @@ def _check_number_or_schedule(name, value, remedy):
     if is_optimizer(value):
         raise TypeError(
             f"{rule}; got an optimizer. For optimizers other than AdamW and SGD use "
-            f"decoupled(optimizer, rules, strength, learning_rate)."
+            f"decoupled(optimizer, rules, learning_rate=..., strength=...)."
         )
     if isinstance(value, Mapping):
         raise TypeError(

@@ -42,7 +42,7 @@ class CageStatistics(NamedTuple):
     previous_codes: dict[str, jax.Array]
 
 
-class Seen(NamedTuple):
+class ParameterStatistics(NamedTuple):
     """Statistics of one parameter, to be combined with those of others.
 
     Attributes:
@@ -60,7 +60,9 @@ class Seen(NamedTuple):
     codes: jax.Array
 
 
-def first(quantized: Mapping[str, tuple[Quantizer, jax.Array]]) -> CageStatistics:
+def initial_statistics(
+    quantized: Mapping[str, tuple[Quantizer, jax.Array]],
+) -> CageStatistics:
     """Returns the initial statistics of the given parameters."""
     zero = jnp.zeros([], jnp.float32)
     return CageStatistics(
@@ -73,13 +75,13 @@ def first(quantized: Mapping[str, tuple[Quantizer, jax.Array]]) -> CageStatistic
     )
 
 
-def seen(
+def parameter_statistics(
     quantizer: Quantizer,
     x: jax.Array,
     update: jax.Array,
     grid: Grid | None,
     previous: jax.Array,
-) -> Seen:
+) -> ParameterStatistics:
     """Computes the statistics of one parameter.
 
     Args:
@@ -90,7 +92,7 @@ def seen(
       previous: the codes at the step before.
     """
     codes = codes_of(x, quantizer, grid)
-    return Seen(
+    return ParameterStatistics(
         squares(quantization_error(x, quantizer, grid=grid)),
         squares(x),
         squares(update),
@@ -99,21 +101,21 @@ def seen(
     )
 
 
-def gathered(
-    each: Mapping[str, Seen],
-    level: jax.Array | float,
-    coefficient: jax.Array | float,
+def combine(
+    each: Mapping[str, ParameterStatistics],
+    strength: jax.Array | float,
+    factor: jax.Array | float,
     before: CageStatistics,
-    weighed: Iterable[jax.Array] = (),
+    weighted: Iterable[jax.Array] = (),
 ) -> CageStatistics:
     """Combines the statistics of all parameters into those of a step.
 
     Args:
       each: the statistics of each parameter, by path.
-      level: lambda.
-      coefficient: the factor that the error was multiplied by.
+      strength: lambda.
+      factor: what the errors were multiplied by.
       before: the statistics of the step before.
-      weighed: the weighted errors, if they are weighted with a curvature.
+      weighted: the weighted errors, if they are weighted with a curvature.
     """
     parts = each.values()
     ratios = [_ratio(jnp.sqrt(one.error), jnp.sqrt(one.norm)) for one in parts]
@@ -121,13 +123,13 @@ def gathered(
     norm = _root(one.norm for one in parts)
     began = before.correction_strength != 0
     reference = jnp.where(began, before.reference_norm, norm)
-    errors = [squares(error) for error in weighed] or [one.error for one in parts]
-    correction = jnp.abs(jnp.float32(coefficient)) * _root(errors)
+    errors = [squares(error) for error in weighted] or [one.error for one in parts]
+    correction = jnp.abs(jnp.float32(factor)) * _root(errors)
     flipped = sum((one.flipped for one in parts), start=jnp.zeros([], jnp.float32))
     total = sum(one.codes.size for one in parts)
     codes = {path: one.codes for path, one in each.items()}
     return CageStatistics(
-        correction_strength=jnp.float32(level),
+        correction_strength=jnp.float32(strength),
         relative_error_mean=jnp.mean(relative),
         relative_error_max=jnp.max(relative),
         correction_ratio=_ratio(correction, _root(one.update for one in parts)),

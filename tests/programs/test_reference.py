@@ -156,8 +156,8 @@ def jax_training(schedule, dtype):
         cage.post_step(
             optax.adamw(lr, b1, b2, eps=1e-8, weight_decay=DECAY),
             rules,
-            cage.silence_then_ramp(STEPS, PEAK, SILENCE),
-            lr,
+            strength=cage.silence_then_ramp(STEPS, PEAK, SILENCE),
+            learning_rate=lr,
         ),
     )
 

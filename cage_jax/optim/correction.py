@@ -1,0 +1,328 @@
+"""The correction: the pull of each quantized parameter towards its grid.
+
+All placements share it; see `placements` for where it goes.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.paths import path_in_errors
+from cage_jax.core.quantize import check_grid_given, grid_at
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.curvature.source import Curvature, Step
+from cage_jax.optim.schedules import (
+    ScalarOrSchedule,
+    check_strength,
+    is_optimizer,
+    value_at,
+)
+from cage_jax.optim.statistics import (
+    CageStatistics,
+    ParameterStatistics,
+    combine,
+    initial_statistics,
+    parameter_statistics,
+)
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import error_elementwise, error_reductions, fit_grid
+
+
+class CageState(NamedTuple):
+    """State of the correction.
+
+    Attributes:
+      cage_count: the number of steps done, int32.
+      grids: with `freeze_scale`, the grid of each quantized parameter by path. Its
+        scale is 0 until the pull begins. Pass it to `fake_quant` and `quantize` as
+        `grid`. None otherwise.
+      statistics: with `statistics`, the statistics of the last step. None otherwise.
+      curvature: with `curvature`, the state of that source. None otherwise.
+    """
+
+    cage_count: jax.Array
+    grids: dict[str, Grid] | None
+    statistics: CageStatistics | None
+    curvature: Any = None
+
+
+class _Parameter(NamedTuple):
+    """A quantized parameter at one step.
+
+    Attributes:
+      quantizer: its quantizer.
+      x: the weights at which the error is taken, in float32 or wider.
+      update: its update before the correction.
+      grid: the grid to keep, learned or frozen, or None.
+    """
+
+    quantizer: Quantizer
+    x: jax.Array
+    update: jax.Array
+    grid: Grid | None
+
+
+class _Error(NamedTuple):
+    """The quantization error of a parameter: zeros, and of no use, while silent."""
+
+    error: jax.Array
+    grid: Grid
+    is_pulling: jax.Array
+
+
+def correction(
+    rules: Rules,
+    strength: ScalarOrSchedule,
+    step_size: Callable[[jax.Array], Any],
+    *,
+    at_updated: bool,
+    curvature: Curvature | None,
+    freeze_scale: bool,
+    statistics: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds `step_size(count) * strength * (x - Q(x))` to the updates.
+
+    Args:
+      rules: which parameters are quantized, and how.
+      strength: lambda, a number or a schedule of the step count.
+      step_size: 1, or minus the learning rate, as a function of the step count.
+      at_updated: whether the error is taken at `params + updates`, not at `params`.
+      curvature: as in `cage`.
+      freeze_scale: as in `cage`.
+      statistics: as in `cage`.
+
+    Returns:
+      A transformation. Its `update` takes three more arguments: the `gradients` and the
+      `inner_state` of an optimizer before it, and `fused_statistics` by path of
+      parameters that a fused step has already stepped, which `update` cannot see.
+    """
+    _check_arguments(rules, strength, curvature)
+    needed = {
+        "grids": freeze_scale,
+        "statistics": statistics,
+        "curvature": curvature is not None,
+    }
+
+    def init(params):
+        quantized = rules.quantized(params)
+        if freeze_scale:
+            _check_grids("freeze_scale", quantized)
+        if statistics:
+            _check_grids("statistics", quantized)
+        _warn_of_rules(rules, params, quantized)
+        arrays = {path: x for path, (_, x) in quantized.items()}
+        return CageState(
+            cage_count=jnp.zeros([], jnp.int32),
+            grids=_unknown_grids(quantized) if freeze_scale else None,
+            statistics=initial_statistics(quantized) if statistics else None,
+            curvature=curvature and curvature.init(arrays),
+        )
+
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        gradients=None,
+        inner_state=None,
+        fused_statistics: Mapping[str, ParameterStatistics] | None = None,
+        **extra_args,
+    ):
+        check_params(params)
+        _check_state(state, needed)
+        count, grids, source = state.cage_count, state.grids, state.curvature
+        now = value_at(strength, count)
+        factor = step_size(count) * now
+        parameters = _parameters(rules, params, updates, grids, at_updated)
+        found = _errors(parameters, now, count)
+        errors = {path: each.error for path, each in found.items()}
+        if freeze_scale:
+            grids = grids | {path: each.grid for path, each in found.items()}
+        if curvature is not None:
+            # Without an optimizer before the correction, the updates are the gradients.
+            gradients = updates if gradients is None else gradients
+            step = Step(gradients, params, rules, inner_state, extra_args)
+            source = curvature.update(source, step)
+            if errors:
+                (*_, last) = found.values()
+                errors = lax.cond(
+                    last.is_pulling,
+                    lambda: curvature.weigh(errors, source, step),
+                    lambda: errors,
+                )
+        measured = state.statistics
+        if statistics:
+            each = _statistics(parameters, grids, state.statistics.previous_codes)
+            each |= fused_statistics or {}
+            weighted = errors.values() if curvature is not None else ()
+            measured = combine(each, now, factor, state.statistics, weighted)
+
+        def correct(path, quantizer, x, update):
+            if path not in found:
+                return update
+            return _pulled(update, factor, errors[path], found[path].is_pulling)
+
+        updates = rules.map(correct, params, updates)
+        count = optax.safe_increment(count)
+        return updates, CageState(count, grids, measured, source)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _parameters(rules, params, updates, grids, at_updated):
+    """Returns a `_Parameter` for each quantized parameter with an update, by path."""
+    found = {}
+
+    def collect(path, quantizer, x, update):
+        if update is not None:
+            if at_updated:
+                x = (x + update).astype(x.dtype)
+            x = x.astype(compute_dtype(x.dtype))
+            grid = grid_at(path, params, None)  # learned
+            if grid is None and grids is not None:
+                grid = grids[path]  # frozen, as in the state
+            found[path] = _Parameter(quantizer, x, update, grid)
+        return update
+
+    rules.map(collect, params, updates)
+    return found
+
+
+def _errors(parameters, strength, count):
+    """Returns the `_Error` of each parameter by path; none with a strength of 0."""
+    if isinstance(strength, (int, float)) and strength == 0:
+        return {}
+    # With a constant strength, compilers would fold a condition without the count.
+    is_pulling = (strength != 0) & (count >= 0)
+    found = {}
+    for path, (quantizer, x, _, grid) in parameters.items():
+        with path_in_errors(path):
+            check_grid_given(quantizer, grid)
+        is_pulling, reductions = reductions_if(is_pulling, x, quantizer, grid)
+        error = error_elementwise(x, quantizer, reductions)
+        found[path] = _Error(error, reductions.grid, is_pulling)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def reductions_if(is_pulling, x, quantizer, grid):
+    """Computes `error_reductions` if `is_pulling`, else zeros and the given grid.
+
+    While silent, no extra pass over an array is made. Reductions and rotations are
+    under this condition; the rest is elementwise and fuses with the optimizer and
+    `apply_updates`. A condition around that part too would have to store the updates.
+
+    It also returns `is_pulling`, for the next parameter to wait for. Otherwise the
+    intermediate arrays of all parameters are in memory at once, and on a CPU fresh
+    memory costs more than the work itself.
+    """
+
+    def compute():
+        return True, error_reductions(x, quantizer, grid)
+
+    def skip():
+        shapes = jax.eval_shape(lambda x: error_reductions(x, quantizer, grid), x)
+        # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
+        zeros = jax.tree.map(
+            lambda s: lax.full_like(x, 0, s.dtype, s.shape, s.sharding), shapes
+        )
+        return False, zeros if grid is None else zeros._replace(grid=grid)
+
+    return lax.cond(is_pulling, compute, skip)
+
+
+def _pulled(update, factor, error, is_pulling):
+    """Adds the pull of CAGE (arXiv 2510.18784) to an update: u + factor * e."""
+    pulled = update.astype(error.dtype) + jnp.asarray(factor, error.dtype) * error
+    return jnp.where(is_pulling, pulled.astype(update.dtype), update)
+
+
+def _statistics(parameters, grids, previous_codes):
+    """Returns the `ParameterStatistics` of each parameter, by path."""
+    found = {}
+    for path, (quantizer, x, update, grid) in parameters.items():
+        if grids is not None and not quantizer.scale.needs_grid:
+            grid = grids[path]  # frozen in this step, perhaps
+        found[path] = parameter_statistics(
+            quantizer, x, update, grid, previous_codes[path]
+        )
+    return found
+
+
+def check_params(params: Any) -> None:
+    """Raises if `update` was not given the parameters."""
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`, since what it does depends on them; "
+            "got None. Use tx.update(updates, state, params)."
+        )
+
+
+def _check_arguments(rules, strength, curvature):
+    check_rules(
+        rules,
+        " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
+        "strength), optimizer), or decoupled(optimizer, rules, learning_rate=..., "
+        "strength=...)."
+        if is_optimizer(rules)
+        else "",
+    )
+    check_strength(strength)
+    if not isinstance(curvature, Curvature | None):
+        called = " Call the source, with ()." if callable(curvature) else ""
+        raise TypeError(
+            f"`curvature` must be a source of `cage_jax.curvature`, or None; got "
+            f"{curvature!r}.{called} Use curvature.hutchinson(), for example."
+        )
+
+
+def _check_state(state, needed):
+    """Raises if the state lacks a part that this correction needs."""
+    for field, is_needed in needed.items():
+        if is_needed and getattr(state, field) is None:
+            option = "freeze_scale" if field == "grids" else field
+            raise ValueError(
+                f"`state` must be that of this optimizer; got one of an optimizer "
+                f"without `{option}`. Use the state of its own init, to which you may "
+                f"copy the other's `cage_count`, or leave `{option}` out."
+            )
+
+
+def _warn_of_rules(rules, params, quantized):
+    """Warns of rules that match nothing, and of a table that quantizes nothing."""
+    unused = rules.why_unused(params)
+    if quantized:
+        for text in unused:
+            warnings.warn(text, stacklevel=3)
+        return
+    why = f" {unused[0][0].upper()}{unused[0][1:]}" if unused else ""
+    if not jax.tree.leaves(params):
+        why = " `params` has no array in it: does `wrt` select some?"
+    warnings.warn(
+        f"no parameter is quantized by {rules.in_words}, so CAGE has nothing to pull."
+        f"{why} Print rules.report(params) to see the paths.",
+        stacklevel=3,
+    )
+
+
+def _check_grids(name, quantized):
+    for path, (quantizer, _) in quantized.items():
+        if quantizer.scale.finds_values:
+            raise ValueError(
+                f"`{path}`: `{name}` must be False for a quantizer without a grid and "
+                f"codes of its own; got {quantizer}. Leave it out."
+            )
+
+
+def _unknown_grids(quantized):
+    # Zeros made from fitted grids, so that they have the shardings of later grids.
+    grids = {path: fit_grid(x, quantizer) for path, (quantizer, x) in quantized.items()}
+    return jax.tree.map(jnp.zeros_like, grids)
