@@ -422,7 +422,7 @@ def test_what_is_refused(tmp_path):
             row("`dtype` must be 'bfloat16' for fp4", fp4, dtype="float16"),
             row(r"`norm/scale`: .*'float16', for 1e", large, dtype="float16"),
             row(r"`dtype` must be one of .*'int8'", dtype="int8"),
-            row("`shard_bytes` must be positive; got 0", shard_bytes=0),
+            row("`shard_bytes` must be at least 1; got 0", shard_bytes=0),
             row(
                 r"`shard_bytes` must be an int; got 1000000000.0",
                 error=TypeError,

@@ -131,7 +131,9 @@ def test_without_the_reader(codes, tmp_path, monkeypatch):
 
 def test_files_and_folders_of_something_else(tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(cage.export.MalformedFileError, match="got file, which is neit"):
+    with pytest.raises(
+        cage.export.MalformedFileError, match="got file, which is not a"
+    ):
         cage.load(tmp_path / "file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("text")

@@ -63,13 +63,17 @@ def test_config_refused():
                 {"rope_parameters": {"rope_type": "yarn"}},
                 "rope_type='default'; got 'yarn'",
             ),
-            ({"hidden_size": 2**60}, "`width` must be in"),
+            ({"hidden_size": 2**60}, "`width` must be from 1 to"),
             ({"hidden_size": "many"}, "`width` must be an int"),
             ({"num_key_value_heads": 3}, "`kv_heads` must divide"),
-            ({"rms_norm_eps": float("nan")}, "`norm_epsilon` must be positive"),
-            ({"num_hidden_layers": 10**6}, "`layers` must be at most 4096"),
-            ({"eos_token_id": {}}, "`eos` must be tokens"),
-            ({"rope_parameters": "plain"}, "must describe its rotation; got 'plain'"),
+            (
+                {"rope_parameters": {"rope_theta": 10**400}},
+                "`rope_theta` must be above 0",
+            ),
+            ({"rms_norm_eps": float("nan")}, "`norm_epsilon` must be above 0"),
+            ({"num_hidden_layers": 10**6}, "`layers` must be from 1 to 4096"),
+            ({"eos_token_id": {}}, "`eos` must be an int"),
+            ({"rope_parameters": "plain"}, "object in rope_parameters; got 'plain'"),
         ]
     )
     with pytest.raises(ValueError, match="must have 'vocab_size'"):

@@ -16,6 +16,7 @@ import cage_jax as cage
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import trees
 from cage_jax.export.files import MalformedFileError
+from cage_jax.export.orbax_folders import save_orbax
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="the file's format")
 
@@ -41,7 +42,7 @@ def save_and_load(codes, path):
         trees.save(codes, path)
     else:
         pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
-        trees.save_orbax(codes, path)
+        save_orbax(codes, path)
     return trees.load(path)
 
 
@@ -92,7 +93,7 @@ def test_trees_without_arrays(file):
         trees.save(tree, file, overwrite=True)
         assert trees.load(file) == tree
         with pytest.raises(ValueError, match="`codes` must have an array; got none"):
-            trees.save_orbax(tree, file.with_suffix(""))
+            save_orbax(tree, file.with_suffix(""))
 
 
 def test_a_state_of_nnx_comes_back_as_dicts(tmp_path):
@@ -168,7 +169,7 @@ def test_safetensors_alone_reads_it(x, file):
 def test_orbax_alone_reads_it(x, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
     codes = codes_of(cage.int4(group_size=16))
-    trees.save_orbax({"layer": {"kernel": codes, "bias": x[0]}}, tmp_path / "codes")
+    save_orbax({"layer": {"kernel": codes, "bias": x[0]}}, tmp_path / "codes")
     with ocp.StandardCheckpointer() as checkpointer:
         like = {
             "layer/kernel": {
@@ -231,7 +232,7 @@ def test_nothing_is_overwritten_unasked(name, tmp_path):
     path = tmp_path / name
     x = codes_of(cage.int4())
     save_and_load({"a": x}, path)
-    save = trees.save if path.suffix else trees.save_orbax
+    save = trees.save if path.suffix else save_orbax
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save({"a": x, "b": x}, path)
     assert_same(trees.load(path), {"a": x})
@@ -260,7 +261,7 @@ def test_what_is_no_tree_of_codes(tmp_path):
     path, one = tmp_path / "codes.safetensors", np.ones(3)
     assert_raises(
         (lambda save=save, tree=tree: save(tree, path), error, text)
-        for save in (trees.save, trees.save_orbax)
+        for save in (trees.save, save_orbax)
         for tree, error, text in [
             ({"a": [1.0]}, TypeError, "`a/0`: `codes` must be .*; got float"),
             ({"a": "text"}, TypeError, "`a`: .*got str"),
@@ -283,8 +284,8 @@ def test_stacked_codes_of_another_axis(file):
 def test_other_refusals(x, tmp_path):
     with pytest.raises(ValueError, match=r"`path` must end in \.safetensors"):
         trees.save({"a": x}, tmp_path / "codes.npz")
-    with pytest.raises(ValueError, match=r"`a`: Orbax .* shape \(0, 32\)"):
-        trees.save_orbax({"a": x[:0]}, tmp_path / "codes")
+    with pytest.raises(ValueError, match=r"`a`: .* Orbax; got shape \(0, 32\)"):
+        save_orbax({"a": x[:0]}, tmp_path / "codes")
     with pytest.raises(FileNotFoundError):
         trees.load(tmp_path / "none.safetensors")
     deep = x
@@ -332,7 +333,7 @@ def saved(x, file):
 def test_malformed(saved, file):
     for changes, message in [
         ({"metadata": {"version": "2"}}, "got '2': written by a newer version"),
-        ({"metadata": {"format": "pt"}}, "must be of cage_jax.export.trees; got"),
+        ({"metadata": {"format": "pt"}}, "must be written by cage_jax.export.save"),
         ({"metadata": {"tree": ""}}, "must be JSON"),
         ({"metadata": {"tree": "[" * 100_000}}, "must be JSON"),
         ({"metadata": {"tree": "[]"}}, "must be an object; got list"),
@@ -405,7 +406,7 @@ def test_a_damaged_folder(tmp_path):
     pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
     codes = {"kernel": codes_of(cage.int4(group_size=32))}
     path = tmp_path / "codes"
-    trees.save_orbax(codes, path)
+    save_orbax(codes, path)
     description = path / "description" / "metadata"
     text = description.read_text()
     for changed, message in [
@@ -416,8 +417,8 @@ def test_a_damaged_folder(tmp_path):
         (text.replace('"kernel"', '"query"'), "other arrays than its"),
         (text[:-9], "must be a whole folder"),
         ("[" * 100_000, "must be a whole folder"),
-        ("[]", "must be of cage_jax"),
-        ("{}", "must be of cage_jax"),
+        ("[]", "must be written by cage_jax"),
+        ("{}", "must be written by cage_jax"),
     ]:
         assert changed != text
         description.write_text(changed)

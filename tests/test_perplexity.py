@@ -48,10 +48,16 @@ def test_greedy():
 
 
 def test_refused():
-    few, outside = r"at least 2.* got 1 tokens", r"must be in \[0, 50\).* got 3 to 50"
+    few, outside = (
+        r"at least 2 tokens.* got 1 tokens",
+        r"must be in \[0, 50\).* got 3 to 50",
+    )
     table = [
         (lambda: perplexity(PARAMS, [1], CONFIG), few),
         (lambda: perplexity(PARAMS, [3, 50], CONFIG), outside),
-        (lambda: greedy(PARAMS, [], CONFIG, count=1), "one to go on from; got 0"),
+        (
+            lambda: greedy(PARAMS, [], CONFIG, count=1),
+            "at least one token to continue; got 0",
+        ),
     ]
     assert_raises([(call, ValueError, text) for call, text in table])

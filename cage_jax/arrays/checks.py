@@ -1,6 +1,7 @@
 """Checks of arguments, with one wording for all errors."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def check_number(
     if not is_int(value) and not isinstance(value, (float, np.floating)):
         raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
     inside = least <= value <= most and above < value < below
-    if inside and math.isfinite(value):
+    if inside and abs(value) <= sys.float_info.max:
         return
     limits = {"at least": least, "above": above, "at most": most, "below": below}
     rules = [f"{word} {x:g}" for word, x in limits.items() if math.isfinite(x)]

@@ -2,14 +2,16 @@
 
 `compressed_tensors` writes a folder for transformers and vLLM, `gguf` a file for
 llama.cpp, and `stablehlo` a program that runs without this library. `save` and
-`save_orbax` store a tree of codes of any model. `cage_jax.load` reads all of them.
+`save_orbax` store a tree of codes of any model. `cage_jax.load` reads all of them, by
+the registry in `target`.
 """
 
 from cage_jax.export.compressed_tensors import compressed_tensors
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.gguf import gguf
+from cage_jax.export.orbax_folders import save_orbax
 from cage_jax.export.stablehlo import stablehlo
-from cage_jax.export.trees import save, save_orbax
+from cage_jax.export.trees import save
 
 __all__ = [
     "MalformedFileError",

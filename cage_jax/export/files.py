@@ -1,27 +1,33 @@
 """Files, written completely or not at all, and read without trusting them."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 Path = str | os.PathLike[str]
 
-# The names of all files that exports write, including those of Orbax and tokenizers.
-_WRITTEN = re.compile(
-    r".*\.(safetensors|json|jinja)|program\.bin|merges\.txt|tokenizer\.model|"
-    r"arrays|description|_CHECKPOINT_METADATA|commit_success\.txt"
-)
 _MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
 
 
 class MalformedFileError(ValueError):
     """A file is not well-formed: truncated, damaged or malicious."""
+
+
+def check_installed(package: str, purpose: str) -> None:
+    """Raises ImportError if a package is missing, with the command that installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"{purpose} needs the package {package}, which is not installed. Run "
+            'pip install "cage_jax[export]", or in a clone '
+            "pip install -e '.[export]'."
+        )
 
 
 @contextlib.contextmanager
@@ -122,6 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes an object to a JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def inside(folder: Path, name: Any) -> pathlib.Path:
     """Returns the path of a named file in a folder.
 
@@ -170,8 +181,12 @@ def strangers(path: pathlib.Path) -> str:
         return ""
     if not path.is_dir():
         return "a file"
-    names = [file.name for file in path.iterdir() if not _WRITTEN.fullmatch(file.name)]
-    return ", ".join(sorted(names)[:3])
+    from cage_jax.export.target import targets  # which needs this module
+
+    known = {pattern for target in targets().values() for pattern in target.files}
+    names = sorted(file.name for file in path.iterdir())
+    others = [n for n in names if not any(fnmatchcase(n, each) for each in known)]
+    return ", ".join(others[:3])
 
 
 def is_free(path: pathlib.Path) -> bool:

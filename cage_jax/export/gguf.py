@@ -1,21 +1,24 @@
 """GGUF, for llama.cpp: a Llama in one file, with the trained codes bit for bit."""
 
 import math
+import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
+from cage_jax.arrays.checks import check_choice
 from cage_jax.export import tokenizer_files
 from cage_jax.export.files import MalformedFileError, Path, as_path, new_file
 from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
-from cage_jax.export.gguf_files import read_content
+from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
+from cage_jax.export.target import Target
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
-from cage_jax.llama.tensors import PLACES, Tensor, tensors, tree_of
+from cage_jax.llama.tensors import PLACES, places, tensors, tree_of
 
-_FLOAT_DTYPES = ("float32", "float16")
+FloatDtype = Literal["float32", "float16"]
 
 
 def gguf(
@@ -24,7 +27,7 @@ def gguf(
     path: Path,
     *,
     tokenizer: Mapping[str, bytes] | Path | None = None,
-    float_dtype: Literal["float32", "float16"] = "float32",
+    float_dtype: FloatDtype = "float32",
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -92,37 +95,36 @@ def gguf(
     import gguf as ggml
 
     path = as_path(path)
-    if float_dtype not in _FLOAT_DTYPES:
-        raise ValueError(
-            f"`float_dtype` must be one of {_FLOAT_DTYPES}; got {float_dtype!r}. Use "
-            f"'float32'."
-        )
+    check_choice("float_dtype", float_dtype, get_args(FloatDtype))
+    # Two walks over the tensors, so that only one of them is in memory at a time.
     forms = [
-        (tensor.place, tensor.layer, _form(tensor, float_dtype))
+        form_of(
+            tensor.array, tensor.path, axis=_axis(tensor.place), float_dtype=float_dtype
+        )
         for tensor in tensors(codes, config)
     ]
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.given(tokenizer, config), config)
-    metadata["general.file_type"] = _file_type([form for *_, form in forms])
+    metadata["general.file_type"] = _file_type(forms)
     with new_file(path, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")
         try:
             for key, value in metadata.items():
                 _add(writer, key, value)
             writer.add_quantization_version(ggml.GGML_QUANT_VERSION)
-            for place, layer, form in forms:
-                rows = form.shape[0] if len(form.shape) > 1 else 1
+            for (place, layer, _), form in zip(places(config), forms):
+                count = form.shape[0] if len(form.shape) > 1 else 1
                 writer.add_tensor_info(
                     place.gguf.format(layer),
                     form.shape,
                     np.dtype(np.float32),  # ignored, because the raw dtype is given
-                    rows * form.row_bytes,
+                    count * form.row_bytes,
                     ggml.GGMLQuantizationType[form.kind],
                 )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for tensor, (*_, form) in zip(tensors(codes, config), forms):
+            for tensor, form in zip(tensors(codes, config), forms):
                 rows = rows_of(
                     tensor.array, tensor.path, form, axis=_axis(tensor.place)
                 )
@@ -168,26 +170,13 @@ def read(path: Path) -> Model:
     config = _config(metadata, found)
     _check_count(found, config)
     arrays = {
-        (place.path, layer): _array(found, place, layer, config)
-        for place in map(PLACES.__getitem__, config.shapes())
-        for layer in (range(config.layers) if place.in_layers else (None,))
+        (place.path, layer): _array(found, place, layer, shape, config)
+        for place, layer, shape in places(config)
     }
-    tokenizer = files_of(metadata)
-    return Model(tree_of(arrays, config), config, tokenizer)
+    return Model(tree_of(arrays, config), config, files_of(metadata))
 
 
 # --- writing --------------------------------------------------------------------------
-
-
-def _form(tensor: Tensor, float_dtype):
-    return form_of(
-        tensor.array, tensor.path, axis=_axis(tensor.place), float_dtype=float_dtype
-    )
-
-
-def _axis(place):
-    """Returns our axis that is the last one in the file."""
-    return -2 if place.is_kernel else -1
 
 
 def _metadata(config, name):
@@ -235,6 +224,11 @@ def _add(writer, key, value):
 
 
 # --- both -----------------------------------------------------------------------------
+
+
+def _axis(place):
+    """Returns our axis that is the last one in the file."""
+    return -2 if place.is_kernel else -1
 
 
 def _row_order(place, config, *, back):
@@ -312,9 +306,7 @@ def _config(metadata, found):
 
 
 def _check_count(found, config):
-    # Checked before any names are made, because a file may ask for millions.
-    in_layers = sum(PLACES[path].in_layers for path in config.shapes())
-    count = len(config.shapes()) + in_layers * (config.layers - 1)
+    count = sum(1 for _ in places(config))
     if len(found) == count:
         return
     names = {place.gguf.partition(".{}.")[2] or place.gguf for place in PLACES.values()}
@@ -325,11 +317,9 @@ def _check_count(found, config):
     )
 
 
-def _array(found, place, layer, config):
-    """Reads a parameter of one layer, with the rows in our order."""
+def _array(found, place, layer, shape, config):
+    """Reads a tensor, with the rows in our order."""
     name = place.gguf.format(layer)
-    shape = config.shapes()[place.path]
-    shape = shape[1:] if place.in_layers else shape
     shape = shape[::-1] if place.is_kernel else shape
     if name not in found:
         _refuse(f"have {name}", "none")
@@ -348,3 +338,24 @@ def _refuse(rule, got) -> NoReturn:
         f"the file must {rule}; got {got}. Get the file again, or another model: "
         f"others than plain Llamas are not read yet."
     )
+
+
+def is_file(path: pathlib.Path) -> bool:
+    """Tells whether a path is a file that begins like GGUF."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+TARGET = Target(
+    written_by="export.gguf",
+    read_by="llama.cpp",
+    holds="`q4_0()`, `q4_1()`, `q8_0()`; the embedding with `axis=-1`",
+    recognises=is_file,
+    read=read,
+    write=gguf,
+    suffix=".gguf",
+    presets=("q4_0", "q4_1", "q8_0"),
+    packages=("gguf",),
+)

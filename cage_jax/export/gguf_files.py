@@ -14,7 +14,7 @@ import numpy as np
 
 from cage_jax.export.files import MalformedFileError, Path
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 # Limit of keys and of tensors: far above any model, far below what exhausts memory.
 _MOST_ENTRIES = 2**16
@@ -76,8 +76,8 @@ def read_content(path: Path) -> Content:
     content = np.memmap(path, np.uint8, "r")
     cursor = _Cursor(content, path.name)
     try:
-        if cursor.take(4) != _MAGIC:
-            cursor.refuse(f"begin with {_MAGIC!r}", bytes(content[:4]))
+        if cursor.take(4) != MAGIC:
+            cursor.refuse(f"begin with {MAGIC!r}", bytes(content[:4]))
         if (version := cursor.number("I")) not in _VERSIONS:
             cursor.refuse(f"be of a version among {_VERSIONS}, little-endian", version)
         tensor_count, key_count = cursor.entries(), cursor.entries()

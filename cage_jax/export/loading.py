@@ -1,20 +1,15 @@
 """Loading of models from any supported file or folder."""
 
-import importlib.util
-import os
 import pathlib
 import re
 
-from cage_jax.export import native, trees
-from cage_jax.export.compressed_tensors import read as read_compressed_tensors
-from cage_jax.export.files import MalformedFileError, Path
-from cage_jax.export.gguf import read as read_gguf
-from cage_jax.export.stablehlo import is_folder as is_program
-from cage_jax.export.stablehlo import read_codes
+from cage_jax.export.files import MalformedFileError, Path, as_path, check_installed
+from cage_jax.export.target import suffixes, targets
 from cage_jax.llama.loaded import Model
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors")
+# Endings of paths that are no names on the hub, beside those of the targets.
+_SUFFIXES = (".bin", ".json", ".pt", ".pth")
 
 
 def load(path: Path) -> Model:
@@ -56,22 +51,22 @@ def load(path: Path) -> Model:
       >>> params["kernel"].codes.dtype
       dtype(int4)
     """
-    place = find(path)
-    if place is None:
-        return _folder(_from_hub(path))
+    place = find(path) or _from_hub(path)
+    for target in targets().values():
+        if target.recognises(place):
+            for package in target.packages:
+                check_installed(package, f"reading {place.name}")
+            return target.read(place)
     if place.is_dir():
-        return _folder(place)
-    with place.open("rb") as file:
-        begin = file.read(4)
-    if begin == b"GGUF":
-        _need("gguf", "A GGUF")
-        return read_gguf(place)
-    if place.suffix == ".safetensors":
-        _need("safetensors", "A .safetensors file")
-        return Model(trees.load(place), None, {})
+        names = sorted(file.name for file in place.iterdir())[:4]
+        raise ValueError(
+            f"`path` must be the folder of a model, with a config.json; got {place}, "
+            f"which has {names}. Give the folder that holds config.json, or the GGUF "
+            f"itself."
+        )
     raise MalformedFileError(
-        f"`path` must be a model; got {place.name}, which is neither a GGUF nor a "
-        f".safetensors file. Give one of those, or the folder of the model."
+        f"`path` must be a model; got {place.name}, which is not a well-formed file of "
+        f"{suffixes()}. Give one of those, or the folder of the model."
     )
 
 
@@ -82,47 +77,26 @@ def find(path: Path) -> pathlib.Path | None:
       FileNotFoundError: if the path does not exist and cannot be a name on the hub.
       TypeError: if `path` is not a path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(
-            f"`path` must be a path; got {type(path).__name__}. Give that of a file or "
-            f"a folder, or a name on the hub."
-        )
-    place = pathlib.Path(path)
+    place = as_path(path)
     if place.exists():
         return place
     if (
         not isinstance(path, str)
         or not _ON_THE_HUB.fullmatch(path)
-        or place.suffix in _FILES
+        or place.suffix in (*_SUFFIXES, *suffixes())
         or place.parent.exists()
     ):
         raise FileNotFoundError(
-            f"`path` must be a file or a folder; got {str(path)!r}, which is not "
-            f"there. Check the path, or give a name on the hub such as "
+            f"`path` must be a file or a folder; got {str(path)!r}, which does not "
+            f"exist. Check the path, or give a name on the hub such as "
             f"HuggingFaceTB/SmolLM2-135M."
         )
     return None
 
 
-def _folder(place):
-    if (place / native.CODES).is_file() and (place / native.CONFIG).is_file():
-        return native.read(place)
-    if trees.is_folder(place):
-        return Model(trees.load(place), None, {})
-    if is_program(place):
-        return Model(read_codes(place), None, {})
-    if (place / "config.json").is_file():
-        return read_compressed_tensors(place)
-    names = sorted(file.name for file in place.iterdir())[:4]
-    raise ValueError(
-        f"`path` must be the folder of a model, with a config.json; got {place}, which "
-        f"has {names}. Give the folder that holds config.json, or the GGUF itself."
-    )
-
-
 def _from_hub(name):
     """Downloads a model from the hub and returns its folder."""
-    _need("huggingface_hub", "A name on the hub")
+    check_installed("huggingface_hub", f"loading {name} from the Hugging Face hub")
     from huggingface_hub import snapshot_download
 
     try:
@@ -137,12 +111,3 @@ def _from_hub(name):
             f"the folder."
         ) from error
     return pathlib.Path(folder)
-
-
-def _need(package, what):
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"{what} cannot be read without the package {package}, which is not "
-            f'installed. Run pip install "cage_jax[export]", or in a clone '
-            f"pip install -e '.[export]'."
-        )

@@ -1,10 +1,16 @@
 """Our own folder format: parameters of any quantizer, dimensions and tokenizer."""
 
-import json
 import pathlib
 
 from cage_jax.export import tokenizer_files, trees
-from cage_jax.export.files import MalformedFileError, Path, new_folder, read_json
+from cage_jax.export.files import (
+    MalformedFileError,
+    Path,
+    new_folder,
+    read_json,
+    write_json,
+)
+from cage_jax.export.target import Target
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path
@@ -33,8 +39,7 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
     by_path(model.params)
     with new_folder(path, overwrite=overwrite) as folder:
         trees.save(model.params, folder / CODES)
-        content = json.dumps(model.config.to_huggingface(), indent=2)
-        (folder / CONFIG).write_text(content, encoding="utf-8")
+        write_json(folder / CONFIG, model.config.to_huggingface())
         for name, data in model.tokenizer.items():
             if name in tokenizer_files.NAMES:
                 (folder / name).write_bytes(data)
@@ -60,3 +65,18 @@ def read(path: Path) -> Model:
             f"the folder again."
         )
     return Model(params, config, tokenizer_files.in_folder(folder))
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Tells whether a folder has the files that `save` writes."""
+    return (path / CODES).is_file() and (path / CONFIG).is_file()
+
+
+TARGET = Target(
+    written_by="export.native.save(model._replace(params=codes), path)",
+    read_by="`cage.load`, all of `cage-jax`",
+    holds="every quantizer, a Llama",
+    recognises=is_folder,
+    read=read,
+    files=(CODES, CONFIG, *tokenizer_files.NAMES),
+)

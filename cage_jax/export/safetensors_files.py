@@ -1,14 +1,20 @@
-"""safetensors files: arrays of any dtype by name, mapped from the file."""
+"""safetensors files: arrays of any dtype by name, in one file or several."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.export.files import MalformedFileError, Path
+from cage_jax.export.files import (
+    MalformedFileError,
+    Path,
+    inside,
+    read_json,
+    write_json,
+)
 
 # Dtypes of at least one byte by their names in files, little-endian.
 _DTYPES = {
@@ -121,6 +127,72 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         except ValueError as error:  # with one size of 0, the others can be anything
             raise _malformed(path, f"`{name}` of shape {shape}") from error
     return arrays, metadata
+
+
+def write_shards(
+    folder: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> None:
+    """Writes one file, or several files and their index."""
+    written: list[tuple[pathlib.Path, list[str]]] = []
+    total = 0
+    for shard in _split(arrays, shard_bytes):
+        file = folder / f"{len(written)}.safetensors"
+        write(file, shard, {"format": "pt"})
+        written.append((file, list(shard)))
+        total += sum(array.nbytes for array in shard.values())
+    if len(written) == 1:
+        written[0][0].rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, (file, names) in enumerate(written, 1):
+        name = f"model-{number:05}-of-{len(written):05}.safetensors"
+        file.rename(folder / name)
+        places |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _split(arrays, shard_bytes):
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays:
+        if shard and size + array.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of all files by name."""
+    name = "model.safetensors.index.json"
+    if not (folder / name).is_file():
+        return read(inside(folder, "model.safetensors"))[0]
+    places = read_json(folder / name).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(shard, str) for shard in places.values()
+    ):
+        raise MalformedFileError(
+            f"{name} must have a `weight_map` from tensors to files; got another. Get "
+            f"the folder again."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        found, _ = read(inside(folder, shard))
+        arrays |= {name: array for name, array in found.items() if name in places}
+        if any(places.get(name) != shard for name in found):
+            raise MalformedFileError(
+                f"{shard} must have the tensors that {name} says; got others. Get the "
+                f"folder again."
+            )
+    if len(arrays) != len(places):
+        missing = [tensor for tensor in places if tensor not in arrays]
+        raise MalformedFileError(
+            f"the files must have all tensors that {name} lists; got {len(missing)} "
+            f"missing, {missing[:3]}. Get the folder again."
+        )
+    return arrays
 
 
 def _malformed(path, found):

@@ -12,8 +12,6 @@ versions of jax within the compatibility guarantees of `jax.export`.
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,24 +23,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.packing import unpack_bits
 from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
+    check_installed,
     inside,
     new_folder,
     read_json,
+    write_json,
 )
 from cage_jax.export.safetensors_files import read, write
-from cage_jax.export.trees import Tree, described, malformed
+from cage_jax.export.target import Target
+from cage_jax.export.tree_entries import Tree, check_array, entries_of, parts_of
+from cage_jax.llama.loaded import Model
 
 Weights = Literal["arguments", "constants"]
 PROGRAM, WEIGHTS, DESCRIPTION = "program.bin", "weights.safetensors", "program.json"
 
 FORMAT, VERSION = "cage_jax program", "1"
 _PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+_PACKED = ("codes", "zero_point")  # parts that are packed; others keep their dtypes
 _MOST_CONSTANTS = 2**31 - 2**24  # what the format of the program has room for
 
 
@@ -104,45 +108,41 @@ def stablehlo(
       >>> loaded["kernel/codes"].nbytes, program.call(loaded, jnp.ones((7, 32))).shape
       (64, (7, 4))
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError(
-            "a program cannot be written without the package flatbuffers, which is not "
-            'installed. Run pip install "cage_jax[export]", or in a clone '
-            "pip install -e '.[export]'."
-        )
-    if weights not in get_args(Weights):
-        raise ValueError(
-            f"`weights` must be one of {get_args(Weights)}; got {weights!r}. Use "
-            f"'arguments' for large models."
-        )
+    check_installed("flatbuffers", "writing a program")
+    check_choice("weights", weights, get_args(Weights))
     if isinstance(platforms, str):
         raise TypeError(
             f"`platforms` must be a sequence; got {platforms!r}. Use [{platforms!r}]."
         )
-    strange = [name for name in platforms if name not in _PLATFORMS]
-    if strange or not platforms:
+    if not platforms or any(name not in _PLATFORMS for name in platforms):
         raise ValueError(
             f"`platforms` must be some of {_PLATFORMS}; got {tuple(platforms)!r}. Use "
-            f"'cuda' for GPUs of NVIDIA, 'rocm' for those of AMD."
+            f"'cuda' for NVIDIA GPUs, 'rocm' for AMD GPUs."
         )
     if not isinstance(arguments, list | tuple):
         raise TypeError(
-            f"`arguments` must be a list or a tuple, of all that `function` takes "
-            f"behind the parameters; got {type(arguments).__name__}. Use [one]."
+            f"`arguments` must be a list or a tuple of the arguments of `function` "
+            f"after the parameters; got {type(arguments).__name__}. Use [x]."
         )
-    _check_arguments(arguments)
+    for name, leaf in zip(*flatten_with_paths(tuple(arguments))[:2]):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"`{name}`: `arguments` must be trees of arrays or ShapeDtypeStructs; "
+                f"got {type(leaf).__name__}. Use jnp.asarray."
+            )
     paths, leaves, structure = flatten_with_paths(codes, _is_codes)
-    words = _words(paths, leaves)
+    words = _packed(paths, leaves)
     is_constant = weights == "constants"
     size = sum(array.nbytes for array in words.values())
     if is_constant and size > _MOST_CONSTANTS:
         raise ValueError(
             f"`weights` must be 'arguments' for more than {_MOST_CONSTANTS} bytes; got "
-            f"{size}. A program has no room for them."
+            f"{size}. A program cannot be larger."
         )
 
     def of_words(words, *arguments):
-        values = [_value(words, path, leaf) for path, leaf in zip(paths, leaves)]
+        params = [_unpacked(words, path, leaf) for path, leaf in zip(paths, leaves)]
+        values = [decoded(param) if _is_codes(param) else param for param in params]
         return function(structure.unflatten(values), *arguments)
 
     def of_constants(*arguments):
@@ -154,7 +154,11 @@ def stablehlo(
     export = jax.export.export(
         jax.jit(of_constants if is_constant else of_words), platforms=tuple(platforms)
     )
-    given = () if is_constant else (jax.tree.map(_abstract, words),)
+    abstract = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for name, array in words.items()
+    }
+    given = () if is_constant else (abstract,)
     exported = export(*given, *specs)
     description = {
         "format": FORMAT,
@@ -164,21 +168,20 @@ def stablehlo(
             jax.tree.unflatten(exported.out_tree, exported.out_avals)
         ),
         "weights": None if is_constant else WEIGHTS,
-        "parameters": described(codes)[0],
+        "parameters": entries_of(codes)[0],
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
         "jax": jax.__version__,
     }
     with new_folder(path, overwrite=overwrite) as folder:
         (folder / PROGRAM).write_bytes(exported.serialize())
-        text = json.dumps(description, indent=2)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, description)
         if not is_constant:
             write(folder / WEIGHTS, words)
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Returns whether a folder has the files that `stablehlo` writes."""
+    """Tells whether a folder has the files that `stablehlo` writes."""
     return (path / PROGRAM).is_file() and (path / DESCRIPTION).is_file()
 
 
@@ -202,63 +205,31 @@ def read_codes(path: Path) -> Any:
         )
     if description.get("weights") is None:
         raise ValueError(
-            f"the codes must be beside the program to be read; got {folder}, with its "
-            f"codes as constants. Export it with weights='arguments'."
+            f"the codes must be in a file beside the program to be read; got {folder}, "
+            f"with codes as constants. Export it with weights='arguments'."
         )
     words, _ = read(inside(folder, WEIGHTS))
     tree = Tree(description.get("parameters"))
-    return tree.of(
-        {path: _array(words, path, like) for path, like in tree.like.items()}
-    )
-
-
-def _array(words, path, like):
-    if not _is_codes(like):
-        return jnp.asarray(_stored_as(words, path, like))
-    format, found = like.quantizer.format, {}
-    for name in (*_PACKED, *_PLAIN):
-        part, name_there = getattr(like, name), _name(path, name)
-        if part is None:
-            continue
-        if name in _PLAIN:
-            found[name] = jnp.asarray(_stored_as(words, name_there, part))
-            continue
-        count = math.prod(part.shape)
-        data = np.uint8, (-(-count * format.bits // 8),)
-        bits = unpack_bits(_of(words, name_there, *data), format.bits, count)
-        found[name] = format.from_index(bits.reshape(part.shape))
-    return dataclasses.replace(like, **found)
-
-
-def _stored_as(words, name, like):
-    """Reads an array whose dtype the file may store as raw bits."""
-    dtype = np.dtype(like.dtype)
-    stored = dtype if dtype.isbuiltin == 1 else np.dtype(f"uint{_bits(dtype)}")
-    return _of(words, name, stored, like.shape).view(dtype)
-
-
-def _of(words, name, dtype, shape):
-    found = words.get(name)
-    if found is None or (found.dtype, found.shape) != (np.dtype(dtype), shape):
-        got = None if found is None else (str(found.dtype), found.shape)
-        raise malformed(name, f"it must be {np.dtype(dtype)} of shape {shape}", got)
-    return found
-
-
-def _check_arguments(arguments):
-    for path, leaf in zip(*flatten_with_paths(tuple(arguments))[:2]):
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"`{path}`: `arguments` must be trees of arrays or ShapeDtypeStructs; "
-                f"got {type(leaf).__name__}. Use jnp.asarray."
-            )
+    found = {}
+    for path, like in tree.like.items():
+        for name, (part, format) in _parts(path, like).items():
+            dtype, shape = np.dtype(part.dtype), part.shape
+            if format is not None:
+                dtype = np.dtype(np.uint8)
+                shape = (-(-math.prod(shape) * format.bits // 8),)
+            elif dtype.isbuiltin != 1:
+                dtype = np.dtype(f"uint{_bits(dtype)}")
+            check_array(name, words.get(name), dtype, shape)
+        found[path] = jax.tree.map(jnp.asarray, _unpacked(words, path, like))
+    return tree.build(found)
 
 
 def _specs(arguments, shapes):
     """Returns the specs of the program's arguments, with symbolic lengths."""
     reason = "another number of axes"
     try:
-        specs = jax.export.symbolic_args_specs(arguments, _as_tuple(shapes))
+        shapes_or_text = tuple(shapes) if isinstance(shapes, list) else shapes
+        specs = jax.export.symbolic_args_specs(arguments, shapes_or_text)
         pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(arguments))
         if all(len(spec.shape) == len(leaf.shape) for spec, leaf in pairs):
             return specs
@@ -271,16 +242,8 @@ def _specs(arguments, shapes):
     )
 
 
-def _as_tuple(shapes):
-    return tuple(shapes) if isinstance(shapes, list) else shapes
-
-
 def _is_codes(leaf):
     return isinstance(leaf, QuantizedArray)
-
-
-def _abstract(array):
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _described(tree):
@@ -297,36 +260,31 @@ def _described(tree):
 
 # --- what is stored -------------------------------------------------------------------
 
-_PACKED = ("codes", "zero_point")
-_PLAIN = ("scale", "offset", "tensor_divisor")
+
+def _parts(path, leaf):
+    """Returns the arrays of a parameter by name, each with its format if packed."""
+    if not _is_codes(leaf):
+        return {path: (leaf, None)}
+    begin = f"{path}/" if path else ""
+    return {
+        f"{begin}{name}": (part, leaf.quantizer.format if name in _PACKED else None)
+        for name, part in parts_of(leaf).items()
+    }
 
 
-def _words(paths, leaves):
+def _packed(paths, leaves):
     """Returns the arrays to store by name, in dtypes that NumPy has."""
     words: dict[str, np.ndarray] = {}
     for path, leaf in zip(paths, leaves):
-        found = {path: leaf}
-        if _is_codes(leaf):
-            parts = {name: getattr(leaf, name) for name in (*_PACKED, *_PLAIN)}
-            found = {
-                _name(path, name): packed(np.asarray(part), leaf.quantizer.format)
-                if name in _PACKED
-                else part
-                for name, part in parts.items()
-                if part is not None
-            }
-        for name, part in found.items():
+        for name, (part, format) in _parts(path, leaf).items():
             if name in words:
                 raise ValueError(
                     f"`{name}`: `codes` must have one array for each path; got two. "
                     f"Use other keys."
                 )
+            part = part if format is None else packed(np.asarray(part), format)
             words[name] = _as_stored(name, part)
     return words
-
-
-def _name(path, part):
-    return f"{path}/{part}" if path else part
 
 
 def _as_stored(name, array):
@@ -346,25 +304,25 @@ def _bits(dtype):
     return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
-def _value(words, path, leaf):
-    """Computes a parameter from its stored arrays, within the program."""
-    if not _is_codes(leaf):
-        return _from_stored(words[path], leaf.dtype)
-    format = leaf.quantizer.format
-
-    def part(name):
-        like = getattr(leaf, name)
-        if like is None:
-            return None
-        stored = words[_name(path, name)]
-        if name in _PLAIN:
-            return _from_stored(stored, like.dtype)
-        numbers = unpack_bits(stored, format.bits, like.size)
-        return format.from_index(numbers).reshape(like.shape)
-
-    found = {name: part(name) for name in (*_PACKED, *_PLAIN)}
-    return decoded(dataclasses.replace(leaf, **found))
+def _unpacked(words, path, like):
+    """Restores a parameter from its stored arrays, in a program or outside of one."""
+    found = []
+    for name, (part, format) in _parts(path, like).items():
+        stored = words[name]
+        if format is not None:
+            numbers = unpack_bits(stored, format.bits, math.prod(part.shape))
+            stored = format.from_index(numbers).reshape(part.shape)
+        found.append(stored if stored.dtype == part.dtype else stored.view(part.dtype))
+    if not _is_codes(like):
+        return found[0]
+    return dataclasses.replace(like, **dict(zip(parts_of(like), found)))
 
 
-def _from_stored(stored, dtype):
-    return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)
+TARGET = Target(
+    written_by="export.stablehlo(function, codes, ...)",
+    read_by="any process with jax, on CPU, TPU or GPU, without this library",
+    holds="every quantizer, any model",
+    recognises=is_folder,
+    read=lambda path: Model(read_codes(path), None, {}),
+    files=(PROGRAM, WEIGHTS, DESCRIPTION),
+)

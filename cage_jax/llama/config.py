@@ -5,8 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from cage_jax.arrays.checks import check_int, check_number
+
 # Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
+_REMEDY = "Use the dimensions of the model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,8 @@ class LlamaConfig:
             object.__setattr__(self, "kv_heads", self.heads)
         counts = ("vocabulary", "width", "hidden", "layers", "heads", "kv_heads")
         for name in (*counts, "context"):
-            _check_count(name, getattr(self, name))
-        if self.layers > _MOST_LAYERS:
-            raise ValueError(
-                f"`layers` must be at most {_MOST_LAYERS}; got {self.layers}."
-            )
+            most = _MOST_LAYERS if name == "layers" else _MOST
+            check_int(name, getattr(self, name), _REMEDY, least=1, most=most)
         if self.head_size is None:
             if self.width % self.heads:
                 raise ValueError(
@@ -71,38 +71,34 @@ class LlamaConfig:
                     f"{self.width}. Give the `head_size` too, or other heads."
                 )
             object.__setattr__(self, "head_size", self.width // self.heads)
-        _check_count("head_size", self.head_size)
+        check_int("head_size", self.head_size, _REMEDY, least=1, most=_MOST)
         if self.head_size % 2:
             raise ValueError(
-                f"`head_size` must be even, for pairs that rotate; got "
+                f"`head_size` must be even, because RoPE rotates pairs; got "
                 f"{self.head_size}. Use 64 or 128."
             )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"`kv_heads` must divide `heads`; got {self.kv_heads}, heads="
-                f"{self.heads}. Use None for as many."
+                f"`kv_heads` must divide `heads`; got kv_heads={self.kv_heads}, heads="
+                f"{self.heads}. Use None for as many as `heads`."
             )
         for name in ("rope_theta", "norm_epsilon"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number; got {value!r}.")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`{name}` must be positive; got {value}.")
-
-        for token in (*self.eos, *(() if self.bos is None else (self.bos,))):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise TypeError(f"`bos` and `eos` must be tokens; got {token!r}.")
+            check_number(name, getattr(self, name), _REMEDY, above=0)
+        for token in self.eos:
+            check_int("eos", token, _REMEDY)
+        if self.bos is not None:
+            check_int("bos", self.bos, _REMEDY)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each parameter by path, with stacked layers."""
         width, hidden = self.width, self.hidden
-        asked, kept = self.heads * self.head_size, self.kv_heads * self.head_size
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = {
             "attention_norm/scale": (width,),
-            "query/kernel": (width, asked),
-            "key/kernel": (width, kept),
-            "value/kernel": (width, kept),
-            "output/kernel": (asked, width),
+            "query/kernel": (width, queries),
+            "key/kernel": (width, keys),
+            "value/kernel": (width, keys),
+            "output/kernel": (queries, width),
             "mlp_norm/scale": (width,),
             "gate/kernel": (width, hidden),
             "up/kernel": (width, hidden),
@@ -138,12 +134,15 @@ class LlamaConfig:
         kind = config.get("model_type")
         if kind not in ("llama", "mistral"):
             raise ValueError(
-                f"`config` must be of a Llama; got model_type={kind!r}. Other models "
-                f"are not read yet: load their parameters with their own library."
+                f"`config` must describe a Llama; got model_type={kind!r}. Load the "
+                f"parameters of other models with their own library."
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            raise ValueError(f"`config` must describe its rotation; got {rope!r}.")
+            raise ValueError(
+                f"`config` must have an object in rope_parameters; got {rope!r}. "
+                f"{_REMEDY}"
+            )
         kind = rope.get("rope_type", rope.get("type", "default"))
         _check_supported("rope_type", kind, "default")
         _check_supported("hidden_act", config.get("hidden_act", "silu"), "silu")
@@ -154,8 +153,8 @@ class LlamaConfig:
         def needed(name):
             if name not in config:
                 raise ValueError(
-                    f"`config` must have {name!r}; got {sorted(config)}. Take the "
-                    f"config.json that belongs to the model."
+                    f"`config` must have {name!r}; got {sorted(config)}. Use the "
+                    f"config.json of the model."
                 )
             return config[name]
 
@@ -209,13 +208,6 @@ class LlamaConfig:
             "dtype": dtype,
             "torch_dtype": dtype,
         }
-
-
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an int; got {value!r}. Use a count.")
-    if not 1 <= value <= _MOST:
-        raise ValueError(f"`{name}` must be in [1, {_MOST}]; got {value}.")
 
 
 def _check_supported(name, value, supported):

@@ -48,8 +48,9 @@ def windows(tokens: Any, context: int) -> np.ndarray:
     context = min(context, len(tokens))
     if context < 2:
         raise ValueError(
-            f"`tokens` and `context` must be at least 2, of which one is guessed; got "
-            f"{len(tokens)} tokens and a context of {context}. Give a longer text."
+            f"`tokens` and `context` must have at least 2 tokens, since the first is "
+            f"not predicted; got {len(tokens)} tokens and context={context}. Give a "
+            f"longer text."
         )
     count = len(tokens) // context
     return tokens[: count * context].reshape(count, context)
@@ -97,7 +98,7 @@ def perplexity(
     cut = windows(tokens, context)
     if cut.min() < 0 or cut.max() >= config.vocabulary:
         raise ValueError(
-            f"`tokens` must be in [0, {config.vocabulary}), the model's; got "
+            f"`tokens` must be in [0, {config.vocabulary}), the vocabulary; got "
             f"{cut.min()} to {cut.max()}. Use the model's own tokenizer."
         )
     loss_of = _loss(config, tuple(sorted(options.items())))
@@ -114,8 +115,8 @@ def _loss(config, options):
     @jax.jit
     def loss(params, tokens):
         logits = logits_of(params, tokens, config, **dict(options))[:, :-1]
-        guessed = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-        return jnp.sum(jax.nn.logsumexp(logits, -1) - guessed)
+        target = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        return jnp.sum(jax.nn.logsumexp(logits, -1) - target)
 
     return loss
 
@@ -147,8 +148,8 @@ def greedy(
     before = len(tokens)
     if before < 1:
         raise ValueError(
-            f"`tokens` must have one to go on from; got {before}. Give the beginning "
-            f"of the text, or the config's `bos`."
+            f"`tokens` must have at least one token to continue; got {before}. Give "
+            f"the beginning of the text, or the config's `bos`."
         )
     text = jnp.zeros((1, before + count), jnp.int32)
     text = text.at[0, :before].set(jnp.asarray(tokens, jnp.int32))

@@ -43,6 +43,12 @@ class Place(NamedTuple):
         """Whether the parameter is a matrix, which files store transposed."""
         return self.path.endswith("/kernel")
 
+    def path_in(self, layer: int | None) -> str:
+        """Returns the path with the number of a layer, such as "layers/3/up/kernel"."""
+        if layer is None:
+            return self.path
+        return self.path.replace("layers/", f"layers/{layer}/", 1)
+
 
 def _of_layer(path, huggingface, gguf):
     return Place(
@@ -87,7 +93,21 @@ class Tensor(NamedTuple):
     @property
     def path(self) -> str:
         """Path with the layer's number, such as "layers/3/query/kernel"."""
-        return _path(self.place, self.layer)
+        return self.place.path_in(self.layer)
+
+
+def places(
+    config: LlamaConfig,
+) -> Iterator[tuple[Place, int | None, tuple[int, ...]]]:
+    """Yields the place, layer and shape (in, out) of each tensor, layer by layer."""
+    shapes = config.shapes()
+    for path in shapes:
+        if not PLACES[path].in_layers:
+            yield PLACES[path], None, shapes[path]
+    for layer in range(config.layers):
+        for path in shapes:
+            if PLACES[path].in_layers:
+                yield PLACES[path], layer, shapes[path][1:]
 
 
 def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
@@ -114,49 +134,36 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
         )
     given = folded(by_path(codes), config)
     expected = {}
-    for path, shape in config.shapes().items():
-        place = PLACES[path]
-        apart = place.in_layers and path not in given
-        for number in range(config.layers) if apart else (None,):
-            expected[_path(place, number)] = shape if number is None else shape[1:]
+    for place, layer, shape in places(config):
+        if layer is not None and place.path in given:
+            expected[place.path] = (config.layers, *shape)
+        else:
+            expected[place.path_in(layer)] = shape
     _check_paths(given, expected)
     for path, shape in expected.items():
-        leaf = given[path]
-        if leaf.shape != shape:
+        if given[path].shape != shape:
             raise ValueError(
                 f"`{path}`: `codes` must have the shapes that `config` says; got "
-                f"{leaf.shape} for {shape}. Give the config of this model."
+                f"{given[path].shape} for {shape}. Give the config of this model."
             )
-    for path in config.shapes():
-        place = PLACES[path]
-        if not place.in_layers:
-            yield _checked(Tensor(place, None, given[path]))
-    for number in range(config.layers):
-        for path in config.shapes():
-            place = PLACES[path]
-            if not place.in_layers:
-                continue
-            stacked = given.get(path)
-            array = (
-                given[_path(place, number)]
-                if stacked is None
-                else layer_of(stacked, number)
-            )
-            yield _checked(Tensor(place, number, array))
+    for place, layer, _ in places(config):
+        if layer is not None and place.path in given:
+            array = layer_of(given[place.path], layer)
+        else:
+            array = given[place.path_in(layer)]
+        _check_finite(place.path_in(layer), array)
+        yield Tensor(place, layer, array)
 
 
-def _checked(tensor):
-    """Returns the tensor; raises if it has NaN or infinity, which no file may ship."""
-    array = tensor.array
-    codes = _is_codes(array)
-    values = array.scale if codes else array
+def _check_finite(path, array):
+    what, values = "values", array
+    if isinstance(array, QuantizedArray):
+        what, values = "scales", array.scale
     if not jnp.isfinite(values.astype(jnp.float32)).all():
-        what = "scales" if codes else "values"
         raise ValueError(
-            f"`{tensor.path}`: `codes` must have finite {what}; got NaN or infinity. "
-            f"Look at the last steps of the training, or take an earlier checkpoint."
+            f"`{path}`: `codes` must have finite {what}; got NaN or infinity. Look at "
+            f"the last steps of the training, or take an earlier checkpoint."
         )
-    return tensor
 
 
 def by_path(tree: Any) -> dict[str, Array]:
@@ -229,31 +236,35 @@ def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) 
       ValueError: if parameters are missing, unexpected or of another shape.
     """
     expected = {
-        (path, number): shape[1:] if PLACES[path].in_layers else shape
-        for path, shape in config.shapes().items()
-        for number in (range(config.layers) if PLACES[path].in_layers else (None,))
+        place.path_in(layer): ((place.path, layer), shape)
+        for place, layer, shape in places(config)
     }
-    _check_paths(
-        {_path(PLACES[path], number) for path, number in found},
-        {_path(PLACES[path], number) for path, number in expected},
-    )
-    for key, shape in expected.items():
+    _check_paths({PLACES[path].path_in(layer) for path, layer in found}, expected)
+    for path, (key, shape) in expected.items():
         if found[key].shape != shape:
             raise ValueError(
-                f"`{_path(PLACES[key[0]], key[1])}`: the file must have the shape that "
-                f"its config says, {shape}; got {found[key].shape}. Get the file again."
+                f"`{path}`: the file must have the shape that its config says, "
+                f"{shape}; got {found[key].shape}. Get the file again."
             )
+    return nested(
+        {
+            path: stacked([found[path, layer] for layer in range(config.layers)])
+            if PLACES[path].in_layers
+            else found[path, None]
+            for path in config.shapes()
+        }
+    )
+
+
+def nested(params: Mapping[str, Array]) -> dict[str, Any]:
+    """Converts parameters by path to a nested dict."""
     tree: dict[str, Any] = {}
-    for path in config.shapes():
-        if PLACES[path].in_layers:
-            array = stacked([found[path, number] for number in range(config.layers)])
-        else:
-            array = found[path, None]
+    for path, leaf in params.items():
         *inner, last = path.split("/")
         node = tree
         for name in inner:
             node = node.setdefault(name, {})
-        node[last] = array
+        node[last] = leaf
     return tree
 
 
@@ -275,14 +286,6 @@ def _is_codes(leaf):
     return isinstance(leaf, QuantizedArray)
 
 
-def _path(place, number):
-    return place.path if number is None else _numbered(place.path, number)
-
-
-def _numbered(path, number):
-    return path.replace("layers/", f"layers/{number}/", 1)
-
-
 def _check_paths(given, expected):
     missing = [path for path in expected if path not in given]
     more = [path for path in given if path not in expected]
@@ -290,7 +293,7 @@ def _check_paths(given, expected):
         text = f"missing {missing[:3]}" if missing else f"{more[:3]} too many"
         count = len(missing or more)
         raise ValueError(
-            f"the parameters must be those that the config says; got {count} "
+            f"the parameters must be those of the config; got {count} "
             f"{text}{' and others' if count > 3 else ''}. Give the config of this "
             f"model: its layers, and whether its embedding is tied to the head."
         )

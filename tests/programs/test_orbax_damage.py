@@ -7,6 +7,7 @@ import pytest
 import cage_jax as cage
 from cage_jax.export import trees
 from cage_jax.export.files import MalformedFileError
+from cage_jax.export.orbax_folders import save_orbax
 
 pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
 
@@ -14,7 +15,7 @@ pytest.importorskip("orbax.checkpoint", reason="it writes the folder")
 def test_damaged_arrays_of_a_folder(tmp_path):
     path = tmp_path / "codes"
     codes = cage.quantize(np.eye(64, 32, dtype=np.float32), cage.int4())
-    trees.save_orbax({"kernel": codes}, path)
+    save_orbax({"kernel": codes}, path)
     for part in (path / "arrays").rglob("d/*"):
         part.write_bytes(part.read_bytes()[:-8])
     own_process.run(load_what_is_no_whole_folder, path)

@@ -1,0 +1,153 @@
+"""Folders of Orbax with the codes of any model, bit for bit.
+
+They hold plain jax arrays, so that each process writes and reads the shards of its own
+devices, and a description of each leaf, see `tree_entries`.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.export.files import MalformedFileError, Path, as_path, new_folder
+from cage_jax.export.target import Target
+from cage_jax.export.tree_entries import (
+    Tree,
+    check_version,
+    entries_of,
+    metadata_of,
+    parts_of,
+)
+from cage_jax.llama.loaded import Model
+
+
+def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
+    """Writes a tree of codes and arrays to a folder with Orbax.
+
+    Each process writes the shards of its devices, so all processes must call this.
+    Codes take one byte each, compressed. `orbax.checkpoint` can read the arrays without
+    this library, by path and then "codes", "scale" and so on.
+
+    Args:
+      codes: as in `save`.
+      path: path of the folder.
+      overwrite: whether to replace an existing folder; with several processes it is
+        removed before the new one is written.
+
+    Raises:
+      TypeError: if a leaf is not such an array.
+      ValueError: if the tree has no arrays, or an array of size 0.
+      FileExistsError: if the path exists, unless `overwrite`.
+    """
+    import orbax.checkpoint as ocp
+
+    entries, leaves = entries_of(codes)
+    if not leaves:
+        raise ValueError("`codes` must have an array; got none. Give what you trained.")
+    arrays = {}
+    for name, leaf in leaves.items():
+        if 0 in leaf.shape:
+            raise ValueError(
+                f"`{name}`: arrays must not be empty for Orbax; got shape "
+                f"{leaf.shape}. Leave it out, or use save."
+            )
+        arrays[name] = parts_of(leaf) if isinstance(leaf, QuantizedArray) else leaf
+    content = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays),
+        description=ocp.args.JsonSave(metadata_of(entries)),
+    )
+    path = as_path(path).absolute()
+    alone = jax.process_count() == 1
+    if not alone and not overwrite and path.exists():  # else a process would hang
+        raise FileExistsError(
+            f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
+            f"path."
+        )
+    place = new_folder(path, overwrite=overwrite)
+    with (
+        place if alone else contextlib.nullcontext(path) as folder,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(folder, content, force=alone or overwrite)
+
+
+def load(path: pathlib.Path, shardings: Any = None) -> Any:
+    """Reads a folder of `save_orbax`; see `cage_jax.export.trees.load`."""
+    import orbax.checkpoint as ocp
+
+    if shardings is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                "`shardings` must be given in several processes; got None. Use a "
+                "jax.sharding.NamedSharding, or a tree of them."
+            )
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    handler = ocp.CompositeCheckpointHandler(
+        arrays=ocp.StandardCheckpointHandler(), description=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+
+        def restored(**items):
+            with _as_malformed(path):
+                return checkpointer.restore(path, ocp.args.Composite(**items))
+
+        description = restored(description=ocp.args.JsonRestore())["description"]
+        if not isinstance(description, dict):
+            description = {}
+        check_version(description, path)
+        tree = Tree(description.get("tree"))
+        placed = tree.placed(shardings)
+        arrays = {
+            name: parts_of(like) if isinstance(like, QuantizedArray) else like
+            for name, like in placed.items()
+        }
+        with _as_malformed(path):
+            # Checked first, because Orbax would convert 4-bit codes to 8 bits and
+            # allocate any shape.
+            stored = checkpointer.metadata(path).item_metadata["arrays"].tree
+            if _shapes_and_dtypes(stored) != _shapes_and_dtypes(arrays):
+                raise ValueError("other arrays than its description says")
+        found = restored(arrays=ocp.args.StandardRestore(arrays))["arrays"]
+    return tree.build(
+        {
+            name: dataclasses.replace(like, **found[name])
+            if isinstance(like, QuantizedArray)
+            else found[name]
+            for name, like in placed.items()
+        }
+    )
+
+
+def _shapes_and_dtypes(tree):
+    return jax.tree.map(lambda array: (tuple(array.shape), str(array.dtype)), tree)
+
+
+@contextlib.contextmanager
+def _as_malformed(path):
+    try:
+        yield
+    except Exception as error:  # Orbax raises exceptions of all kinds
+        text = (str(error) or repr(error)).strip().splitlines()[0]
+        raise MalformedFileError(
+            f"{path.name} must be a whole folder of save_orbax; got {text}. Get the "
+            f"folder again."
+        ) from error
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Tells whether a folder has the subfolders that `save_orbax` writes."""
+    return all((path / name).is_dir() for name in ("arrays", "description"))
+
+
+TARGET = Target(
+    written_by="export.save_orbax",
+    read_by="`cage.load`, `orbax.checkpoint`",
+    holds="every quantizer, any model",
+    recognises=is_folder,
+    read=lambda path: Model(load(path), None, {}),
+    files=("arrays", "description", "_CHECKPOINT_METADATA", "commit_success.txt"),
+    packages=("orbax",),
+)

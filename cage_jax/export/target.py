@@ -1,0 +1,69 @@
+"""Targets: the kinds of files and folders that models are written to and read from.
+
+A new target is a module with a `TARGET`, and its line in `MODULES`. `cage_jax.load`,
+the commands and the table in docs/export.md read this registry. Modules are imported
+when they are used.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from cage_jax.llama.loaded import Model
+
+MODULES = {
+    "gguf": "cage_jax.export.gguf",
+    "native": "cage_jax.export.native",
+    "compressed-tensors": "cage_jax.export.compressed_tensors",
+    "stablehlo": "cage_jax.export.stablehlo",
+    "safetensors": "cage_jax.export.trees",
+    "orbax": "cage_jax.export.orbax_folders",
+}
+"""The module of each target. The first target that recognises a path reads it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of file or folder.
+
+    Attributes:
+      written_by: the call that writes it, for the docs, such as "export.gguf".
+      read_by: the programs that read it.
+      holds: the quantizers and models that it holds, for the docs.
+      recognises: tells whether an existing path is of this kind.
+      read: reads the model at a path; raises `MalformedFileError` if it is damaged.
+      write: writes a Llama, called with (codes, config, path, tokenizer=, overwrite=);
+        raises ValueError for what the target cannot hold. None if only Python programs
+        can write it.
+      suffix: ending of a file, such as ".gguf"; "" for a folder.
+      files: names in a folder, as patterns such as "*.json"; a folder with other files
+        is never replaced.
+      presets: the choices of `cage-jax quantize --weights` that it holds.
+      packages: packages that reading needs, in the extra "export".
+      loss: says what the file of the given codes lacks, in a sentence; "" for nothing.
+    """
+
+    written_by: str
+    read_by: str
+    holds: str
+    recognises: Callable[[pathlib.Path], bool]
+    read: Callable[[pathlib.Path], Model]
+    write: Callable[..., None] | None = None
+    suffix: str = ""
+    files: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("safetensors",)
+    loss: Callable[[Any], str] = lambda codes: ""
+
+
+def suffixes() -> list[str]:
+    """Returns the endings of all targets that are files."""
+    return [target.suffix for target in targets().values() if target.suffix]
+
+
+def targets() -> dict[str, Target]:
+    """Returns all targets by name."""
+    modules = {name: importlib.import_module(path) for name, path in MODULES.items()}
+    return {name: module.TARGET for name, module in modules.items()}
