@@ -21,7 +21,9 @@ from small_llama import (
 from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
-from cage_jax.cli.main import TARGETS, WEIGHTS, main
+from cage_jax.cli.main import main
+from cage_jax.cli.weights import PRESETS
+from cage_jax.export import target
 from cage_jax.export.checking import differences
 from cage_jax.export.files import new_folder
 from cage_jax.llama.tensors import by_path
@@ -34,6 +36,7 @@ from cage_jax.export.native import save
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.perplexity import perplexity
 
+WRITTEN = [name for name, each in target.targets().items() if each.write]
 CONFIG = dataclasses.replace(TIED, context=2048)
 PARAMS = params_of(CONFIG)
 RULES = cage.Rules(
@@ -160,12 +163,12 @@ def test_check_refuses_what_is_not_finite(folder, capsys):
 ERRORS = [
     (["report", "nowhere"], "`MODEL` must be a file or a folder; got 'nowhere'"),
     (["report", "no/where.gguf"], "`MODEL` must be a file or a folder; got 'no/"),
-    (["quantize", "{floats}", "{out}"], "`--weights` must say"),
+    (["quantize", "{floats}", "{out}"], "one of `--weights`, "),
     (["quantize", "{floats}", "{codes}", "--weights", "q4_0"], "Use --overwrite"),
     (["export", "{codes}", "{floats}"], "Use --overwrite"),
     # OUT is looked at before a model is read.
-    (["quantize", "nowhere", "{codes}", "--weights", "q4_0"], "`OUT` must not be"),
-    (["export", "nowhere", "{floats}"], "`OUT` must not be there yet"),
+    (["quantize", "nowhere", "{codes}", "--weights", "q4_0"], "`OUT` must not exist"),
+    (["export", "nowhere", "{floats}"], "`OUT` must not exist"),
     (
         ["quantize", "{floats}", "{out}.gguf", "--weights", "q4_0"],
         "`OUT` must be the name of a folder",
@@ -186,7 +189,7 @@ ERRORS = [
             "--group-size",
             "16",
         ],
-        "`--group-size` has no meaning for q4_0",
+        "`--group-size` has no effect on q4_0",
     ),
     (["report", "{floats}", "--asymmetric"], "without --weights"),
     (
@@ -209,16 +212,19 @@ ERRORS = [
     (["eval", "{nothing}", "--text", "{text}"], "must be a file or a folder"),
     (["eval", "{codes}", "--text", "{binary}"], "must be UTF-8"),
     (["eval", "{codes}", "--text", "nowhere.txt"], "No such file"),
-    (["eval", "nowhere", "--text", "nowhere.txt"], "`--text` must be files"),
+    (["eval", "nowhere", "--text", "nowhere.txt"], "`--text` must be readable files"),
     (["eval", "{codes}", "--text", "{empty}"], "must have at least two tokens"),
     (["eval", "{tree}", "--text", "{text}"], "`MODEL` must be a Llama"),
     (["check", "{codes}", "--same-as", "nowhere"], "`--same-as` must be a file"),
-    (["eval", "{codes}", "--text", "{text}", "--context", "2049"], "at most the 2048"),
+    (
+        ["eval", "{codes}", "--text", "{text}", "--context", "2049"],
+        "at most 2048",
+    ),
     (["export", "{codes}", "{text}/out"], "`OUT` must be in a folder that can be"),
     (["export", "{codes}", ""], "`OUT` must be in a folder that can be"),
     (
         ["quantize", "{floats}", "{floats}", "--weights", "int8", "--overwrite"],
-        "`OUT` must be another place than MODEL",
+        "`OUT` must differ from MODEL",
     ),
     (
         ["export", "{codes}", "{strange}", "--overwrite"],
@@ -309,13 +315,13 @@ def test_a_tokenizer_is_checked_too(tmp_path, folder, capsys):
     found = printed(capsys, "check", tmp_path / "broken", code=1)
     assert "tokenizer.json must be one of the tokenizers library" in found.err
     flags = ["export", tmp_path / "broken", tmp_path / "out", "--format"]
-    for target in TARGETS:
-        found = printed(capsys, *flags, target, code=1)
+    for name in WRITTEN:
+        found = printed(capsys, *flags, name, code=1)
         assert "must have JSON in 'tokenizer.json'" in found.err
     save(model._replace(tokenizer={}), tmp_path / "without")
     found = printed(capsys, "check", tmp_path / "without")
     assert found.err == (
-        "warning: the model has no tokenizer.json, and so cannot read text.\n"
+        "warning: the model has no tokenizer.json, so it cannot read text.\n"
     )
 
 
@@ -376,18 +382,18 @@ WIDE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("preset", WEIGHTS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_targets_of_a_preset_are_as_the_help_says(tmp_path, capsys, preset):
     params = on_host(params_of(WIDE))
     save(Model(params, WIDE, {}), tmp_path / "floats")
     codes = tmp_path / "codes"
     printed(capsys, "quantize", tmp_path / "floats", codes, "--weights", preset)
-    for target in TARGETS:
-        out, holds = tmp_path / target, target in WEIGHTS[preset].targets
-        flags = ["--format", target]
+    for name in WRITTEN:
+        out, holds = tmp_path / name, preset in target.targets()[name].presets
+        flags = ["--format", name]
         error = printed(capsys, "export", codes, out, *flags, code=1 - holds).err
-        assert error.startswith("warning: the model came without a tokenizer")
-        is_rounded = "fp4" in preset and target == "compressed-tensors"
+        assert error.startswith("warning: the model has no tokenizer; programs that")
+        is_rounded = "fp4" in preset and name == "compressed-tensors"
         assert ("warning: FP4 is decoded as bfloat16" in error) is is_rounded
         if not holds:
             continue
