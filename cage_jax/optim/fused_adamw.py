@@ -296,7 +296,8 @@ def _step_without_kernel(
     first, second, update = adamw.step(gradient, first, second, x, numbers)
     point = x + update if at_updated else x
     # Compilers do not know the pull, so they keep the condition on it.
-    is_pulling, reductions = fit_if(numbers.pull != 0, point, quantizer, None)
+    pulls = numbers.pull != 0
+    is_pulling, reductions = reductions_if(pulls, point, quantizer, None)
     error = error_elementwise(point, quantizer, reductions)
     pull = numbers.pull * jnp.where(is_pulling, error, 0)
     after = first, second, x + (update + pull)
