@@ -1,5 +1,6 @@
 """The fused step: that of the transformation, and its kernel interpreted."""
 
+import copy
 import dataclasses
 import functools
 
@@ -186,6 +187,11 @@ def test_a_state_of_another_optimizer_is_refused(params):
             tx.fused_step(params, other.init(params), params)
     with pytest.raises(ValueError, match=r"`implementation` must be one of .*'gpu'"):
         tx.fused_step(params, tx.init(params), params, implementation="gpu")
+
+
+def test_a_copy_has_the_fused_step():
+    tx = optimizer()
+    assert copy.copy(tx).options == tx.options
 
 
 QUANTIZERS = {

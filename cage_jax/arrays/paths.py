@@ -1,6 +1,7 @@
 """Paths of parameters as strings that are the same in every framework."""
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,6 +67,11 @@ def _joined(key_path: KeyPath) -> str:
     if len(keys) > 1 and isinstance(keys[0], DictKey) and keys[0].key == "params":
         keys.pop(0)
     return "/".join(name_of(key) for key in keys)
+
+
+def key_at(key: jax.Array, path: str) -> jax.Array:
+    """Returns a random key for one path, the same whatever else is in the tree."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def nodes_of_type(tree: Any, kind: type) -> list[Any]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import nodes_of_type
-from cage_jax.contrib.arguments import check_number, check_steps
 from cage_jax.optim.correction import check_params
 
 
@@ -24,9 +24,6 @@ class AveragingState(NamedTuple):
 
     averaging_count: jax.Array
     average: Any
-
-
-_DECAYS = "Use 0.999, or 1.0 for the plain mean."
 
 
 def averaging(
@@ -48,8 +45,8 @@ def averaging(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or if `update` is called
-        without `params`.
+      TypeError, ValueError: for arguments out of range, and in `update` without
+        `params`.
 
     Example:
       >>> from cage_jax import baselines
@@ -66,8 +63,10 @@ def averaging(
 
     Source: Polyak and Juditsky, 1992; SWA, arXiv 1803.05407.
     """
-    check_number(decay, "decay", _DECAYS, most=1, known=True)
-    check_steps(start, "start", 0, "Use the step from which on to average.")
+    remedy = "Use 0.999, or 1.0 for the plain mean."
+    check_number("decay", decay, remedy, least=0, most=1)
+    remedy = "Use the step from which on to average."
+    check_int("start", start, remedy, least=0, or_array=True)
 
     def init(params):
         # Copied, so that parameters and state can be donated together.
@@ -88,7 +87,13 @@ def averaging(
             moved = average + share.astype(average.dtype) * (x - average)
             return jnp.where(number == 1, x, moved)
 
-        average = jax.tree.map(step, state.average, _reached(params, updates))
+        reached = jax.tree.map(
+            lambda x, update: x if update is None else (x + update).astype(x.dtype),
+            params,
+            updates,
+            is_leaf=lambda x: x is None,
+        )
+        average = jax.tree.map(step, state.average, reached)
         return updates, AveragingState(count, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -120,16 +125,6 @@ def averaged(state: Any) -> Any:
             f"optax.chain(optimizer, averaging())."
         )
     return found[0].average
-
-
-def _reached(params, updates):
-    """Applies the updates to the parameters; an update may be None."""
-    return jax.tree.map(
-        lambda x, update: x if update is None else (x + update).astype(x.dtype),
-        params,
-        updates,
-        is_leaf=lambda x: x is None,
-    )
 
 
 def _wide(x):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.contrib.arguments import check_number, check_steps, quantized
-from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.correction import check_params
+from cage_jax.contrib.transformation import transformation
+from cage_jax.core.rules import Rules
 
 
 class TrainedRowsState(NamedTuple):
@@ -49,8 +49,8 @@ def trained_rows(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range, or
-        if `update` is called without `params`.
+      TypeError, ValueError: for arguments out of range, and in `update` without
+        `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -65,14 +65,13 @@ def trained_rows(
 
     Source: EfQAT, arXiv 2411.11038.
     """
-    check_rules(rules)
-    check_number(share, "share", "Use 0.25 for a quarter.", most=1, known=True)
-    check_steps(every, "every", 1, "Use some thousands.")
+    check_number("share", share, "Use 0.25 for a quarter.", least=0, most=1)
+    check_int("every", every, "Use some thousands.", least=1, or_array=True)
 
-    def ranked(params):
+    def rank(quantized):
         """Returns a mask of the rows with the largest mean absolute weights."""
         sizes = {}
-        for path, (quantizer, x) in rules.quantized(params).items():
+        for path, (quantizer, x) in quantized.items():
             size = jnp.abs(x.astype(compute_dtype(x.dtype)))
             axes = quantizer.blocks(x.shape).axes
             sizes[path] = jnp.mean(size, axis=axes, keepdims=True)
@@ -85,25 +84,17 @@ def trained_rows(
         least = ascending[frozen]
         return {path: size.astype(wide) >= least for path, size in sizes.items()}
 
-    def init(params):
-        quantized(rules, params)
-        return TrainedRowsState(jnp.zeros([], jnp.int32), ranked(params))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_params(params)
-        count = state.trained_rows_count
+    def step(before, after, params):
         trained = lax.cond(
-            count % every == 0, lambda: ranked(params), lambda: state.trained
+            before.trained_rows_count % every == 0,
+            lambda: rank(rules.quantized(params)),
+            lambda: before.trained,
+        )
+        after.trained.update(trained)
+        return lambda path, quantizer, x, update: jnp.where(
+            trained[path], update, jnp.zeros_like(update)
         )
 
-        def mask(path, quantizer, x, update):
-            del quantizer, x
-            if update is None:
-                return None
-            return jnp.where(trained[path], update, jnp.zeros_like(update))
-
-        updates = rules.map(mask, params, updates)
-        return updates, TrainedRowsState(optax.safe_increment(count), trained)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(
+        rules, TrainedRowsState, step, lambda quantized, params: (rank(quantized),)
+    )

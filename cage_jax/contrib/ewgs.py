@@ -1,15 +1,15 @@
 """EWGS: gradients scaled per weight by the distance to the rounded value."""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
-from cage_jax.contrib.arguments import check_number
+from cage_jax.arrays.paths import key_at
 from cage_jax.core.quantize import fake_quant, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
@@ -61,7 +61,8 @@ def ewgs(
     """
     check_rules(rules)
     if not isinstance(delta, Mapping):
-        check_number(delta, "delta", "Use ewgs_delta(loss, params, rules, key).")
+        remedy = "Use ewgs_delta(loss, params, rules, key)."
+        check_number("delta", delta, remedy, least=0, or_array=True)
 
     def apply(path, quantizer, x):
         own = delta
@@ -98,7 +99,7 @@ def _scaled_backward(quantizer: Quantizer, saved, cotangent):
     distance = (position - found.code_values()) / (high - low)
     extra = basis.unrotate(delta * jnp.abs(basis.rotate(cotangent)) * distance)
     gradient = (cotangent.astype(extra.dtype) + extra).astype(cotangent.dtype)
-    return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(saved[2])
+    return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(delta)
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
@@ -157,8 +158,7 @@ def ewgs_delta(
         found = rounding(x, quantizer, grid_at(path, params, grid)).grid
         width = found.step * (quantizer.format.high - quantizer.format.low)
         width = quantizer.blocks(x.shape).spread(width)
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        signs = jax.random.rademacher(own, x.shape, width.dtype)
+        signs = jax.random.rademacher(key_at(key, path), x.shape, width.dtype)
         vectors[path] = signs, width
         return quantizer.basis(x.shape).unrotate(signs * width).astype(zeros.dtype)
 

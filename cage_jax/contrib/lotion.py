@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.contrib.arguments import check_known_values, check_number, quantized
+from cage_jax.contrib.transformation import check_known_values, transformation
 from cage_jax.core.quantize import needed_grid
-from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.correction import check_params
+from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
 from cage_jax.quantizers.rounding import rounding
 
@@ -56,8 +56,8 @@ def lotion(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range, or
-        if `update` is called without `params`.
+      TypeError, ValueError: for arguments out of range, and in `update` without
+        `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -74,40 +74,37 @@ def lotion(
 
     Source: LOTION, arXiv 2510.08757.
     """
-    check_rules(rules)
     check_strength(strength)
-    check_number(decay, "decay", "The paper uses 0.999.", most=1)
+    remedy = "The paper uses 0.999."
+    check_number("decay", decay, remedy, least=0, most=1, or_array=True)
 
-    def init(params):
-        fisher = {}
-        for path, (quantizer, x) in quantized(rules, params).items():
+    def init(quantized, params):
+        for path, (quantizer, _) in quantized.items():
             with path_in_errors(path):
                 check_known_values(quantizer, "lotion")
-            fisher[path] = jnp.zeros_like(x, compute_dtype(x.dtype))
-        return LotionState(jnp.zeros([], jnp.int32), fisher)
+        return (
+            {
+                path: jnp.zeros_like(x, compute_dtype(x.dtype))
+                for path, (_, x) in quantized.items()
+            },
+        )
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_params(params)
-        level = value_at(strength, state.lotion_count)
-        fisher = dict(state.fisher)
+    def step(before, after, params):
+        half = value_at(strength, before.lotion_count) / 2
 
         def add(path, quantizer, x, update):
-            if update is None:
-                return None
             x = lax.stop_gradient(x.astype(compute_dtype(x.dtype)))
             gradient, basis = update.astype(x.dtype), quantizer.basis(x.shape)
-            before, share = fisher[path], jnp.asarray(1 - decay, x.dtype)
-            square = jnp.square(basis.rotate(gradient))
-            fisher[path] = before + share * (square - before)
+            fisher, share = before.fisher[path], jnp.asarray(1 - decay, x.dtype)
+            fisher = fisher + share * (jnp.square(basis.rotate(gradient)) - fisher)
+            after.fisher[path] = fisher
             slope = _variance_slope(x, quantizer, needed_grid(path, quantizer, params))
-            pull = jnp.asarray(level / 2, x.dtype) * fisher[path] * slope
+            pull = jnp.asarray(half, x.dtype) * fisher * slope
             return (gradient + basis.unrotate(pull)).astype(update.dtype)
 
-        updates = rules.map(add, params, updates)
-        return updates, LotionState(optax.safe_increment(state.lotion_count), fisher)
+        return add
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(rules, LotionState, step, init)
 
 
 def _variance_slope(x, quantizer, grid):

@@ -6,17 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.contrib.arguments import (
-    check_number,
-    check_own_codes,
-    check_steps,
-    quantized,
-)
+from cage_jax.contrib.transformation import check_known_values, transformation
 from cage_jax.core.quantize import needed_grid, quantization_error
-from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.correction import check_params
+from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     Schedule,
@@ -55,8 +50,8 @@ def dampening(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type, if the strength is
-        negative or NaN, or if `update` is called without `params`.
+      TypeError, ValueError: for arguments out of range, and in `update` without
+        `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -73,30 +68,21 @@ def dampening(
 
     Source: Nagel et al., arXiv 2203.11086.
     """
-    check_rules(rules)
     check_strength(strength)
 
-    def init(params):
-        quantized(rules, params)
-        return DampeningState(jnp.zeros([], jnp.int32))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_params(params)
-        level = value_at(strength, state.dampening_count)
+    def step(before, after, params):
+        del after
+        factor = 2 * value_at(strength, before.dampening_count)
 
         def add(path, quantizer, x, update):
-            if update is None:
-                return None
             x = x.astype(compute_dtype(x.dtype))
             grid = needed_grid(path, quantizer, params)
-            pull = jnp.asarray(2 * level, x.dtype) * _error_within(x, quantizer, grid)
+            pull = jnp.asarray(factor, x.dtype) * _error_within(x, quantizer, grid)
             return (update.astype(x.dtype) + pull).astype(update.dtype)
 
-        count = optax.safe_increment(state.dampening_count)
-        return rules.map(add, params, updates), DampeningState(count)
+        return add
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(rules, DampeningState, step)
 
 
 def _error_within(x, quantizer, grid):
@@ -118,7 +104,7 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
       `peak * (1 - cos(pi * count / total_steps)) / 2`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range.
+      TypeError, ValueError: for arguments out of range.
 
     Example:
       >>> from cage_jax import baselines
@@ -128,8 +114,9 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
 
     Source: Nagel et al., arXiv 2203.11086, for the strength of dampening.
     """
-    check_steps(total_steps, "total_steps", 1, "Use the number of optimizer steps.")
-    check_number(peak, "peak", "The paper uses 0.1.")
+    remedy = "Use the number of optimizer steps."
+    check_int("total_steps", total_steps, remedy, least=1, or_array=True)
+    check_number("peak", peak, "The paper uses 0.1.", least=0, or_array=True)
 
     def schedule(count):
         elapsed = jnp.asarray(count).astype(jnp.result_type(float)) / total_steps
@@ -183,8 +170,8 @@ def freezing(
       of frozen weights; read it by `optax.tree_utils.tree_get(state, "frozen")`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range; in
-        `init` if a quantizer has a rotation; in `update` without `params`.
+      TypeError, ValueError: for arguments out of range; in `init` if a quantizer has a
+        rotation; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -200,9 +187,9 @@ def freezing(
 
     Source: Nagel et al., arXiv 2203.11086.
     """
-    check_rules(rules)
     check_strength(threshold, "threshold")
-    check_number(momentum, "momentum", "The paper uses 0.01.", most=1)
+    remedy = "The paper uses 0.01."
+    check_number("momentum", momentum, remedy, least=0, most=1, or_array=True)
 
     def values_of(path, quantizer, x, params):
         x = x.astype(compute_dtype(x.dtype))
@@ -210,59 +197,55 @@ def freezing(
         found = rounding(jax.lax.stop_gradient(x), quantizer, grid)
         return found.code_values(), found.grid
 
-    def init(params):
+    def init(quantized, params):
         values = {}
-        for path, (quantizer, x) in quantized(rules, params).items():
+        for path, (quantizer, x) in quantized.items():
             with path_in_errors(path):
-                check_own_codes(quantizer, "freezing")
+                check_known_values(quantizer, "freezing")
+                if quantizer.hadamard is not None:
+                    raise ValueError(
+                        f"`rules` must give each weight a code of its own for "
+                        f"`freezing`, without a rotation; got {quantizer}. Use "
+                        f"hadamard=None."
+                    )
                 values[path], _ = values_of(path, quantizer, x, params)
         zeros = jax.tree.map(jnp.zeros_like, values)
-        return FreezingState(
-            freezing_count=jnp.zeros([], jnp.int32),
-            previous_values=values,
-            direction=jax.tree.map(lambda x: x.astype(jnp.int8), zeros),
-            frequency=zeros,
-            value_average=jax.tree.map(jnp.copy, values),  # both can be donated
-            frozen=jax.tree.map(lambda x: x.astype(bool), zeros),
+        return (
+            values,
+            jax.tree.map(lambda x: x.astype(jnp.int8), zeros),
+            zeros,
+            jax.tree.map(jnp.copy, values),  # both can be donated
+            jax.tree.map(lambda x: x.astype(bool), zeros),
         )
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_params(params)
-        level = value_at(threshold, state.freezing_count)
-        after = FreezingState(
-            optax.safe_increment(state.freezing_count),
-            *(dict(part) for part in state[1:]),
-        )
+    def step(before, after, params):
+        most = value_at(threshold, before.freezing_count)
 
-        def step(path, quantizer, x, update):
-            if update is None:
-                return None
+        def freeze(path, quantizer, x, update):
             reached = (x + update).astype(x.dtype)
             values, grid = values_of(path, quantizer, reached, params)
             dtype = values.dtype
-            average, frozen = state.value_average[path], state.frozen[path]
+            average, frozen = before.value_average[path], before.frozen[path]
             values = jnp.where(frozen, quantizer.format.round(average), values)
 
-            change = jnp.sign(values - state.previous_values[path]).astype(jnp.int8)
-            back = change * state.direction[path] == -1
+            direction = before.direction[path]
+            change = jnp.sign(values - before.previous_values[path]).astype(jnp.int8)
+            back = change * direction == -1
             rate = jnp.asarray(momentum, dtype)
-            frequency = state.frequency[path]
+            frequency = before.frequency[path]
             frequency += rate * (back.astype(dtype) - frequency)
-            frozen |= frequency > jnp.asarray(level, dtype)
+            frozen |= frequency > jnp.asarray(most, dtype)
             average = jnp.where(frozen, average, average + rate * (values - average))
             pinned = jnp.where(frozen, quantizer.format.round(average), values)
 
             after.previous_values[path] = pinned
-            after.direction[path] = jnp.where(
-                change != 0, change, state.direction[path]
-            )
+            after.direction[path] = jnp.where(change != 0, change, direction)
             after.frequency[path] = frequency
             after.value_average[path] = average
             after.frozen[path] = frozen
             moved = dequantized(pinned, quantizer, grid, reached) - x
             return jnp.where(frozen, moved.astype(update.dtype), update)
 
-        return rules.map(step, params, updates), after
+        return freeze
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(rules, FreezingState, step, init)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
-from cage_jax.contrib.arguments import check_number, check_steps
 from cage_jax.core.quantize import grid_at, needed_grid, quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.schedules import Schedule
@@ -56,7 +56,8 @@ def binary_relax(
     Source: BinaryRelax, arXiv 1801.06313; its schedule as in torchao.
     """
     check_rules(rules)
-    check_number(relaxation, "relaxation", "Let it go from 0 to 1.", most=1)
+    remedy = "Let it go from 0 to 1."
+    check_number("relaxation", relaxation, remedy, least=0, most=1, or_array=True)
 
     def relax(path, quantizer, x):
         wide = x.astype(compute_dtype(x.dtype))
@@ -109,7 +110,8 @@ def parq(
     Source: PARQ, arXiv 2503.15748.
     """
     check_rules(rules)
-    check_number(inverse_slope, "inverse_slope", "Let it go from 1 to 0.", most=1)
+    remedy, name = "Let it go from 1 to 0.", "inverse_slope"
+    check_number(name, inverse_slope, remedy, least=0, most=1, or_array=True)
 
     def ramp(path, quantizer, x):
         found = needed_grid(path, quantizer, params, grid)
@@ -146,7 +148,7 @@ def parq_schedule(
       A schedule from the step count (from 0) to the inverse slope.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range.
+      TypeError, ValueError: for arguments out of range.
 
     Example:
       >>> from cage_jax import baselines
@@ -156,11 +158,9 @@ def parq_schedule(
 
     Source: PARQ, arXiv 2503.15748; the default is that of torchao.
     """
-    check_steps(start, "start", 0, "Use the step at which to begin.")
-    check_steps(total_steps, "total_steps", start + 1, "End after the start.")
-    check_number(steepness, "steepness", "The authors' code uses 10.")
-    if steepness == 0:
-        raise ValueError("`steepness` must be positive; got 0. Use 10.")
+    check_int("start", start, "Use the step at which to begin.", least=0)
+    check_int("total_steps", total_steps, "End after the start.", least=start + 1)
+    check_number("steepness", steepness, "The authors' code uses 10.", above=0)
 
     def sigmoid(share):
         return 1 / (1 + jnp.exp(steepness * (share - 0.5)))

@@ -1,7 +1,6 @@
 """WinQ: gradients at noisy weights, and periodic interpolation to the grid."""
 
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.contrib.arguments import check_number, check_steps, quantized
+from cage_jax.arrays.paths import key_at
+from cage_jax.contrib.transformation import transformation
 from cage_jax.core.quantize import fake_quant, needed_grid, quantization_error
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.correction import check_params
 from cage_jax.quantizers.grid import Grid
 
 
@@ -60,13 +60,13 @@ def noisy_fake_quant(
     Source: WinQ, arXiv 2605.17471.
     """
     check_rules(rules)
-    check_number(deviation, "deviation", "The paper uses 1e-3.")
+    remedy = "The paper uses 1e-3."
+    check_number("deviation", deviation, remedy, least=0, or_array=True)
 
     def add(path, quantizer, x):
         del quantizer
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         wide = compute_dtype(x.dtype)
-        noise = jax.random.normal(own, x.shape, wide)
+        noise = jax.random.normal(key_at(key, path), x.shape, wide)
         return (x.astype(wide) + jnp.asarray(deviation, wide) * noise).astype(x.dtype)
 
     return fake_quant(rules.map(add, params), rules, grid=grid)
@@ -101,8 +101,8 @@ def interpolation(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range, or
-        if `update` is called without `params`.
+      TypeError, ValueError: for arguments out of range, and in `update` without
+        `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -119,38 +119,32 @@ def interpolation(
 
     Source: WinQ, arXiv 2605.17471; PV-Tuning, arXiv 2405.14852.
     """
-    check_rules(rules)
-    check_number(share, "share", "The paper has 0.4 as the best.", most=1)
-    check_steps(every, "every", 1, "Use the number of steps in between.")
+    remedy = "The paper has 0.4 as the best."
+    check_number("share", share, remedy, least=0, most=1, or_array=True)
+    remedy = "Use the number of steps in between."
+    check_int("every", every, remedy, least=1, or_array=True)
 
-    def init(params):
-        quantized(rules, params)
-        return InterpolationState(jnp.zeros([], jnp.int32))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_params(params)
-        count = optax.safe_increment(state.interpolation_count)
+    def step(before, after, params):
+        del before
+        due = after.interpolation_count % every == 0
 
         def pull(path, quantizer, x, update):
-            if update is None:
-                return None
             grid = needed_grid(path, quantizer, params)
             own = jnp.asarray(share, compute_dtype(x.dtype))
-            return _pulled_if(count % every == 0, x, update, own, quantizer, grid)
+            return _pull_if(due, x, update, own, quantizer, grid)
 
-        return rules.map(pull, params, updates), InterpolationState(count)
+        return pull
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(rules, InterpolationState, step)
 
 
 @functools.partial(jax.jit, static_argnames="quantizer")
-def _pulled_if(active, x, update, share, quantizer, grid):
-    """Subtracts a share of the error at the updated weights if `active`."""
+def _pull_if(due, x, update, share, quantizer, grid):
+    """Subtracts a share of the error at the updated weights if `due`."""
 
     def pulled():
         reached = (x + update).astype(x.dtype).astype(share.dtype)
         error = quantization_error(reached, quantizer, grid=grid)
         return (update.astype(error.dtype) - share * error).astype(update.dtype)
 
-    return lax.cond(active, pulled, lambda: update)
+    return lax.cond(due, pulled, lambda: update)

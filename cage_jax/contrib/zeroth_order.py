@@ -1,15 +1,15 @@
 """Gradients from the loss at two points: ZeroQAT, and FOGZO to correct the STE."""
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.contrib.arguments import check_number, check_steps
+from cage_jax.arrays.paths import key_at
 from cage_jax.core.quantize import needed_grid
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
@@ -59,9 +59,7 @@ def two_point_gradient(
     Source: SPSA, Spall 1992; ZeroQAT, arXiv 2509.00031; the radius is MeZO's, arXiv
     2305.17333.
     """
-    check_number(radius, "radius", "MeZO uses 1e-3.")
-    if not isinstance(radius, jax.Array) and radius == 0:
-        raise ValueError("`radius` must be positive; got 0. MeZO uses 1e-3.")
+    check_number("radius", radius, "MeZO uses 1e-3.", above=0, or_array=True)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     directions = [_direction(x, own) for x, own in zip(leaves, keys)]
@@ -125,7 +123,7 @@ def fogzo(
       The loss, and the gradient, a tree like `params`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or is out of range.
+      TypeError, ValueError: for arguments out of range.
 
     Example:
       >>> import cage_jax as cage
@@ -143,8 +141,9 @@ def fogzo(
     divided by its own `epsilon`, so grids may have different steps.
     """
     check_rules(rules)
-    check_number(beta, "beta", "The paper ends at 0.999.", most=1)
-    check_steps(samples, "samples", 1, "The paper uses 1.")
+    remedy = "The paper ends at 0.999."
+    check_number("beta", beta, remedy, least=0, most=1, or_array=True)
+    check_int("samples", samples, "The paper uses 1.", least=1)
     value, gradient = jax.value_and_grad(loss)(params)
     units, bases, guides = {}, {}, {}
 
@@ -161,16 +160,17 @@ def fogzo(
     norm = jnp.sqrt(sum(jnp.sum(g * g).astype(wide) for g in guides.values()))
     norm = jnp.where(norm == 0, 1, norm)
     total = {path: jnp.zeros_like(g) for path, g in guides.items()}
+
+    def loss_at(sign, vectors):
+        def move(path, quantizer, x):
+            away = sign * bases[path].unrotate(units[path] * vectors[path])
+            return (x + away).astype(x.dtype)
+
+        return loss(rules.map(move, params))
+
     for own in jax.random.split(key, samples):
-        vectors = _guided(guides, norm, beta, own)
-        losses = []
-        for sign in (1, -1):
-            away = {
-                path: sign * bases[path].unrotate(units[path] * v)
-                for path, v in vectors.items()
-            }
-            losses.append(loss(_moved(params, rules, away)))
-        slope = (losses[0] - losses[1]) / 2
+        vectors = _draw_near(guides, norm, beta, own)
+        slope = (loss_at(1, vectors) - loss_at(-1, vectors)) / 2
         for path, v in vectors.items():
             total[path] += slope.astype(v.dtype) * v / samples
 
@@ -180,25 +180,13 @@ def fogzo(
     return value, rules.map(corrected, params, gradient)
 
 
-def _moved(params, rules, away):
-    """Adds the arrays in `away`, by path, to the quantized parameters."""
-
-    def move(path, quantizer, x, same):
-        return (x + away[path]).astype(x.dtype)
-
-    return rules.map(move, params, params)
-
-
-def _guided(guides, norm, beta, key):
+def _draw_near(guides, norm, beta, key):
     """Draws `v`, by path."""
     sign_key, key = jax.random.split(key)
     sign = jax.random.rademacher(sign_key, (), norm.dtype)
-    vectors = {}
+    most, vectors = math.sqrt(3), {}
     for path, g in guides.items():
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        most = math.sqrt(3)
-        drawn = jax.random.uniform(own, g.shape, g.dtype, -most, most)
-        share = jnp.asarray(beta, g.dtype)
-        scale = (sign / norm).astype(g.dtype)
+        drawn = jax.random.uniform(key_at(key, path), g.shape, g.dtype, -most, most)
+        share, scale = jnp.asarray(beta, g.dtype), (sign / norm).astype(g.dtype)
         vectors[path] = jnp.sqrt(share) * scale * g + jnp.sqrt(1 - share) * drawn
     return vectors

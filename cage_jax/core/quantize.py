@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import warnings
-import zlib
 from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any, overload
@@ -16,7 +15,7 @@ from jax import lax
 
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules
 from cage_jax.core.straight_through import straight_through
@@ -305,7 +304,7 @@ def _apply(function, x, quantizer, grid, key=None):
             own = None
             if key is not None and quantizer.rounding == "stochastic":
                 drawn = True
-                own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                own = key_at(key, path)
             return function(leaf, quantizer, grid_at(path, x, grid), own, path)
 
         result = quantizer.map(apply, x)

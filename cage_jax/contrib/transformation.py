@@ -1,0 +1,67 @@
+"""What the transformations share: checks, the count of steps, the way to a leaf."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.correction import check_params
+from cage_jax.quantizers.quantizer import Quantizer
+
+
+def transformation(
+    rules: Rules,
+    state_type: type,
+    step: Callable[[Any, Any, Any], Callable],
+    init: Callable[[dict, Any], tuple] = lambda quantized, params: (),
+) -> optax.GradientTransformationExtraArgs:
+    """Creates a transformation of the updates of quantized parameters.
+
+    Args:
+      rules: which parameters are quantized, and how.
+      state_type: a named tuple of the number of steps done, and of dicts by path.
+      step: maps the state before the step, the state after it, whose dicts it may
+        change, and the parameters to a function of path, quantizer, parameter and
+        update, which returns the new update. Parameters without an update keep none.
+      init: maps `rules.quantized(params)` and the parameters to the dicts.
+    """
+    check_rules(rules)
+
+    def init_state(params):
+        quantized = rules.quantized(params)
+        if not quantized:
+            warnings.warn(
+                f"no parameter is quantized by {rules.in_words}, so there is nothing "
+                f"to do. Print rules.report(params) to see the paths.",
+                stacklevel=2,
+            )
+        return state_type(jnp.zeros([], jnp.int32), *init(quantized, params))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_params(params)
+        count, *dicts = state
+        after = state_type(optax.safe_increment(count), *map(dict, dicts))
+        function = step(state, after, params)
+        updates = rules.map(
+            lambda path, quantizer, x, update: (
+                None if update is None else function(path, quantizer, x, update)
+            ),
+            params,
+            updates,
+        )
+        return updates, after
+
+    return optax.GradientTransformationExtraArgs(init_state, update)
+
+
+def check_known_values(quantizer: Quantizer, method: str) -> None:
+    """Raises if the grid values next to a weight are unknown."""
+    if quantizer.scale.finds_values:
+        raise ValueError(
+            f"`rules` must have quantizers with a grid of their own for `{method}`; "
+            f"got {quantizer}. Use a preset of cage_jax."
+        )
