@@ -202,7 +202,7 @@ def test_statistics(x64, placement, rng):
         tx = optax.chain(cage.cage(RULES, strength, statistics=True), optax.sgd(lr))
     else:
         wrap = getattr(cage, placement)
-        options = dict(learning_rate=lr, strength=strength, statistics=True)
+        options = {"learning_rate": lr, "strength": strength, "statistics": True}
         tx = wrap(optax.sgd(lr), RULES, **options)
     _, states = train(tx, x, gradients)
     late = placement == "post_step"

@@ -152,7 +152,7 @@ def _step(kernel_steps, tx, gradients, state, params):
     measured = {}
     if statistics is not None:
         measured = {
-            path: ParameterStatistics(*sums, codes)
+            path: ParameterStatistics._make([*sums, codes])
             for path, (*_, codes, sums) in stepped.items()
         }
     gradients, mu, nu, params = (
