@@ -152,6 +152,20 @@ def test_a_named_implementation_runs_or_raises():
         dispatch(form(DEFAULT), Variants(), {"x": X}, implementation="pallas")
 
 
+def test_the_error_says_why_there_is_no_kernel():
+    def run(x, *found, wide="it is odd"):
+        missing = ("tpu", "it is odd"), ("cuda", wide)
+        variants = Variants(found, missing)
+        return dispatch(form(DEFAULT), variants, {"x": x}, implementation="pallas")
+
+    with pytest.raises(ValueError, match=r"and shape: it is odd \(tpu, cuda\)\. Use"):
+        run(X)
+    with pytest.raises(ValueError, match=r"it is odd \(tpu\); it is wide \(cuda\)\."):
+        run(X, wide="it is wide")
+    with pytest.raises(ValueError, match=r"none for tpu: it is odd \(tpu\)\. Use"):
+        forms(lambda x: run(x, cuda()), X)
+
+
 def test_what_was_not_measured_is_run_by_name_alone():
     kernels = Variants((tpu(), cuda(if_asked)))
 

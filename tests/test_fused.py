@@ -16,7 +16,7 @@ import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.dispatch import if_asked
 from cage_jax.optim.statistics import codes_of
-from cage_jax.pallas import tiles, tpu
+from cage_jax.pallas import choice, tiling, tpu
 from cage_jax.pallas.choice import adamw_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -35,7 +35,7 @@ STEPS = 100
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALLEST", 2**13)
+    monkeypatch.setattr(choice, "SMALLEST", 2**13)
 
 
 @pytest.fixture
@@ -231,13 +231,15 @@ def check_kernel(name, axis, at_updated, measured, rng):
     """Compares a kernel of several blocks along a group and across, and of a stack."""
     quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
     shape = (2, 256, 128) if axis == -2 else (2, 128, 256)
-    cut = tiles.tiles_of(quantizer, shape, jnp.float32, block_bytes=2**16)
+    cut = tiling.tiling_for_tpu(quantizer, shape, jnp.float32, block_bytes=2**16)
     gradient, first, second, x = rng.normal(size=(4, *shape)).astype(np.float32)
     second = np.abs(second)
     previous = rng.integers(-7, 8, shape).astype(np.int8) if measured else None
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
     step = jax.jit(
-        functools.partial(tpu.adamw_step, tiles=cut, adamw=adamw, at_updated=at_updated)
+        functools.partial(
+            tpu.adamw_step, tiling=cut, adamw=adamw, at_updated=at_updated
+        )
     )
     m = 0.1 * np.float64(gradient) + 0.9 * first
     v = 0.05 * np.float64(gradient) ** 2 + 0.95 * second

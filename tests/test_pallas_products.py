@@ -13,7 +13,7 @@ from test_serving import check
 import cage_jax as cage
 from cage_jax import scale_types
 from cage_jax.pallas import choice as kernels
-from cage_jax.pallas import tiles
+from cage_jax.pallas import tiling
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
@@ -119,21 +119,28 @@ def test_it_is_taken_for_groups_by_itself():
 
 
 FALLS_BACK = {
-    "columns that are not laid out whole": (cage.int4(group_size=128), (IN, 200)),
-    "a stack": (cage.int4(group_size=128), (2, IN, OUT)),
-    "a tensor": (cage.int4(axis=None), (IN, OUT)),
-    "a scale for each input": (cage.int4(axis=-1, group_size=32), (IN, OUT)),
-    "tiles": (cage.int4(axis=(0, 1), group_size=(32, 8)), (IN, OUT)),
-    "short groups": (cage.int4(group_size=8), (IN, OUT)),
-    "groups beside 128": (cage.int4(group_size=48), (IN, OUT)),
-    "a codebook": (cage.nf4(), (IN, OUT)),
-    "too long for the chip": (cage.int8(group_size=128), (2**14, OUT)),
+    "an axis of 200 is not a multiple": (cage.int4(group_size=128), (IN, 200)),
+    "have two axes, and have 3": (cage.int4(group_size=128), (2, IN, OUT)),
+    "groups along the first": (cage.int4(axis=None), (IN, OUT)),
+    "groups along the first axis": (cage.int4(axis=-1, group_size=32), (IN, OUT)),
+    "groups along the first axis must": (
+        cage.int4(axis=(0, 1), group_size=(32, 8)),
+        (IN, OUT),
+    ),
+    "groups along the first axis must divide": (cage.int4(group_size=8), (IN, OUT)),
+    "groups along the first axis must divide 128": (
+        cage.int4(group_size=48),
+        (IN, OUT),
+    ),
+    "its format is nf4": (cage.nf4(), (IN, OUT)),
+    "a sum over 16384 does not fit": (cage.int8(group_size=128), (2**14, OUT)),
 }
 
 
 def test_what_no_kernel_is_for():
-    for name, (quantizer, shape) in FALLS_BACK.items():
-        assert tiles.product_tiles_of(quantizer, shape, 8, scaled=False) is None, name
+    for why, (quantizer, shape) in FALLS_BACK.items():
+        with pytest.raises(tiling.NoKernelError, match=why):
+            tiling.product_tiling(quantizer, shape, 8, scaled=False)
 
 
 def test_other_products_are_left_to_the_compiler():

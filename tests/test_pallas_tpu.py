@@ -12,7 +12,7 @@ from kernel_oracle import check_kernel, rotate
 
 import cage_jax as cage
 from cage_jax import formats, scale_types, scales
-from cage_jax.pallas import tiles, tpu
+from cage_jax.pallas import choice, tiling, tpu
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
@@ -80,9 +80,9 @@ def interpreted(function, *args):
 def check(name, axis, shape, rng, dtype="float32"):
     x = rng.standard_normal(shape).astype(dtype)
     quantizer = quantizer_of(name, axis)
-    cut = tiles.tiles_of(quantizer, shape, x.dtype)
+    cut = tiling.tiling_for_tpu(quantizer, shape, x.dtype)
     assert cut is not None
-    kernel = interpreted(partial(tpu.fake_quant, tiles=cut, masked=True), x)
+    kernel = interpreted(partial(tpu.fake_quant, tiling=cut, masked=True), x)
     check_kernel(kernel, x, quantizer)
 
 
@@ -97,11 +97,11 @@ def test_bfloat16(rng):
 
 def check_without_a_mask(name, axis, rng):
     x = rng.standard_normal(SHAPES[axis]).astype(np.float32)
-    cut = tiles.tiles_of(quantizer_of(name, axis), x.shape, x.dtype)
+    cut = tiling.tiling_for_tpu(quantizer_of(name, axis), x.shape, x.dtype)
 
     def both(x):
-        values, _ = tpu.fake_quant(x, tiles=cut, masked=True)
-        return tpu.fake_quant(x, tiles=cut, masked=False), values
+        values, _ = tpu.fake_quant(x, tiling=cut, masked=True)
+        return tpu.fake_quant(x, tiling=cut, masked=False), values
 
     np.testing.assert_array_equal(*interpreted(both, x)(x))
 
@@ -114,8 +114,8 @@ def check_gradient(name, axis, rng):
     quantizer, shape = quantizer_of(name, axis), SHAPES[axis]
     mask = rng.integers(0, 2, shape).astype(np.int8)
     cotangent = rng.standard_normal(shape).astype(np.float32)
-    cut = tiles.tiles_of(quantizer, shape, jnp.float32)
-    function = partial(tpu.masked_gradient, tiles=cut)
+    cut = tiling.tiling_for_tpu(quantizer, shape, jnp.float32)
+    function = partial(tpu.masked_gradient, tiling=cut)
     found = interpreted(function, mask, cotangent)(mask, cotangent)
     expected = rotate(mask * rotate(np.float64(cotangent), quantizer), quantizer)
     # Two products of three parts each, of 24 bits.
@@ -131,48 +131,61 @@ def test_the_gradient_of_a_mask(name, axis, rng):
 
 
 FALLS_BACK = {
-    "a vector": ((512,), cage.int4(axis=-1)),
-    "columns that are not laid out whole": ((256, 200), cage.int4()),
-    "rows likewise": ((200, 128), cage.int4(axis=-1)),
-    "a channel too long for the chip": ((2**16, 128), cage.quest(4)),
-    "two axes": ((256, 128), cage.int4(axis=(0, 1))),
-    "a tensor": ((256, 128), cage.int4(axis=None)),
-    "an axis before the last two": ((128, 2, 128), cage.int4(axis=0)),
-    "random signs": ((256, 128), dataclasses.replace(cage.quest(4), hadamard_seed=0)),
-    "a wide rotation": ((256, 128), cage.quest(4, hadamard=256)),
-    "a codebook": ((256, 128), cage.nf4()),
-    "zero points": ((256, 128), cage.int4(symmetric=False)),
-    "a scale of a tensor beyond which blocks reach": (
-        (160, 128),
-        cage.nvfp4(axis=-1),
+    "one axis alone": ((512,), cage.int4(axis=-1)),
+    "an axis of 200 is not a multiple of 128": ((256, 200), cage.int4()),
+    "an axis of 200 is not a multiple of 32": ((200, 128), cage.int4(axis=-1)),
+    "a group of 65536 does not fit": ((2**16, 128), cage.quest(4)),
+    "end with a tile only after 640": (
+        (128, 1280),
+        cage.int4(group_size=160, axis=-1),
     ),
-    "a scale of the whole tensor, and channels": (
+    "its groups span several axes": ((256, 128), cage.int4(axis=(0, 1))),
+    "its groups span .*s": ((256, 128), cage.int4(axis=None)),
+    "none of the last two axes": ((128, 2, 128), cage.int4(axis=0)),
+    "random signs": ((256, 128), dataclasses.replace(cage.quest(4), hadamard_seed=0)),
+    "wider than 128": ((256, 128), cage.quest(4, hadamard=256)),
+    "its format is nf4": ((256, 128), cage.nf4()),
+    "its scale is minmax": ((256, 128), cage.int4(symmetric=False)),
+    "160 rows are not whole blocks": ((160, 128), cage.nvfp4(axis=-1)),
+    "a divisor is for a tensor": (
         (1024, 128),
         dataclasses.replace(cage.nvfp4(), group_size=None),
     ),
-    "float16 scales": ((256, 128), cage.q4_0()),
-    "stochastic": ((256, 128), dataclasses.replace(cage.int4(), rounding="stochastic")),
+    "its scale is signed max": ((256, 128), cage.q4_0()),
+    "it has float16 scales": ((256, 128), cage.q8_0()),
+    "its rounding is stochastic": (
+        (256, 128),
+        dataclasses.replace(cage.int4(), rounding="stochastic"),
+    ),
 }
 
 
 def test_what_no_kernel_is_for():
-    for name, (shape, quantizer) in FALLS_BACK.items():
-        assert tiles.tiles_of(quantizer, shape, jnp.float32) is None, name
+    for why, (shape, quantizer) in FALLS_BACK.items():
+        with pytest.raises(tiling.NoKernelError, match=why):
+            tiling.tiling_for_tpu(quantizer, shape, jnp.float32)
     for dtype in ("float16", "float64"):
-        assert tiles.tiles_of(cage.int4(), (256, 128), jnp.dtype(dtype)) is None, dtype
+        with pytest.raises(tiling.NoKernelError, match=f"its dtype is {dtype}"):
+            tiling.tiling_for_tpu(cage.int4(), (256, 128), jnp.dtype(dtype))
 
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALLEST", 2 * 256 * 128)
-    assert tiles.tiles_of(cage.int4(), (256, 128), jnp.float32) is None
-    assert tiles.tiles_of(cage.int4(), (2, 256, 128), jnp.float32) is not None
+    monkeypatch.setattr(choice, "SMALLEST", 2 * 256 * 128)
+    quantizer = cage.int4(group_size=32)
+    small, large = (
+        choice.fake_quant(quantizer, jnp.ones(shape), None, None, masked=False)
+        for shape in ((256, 128), (2, 256, 128))
+    )
+    assert {each.platform for each in large.found} == {"tpu", "cuda"}
+    assert not small.found
+    assert dict(small.missing)["tpu"] == "32768 elements are fewer than 65536"
 
 
 def test_the_error_takes_a_kernel_where_that_moves_less():
     x = jax.ShapeDtypeStruct((384, 128), jnp.float32)
     for name in ("quest", "int4 channel", "int4 groups", "mxfp4"):
         quantizer = QUANTIZERS[name]
-        assert tiles.tiles_of(quantizer, x.shape, x.dtype) is not None
+        tiling.tiling_for_tpu(quantizer, x.shape, x.dtype)  # there is a kernel
         function = jax.jit(partial(cage.quantization_error, quantizer=quantizer))
         text = function.trace(x).lower(lowering_platforms=("tpu",)).as_text()
         # A difference is part of what compilers make, not of a kernel.

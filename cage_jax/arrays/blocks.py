@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
 from cage_jax.arrays.sharding import across_shards
-from cage_jax.arrays.tile_order import reduce_in_tiles, spread_in_tiles, tile_pieces
+from cage_jax.arrays.tile_order import (
+    SMALLEST,
+    reduce_in_tiles,
+    spread_in_tiles,
+    tile_pieces,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,8 @@ class Blocks:
             return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
 
         def default(x):
+            if jax.typeof(x).sharding.mesh.empty:
+                return whole(x)
             return across_shards(whole, x, self._split)
 
         if not ignores_zeros:
@@ -136,7 +143,7 @@ class Blocks:
 
     def _or_tiled(self, default, tiled, x):
         """Computes `default(x)`, or `tiled` on a TPU if groups are parts of tiles."""
-        if not self._split or len(self.axes) > 1 or self.rotated:
+        if not self._may_be_tiled:
             return default(x)
         ((axis, size),) = self._split.items()
         axis -= len(self.shape)
@@ -146,3 +153,10 @@ class Blocks:
         form = functools.partial(tiled, axis=axis, size=size)
         variant = Variant("tpu", form, if_divided(pieces))
         return dispatch(default, Variants((variant,)), x)
+
+    @functools.cached_property
+    def _may_be_tiled(self):
+        """Whether an array is worth a TPU form; symbolic shapes have no size yet."""
+        known = all(isinstance(length, int) for length in self.shape)
+        large = known and math.prod(self.shape) >= SMALLEST
+        return large and bool(self._split) and len(self.axes) == 1 and not self.rotated

@@ -50,6 +50,13 @@ class Variants(NamedTuple):
     missing: tuple[tuple[Platform, str], ...] = ()
 
 
+def no_kernel(reason: str) -> Variants:
+    """Returns no variants, with the reason why no platform has a kernel."""
+    return Variants(
+        missing=tuple((platform, reason) for platform in get_args(Platform))
+    )
+
+
 def on_one_device(devices: int, implementation: Implementation | None) -> bool:
     """Lets a kernel run if it may, because it is known to be faster.
 
@@ -110,8 +117,7 @@ def dispatch(
         variants = variants._replace(found=tuple(found))
     if not variants.found:
         if implementation == "pallas":
-            why = "there is none for this quantizer and shape"
-            raise _impossible(path, why + _reasons(variants.missing))
+            raise error_without_kernel(variants, path)
         return default(*args)
     leaves, structure = jax.tree.flatten(args)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -166,6 +172,12 @@ def _change(variants, change):
 def check_implementation(implementation: Implementation | None) -> None:
     """Raises ValueError for an unknown name."""
     check_choice("implementation", implementation, (None, *get_args(Implementation)))
+
+
+def error_without_kernel(variants: Variants, path: str = "") -> ValueError:
+    """Returns the error of `implementation="pallas"` where no platform has a kernel."""
+    why = "there is none for this quantizer and shape" + _reasons(variants.missing)
+    return _impossible(path, why)
 
 
 def _impossible(path, why):

@@ -29,15 +29,6 @@ _ROWS = 8
 _MOST_GROUPS = 4
 
 
-def is_large(shape: tuple[int, ...], least: int) -> bool:
-    """Tells whether an array has enough elements to be worth a kernel, or tiles.
-
-    An array of symbolic shape, as in a program being exported, is not.
-    """
-    lengths_known = all(isinstance(length, int) for length in shape)
-    return lengths_known and math.prod(shape) >= least
-
-
 def tile_pieces(
     shape: tuple[int, ...], axis: int, size: int, sharding: NamedSharding
 ) -> int | None:
@@ -51,10 +42,9 @@ def tile_pieces(
 
     Returns:
       A number that the number of devices must divide if they split the array. None if
-      the array is small or does not consist of such tiles, or if its explicit shards
-      cut them.
+      the array does not consist of such tiles, or if its explicit shards cut them.
     """
-    if axis < -2 or len(shape) < 2 or not is_large(shape, SMALLEST):
+    if axis < -2 or len(shape) < 2:
         return None
     tile = [_ROWS, LANES]
     beside = 1 if size % tile[axis] == 0 else tile[axis] / size

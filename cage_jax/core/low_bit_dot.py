@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import is_int
-from cage_jax.arrays.dispatch import Implementation, Variants, dispatch
+from cage_jax.arrays.dispatch import Implementation, dispatch, no_kernel
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.core.inputs import arranged
 from cage_jax.core.quantize import dequantize, quantize
@@ -178,7 +178,8 @@ def _of_floats(inputs, product):
 
 def _dispatch(default, inputs, product, *, scaled):
     """Runs `default`, or a kernel for rows of floats with a matrix of codes."""
-    weights, found = product.weights, Variants()
+    weights = product.weights
+    found = no_kernel("it is not a product of rows in bfloat16 with a matrix")
     rotated = weights.quantizer.hadamard is not None
     rows = product.numbers == (((inputs.ndim - 1,), (0,)), ((), ()))
     fits = compute_dtype(weights.dtype) == jnp.float32 and not (scaled and rotated)
@@ -217,7 +218,7 @@ def _of_quantized_inputs(inputs, quantizer, product):
     whole = _whole(codes, unit)
     found = dispatch(
         lambda whole: _by_groups(whole, product, sizes),
-        Variants(),
+        no_kernel("its inputs are quantized"),
         whole,
         implementation=product.implementation,
     )

@@ -104,7 +104,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
             f"{type(x).__name__}, whose other state would no longer be updated. Use "
             f"cage_jax.flax.fake_quant(model, rules)."
         )
-    check_implementation(implementation)
+    if implementation is not None:
+        check_implementation(implementation)
     apply = functools.partial(_fake_quant_array, implementation=implementation)
     return _apply(apply, x, quantizer, grid, key)
 

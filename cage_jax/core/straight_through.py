@@ -16,7 +16,6 @@ from cage_jax.quantizers.rounding import dequantized, rounding
 
 def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
     """Quantizes and dequantizes `x`, with the quantizer's gradients."""
-    shards = shards_of(x, quantizer.blocks(x.shape).pieces)
 
     def local(x, grid=None, noise=None):
         # If nothing is traced the error is raised at once, and its caller has the path.
@@ -25,9 +24,11 @@ def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
             x = kernel_required(kernels, x, path)
         return _fake_quant(quantizer, implementation, x, grid, noise)
 
+    if jax.typeof(x).sharding.mesh.empty:
+        return local(x, grid, noise)
+    shards = shards_of(x, quantizer.blocks(x.shape).pieces)
     if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
         return local(x, grid, noise)
-
     # A kernel cannot be partitioned, but runs on each shard.
     return jax.shard_map(
         local, mesh=shards.mesh, in_specs=shards.spec, out_specs=shards.spec

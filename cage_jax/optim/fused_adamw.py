@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.dispatch import (
     Implementation,
-    Variants,
     check_implementation,
     dispatch,
+    error_without_kernel,
+    no_kernel,
 )
 from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
 from cage_jax.arrays.sharding import shards_of
@@ -187,7 +188,7 @@ def _kernel_steps(options, gradients, state, params, implementation):
             continue
         gradient, first, second, decays = others[path]
         shards = shards_of(x, quantizer.blocks(x.shape).pieces)
-        kernels = Variants()
+        kernels = no_kernel("it is no plain step of AdamW in float32")
         if (
             has_form
             and all(array.dtype == jnp.float32 for array in (gradient, second, x))
@@ -215,11 +216,7 @@ def _kernel_steps(options, gradients, state, params, implementation):
             )
             steps[path] = partial(_step_on_shards, step, shards)
         elif implementation == "pallas":
-            raise ValueError(
-                f"`{path}`: `implementation` must be None or 'xla' where a parameter "
-                f"has no kernel; got 'pallas', {quantizer}, {x.dtype}{list(x.shape)}. "
-                f"Use None, for a kernel wherever there is one."
-            )
+            raise error_without_kernel(kernels, path)
     return steps
 
 

@@ -5,6 +5,7 @@ platform, because importing them takes longer than the rest of this package. The
 kernels have not been timed on a GPU yet, so they run only if "pallas" is asked for.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.adamw import AdamW
-from cage_jax.arrays.dispatch import Variant, Variants, if_asked, on_one_device
-from cage_jax.arrays.tile_order import LANES
-from cage_jax.pallas.tiles import (
-    Tiles,
-    product_tiles_of,
-    tiles_for_gpu,
-    tiles_of,
+from cage_jax.arrays.dispatch import (
+    Platform,
+    Variant,
+    Variants,
+    if_asked,
+    no_kernel,
+    on_one_device,
+)
+from cage_jax.arrays.tile_order import LANES, SMALLEST
+from cage_jax.pallas.tiling import (
+    NoKernelError,
+    Tiling,
+    product_tiling,
+    require,
+    tiling_for_gpu,
+    tiling_for_tpu,
 )
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
+
+_MODULES = {"tpu": "cage_jax.pallas.tpu", "cuda": "cage_jax.pallas.gpu"}
 
 
 def fake_quant(
@@ -39,13 +51,12 @@ def fake_quant(
     They map `(x, grid, noise)` to the values, and with `masked` also to a mask, int8.
     """
     if grid is not None or noise is not None:
-        return Variants()
+        return no_kernel("its grid or its noise is given")
 
-    def kernel(module, tiles):
-        return lambda x, grid, noise: module.fake_quant(x, tiles=tiles, masked=masked)
+    def kernel(module, tiling):
+        return lambda x, grid, noise: module.fake_quant(x, tiling=tiling, masked=masked)
 
-    tiles = tiles_of(quantizer, x.shape, x.dtype)
-    return _kernels(kernel, tiles, tiles_for_gpu(quantizer, x.shape, x.dtype))
+    return _kernels(kernel, quantizer, x.shape, x.dtype)
 
 
 def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
@@ -54,11 +65,10 @@ def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
     The mask is that of `fake_quant`.
     """
 
-    def kernel(module, tiles):
-        return lambda *arrays: module.masked_gradient(*arrays, tiles=tiles)
+    def kernel(module, tiling):
+        return partial(module.masked_gradient, tiling=tiling)
 
-    like = quantizer, cotangent.shape, cotangent.dtype
-    return _kernels(kernel, tiles_of(*like), tiles_for_gpu(*like))
+    return _kernels(kernel, quantizer, cotangent.shape, cotangent.dtype)
 
 
 def adamw_step(
@@ -73,34 +83,43 @@ def adamw_step(
 ) -> Variants:
     """Returns the kernels for a step of AdamW, with the signature in `pallas.tpu`."""
     if first_dtype not in (jnp.float32, jnp.bfloat16):
-        return Variants()
-    # The step streams seven arrays instead of two or three, so its blocks are smaller.
-    kept = 2 if at_updated else 1
-    for_tpu = tiles_of(quantizer, shape, dtype, block_bytes=2**18, kept=kept)
-    for_gpu = tiles_for_gpu(quantizer, shape, dtype)
-    if quantizer.scale_type.has_tensor_divisor:
-        for_tpu = None  # the kernel would have to read the whole tensor first
-    if measured:
-        for_gpu = None
-        whole_numbers = isinstance(quantizer.format, Integer | MidRise)
-        if not (whole_numbers and for_tpu and for_tpu.exact):
-            for_tpu = None  # the sums would include elements beyond the array
-    if at_updated and for_gpu and for_gpu.whole:
-        for_gpu = None  # the kernel would read all four arrays twice
+        return no_kernel(f"the dtype of its first moment is {first_dtype}")
 
-    def kernel(module, tiles):
+    def for_tpu(*array):
+        # The step streams seven arrays instead of two or three, so its blocks are
+        # smaller.
+        kept = 2 if at_updated else 1
+        tiling = tiling_for_tpu(*array, block_bytes=2**18, kept=kept)
+        divided = quantizer.scale_type.has_tensor_divisor
+        require(not divided, "it would have to read the whole tensor first")
+        if measured:
+            whole_numbers = isinstance(quantizer.format, Integer | MidRise)
+            require(whole_numbers, f"statistics need integers, not {quantizer.format}")
+            require(tiling.exact, "sums would include elements beyond the array")
+        return tiling
+
+    def for_gpu(*array):
+        require(not measured, "it computes no statistics")
+        tiling = tiling_for_gpu(*array)
+        twice = at_updated and tiling.whole
+        require(not twice, "it would read all four arrays twice")
+        return tiling
+
+    def kernel(module, tiling):
         return partial(
-            module.adamw_step, tiles=tiles, adamw=adamw, at_updated=at_updated
+            module.adamw_step, tiling=tiling, adamw=adamw, at_updated=at_updated
         )
 
-    found = _kernels(kernel, for_tpu, for_gpu)
+    found = _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu)
     plain = quantizer.hadamard is None and not (at_updated or measured)
     if plain and all(
         _one_more(n, axis, shape) for axis, n in quantizer.blocks(shape).by_axis.items()
     ):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `on_one_device` asks for.
-        found = Variants(tuple(each._replace(when=if_asked) for each in found.found))
+        found = found._replace(
+            found=tuple(each._replace(when=if_asked) for each in found.found)
+        )
     return found
 
 
@@ -127,21 +146,24 @@ def product(
       scaled: whether weights are scaled and rounded before they are multiplied.
     """
     tokens = math.prod(inputs_shape[:-1])
-    tiles = product_tiles_of(quantizer, shape, tokens, scaled=scaled)
-    if tiles is None:
-        return Variants()
+    if reason := _too_small(shape):
+        return no_kernel(reason)
+    try:
+        tiling = product_tiling(quantizer, shape, tokens, scaled=scaled)
+    except NoKernelError as error:
+        return no_kernel(str(error))
 
     def on_tpu(inputs, weights):
-        from cage_jax.pallas import tpu_matmul as products_tpu
+        from cage_jax.pallas import tpu_matmul
 
-        found = products_tpu.product(
+        found = tpu_matmul.product(
             inputs.reshape(tokens, -1),
             weights.codes,
             weights.scale,
             weights.zero_point,
             weights.offset,
             weights.tensor_divisor,
-            tiles=tiles,
+            tiling=tiling,
             dtype=dtype,
         )
         return found.reshape(*inputs_shape[:-1], -1)
@@ -149,29 +171,47 @@ def product(
     # With one scale per channel, the compiler moves as little as the kernel. The form
     # that scales sums was not evaluated for several blocks of tokens. 2-bit codes crash
     # the compiler for v4.
-    taken = tiles.group < shape[0] and (scaled or tokens <= tiles.tokens)
+    taken = tiling.group < shape[0] and (scaled or tokens <= tiling.tokens)
     taken = taken and quantizer.format.code_dtype != jnp.int2
     return Variants((Variant("tpu", on_tpu, on_one_device if taken else if_asked),))
 
 
 def _kernels(
-    kernel: Callable[..., Callable], for_tpu: Tiles | None, for_gpu: Tiles | None
+    kernel: Callable[..., Callable],
+    quantizer: Quantizer,
+    shape: tuple[int, ...],
+    dtype,
+    for_tpu: Callable[..., Tiling] = tiling_for_tpu,
+    for_gpu: Callable[..., Tiling] = tiling_for_gpu,
 ) -> Variants:
-    """Returns `kernel(module, tiles)` for each platform that has tiles."""
+    """Returns `kernel(module, tiling)` for each platform that has a tiling."""
+    if reason := _too_small(shape):
+        return no_kernel(reason)
+    found: list[Variant] = []
+    missing: list[tuple[Platform, str]] = []
 
-    def tpu_kernel(*args):
-        from cage_jax.pallas import tpu
+    def add(platform, tiling_of, when):
+        try:
+            tiling = tiling_of(quantizer, shape, dtype)
+        except NoKernelError as reason:
+            missing.append((platform, str(reason)))
+        else:
+            function = partial(_launch, platform, kernel, tiling)
+            found.append(Variant(platform, function, when))
 
-        return kernel(tpu, for_tpu)(*args)
+    add("tpu", for_tpu, on_one_device)
+    add("cuda", for_gpu, if_asked)
+    return Variants(tuple(found), tuple(missing))
 
-    def gpu_kernel(*args):
-        from cage_jax.pallas import gpu
 
-        return kernel(gpu, for_gpu)(*args)
+def _launch(platform, kernel, tiling, *args):
+    module = importlib.import_module(_MODULES[platform])
+    return kernel(module, tiling)(*args)
 
-    found = []
-    if for_tpu is not None:
-        found.append(Variant("tpu", tpu_kernel, on_one_device))
-    if for_gpu is not None:
-        found.append(Variant("cuda", gpu_kernel, if_asked))
-    return Variants(tuple(found))
+
+def _too_small(shape):
+    """Returns why no kernel is worth it for an array of this size, or ""."""
+    if not all(isinstance(length, int) for length in shape):
+        return "its shape is not known yet"  # symbolic, while a program is exported
+    size = math.prod(shape)
+    return f"{size} elements are fewer than {SMALLEST}" if size < SMALLEST else ""

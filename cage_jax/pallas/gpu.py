@@ -19,7 +19,7 @@ from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.arrays.jaxprs import called, evaluate, unchanged
 from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
-from cage_jax.pallas.tiles import Tiles
+from cage_jax.pallas.tiling import Tiling
 from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.rounding import Rounding, fit
 
@@ -34,13 +34,13 @@ _PER_WARP = 512
 
 
 def fake_quant(
-    x: jax.Array, *, tiles: Tiles, masked: bool, interpret: bool = False
+    x: jax.Array, *, tiling: Tiling, masked: bool, interpret: bool = False
 ) -> Any:
     """Quantizes and dequantizes `x`.
 
     Args:
-      x: the array that `tiles` was made for.
-      tiles: the blocks and strips of `x`.
+      x: the array that `tiling` was made for.
+      tiling: the blocks and strips of `x`.
       masked: whether to return the mask of the gradient too.
       interpret: whether to run the kernel as a `jax.numpy` program.
 
@@ -51,45 +51,45 @@ def fake_quant(
     exactly = _exactly(interpret)
 
     def kernel(x_ref, matrix_ref, *written):
-        strip_of = _strip_of(x_ref, matrix_ref, tiles, exactly)
+        strip_of = _strip_of(x_ref, matrix_ref, tiling, exactly)
 
         def found(x):
             strip = strip_of(x)
             return (strip.value(), strip.mask()) if masked else (strip.value(),)
 
-        _each(exactly(found), (x_ref,), written, tiles)
+        _each(exactly(found), (x_ref,), written, tiling)
 
     dtypes = (x.dtype, jnp.int8) if masked else (x.dtype,)
-    found = _call(kernel, tiles, "fake_quant", (x,), dtypes, interpret=interpret)
+    found = _call(kernel, tiling, "fake_quant", (x,), dtypes, interpret=interpret)
     return found if masked else found[0]
 
 
 def masked_gradient(
-    mask: jax.Array, cotangent: jax.Array, *, tiles: Tiles, interpret: bool = False
+    mask: jax.Array, cotangent: jax.Array, *, tiling: Tiling, interpret: bool = False
 ) -> jax.Array:
     """Masks a cotangent in the rotated basis: rotates it, masks it, rotates it back.
 
     Args:
       mask: int8, as returned by `fake_quant`.
       cotangent: an array like the quantized one.
-      tiles: the blocks and strips of both.
+      tiling: the blocks and strips of both.
       interpret: whether to run the kernel as a `jax.numpy` program.
     """
 
     def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
-        rotate = _rotation(matrix_ref, tiles)
-        square = Basis(tiles.quantizer.hadamard).factor ** 2
+        rotate = _rotation(matrix_ref, tiling)
+        square = Basis(tiling.quantizer.hadamard).factor ** 2
 
         def passed(mask, cotangent):
             gradient = rotate(cotangent.astype(jnp.float32), parts=_parts(cotangent))
             gradient = jnp.where(mask.astype(jnp.int32) != 0, gradient, 0)
             return (rotate(gradient, parts=PARTS) * square,)
 
-        _each(passed, (mask_ref, cotangent_ref), (gradient_ref,), tiles)
+        _each(passed, (mask_ref, cotangent_ref), (gradient_ref,), tiling)
 
     arrays, dtypes = (mask, cotangent), (cotangent.dtype,)
     (gradient,) = _call(
-        kernel, tiles, "masked_gradient", arrays, dtypes, interpret=interpret
+        kernel, tiling, "masked_gradient", arrays, dtypes, interpret=interpret
     )
     return gradient
 
@@ -102,7 +102,7 @@ def adamw_step(
     numbers: StepNumbers,
     previous: None = None,
     *,
-    tiles: Tiles,
+    tiling: Tiling,
     adamw: AdamW,
     at_updated: bool = False,
     interpret: bool = False,
@@ -113,10 +113,10 @@ def adamw_step(
       gradient: the gradient of the parameter.
       first: the first moment.
       second: the second moment.
-      x: the parameter, which `tiles` was made for.
+      x: the parameter, which `tiling` was made for.
       numbers: the numbers of this step.
       previous: None; there are no statistics.
-      tiles: the blocks and strips of all arrays.
+      tiling: the blocks and strips of all arrays.
       adamw: the optimizer.
       at_updated: whether the error is that of the updated parameter; each strip must
         then hold whole groups.
@@ -137,11 +137,11 @@ def adamw_step(
                 error = error_of(x + update if at_updated else x)
                 return *moments, x + (update + numbers.pull * error)
 
-            _each(exactly(after), read, refs[6:], tiles)
+            _each(exactly(after), read, refs[6:], tiling)
 
         @pl.when(numbers.pull != 0)
         def _():
-            strip_of = _strip_of(read[-1], matrix_ref, tiles, exactly)
+            strip_of = _strip_of(read[-1], matrix_ref, tiling, exactly)
             step(lambda x: x - strip_of(x).value())
 
         @pl.when(numbers.pull == 0)
@@ -150,7 +150,7 @@ def adamw_step(
 
     return _call(
         kernel,
-        tiles,
+        tiling,
         "adamw_step",
         (gradient, first, second, x),
         (first.dtype, second.dtype, x.dtype),
@@ -161,14 +161,14 @@ def adamw_step(
 
 
 def _call(
-    kernel, tiles, name, arrays, dtypes, *, numbers=None, aliases=None, interpret
+    kernel, tiling, name, arrays, dtypes, *, numbers=None, aliases=None, interpret
 ):
     """Runs a kernel over all blocks.
 
     Args:
       kernel: receives references to the blocks of `arrays`, to `numbers`, if any, to
         the matrix of the rotation (None without one), and to the blocks of the results.
-      tiles: the blocks.
+      tiling: the blocks.
       name: name of the kernel in a program.
       arrays: the arrays that are divided into blocks.
       dtypes: dtypes of the results.
@@ -176,9 +176,9 @@ def _call(
       aliases: maps the index of an argument to that of the result that replaces it.
       interpret: whether to run the kernel as a `jax.numpy` program.
     """
-    stack, rows, columns = tiles.shape
-    height, width = tiles.block
-    matrix = _matrix(tiles)
+    stack, rows, columns = tiling.shape
+    height, width = tiling.block
+    matrix = _matrix(tiling)
     fixed = [each for each in (numbers, matrix) if each is not None]
     read = len(arrays) + len(fixed)
     block = pl.BlockSpec((None, height, width), lambda j, i, k: (k, i, j))
@@ -191,7 +191,7 @@ def _call(
     # Inside a `shard_map`, the results must name the mesh axes along which they differ.
     manual = jax.typeof(arrays[-1]).manual_axis_type
     shapes = [
-        jax.ShapeDtypeStruct(tiles.shape, dtype, manual_axis_type=manual)
+        jax.ShapeDtypeStruct(tiling.shape, dtype, manual_axis_type=manual)
         for dtype in dtypes
     ]
     found = pl.pallas_call(
@@ -208,35 +208,35 @@ def _call(
         out_specs=[block] * len(dtypes),
         out_shape=shapes,
         input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(tiles), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(tiling), num_stages=1),
         interpret=interpret,
         name=f"cage_{name}",
-    )(*(array.reshape(tiles.shape) for array in arrays), *fixed)
+    )(*(array.reshape(tiling.shape) for array in arrays), *fixed)
     return tuple(each.reshape(arrays[-1].shape) for each in found)
 
 
-def _warps(tiles):
-    height, width = tiles.block
-    elements = height * width // tiles.strips
+def _warps(tiling):
+    height, width = tiling.block
+    elements = height * width // tiling.strips
     return min(16, max(4, elements // _PER_WARP))
 
 
-def _matrix(tiles):
+def _matrix(tiling):
     """Returns the matrix that rotates a column, or each part of a row."""
-    block = tiles.quantizer.hadamard
+    block = tiling.quantizer.hadamard
     if block is None:
         return None
-    return rotation(block, tiles.strip // block if tiles.along == 1 else 1)
+    return rotation(block, tiling.strip // block if tiling.along == 1 else 1)
 
 
-def _rotation(matrix_ref, tiles):
+def _rotation(matrix_ref, tiling):
     """Returns a function that rotates a strip whose numbers have `parts` parts."""
     if matrix_ref is None:
         return lambda x, parts: x
     matrix = matrix_ref[...]
 
     def rotate(x, parts):
-        if tiles.along == 1:
+        if tiling.along == 1:
             return product(matrix, x, 0, parts)
         # Columns need fewer registers in the matrix unit than rows.
         columns = x.reshape(-1, len(matrix)).T
@@ -249,9 +249,9 @@ def _parts(x):
     return 1 if x.dtype == jnp.bfloat16 else PARTS
 
 
-def _strip_of(x_ref, matrix_ref, tiles, exactly):
+def _strip_of(x_ref, matrix_ref, tiling, exactly):
     """Returns a function that makes a `Strip` of an array, with its groups' grid."""
-    quantizer, rotate = tiles.quantizer, _rotation(matrix_ref, tiles)
+    quantizer, rotate = tiling.quantizer, _rotation(matrix_ref, tiling)
 
     def strip(x, found=None):
         kept = x.astype(jnp.float32)
@@ -263,26 +263,26 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
         rounding = Rounding(rotated, grid, None, quantizer)
         return Strip(kept, rounding, poison, rotate)
 
-    if not tiles.whole:
+    if not tiling.whole:
         return strip
-    scale, axes = quantizer.scale, (tiles.along - 1,)
+    scale, axes = quantizer.scale, (tiling.along - 1,)
 
     def one(i, carry):
         def joined(x, found, poison):
             rotated = rotate(x.astype(jnp.float32), parts=_parts(x))
             # This repeats what `fit` does with a whole group.
             sized = times(rotated, quantizer.basis(rotated.shape).factor)
-            part = scale.part(sized, axes, tiles.length)
+            part = scale.part(sized, axes, tiling.length)
             return scale.joined(found, part), poison + poison_of(rotated, axes)
 
-        return exactly(joined)(x_ref[_place(i, tiles)], *carry)
+        return exactly(joined)(x_ref[_place(i, tiling)], *carry)
 
-    zeros = jnp.zeros(tiles.per_group, jnp.float32)
-    found, poison = lax.fori_loop(0, tiles.strips, one, (zeros, zeros))
+    zeros = jnp.zeros(tiling.per_group, jnp.float32)
+    found, poison = lax.fori_loop(0, tiling.strips, one, (zeros, zeros))
     grid = exactly(
         partial(
             scale.stored,
-            count=tiles.length,
+            count=tiling.length,
             format=quantizer.format,
             scale_type=quantizer.scale_type,
         )
@@ -290,22 +290,22 @@ def _strip_of(x_ref, matrix_ref, tiles, exactly):
     return partial(strip, found=(grid, poison))
 
 
-def _each(function, read, written, tiles):
+def _each(function, read, written, tiling):
     """Applies `function` to each strip of a block and writes the results."""
 
     def one(i, carry):
-        place = _place(i, tiles)
+        place = _place(i, tiling)
         found = function(*(ref[place] for ref in read))
         for ref, strip in zip(written, found, strict=True):
             ref[place] = strip.astype(ref.dtype)
         return carry
 
-    lax.fori_loop(0, tiles.strips, one, 0)
+    lax.fori_loop(0, tiling.strips, one, 0)
 
 
-def _place(i, tiles):
-    here = pl.ds(pl.multiple_of(i * tiles.strip, tiles.strip), tiles.strip)
-    return (here, slice(None)) if tiles.along == 1 else (slice(None), here)
+def _place(i, tiling):
+    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
+    return (here, slice(None)) if tiling.along == 1 else (slice(None), here)
 
 
 def _exactly(interpret: bool) -> Callable:

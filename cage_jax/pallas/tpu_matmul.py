@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cage_jax.arrays.tile_order import LANES
-from cage_jax.pallas.tiles import ProductTiles
+from cage_jax.pallas.tiling import ProductTiling
 from cage_jax.quantizers.formats import Float
 
 # Limit for the memory of the blocks; chips have at least twice that.
@@ -29,7 +29,7 @@ def product(
     offset: jax.Array | None,
     tensor_divisor: jax.Array | None,
     *,
-    tiles: ProductTiles,
+    tiling: ProductTiling,
     dtype,
 ) -> jax.Array:
     """Multiplies `inputs`, rounded to bfloat16, by quantized weights; float32 sums.
@@ -41,26 +41,29 @@ def product(
       zero_point: codes of the shape of `scale`, or None.
       offset: an array like `scale`, or None.
       tensor_divisor: (1, 1), or None.
-      tiles: the blocks and strips of all arrays.
+      tiling: the blocks and strips of all arrays.
       dtype: dtype of the result.
 
     Returns:
       (tokens, out).
     """
     (tokens, length), out = inputs.shape, codes.shape[1]
-    start = tiles.format.of_zero_code or 0
+    start = tiling.format.of_zero_code or 0
     shifted = zero_point is not None or offset is not None or start != 0
-    blocks = pl.cdiv(tokens, tiles.tokens)
+    blocks = pl.cdiv(tokens, tiling.tokens)
     inputs, codes, scale, zero_point, offset, tensor_divisor = _varying_alike(
         inputs, codes, scale, zero_point, offset, tensor_divisor
     )
     x = inputs.astype(jnp.bfloat16)
-    x = jnp.pad(x, ((0, blocks * tiles.tokens - tokens), (0, 0)))
-    x_block, of_groups = pl.BlockSpec((tiles.tokens, length), lambda i, j: (i, 0)), None
-    if not tiles.scaled:
+    x = jnp.pad(x, ((0, blocks * tiling.tokens - tokens), (0, 0)))
+    x_block, of_groups = (
+        pl.BlockSpec((tiling.tokens, length), lambda i, j: (i, 0)),
+        None,
+    )
+    if not tiling.scaled:
         if shifted:
-            of_groups = x.astype(jnp.float32).reshape(len(x), -1, tiles.group).sum(-1)
-        x = _in_rows(x, tiles)
+            of_groups = x.astype(jnp.float32).reshape(len(x), -1, tiling.group).sum(-1)
+        x = _in_rows(x, tiling)
         x_block = pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, 0, 0, 0))
     stored = [_readable(array) for array in (scale, zero_point, offset)]
 
@@ -82,27 +85,27 @@ def product(
             )
 
         def strip(i, carry):
-            here = pl.ds(pl.multiple_of(i * tiles.strip, tiles.strip), tiles.strip)
-            codes = _widened(codes_ref, here, tiles)
-            first = lax.div(i * tiles.strip, tiles.group)
-            if tiles.scaled:
+            here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
+            codes = _widened(codes_ref, here, tiling)
+            first = lax.div(i * tiling.strip, tiling.group)
+            if tiling.scaled:
                 weights = [
                     _scaled(piece, first + k, step_ref, shift_ref if shifted else None)
-                    for k, piece in enumerate(_pieces(codes, tiles.group))
+                    for k, piece in enumerate(_pieces(codes, tiling.group))
                 ]
                 total_ref[...] += _product(x_ref[:, here], jnp.concatenate(weights))
                 return carry
             total = total_ref[...]
             for k, piece in enumerate(_pieces(codes, LANES)):
-                sums = _product(x_ref[i * (tiles.strip // LANES) + k], piece)
-                group = first + k * LANES // tiles.group
-                for n, rows in enumerate(_pieces(sums, tiles.tokens)):
+                sums = _product(x_ref[i * (tiling.strip // LANES) + k], piece)
+                group = first + k * LANES // tiling.group
+                for n, rows in enumerate(_pieces(sums, tiling.tokens)):
                     total = total + rows * step_ref[pl.ds(group + n, 1)]
             total_ref[...] = total
             return carry
 
-        lax.fori_loop(0, length // tiles.strip, strip, 0)
-        total = total_ref[...] * tiles.unit
+        lax.fori_loop(0, length // tiling.strip, strip, 0)
+        total = total_ref[...] * tiling.unit
         if divisor_ref is not None:
             total = total / divisor_ref[0, 0]
         out_ref[...] = total[: len(out_ref)].astype(dtype)
@@ -110,26 +113,26 @@ def product(
     weights = [codes, *(each for each in stored if each is not None)]
     bits = sum(each.size * jax.dtypes.itemsize_bits(each.dtype) for each in weights)
     moved = blocks * bits // 8 + 2 * x.size + tokens * out * jnp.dtype(dtype).itemsize
-    per_group = pltpu.VMEM((len(scale), tiles.out), jnp.float32)
+    per_group = pltpu.VMEM((len(scale), tiling.out), jnp.float32)
 
     def columns(array):
         if array is None:
             return None
-        return pl.BlockSpec((len(array), tiles.out), lambda i, j: (0, j))
+        return pl.BlockSpec((len(array), tiling.out), lambda i, j: (0, j))
 
     return pl.pallas_call(
         kernel,
-        grid=(blocks, out // tiles.out),
+        grid=(blocks, out // tiling.out),
         in_specs=[
             x_block,
             None
             if of_groups is None
-            else pl.BlockSpec((tiles.tokens, len(scale)), lambda i, j: (i, 0)),
+            else pl.BlockSpec((tiling.tokens, len(scale)), lambda i, j: (i, 0)),
             None if tensor_divisor is None else pl.BlockSpec(memory_space=pltpu.SMEM),
             *(columns(array) for array in (codes, *stored)),
         ],
         out_specs=pl.BlockSpec(
-            (min(tokens, tiles.tokens), tiles.out), lambda i, j: (i, j)
+            (min(tokens, tiling.tokens), tiling.out), lambda i, j: (i, j)
         ),
         out_shape=jax.ShapeDtypeStruct(
             (tokens, out), dtype, manual_axis_type=jax.typeof(x).manual_axis_type
@@ -137,7 +140,7 @@ def product(
         scratch_shapes=[
             per_group,
             per_group,
-            pltpu.VMEM((tiles.tokens, tiles.out), jnp.float32),
+            pltpu.VMEM((tiling.tokens, tiling.out), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_BYTES
@@ -161,16 +164,16 @@ def _varying_alike(*arrays):
     return [None if array is None else next(cast) for array in arrays]
 
 
-def _in_rows(x, tiles):
+def _in_rows(x, tiling):
     """Reshapes to (blocks, units of 128, rows, 128).
 
     Each group of a unit has rows of its own, which are zero outside of the group.
     """
-    groups = max(1, LANES // tiles.group)
-    x = x.reshape(-1, tiles.tokens, x.shape[1] // LANES, LANES).swapaxes(1, 2)
+    groups = max(1, LANES // tiling.group)
+    x = x.reshape(-1, tiling.tokens, x.shape[1] // LANES, LANES).swapaxes(1, 2)
     own = np.repeat(np.eye(groups, dtype=bool), LANES // groups, axis=1)
     rows = jnp.where(own[:, None], x[:, :, None], 0)
-    return rows.reshape(*x.shape[:2], groups * tiles.tokens, LANES)
+    return rows.reshape(*x.shape[:2], groups * tiling.tokens, LANES)
 
 
 def _pieces(array, length):
@@ -191,9 +194,9 @@ def _scaled(codes, group, step_ref, shift_ref):
     return values.astype(jnp.bfloat16)
 
 
-def _widened(codes_ref, here, tiles):
-    """Returns a strip of codes in units of `tiles.unit`, with code 0 as 0; bfloat16."""
-    if tiles.format == Float("e2m1"):
+def _widened(codes_ref, here, tiling):
+    """Returns a strip of codes in units of `tiling.unit`, bfloat16; code 0 is 0."""
+    if tiling.format == Float("e2m1"):
         return _halves(pltpu.bitcast(codes_ref[here], jnp.int4)).astype(jnp.bfloat16)
     return codes_ref[here].astype(jnp.bfloat16)
 

@@ -9,7 +9,7 @@ import math
 
 import jax.numpy as jnp
 
-from cage_jax.arrays.tile_order import LANES, SMALLEST, is_large
+from cage_jax.arrays.tile_order import LANES
 from cage_jax.quantizers.formats import Float, Format, Integer, MidRise
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Narrow
@@ -36,12 +36,22 @@ _INPUTS_BYTES = 2**23
 _OUTPUTS_BYTES = 2**21
 
 
+class NoKernelError(Exception):
+    """No kernel suits an array; the message is the reason, the end of a sentence."""
+
+
+def require(condition: bool, why: str) -> None:
+    """Raises `NoKernelError` unless a condition of a kernel is met."""
+    if not condition:
+        raise NoKernelError(why)
+
+
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class Tiling:
     """The blocks and strips of an array of shape (stack, rows, columns).
 
-    A kernel passes over the blocks along the groups before it goes on across them. If a
-    group is all of the axis, it passes twice: once to find the grid, once to use it.
+    A kernel reads the blocks along the groups before it goes on across them. If a group
+    is all of the axis, it reads them twice: once to find the grid, once to use it.
 
     Attributes:
       quantizer: quantizer of one strip: its axis is that of the groups, and its group
@@ -70,7 +80,7 @@ class Tiles:
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """Grid of the kernel: (stack, blocks across groups, passes, blocks along)."""
+        """Grid of the kernel: (stack, blocks across groups, reads, blocks along)."""
         across = 2 - self.along
         return (
             self.shape[0],
@@ -103,15 +113,15 @@ class Tiles:
         return (1, across) if self.along == 1 else (across, 1)
 
 
-def tiles_of(
+def tiling_for_tpu(
     quantizer: Quantizer,
     shape: tuple[int, ...],
     dtype,
     *,
     block_bytes: int = 2**20,
     kept: int = 1,
-) -> Tiles | None:
-    """Returns the tiles of an array for a TPU, or None if no kernel suits it.
+) -> Tiling:
+    """Divides an array for a TPU.
 
     Args:
       quantizer: quantizer of the array.
@@ -120,70 +130,84 @@ def tiles_of(
       block_bytes: most bytes in a block of a float32 array.
       kept: number of float32 numbers that a kernel keeps for each element of groups
         that are all of an axis.
+
+    Raises:
+      NoKernelError: if no kernel suits the array.
     """
-    if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
-        return None
-    if shape[-1] % LANES or shape[-2] % _SUBLANES:
-        return None  # the compiler may use another layout, and would copy the array
-    ((axis, group),) = quantizer.blocks(shape).by_axis.items()
-    if axis < len(shape) - 2:
-        return None
-    stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-    along = axis - len(shape) + 3
-    length = shape[axis]
+    (rows, columns), along, group = _checked(quantizer, shape, dtype)
+    # With any other shape the compiler may use another layout, and copy the array.
+    for length, least in ((columns, LANES), (rows, _SUBLANES)):
+        require(
+            length % least == 0, f"an axis of {length} is not a multiple of {least}"
+        )
+    length = shape[along - 3]
     unit = math.lcm(quantizer.hadamard or 1, _SUBLANES if along == 1 else LANES)
     strip = math.lcm(unit, group)
     whole = group == length and strip > unit
     if whole:
         strip = math.gcd(length, max(unit, LANES))
-    if strip % unit or strip > _LARGEST_STRIP or length % strip:
-        return None
-    if along == 1 or whole or group % LANES:  # else a row would hold several groups
+    require(
+        strip <= _LARGEST_STRIP,
+        f"groups of {group} end with a tile only after {strip} elements",
+    )
+    # A row of a strip could otherwise hold several groups.
+    if along == 1 or whole or group % LANES:
         most = max(1, _LONG_STRIP // strip)
-        strip *= max(n for n in range(1, most + 1) if length // strip % n == 0)
-    if whole and quantizer.scale_type.has_tensor_divisor:
-        return None
+        strip *= _largest_divisor(length // strip, most)
     across = min(LANES, (rows, columns)[2 - along])
-    if whole and 4 * kept * length * across > _KEPT_BYTES:
-        return None
-    most = max(1, block_bytes // (4 * strip * LANES))
-    strips = max(n for n in range(1, most + 1) if length // strip % n == 0)
+    fits = 4 * kept * length * across <= _KEPT_BYTES
+    require(fits or not whole, f"a group of {length} does not fit on the chip")
+    strips = _largest_divisor(
+        length // strip, max(1, block_bytes // (4 * strip * LANES))
+    )
     block = (strips * strip, across) if along == 1 else (across, strips * strip)
     transposed = along == 2 and group % LANES != 0
-    if transposed and across != LANES:
-        return None
+    if transposed:
+        require(across == LANES, f"short groups need {LANES} rows; there are {rows}")
     own = dataclasses.replace(
         quantizer,
         axis=-2 if along == 1 or transposed else -1,
         group_size=None if whole or group == strip else group,
     )
-    cut = Tiles(own, (stack, rows, columns), along, block, strip, whole, transposed)
-    if quantizer.scale_type.has_tensor_divisor and not cut.exact:
-        return None  # an element beyond the array might be the largest
-    return cut
+    stack = math.prod(shape[:-2])
+    found = Tiling(own, (stack, rows, columns), along, block, strip, whole, transposed)
+    if quantizer.scale_type.has_tensor_divisor:
+        require(not whole, "its groups are an axis, and a divisor is for a tensor")
+        # An element beyond the array might be the largest.
+        require(found.exact, f"{rows} rows are not whole blocks of {across}")
+    return found
 
 
-def _suits(quantizer, dtype):
-    format, scale_type = quantizer.format, quantizer.scale_type
-    return (
-        dtype in (jnp.float32, jnp.bfloat16)
-        and isinstance(format, Integer | MidRise | Float)
-        and isinstance(quantizer.scale, ReducedScale)
-        and not isinstance(scale_type, Narrow)
-        and isinstance(quantizer.axis, int)
-        and (quantizer.hadamard or 1) <= _LARGEST_ROTATION
-        and quantizer.hadamard_seed is None
-        and quantizer.rounding == "nearest"
+def _checked(quantizer, shape, dtype):
+    """Returns the last two axes, and the place and length of groups, if they suit."""
+    format, block = quantizer.format, quantizer.hadamard or 1
+    require(dtype in (jnp.float32, jnp.bfloat16), f"its dtype is {jnp.dtype(dtype)}")
+    require(isinstance(format, Integer | MidRise | Float), f"its format is {format}")
+    require(
+        isinstance(quantizer.scale, ReducedScale), f"its scale is {quantizer.scale}"
     )
+    narrow = isinstance(quantizer.scale_type, Narrow)
+    require(not narrow, f"it has {quantizer.scale_type}")
+    require(isinstance(quantizer.axis, int), "its groups span several axes")
+    require(
+        block <= _LARGEST_ROTATION, f"its rotation is wider than {_LARGEST_ROTATION}"
+    )
+    require(quantizer.hadamard_seed is None, "its rotation has random signs")
+    require(quantizer.rounding == "nearest", f"its rounding is {quantizer.rounding}")
+    require(len(shape) >= 2, "it has one axis alone")
+    ((axis, group),) = quantizer.blocks(shape).by_axis.items()
+    along = axis - len(shape) + 3
+    require(along > 0, "its groups lie along none of the last two axes")
+    return shape[-2:], along, group
 
 
-def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles | None:
-    """Returns the tiles of an array for a GPU, whose strips are powers of two.
+def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiling:
+    """Divides an array for a GPU, into strips that are powers of two.
 
     A group that is all of an axis is one strip if it is short enough. Otherwise the
-    kernel passes twice over it in one block, and the second pass reads memory again
-    unless a cache holds the data. Without a rotation the compiler's form does the same,
-    so columns are left to the compiler then.
+    kernel reads it twice, in one block, and the second time from memory again unless a
+    cache holds the data. Without a rotation the compiler's form does the same, so
+    columns are left to the compiler then.
 
     Args:
       quantizer: quantizer of the array.
@@ -191,26 +215,28 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
       dtype: dtype of the array.
 
     Returns:
-      Tiles, never transposed, or None if no kernel suits the array.
+      A tiling that is never transposed.
+
+    Raises:
+      NoKernelError: if no kernel suits the array.
     """
-    if len(shape) < 2 or not is_large(shape, SMALLEST) or not _suits(quantizer, dtype):
-        return None
-    ((axis, group),) = quantizer.blocks(shape).by_axis.items()
-    if axis < len(shape) - 2 or quantizer.scale_type.has_tensor_divisor:
-        return None
-    stack, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-    along = axis - len(shape) + 3
+    (rows, columns), along, group = _checked(quantizer, shape, dtype)
+    divided = quantizer.scale_type.has_tensor_divisor
+    require(not divided, "its scales have one divisor for a tensor")
     length, width = (rows, columns) if along == 1 else (columns, rows)
     rotation = quantizer.hadamard or 1
     unit = rotation if group == length else math.lcm(group, rotation)
+    require(unit & (unit - 1) == 0, f"groups of {group} are not a power of two")
     most = _STRIP if along == 2 and group == length else LANES
     strip = min(_power_of_two(length), max(most, unit))
     whole = group == length and strip < length
+    compiled = whole and along == 1 and rotation == 1
+    require(not compiled, "the compiler reads such columns as few times")
     across = min(_power_of_two(width), max(1, _STRIP // strip))
-    if strip % unit or unit & (unit - 1) or (whole and along == 1 and rotation == 1):
-        return None
-    if strip * across < _STRIP // 2 or (along == 1 and across < _SECTOR):
-        return None
+    require(
+        strip * across >= _STRIP // 2 and (along == 2 or across >= _SECTOR),
+        f"blocks of {strip} by {across} elements are too small",
+    )
     strips = length // strip
     if not whole:  # so the matrix is read once for several strips
         strips = math.gcd(strips, 8) if quantizer.hadamard else 1
@@ -218,7 +244,13 @@ def tiles_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiles 
     own = dataclasses.replace(
         quantizer, axis=along - 3, group_size=None if group >= strip else group
     )
-    return Tiles(own, (stack, rows, columns), along, block, strip, whole, False)
+    stack = math.prod(shape[:-2])
+    return Tiling(own, (stack, rows, columns), along, block, strip, whole, False)
+
+
+def _largest_divisor(n, most):
+    """Returns the largest divisor of `n` that is at most `most`."""
+    return max(divisor for divisor in range(1, most + 1) if n % divisor == 0)
 
 
 def _power_of_two(n):
@@ -227,7 +259,7 @@ def _power_of_two(n):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProductTiles:
+class ProductTiling:
     """The blocks of a product of inputs (tokens, in) and codes (in, out).
 
     A kernel takes all of `in` at once, and widens codes strip by strip.
@@ -255,30 +287,39 @@ class ProductTiles:
         return 0.5 if self.format == Float("e2m1") else 1.0
 
 
-def product_tiles_of(
+def product_tiling(
     quantizer: Quantizer, shape: tuple[int, ...], tokens: int, *, scaled: bool
-) -> ProductTiles | None:
-    """Returns the tiles of a product with quantized weights, or None without a kernel.
+) -> ProductTiling:
+    """Divides the arrays of a product with quantized weights.
 
     Args:
       quantizer: quantizer of the weights.
       shape: shape of the weights.
       tokens: number of rows of the inputs.
-      scaled: see `ProductTiles`.
+      scaled: see `ProductTiling`.
+
+    Raises:
+      NoKernelError: if no kernel suits the product.
     """
-    if len(shape) != 2 or not is_large(shape, SMALLEST) or shape[1] % LANES:
-        return None
-    if not isinstance(tokens, int):  # symbolic, while a program is exported
-        return None
+    require(len(shape) == 2, f"weights must have two axes, and have {len(shape)}")
+    length, out = shape
+    require(out % LANES == 0, f"an axis of {out} is not a multiple of {LANES}")
+    require(isinstance(tokens, int), "the number of inputs is not known yet")
     groups, format = quantizer.blocks(shape).by_axis, quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
-    if format.of_zero_code is None and (shifted or not isinstance(format, Float)):
-        return None
-    if shifted and quantizer.scale_type.has_tensor_divisor:
-        return None
-    length, group = shape[0], groups.get(0, 1)
-    if [*groups] != [0] or group % _HALF_SUBLANES or (LANES % group and group % LANES):
-        return None
+    whole = format.of_zero_code is not None or (
+        isinstance(format, Float) and not shifted
+    )
+    require(whole, f"its format is {format}")
+    divided = shifted and quantizer.scale_type.has_tensor_divisor
+    require(not divided, "its scales have a divisor, and its codes a zero point")
+    group = groups.get(0, 1)
+    require(
+        [*groups] == [0]
+        and group % _HALF_SUBLANES == 0
+        and (LANES % group == 0 or group % LANES == 0),
+        f"groups along the first axis must divide {LANES}, or be a multiple of it",
+    )
     strips = (n for n in (512, 256, LANES) if length % n == 0)
     strip = next((n for n in strips if group % n == 0 or n % group == 0), None)
     rows = _INPUTS_BYTES // (2 * length) // 8 * 8 if scaled else 256
@@ -286,11 +327,11 @@ def product_tiles_of(
     fits = (
         n
         for n in (1024, 512, 256, LANES)
-        if shape[1] % n == 0
+        if out % n == 0
         and quantizer.bits * length * n <= 8 * _CODES_BYTES
         and 4 * rows * n <= _OUTPUTS_BYTES
     )
-    out = next(fits, None)
-    if strip is None or out is None or rows == 0:
-        return None
-    return ProductTiles(format, group, rows, out, strip, scaled)
+    columns = next(fits, None)
+    if strip is None or columns is None or rows == 0:
+        raise NoKernelError(f"a sum over {length} does not fit on the chip")
+    return ProductTiling(format, group, rows, columns, strip, scaled)
