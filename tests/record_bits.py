@@ -12,11 +12,15 @@ import argparse
 import hashlib
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+# The package of this checkout, not an installed one.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import cage_jax as cage
 
