@@ -17,7 +17,7 @@ from jax.tree_util import (
 
 
 def flatten_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: Any, leaf_types: type | tuple[type, ...] = ()
 ) -> tuple[list[str], list[Any], Any]:
     """Flattens a tree, with the path of each leaf as a string.
 
@@ -28,12 +28,14 @@ def flatten_with_paths(
 
     Args:
       tree: any pytree.
-      is_leaf: as in `jax.tree.flatten`.
+      leaf_types: types of nodes that count as leaves.
 
     Returns:
       Paths such as "layers/0/attention/kernel", leaves, and the structure.
     """
-    keys, leaves, structure = flatten_with_keys(tree, is_leaf)
+    keys, leaves, structure = flatten_with_keys(
+        tree, lambda node: isinstance(node, leaf_types)
+    )
     return [_joined(key_path) for key_path in keys], leaves, structure
 
 

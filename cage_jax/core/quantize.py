@@ -168,8 +168,8 @@ def dequantize(x, quantizer=None):
       >>> cage.dequantize(quantized).ravel().tolist()
       [0.5, -3.5, 1.5]
     """
-    paths, leaves, structure = flatten_with_paths(x, is_leaf=_is_quantized)
-    if not any(map(_is_quantized, leaves)):
+    paths, leaves, structure = flatten_with_paths(x, QuantizedArray)
+    if not any(isinstance(leaf, QuantizedArray) for leaf in leaves):
         raise TypeError(
             f"`x` must be a QuantizedArray, or a tree with some; got "
             f"{type(x).__name__} without any. Use `quantize` first, or `fake_quant` "
@@ -177,7 +177,7 @@ def dequantize(x, quantizer=None):
         )
     values = []
     for path, leaf in zip(paths, leaves):
-        if _is_quantized(leaf):
+        if isinstance(leaf, QuantizedArray):
             with path_in_errors(path):
                 _check_maker(leaf, quantizer, path)
             leaf = decoded(leaf)
@@ -289,29 +289,42 @@ def needed_grid(
 
 
 def _apply(function, x, quantizer, grid, key=None):
+    """Calls `function(x, quantizer, grid, key)` on an array, or on leaves of a tree."""
     if isinstance(quantizer, Rules):
-        _check_no_codes(x, quantizer)
-        if quantizer.misses(x):
-            warnings.warn(
-                f"no parameter is quantized by {quantizer.in_words}. Print "
-                f"rules.report(params) to see the paths; a part of a tree has shorter "
-                f"ones.",
-                stacklevel=3,
-            )
-        drawn = False
+        return _apply_to_tree(function, x, quantizer, grid, key)
+    _check_array(x, quantizer)
+    if key is not None and quantizer.rounding != "stochastic":
+        raise _unused_key(quantizer)
+    return function(x, quantizer, grid, key)
 
-        def apply(path, quantizer, leaf):
-            nonlocal drawn
-            own = None
-            if key is not None and quantizer.rounding == "stochastic":
-                drawn = True
-                own = key_at(key, path)
-            return function(leaf, quantizer, grid_at(path, x, grid), own, path)
 
-        result = quantizer.map(apply, x)
-        if key is not None and not drawn:
-            raise _unused_key(quantizer)
-        return result
+def _apply_to_tree(function, tree, rules, grid, key):
+    """Calls `function(leaf, quantizer, grid, key, path)` on quantized parameters."""
+    _check_no_codes(tree, rules)
+    if rules.misses(tree):
+        warnings.warn(
+            f"no parameter is quantized by {rules.in_words}. Print "
+            f"rules.report(params) to see the paths; a part of a tree has shorter "
+            f"ones.",
+            stacklevel=4,
+        )
+    if key is not None and not any(
+        quantizer.rounding == "stochastic"
+        for quantizer, _ in rules.quantized(tree).values()
+    ):
+        raise _unused_key(rules)
+
+    def apply(path, quantizer, leaf):
+        own = None
+        if key is not None and quantizer.rounding == "stochastic":
+            own = key_at(key, path)
+        return function(leaf, quantizer, grid_at(path, tree, grid), own, path)
+
+    return rules.map(apply, tree)
+
+
+def _check_array(x, quantizer):
+    """Raises unless `x` is one array and `quantizer` one quantizer."""
     if not isinstance(quantizer, Quantizer):
         name = getattr(quantizer, "__name__", "int4")
         called = f" Call the preset: {name}(...)." if callable(quantizer) else ""
@@ -329,9 +342,6 @@ def _apply(function, x, quantizer, grid, key=None):
             f"`x` must be an array where `quantizer` is a Quantizer; got a tree "
             f"({type(x).__name__}). Use Rules([('.*', quantizer)]) for a tree."
         )
-    if key is not None and quantizer.rounding != "stochastic":
-        raise _unused_key(quantizer)
-    return function(x, quantizer, grid, key)
 
 
 def _is_of_nnx(x):
@@ -343,9 +353,9 @@ def _is_of_nnx(x):
 
 
 def _check_no_codes(tree, rules):
-    paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_quantized)
+    paths, leaves, _ = flatten_with_paths(tree, QuantizedArray)
     for path, leaf in zip(paths, leaves):
-        if _is_quantized(leaf) and rules.match(path):
+        if isinstance(leaf, QuantizedArray) and rules.match(path):
             raise TypeError(
                 f"`{path}`: a parameter must not be quantized already; got {leaf!r}. "
                 f"Use dequantize, or low_bit for a model on its codes."
@@ -387,10 +397,6 @@ def gaussian_error(quantizer: Quantizer) -> float:
     grid = fit_grid(x, quantizer) if quantizer.scale.needs_grid else None
     error = quantization_error(x, quantizer, grid=grid)
     return float(np.mean(np.square(np.asarray(error, np.float64))))
-
-
-def _is_quantized(leaf):
-    return isinstance(leaf, QuantizedArray)
 
 
 def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):

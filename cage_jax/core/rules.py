@@ -232,7 +232,7 @@ class Rules:
           8.333333333333334
         """
         every, leaves, _ = _flatten(params)
-        kept = [not _is_grid(leaf) for leaf in leaves]
+        kept = [not isinstance(leaf, Grid) for leaf in leaves]
         paths = [path for path, keep in zip(every, kept) if keep]
         leaves = [leaf for leaf, keep in zip(leaves, kept) if keep]
         rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
@@ -264,7 +264,7 @@ class Rules:
           >>> print(*rules.why_unused({"kernel": 1.0}))
           the rule 'kernal' matches no parameter. The nearest path is 'kernel'.
         """
-        paths, leaves, _ = flatten_with_paths(tree, is_leaf=_is_grid_or_hidden)
+        paths, leaves, _ = flatten_with_paths(tree, (Grid, optax.MaskedNode))
         if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
             return ()
         return tuple(
@@ -302,7 +302,7 @@ class Rules:
         return None
 
     def _quantizer(self, path, leaf) -> Quantizer | None:
-        is_grid = _is_grid(leaf) or INPUT_GRIDS in path.split("/")
+        is_grid = isinstance(leaf, Grid) or INPUT_GRIDS in path.split("/")
         quantizer = None if is_grid else self.match(path)
         if quantizer is None:
             return None
@@ -419,12 +419,4 @@ def _checked(rules) -> tuple[Rule, ...]:
 
 def _flatten(tree):
     """Flattens a tree; learned grids are leaves, as their parts are not parameters."""
-    return flatten_with_paths(tree, is_leaf=_is_grid)
-
-
-def _is_grid(leaf):
-    return isinstance(leaf, Grid)
-
-
-def _is_grid_or_hidden(leaf):
-    return isinstance(leaf, (Grid, optax.MaskedNode))
+    return flatten_with_paths(tree, Grid)

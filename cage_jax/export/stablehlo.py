@@ -130,7 +130,7 @@ def stablehlo(
                 f"`{name}`: `arguments` must be trees of arrays or ShapeDtypeStructs; "
                 f"got {type(leaf).__name__}. Use jnp.asarray."
             )
-    paths, leaves, structure = flatten_with_paths(codes, _is_codes)
+    paths, leaves, structure = flatten_with_paths(codes, QuantizedArray)
     words = _packed(paths, leaves)
     is_constant = weights == "constants"
     size = sum(array.nbytes for array in words.values())

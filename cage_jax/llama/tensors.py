@@ -172,7 +172,7 @@ def by_path(tree: Any) -> dict[str, Array]:
         raise TypeError(
             "`codes` must be parameters; got a whole Model. Use model.params."
         )
-    paths, leaves, _ = flatten_with_paths(tree, _is_codes)
+    paths, leaves, _ = flatten_with_paths(tree, QuantizedArray)
     for path, leaf in zip(paths, leaves):
         if not _is_codes(leaf) and not (
             hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -14,7 +14,6 @@ import optax
 from jax import lax
 
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature.source import Curvature, Step
@@ -189,6 +188,7 @@ def _parameters(rules, params, updates, grids, at_updated):
             grid = grid_at(path, params, None)  # learned
             if grid is None and grids is not None:
                 grid = grids[path]  # frozen, as in the state
+            check_grid_given(quantizer, grid)
             found[path] = _Parameter(quantizer, x, update, grid)
         return update
 
@@ -204,8 +204,6 @@ def _errors(parameters, strength, count):
     is_pulling = (strength != 0) & (count >= 0)
     found = {}
     for path, (quantizer, x, _, grid) in parameters.items():
-        with path_in_errors(path):
-            check_grid_given(quantizer, grid)
         is_pulling, reductions = reductions_if(is_pulling, x, quantizer, grid)
         error = error_elementwise(x, quantizer, reductions)
         found[path] = _Error(error, reductions.grid, is_pulling)

@@ -73,7 +73,7 @@ def low_bit(
 
     @functools.wraps(function)
     def run(params, *args, **kwargs):
-        paths, leaves, structure = flatten_with_paths(params, is_leaf=_is_codes)
+        paths, leaves, structure = flatten_with_paths(params, QuantizedArray)
         shapes = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_codes(leaf) else leaf
             for leaf in leaves

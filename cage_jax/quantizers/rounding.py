@@ -281,6 +281,7 @@ class ErrorReductions(NamedTuple):
     unrotated_codes: jax.Array | None
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def error_reductions(
     x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
 ) -> ErrorReductions:
