@@ -74,6 +74,11 @@ class Blocks:
         return axis + sum(other <= axis for other in self._split)
 
     @functools.cached_property
+    def _places(self) -> tuple[int, ...]:
+        """Axes of a group's elements after `split`, where an axis has several groups."""
+        return tuple(map(self._place, self._split))
+
+    @functools.cached_property
     def split_axes(self) -> tuple[int, ...]:
         """Axes that a group spans after `split`."""
         return tuple(map(self._place, self.axes))
@@ -112,8 +117,8 @@ class Blocks:
         """
 
         def whole(x):
-            found = function(self.split(x), self.split_axes)
-            places = tuple(map(self._place, self._split))
+            split, places = self.split(x), self._places
+            found = function(split, self.split_axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
 
         def default(x):
@@ -131,8 +136,7 @@ class Blocks:
         return self._or_tiled(self._repeat, spread_in_tiles, per_group)
 
     def _repeat(self, per_group):
-        places = tuple(map(self._place, self._split))
-        per_group = jnp.expand_dims(per_group, places)
+        per_group = jnp.expand_dims(per_group, self._places)
         split = list(self.shape)
         for axis, size in reversed(self._split.items()):
             split[axis : axis + 1] = self.shape[axis] // size, size

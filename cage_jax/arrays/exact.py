@@ -11,6 +11,8 @@ broadcast as an array, which is read from memory again and again. So numbers are
 operands of products and sums here wherever possible.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 
+@functools.cache
 def compute_dtype(dtype) -> np.dtype:
     """Returns the dtype that computes values of `dtype`: float32 or float64."""
     # This uses NumPy's promotion, because JAX's raises where users made it strict.
