@@ -234,15 +234,8 @@ class QwixValues(ScaleRule):
     use: _Use
     dtype: np.dtype
 
-    @property
-    def has_offset(self):
-        """Always true: each value is the offset of its own one-value grid."""
-        return True
-
-    @property
-    def finds_values(self):
-        """Always true, see `ScaleRule`."""
-        return True
+    has_offset = True  # each value is the offset of its own one-value grid
+    finds_values = True
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         """Returns a grid whose offsets are the values that qwix gives `x`."""
@@ -270,16 +263,12 @@ class QwixFormat(Format):
     """A format with the single value 0; the value itself is the grid's offset."""
 
     bits: int
+    edge = 0.0  # nothing is clipped
 
     @property
     def values(self):
         """All values of the grid."""
         return np.zeros(1)
-
-    @property
-    def edge(self):
-        """Zero, because nothing is clipped."""
-        return 0.0
 
     @property
     def code_dtype(self):

@@ -100,7 +100,7 @@ def random_codes(rng, quantizer, shape, dtype="float32"):
       dtype: of the array.
     """
     format, like = quantizer.format, QuantizedArray.abstract(quantizer, shape, dtype)
-    numbers = format.values - (format.of_zero_code or 0)
+    numbers = format.values - (format.code_offset or 0)
     if isinstance(format, Codebook):
         numbers = np.arange(len(format.values)) - 2 ** (format.bits - 1)
 

@@ -204,8 +204,8 @@ def test_what_cannot_be_calibrated(params, x):
         (call([(nan,)]), ValueError, "`w`: `batches` must give finite inputs"),
         (lambda: Calibrated(Learned()), TypeError, "`rule` must be a rule"),
         (lambda: Calibrated("absmax"), TypeError, "`rule` must be a rule"),
-        (lambda: Calibrated(decay=1.0), ValueError, "`decay` must be below 1"),
-        (lambda: Calibrated(decay=0.0), ValueError, "`decay` must be positive"),
+        (lambda: Calibrated(decay=1.0), ValueError, "`decay` .* below 1; got 1"),
+        (lambda: Calibrated(decay=0.0), ValueError, "`decay` must be above 0"),
         (
             lambda: cage.Quantizer(Integer(8), Calibrated(MinMax())),
             ValueError,

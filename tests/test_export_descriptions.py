@@ -140,6 +140,7 @@ def test_every_class_is_known():
         for kind in vars(module).values()
         if inspect.isclass(kind)
         and issubclass(kind, bases)
+        and not kind.__name__.startswith("_")
         and not inspect.isabstract(kind)
     }
     assert set(CLASSES.values()) == found | {cage.Quantizer}
@@ -212,7 +213,7 @@ def test_malformed():
         (changed(format={"class": "Codebook", "levels": [1.0] * 10**6}), "`levels`"),
         (scale(clip=math.nan), "`clip` of AbsMax must be float"),
         (scale(clip=10**400), "`clip` of AbsMax must be float"),
-        (scale(clip=-1), "`clip` must be positive"),
+        (scale(clip=-1), "`clip` must be above 0"),
         (scale(clip={"class": "AbsMax"}), "`clip` of AbsMax"),
         (changed(scale={"class": "SignedMax"}, format={"class": "Integer"}), "missing"),
         (nested(2), "`rule` must be a rule"),

@@ -31,7 +31,7 @@ PRESETS = {"Q4_0": cage.q4_0, "Q4_1": cage.q4_1, "Q8_0": cage.q8_0}
 
 def in_float32(codes, axis):
     """Decodes codes in groups of 32: products in float32, and sums."""
-    numbers = np.float32(codes.codes) + np.float32(codes.quantizer.format.of_zero_code)
+    numbers = np.float32(codes.codes) + np.float32(codes.quantizer.format.code_offset)
     values = numbers * np.float32(codes.scale).repeat(32, axis)
     if codes.offset is not None:
         values += np.float32(codes.offset).repeat(32, axis)

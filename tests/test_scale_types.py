@@ -48,8 +48,7 @@ def stored(kind, bounds, format=E2M1, range=None):
     column = np.resize(np.float32(bounds), (GROUPS, 1))
     found = compiled(kind, column, format, range or format.half_range)
     found = jax.tree.map(np.asarray, found)
-    inverse = None if found.inverse is None else found.inverse[: len(bounds)]
-    return found._replace(scale=found.scale[: len(bounds)], inverse=inverse)
+    return found._replace(scale=found.scale[: len(bounds)])
 
 
 def scales(kind, bounds, format=E2M1):
@@ -76,8 +75,9 @@ def test_a_finite_bound_has_a_finite_scale_that_the_file_holds(kind, bound, othe
         assert np.all(np.isfinite(found.tensor_divisor))
         assert np.all(np.asarray(found.tensor_divisor) > 0)
         assert np.all(np.float64(scale) / np.float64(found.tensor_divisor) >= TINY)
-    if found.inverse is not None:
-        assert np.all(np.isfinite(found.inverse))
+    if kind.rounds_by is not None:
+        rounds_by = scales(kind.rounds_by, [bound, other])
+        assert np.all(np.isfinite(1 / rounds_by)) and np.all(rounds_by != 0)
 
 
 def test_a_bound_that_is_no_number_has_no_scale_and_spoils_no_other():
@@ -118,12 +118,11 @@ def test_float16_overflows_to_its_largest_and_underflows_to_its_least_normal():
     found = scales(Narrow("float16"), [1e30, 6 * 65504, 1e-30, 6 * 2.0**-15])
     np.testing.assert_array_equal(found, [65504, 65504, 2.0**-14, 2.0**-14])
     # A file format's own program keeps smaller ones, down to 0.
-    found = stored(Narrow("float16", unrounded=True), [1e30, 6 * 2.0**-15, 1e-30])
-    np.testing.assert_array_equal(found.scale.ravel(), [65504, 2.0**-15, 0])
+    kind, bounds = Narrow("float16", unrounded=True), [1e30, 6 * 2.0**-15, 1e-30]
+    np.testing.assert_array_equal(scales(kind, bounds), [65504, 2.0**-15, 0])
     # Rounded by the stored scale where it is cut off, by the exact one elsewhere.
-    np.testing.assert_allclose(
-        found.inverse.ravel(), [1 / 65504, 2.0**15, 6e30], rtol=1e-6
-    )
+    rounds_by = scales(kind.rounds_by, bounds)
+    np.testing.assert_allclose(rounds_by, [65504, 2.0**-15, 1e-30 / 6], rtol=1e-6)
 
 
 def test_a_negative_bound_has_a_negative_scale():
@@ -211,7 +210,7 @@ def test_bad_arguments():
             (
                 lambda: Narrow("float8"),
                 ValueError,
-                r"`name` must be 'float16' or .*'float8'.*Full\(\)",
+                r"`name` must be one of .*'float8'.*Full\(\)",
             ),
             (
                 lambda: PowerOfTwo("even"),

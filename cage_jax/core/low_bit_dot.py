@@ -166,7 +166,7 @@ def _of_floats(inputs, product):
         along = dataclasses.replace(quantizer, axis=axis, group_size=None)
         inputs = along.basis(inputs.shape).rotate(inputs)
     dtype = inputs.dtype
-    if quantizer.format.of_zero_code is None and not _holds(quantizer.format, dtype):
+    if quantizer.format.code_offset is None and not _holds(quantizer.format, dtype):
         dtype = _widest(dtype, compute_dtype(weights.dtype))
 
     def by_codes(inputs, weights):
@@ -211,7 +211,7 @@ def _of_quantized_inputs(inputs, quantizer, product):
     x, quantizer, _, back = arranged(inputs, tuple(sorted(contracted)), quantizer, None)
     codes, sizes = quantize(x, quantizer), product.sizes
     unit, format = _unit(quantizer.format), product.weights.quantizer.format
-    whole = (format.of_zero_code, _unit(format)) != (None, None)
+    whole = (format.code_offset, _unit(format)) != (None, None)
     whole = whole and _in_one_basis(codes, inputs, product)
     if sizes is None or unit is None or not whole:
         return _of_floats(back(dequantize(codes)), product)
@@ -439,9 +439,9 @@ def _unit(format: Format) -> float | None:
 def _numbers(quantized, dtype):
     """Returns codes as numbers in `dtype`, their unit, and what has to be added."""
     codes, format = quantized.codes, quantized.quantizer.format
-    if format.of_zero_code is not None:
+    if format.code_offset is not None:
         # Adding it here would keep compilers from widening codes in the product.
-        return codes.astype(jnp.int8).astype(dtype), 1.0, format.of_zero_code
+        return codes.astype(jnp.int8).astype(dtype), 1.0, format.code_offset
     if dtype == jnp.int8:
         unit = _unit(format)
         return _whole(quantized, unit), unit, 0.0

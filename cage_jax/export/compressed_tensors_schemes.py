@@ -170,7 +170,7 @@ def _scheme_of_codes(array):
     if quantizer.scale.has_offset or str(array.dtype) not in FLOATS:
         return None
     if isinstance(format, Integer) and scale in FLOATS:
-        if symmetric and format.of_zero_code != 0:
+        if symmetric and format.code_offset != 0:
             return None
         return Scheme(PACKED, "int", 4 if format.bits <= 4 else 8, size, symmetric)
     if not symmetric:

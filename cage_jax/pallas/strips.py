@@ -44,9 +44,9 @@ class Strip(NamedTuple):
 
     def codes(self, values: jax.Array) -> jax.Array:
         """Returns the codes of `values`, as `encode` does, int32."""
-        zero_code = self.rounding.quantizer.format.of_zero_code
-        assert zero_code is not None  # statistics exist only for such formats
-        return jnp.where(jnp.isnan(values), 0, values - zero_code).astype(jnp.int32)
+        offset = self.rounding.quantizer.format.code_offset
+        assert offset is not None  # statistics exist only for such formats
+        return jnp.where(jnp.isnan(values), 0, values - offset).astype(jnp.int32)
 
     def restored(self, values: jax.Array) -> jax.Array:
         """Dequantizes the strip from its `values`, float32."""

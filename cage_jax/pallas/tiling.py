@@ -307,7 +307,7 @@ def product_tiling(
     require(isinstance(tokens, int), "the number of inputs is not known yet")
     groups, format = quantizer.blocks(shape).by_axis, quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
-    whole = format.of_zero_code is not None or (
+    whole = format.code_offset is not None or (
         isinstance(format, Float) and not shifted
     )
     require(whole, f"its format is {format}")

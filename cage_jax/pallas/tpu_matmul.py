@@ -48,7 +48,7 @@ def product(
       (tokens, out).
     """
     (tokens, length), out = inputs.shape, codes.shape[1]
-    start = tiling.format.of_zero_code or 0
+    start = tiling.format.code_offset or 0
     shifted = zero_point is not None or offset is not None or start != 0
     blocks = pl.cdiv(tokens, tiling.tokens)
     inputs, codes, scale, zero_point, offset, tensor_divisor = _varying_alike(

@@ -8,13 +8,15 @@ that would underflow become its smallest number.
 
 import abc
 import dataclasses
-from typing import Literal, get_args
+import functools
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.exact import clamp, divide, finite, power_below, select, times
 from cage_jax.quantizers.formats import Float, Format
 from cage_jax.quantizers.grid import Grid
@@ -24,27 +26,20 @@ PowerRounding = Literal["down", "nearest", "up"]
 
 @dataclasses.dataclass(frozen=True)
 class ScaleType(abc.ABC):
-    """Turns the bound of each group into its stored scale."""
+    """Turns the bound of each group into its stored scale.
 
-    @property
-    def dtype(self) -> np.dtype | None:
-        """Dtype of the stored scales; None for the dtype of computation."""
-        return None
+    Attributes:
+      dtype: dtype of the stored scales; None for the dtype of computation.
+      has_tensor_divisor: whether each tensor has one more float32 scale for all of its
+        groups.
+      rounds_by: type of the scales that values are rounded by; None for this one.
+      signed: whether a scale can be negative.
+    """
 
-    @property
-    def has_tensor_divisor(self) -> bool:
-        """Whether each tensor has one more float32 scale for all of its groups."""
-        return False
-
-    @property
-    def rounds_by(self) -> "ScaleType | None":
-        """Type of the scales that values are rounded by; None for this one."""
-        return None
-
-    @property
-    def signed(self) -> bool:
-        """Whether a scale can be negative."""
-        return True
+    dtype: ClassVar[np.dtype | None] = None
+    has_tensor_divisor = False
+    rounds_by: ClassVar["ScaleType | None"] = None
+    signed = True
 
     def idempotent(self, format: Format) -> bool:
         """Returns whether the bound of quantized values gives the same scale again."""
@@ -99,18 +94,15 @@ class Narrow(ScaleType):
     unrounded: bool = False
 
     def __post_init__(self):
-        if self.name not in ("float16", "bfloat16"):
-            raise ValueError(
-                f"`name` must be 'float16' or 'bfloat16'; got {self.name!r}. Use "
-                f"Full() for float32."
-            )
+        names = "float16", "bfloat16"
+        check_choice("name", self.name, names, "Use Full() for float32.")
 
-    @property
-    def dtype(self):
+    @functools.cached_property
+    def dtype(self):  # type: ignore[override]
         return jnp.dtype(self.name)
 
-    @property
-    def rounds_by(self):
+    @functools.cached_property
+    def rounds_by(self):  # type: ignore[override]
         return _Unrounded(self) if self.unrounded else None
 
     def store(self, bound, range, format, axes, largest=None):
@@ -166,21 +158,12 @@ class PowerOfTwo(ScaleType):
     """
 
     rounding: PowerRounding = "down"
+    dtype = jnp.dtype(jnp.float8_e8m0fnu)
+    signed = False
 
     def __post_init__(self):
-        if self.rounding not in get_args(PowerRounding):
-            raise ValueError(
-                f"`rounding` must be one of {get_args(PowerRounding)}; got "
-                f"{self.rounding!r}. Use 'down' for the OCP specification's rule."
-            )
-
-    @property
-    def dtype(self):
-        return jnp.dtype(jnp.float8_e8m0fnu)
-
-    @property
-    def signed(self):
-        return False
+        remedy = "Use 'down' for the OCP specification's rule."
+        check_choice("rounding", self.rounding, get_args(PowerRounding), remedy)
 
     def idempotent(self, format):
         # The largest values become 448, which rounds up to the next power of two.
@@ -220,18 +203,12 @@ class Float8(ScaleType):
     """
 
     tensor_divisor: bool = True
+    dtype = jnp.dtype(jnp.float8_e4m3fn)
+    signed = False
 
-    @property
-    def dtype(self):
-        return jnp.dtype(jnp.float8_e4m3fn)
-
-    @property
-    def has_tensor_divisor(self):
+    @functools.cached_property
+    def has_tensor_divisor(self):  # type: ignore[override]
         return self.tensor_divisor
-
-    @property
-    def signed(self):
-        return False
 
     def store(self, bound, range, format, axes, largest=None):
         own = Float("e4m3")

@@ -32,6 +32,7 @@ from qwix_models import (
 )
 
 import cage_jax as cage
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.rounding import fit_grid
 
 linen = pytest.importorskip("flax.linen")
@@ -366,7 +367,7 @@ def test_the_bits_of_unusual_ways(step):
         last = jnp.dtype(last)
         assert_same_bits(values.astype(last), expected.astype(first).astype(last))
         # In what CAGE computes with, nothing is lost.
-        wide = cage.scales.compute_dtype(jnp.dtype(first))
+        wide = compute_dtype(jnp.dtype(first))
         assert_same_bits(step.offsets[case], expected.astype(wide))
 
 

@@ -1,0 +1,163 @@
+"""Other rules without a zero point or an offset."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.exact import divide, power_below, rounded
+from cage_jax.quantizers.scale_types import FULL
+from cage_jax.quantizers.scales.reduced import largest_magnitude, size_along
+from cage_jax.quantizers.scales.rule import ScaleRule
+
+
+@dataclasses.dataclass(frozen=True)
+class SignedMax(ScaleRule):
+    """scale = value of largest magnitude / lowest value of the format.
+
+    The value of largest magnitude, whatever its sign, gets the code without a
+    counterpart, such as -8 for 4 bits. The scale is negative if that value is positive.
+    If two values have the largest magnitude and opposite signs, the first one counts.
+    GGUF's Q4_0 uses this rule.
+    """
+
+    signed = True
+    ignores_zeros = True
+
+    def check(self, format, scale_type):
+        if format.low >= 0:
+            raise ValueError(
+                f"`scale` SignedMax needs a format with negative values; got format "
+                f"{format}. Use Integer(bits, narrow=False)."
+            )
+        if not scale_type.signed:
+            raise ValueError(
+                f"`scale` SignedMax needs a scale type with a sign; got scale_type "
+                f"{scale_type}. Use Narrow() or Full()."
+            )
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        size = largest_magnitude(x, axes)
+        place = functools.reduce(
+            lambda outer, axis: (
+                outer * x.shape[axis] + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+            ),
+            axes,
+            jnp.zeros(x.shape, jnp.int32),
+        )
+        never = jnp.int32(size_along(x, axes))
+
+        def first(sign):
+            found = jnp.where(x == sign * size, place, never)
+            return jnp.min(found, axis=axes, keepdims=True, initial=never)
+
+        bound = jnp.where(first(-1) < first(1), size, -size)
+        return scale_type.store(bound, -format.low, format, tensor_axes)
+
+    def __str__(self):
+        return "signed max"
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(ScaleRule):
+    """AbsMax with the smallest bound that `percent` % of the values do not exceed."""
+
+    percent: float = 99.9
+
+    def __post_init__(self):
+        remedy = "Use 99.9, or AbsMax() to keep all values in range."
+        check_number("percent", self.percent, remedy, above=0, most=100)
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.percentile(
+            jnp.abs(x), self.percent, axis=axes, keepdims=True, method="higher"
+        )
+        bound = jnp.where(jnp.isfinite(largest_magnitude(x, axes)), bound, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return scale_type.store(bound, format.half_range, format, tensor_axes)
+
+    def clips(self, format):
+        return self.percent < 100 or format.high < format.half_range
+
+    def idempotent(self, format):
+        return self.percent == 100 and format.low == -format.high
+
+    def __str__(self):
+        return f"percentile {self.percent:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(ScaleRule):
+    """AbsMax with the clip of least squared error, searched for in each group.
+
+    The clip is one of `count` numbers between `least` and 1. Each group is quantized
+    `count` times, so this is slow. It suits weights that are rounded after training,
+    and grids that are found once.
+    """
+
+    count: int = 40
+    least: float = 0.2
+
+    def __post_init__(self):
+        check_int("count", self.count, "Use 40.", least=2)
+        check_number("least", self.least, "Use 0.2.", above=0, below=1)
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        largest = largest_magnitude(x, axes)
+        power = power_below(largest)
+        power = jnp.where(jnp.isfinite(largest) & (power != 0), power, 1)
+        # Errors are measured in units of this power of two, so no square overflows. `x`
+        # itself is not scaled, because a tensor's divisor depends on all groups.
+        unit = jnp.broadcast_to(power, x.shape)
+
+        def stored(clip):
+            end = format.half_range
+            return scale_type.store(largest * clip, end, format, tensor_axes)
+
+        def error(clip):
+            found = stored(clip)
+            steps = jnp.broadcast_to(found.step, x.shape)
+            value = rounded(format.round(divide(x, steps)) * steps)
+            square = rounded(jnp.square(divide(x - value, unit)))
+            return jnp.sum(square, axis=axes, keepdims=True)
+
+        def better(best, clip):
+            least, kept = best
+            found = error(clip)
+            return (
+                jnp.where(found < least, found, least),
+                jnp.where(found < least, clip, kept),
+            ), None
+
+        clips = jnp.linspace(1, self.least, self.count, dtype=x.dtype)
+        start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
+        (_, clip), _ = lax.scan(better, start, clips)
+        return stored(clip)
+
+    def idempotent(self, format):
+        # Clip 1 has no error on quantized values, unless the grid has uneven ends.
+        return format.low == -format.high
+
+    def __str__(self):
+        return f"searched among {self.count}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(ScaleRule):
+    """A given scale; dividing by a power of two is exact."""
+
+    scale: float
+
+    def __post_init__(self):
+        remedy = "Use the distance between two levels."
+        check_number("scale", self.scale, remedy, above=0)
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        bound = jnp.where(jnp.isfinite(largest_magnitude(x, axes)), self.scale, jnp.nan)
+        bound = bound.astype(x.dtype)
+        return scale_type.store(bound, 1.0, format, tensor_axes)
+
+    def __str__(self):
+        return f"fixed {self.scale:g}"
