@@ -128,8 +128,8 @@ def test_a_hundred_steps_are_those_of_the_transformation(params, changes):
 
 PLAIN = {
     "nesterov": {"nesterov": True},
-    "frozen scales": {"freeze_scale": True},
-    "an array as weight decay": {"weight_decay": jnp.float32(0.1)},
+    "freeze_scale": {"freeze_scale": True},
+    "an array": {"weight_decay": jnp.float32(0.1)},
 }
 
 
@@ -142,7 +142,8 @@ def test_without_a_fused_form_it_is_the_transformation(params, name):
     fused, unfused = forms(tx := optimizer(FEW, **PLAIN[name]))
     steps = 10
     assert_near(run([fused] * steps, tx, params), run([unfused] * steps, tx, params))
-    with pytest.raises(ValueError, match=r"`groups`: `implementation` must be None or"):
+    why = f"`groups`: `implementation` must be None or .*{name}.* has no fused form"
+    with pytest.raises(ValueError, match=why):
         tx.fused_step(params, tx.init(params), params, implementation="pallas")
 
 

@@ -77,19 +77,16 @@ def dampening(
         def add(path, quantizer, x, update):
             x = x.astype(compute_dtype(x.dtype))
             grid = needed_grid(path, quantizer, params)
-            pull = jnp.asarray(factor, x.dtype) * _error_within(x, quantizer, grid)
+            inside = rounding(x, quantizer, grid).is_inside(0.0)
+            error = quantization_error(x, quantizer, grid=grid)
+            basis = quantizer.basis(x.shape)
+            error = basis.within(lambda e: select(inside, e, 0), error)
+            pull = jnp.asarray(factor, x.dtype) * error
             return (update.astype(x.dtype) + pull).astype(update.dtype)
 
         return add
 
     return transformation(rules, DampeningState, step)
-
-
-def _error_within(x, quantizer, grid):
-    """Computes `x - Q(x)`, with 0 beyond the grid."""
-    inside = rounding(x, quantizer, grid).is_inside(0.0)
-    error = quantization_error(x, quantizer, grid=grid)
-    return quantizer.basis(x.shape).within(lambda e: select(inside, e, 0), error)
 
 
 def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:

@@ -62,7 +62,12 @@ def two_point_gradient(
     check_number("radius", radius, "MeZO uses 1e-3.", above=0, or_array=True)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    directions = [_direction(x, own) for x, own in zip(leaves, keys)]
+    directions = [
+        jax.random.normal(own, x.shape, compute_dtype(x.dtype))
+        if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
+        else None
+        for x, own in zip(leaves, keys)
+    ]
 
     def at(distance):
         moved = [
@@ -78,12 +83,6 @@ def two_point_gradient(
         for x, u in zip(leaves, directions)
     ]
     return (above + below) / 2, jax.tree.unflatten(structure, gradient)
-
-
-def _direction(x, key):
-    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
-        return None
-    return jax.random.normal(key, x.shape, compute_dtype(x.dtype))
 
 
 def fogzo(

@@ -177,24 +177,17 @@ def _kernel_steps(options, gradients, state, params, implementation):
     paths, _, structure = flatten_with_paths(params)
     trees = gradients, adam.mu, adam.nu, _decays(options.mask, params)
     others = dict(zip(paths, zip(*map(structure.flatten_up_to, trees))))
-    has_form = (
-        options.adamw is not None
-        and cage_state.grids is None
-        and cage_state.curvature is None
-    )
     steps = {}
     for path, (quantizer, x) in options.rules.quantized(params).items():
         if not path:  # a lone array leaves no others for `update`
             continue
         gradient, first, second, decays = others[path]
         shards = shards_of(x, quantizer.blocks(x.shape).pieces)
-        kernels = no_kernel("it is no plain step of AdamW in float32")
-        if (
-            has_form
-            and all(array.dtype == jnp.float32 for array in (gradient, second, x))
-            and grid_at(path, params, None) is None
-            and (shards is None or _have_same_shards(gradient, first, second, x))
-        ):
+        grid = grid_at(path, params, None)
+        arrays = gradient, first, second, x
+        if why := _why_not_fused(options, cage_state, arrays, grid, shards):
+            kernels = no_kernel(why)
+        else:
             decay = options.adamw.weight_decay if decays else 0.0
             adamw = dataclasses.replace(options.adamw, weight_decay=decay)
             kernels = adamw_step(
@@ -220,6 +213,23 @@ def _kernel_steps(options, gradients, state, params, implementation):
     return steps
 
 
+def _why_not_fused(options, cage_state, arrays, grid, shards):
+    """Says why a step has no fused form, whatever the quantizer, or returns None."""
+    gradient, _, second, x = arrays
+    dtypes = {gradient.dtype, second.dtype, x.dtype}
+    specs = {jax.typeof(array).sharding.spec for array in arrays}
+    reasons = {
+        "`nesterov`, or a weight decay in an array,": options.adamw is None,
+        "`freeze_scale`": cage_state.grids is not None,
+        "`curvature`": cage_state.curvature is not None,
+        "a learned grid": grid is not None,
+        "a dtype other than float32": dtypes != {jnp.dtype("float32")},
+        "a moment or gradient on other shards": shards is not None and len(specs) > 1,
+    }
+    found = [what for what, is_so in reasons.items() if is_so]
+    return f"{found[0]} has no fused form" if found else None
+
+
 def _step_on_shards(step, shards, arrays, codes, numbers):
     """Runs `step`, on each device for its own part if there are shards."""
     if shards is None:
@@ -239,10 +249,6 @@ def _step_on_shards(step, shards, arrays, codes, numbers):
         in_specs=(spec, spec, P()),
         out_specs=(spec,) * 3 if codes is None else (*(spec,) * 4, P()),
     )(arrays, codes, numbers)
-
-
-def _have_same_shards(*arrays):
-    return len({jax.typeof(array).sharding.spec for array in arrays}) == 1
 
 
 def _decays(mask, params):

@@ -55,9 +55,7 @@ def cage_adamw(
         of these names.
       total_steps: length of the training in optimizer steps, in place of `strength`.
         Strength and curvature are then those of `recommended`.
-      curvature: as in `cage`.
-      freeze_scale: as in `cage`.
-      statistics: as in `cage`.
+      curvature, freeze_scale, statistics: as in `cage`.
 
     Returns:
       A transformation. Clip gradients before it:
@@ -150,9 +148,7 @@ def cage_sgd(
         `silence_then_ramp(steps)`; None for the recommended schedule of `total_steps`.
       momentum, nesterov: as in `optax.sgd`.
       total_steps: as in `cage_adamw`.
-      curvature: as in `cage`.
-      freeze_scale: as in `cage`.
-      statistics: as in `cage`.
+      curvature, freeze_scale, statistics: as in `cage`.
 
     Returns:
       A transformation.
