@@ -9,6 +9,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from cage_jax.core.choose_rotation import choose_rotation
+from cage_jax.core.grids import with_grids
 from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import (
     QuantizedArray,
@@ -16,7 +17,6 @@ from cage_jax.core.quantize import (
     fake_quant,
     quantization_error,
     quantize,
-    with_grids,
 )
 from cage_jax.core.rules import Rules
 from cage_jax.export.loading import load

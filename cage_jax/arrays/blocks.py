@@ -75,7 +75,7 @@ class Blocks:
 
     @functools.cached_property
     def _places(self) -> tuple[int, ...]:
-        """Axes of a group's elements after `split`, where an axis has several groups."""
+        """Axes that `split` inserts: those of the elements of a group."""
         return tuple(map(self._place, self._split))
 
     @functools.cached_property

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import key_at
-from cage_jax.core.quantize import fake_quant, grid_at
+from cage_jax.core.grids import grid_at
+from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer

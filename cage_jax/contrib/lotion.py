@@ -11,7 +11,7 @@ from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.transformation import check_known_values, transformation
-from cage_jax.core.quantize import needed_grid
+from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
 from cage_jax.quantizers.rounding import rounding

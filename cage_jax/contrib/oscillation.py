@@ -10,7 +10,8 @@ from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.transformation import check_known_values, transformation
-from cage_jax.core.quantize import needed_grid, quantization_error
+from cage_jax.core.grids import needed_grid
+from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,

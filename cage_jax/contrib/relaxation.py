@@ -10,7 +10,8 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
-from cage_jax.core.quantize import grid_at, needed_grid, quantization_error
+from cage_jax.core.grids import grid_at, needed_grid
+from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.schedules import Schedule
 from cage_jax.quantizers.grid import Grid

@@ -13,7 +13,8 @@ from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import key_at
 from cage_jax.contrib.transformation import transformation
-from cage_jax.core.quantize import fake_quant, needed_grid, quantization_error
+from cage_jax.core.grids import needed_grid
+from cage_jax.core.quantize import fake_quant, quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import key_at
-from cage_jax.core.quantize import needed_grid
+from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import rounding

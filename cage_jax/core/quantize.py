@@ -16,6 +16,7 @@ from jax import lax
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
+from cage_jax.core.grids import check_grid, check_grid_given, grid_at
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules
 from cage_jax.core.straight_through import straight_through
@@ -220,74 +221,6 @@ def quantization_error(x, quantizer, *, grid=None):
     return _apply(_error_array, x, quantizer, grid)
 
 
-def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
-    """Puts learned grids beside the parameters, so that any optimizer trains both.
-
-    `fake_quant`, `quantize`, `quantization_error` and the CAGE transformations find
-    them there.
-
-    Args:
-      params: a tree of parameters.
-      rules: a table in which some quantizers are learned, such as `lsq()`.
-
-    Returns:
-      `{"params": params, "grids": {path: Grid}}`, with the grids that the scale rules
-      find in the parameters.
-
-    Raises:
-      ValueError: if no rule with a learned quantizer matches.
-
-    Example:
-      >>> import cage_jax as cage
-      >>> import jax.numpy as jnp
-      >>> rules = cage.Rules([(r".*kernel", cage.lsq(4))])
-      >>> variables = cage.with_grids({"kernel": jnp.ones((8, 4))}, rules)
-      >>> quantized = cage.fake_quant(variables, rules)["params"]
-      >>> round(float(variables["grids"]["kernel"].scale[0, 0]), 4)
-      0.7559
-
-    Source: LSQ, arXiv 1902.08153, section 2.
-    """
-    grids = {
-        path: fit_grid(x, quantizer)
-        for path, (quantizer, x) in rules.quantized(params).items()
-        if quantizer.scale.needs_grid
-    }
-    if not grids:
-        raise ValueError(
-            f"`rules` must match a parameter with a learned quantizer; got {rules}. "
-            f"Use lsq(), or leave the grids out."
-        )
-    return {"params": params, "grids": grids}
-
-
-def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:
-    """Returns the grid given for a path, else the one that `with_grids` put in `x`."""
-    if grid is None:
-        beside = isinstance(x, Mapping) and set(x) == {"params", "grids"}
-        return x["grids"].get(path) if beside else None
-    if not isinstance(grid, Mapping):
-        raise TypeError(
-            f"`grid` must map each path to its Grid; got {type(grid).__name__}. Use "
-            f"the `grids` of the state, or a dict."
-        )
-    if path not in grid:
-        raise ValueError(
-            f"`grid` must have an entry for each quantized parameter; got the paths "
-            f"{list(grid)}. Add this one, with scale 0 for a grid found in the array."
-        )
-    return grid[path]
-
-
-def needed_grid(
-    path: str, quantizer: Quantizer, x: Any, grid: Mapping[str, Grid] | None = None
-) -> Grid | None:
-    """Returns `grid_at`; raises if it is None and the quantizer needs a grid."""
-    found = grid_at(path, x, grid)
-    check_grid_given(quantizer, found)
-    return found
-
-
 def _apply(function, x, quantizer, grid, key=None):
     """Calls `function(x, quantizer, grid, key)` on an array, or on leaves of a tree."""
     if isinstance(quantizer, Rules):
@@ -447,60 +380,10 @@ def _checked(x, quantizer, grid, key, rounds=True):
     blocks = quantizer.blocks(x.shape)
     check_grid_given(quantizer, grid)
     if grid is not None:
-        _check_grid(grid, quantizer, blocks)
+        check_grid(grid, quantizer, blocks)
     if rounds and key is None and quantizer.rounding == "stochastic":
         raise ValueError(
             f"`key` must be given for stochastic rounding; got None, quantizer "
             f"{quantizer}. Use a new key of jax.random at each step."
         )
     return x
-
-
-def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
-    """Raises if a learned or calibrated grid is not given."""
-    if quantizer.scale.needs_grid and grid is None:
-        kind = "learned" if quantizer.scale.learned else "calibrated"
-        raise ValueError(
-            f"`grid` must be given for a {kind} scale; got None, quantizer "
-            f"{quantizer}. Use variables = with_grids(params, rules) in place of the "
-            f"parameters; for the inputs of a model, calibrate(model, rules, ...)."
-        )
-
-
-def _check_grid(grid, quantizer, blocks):
-    if not isinstance(grid, Grid):
-        raise TypeError(
-            f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
-            f"Grid(scale, zero_point) of `cage_jax.scales`, and Grid(**grid) of what a "
-            f"file gave back as a dict."
-        )
-    wants = {
-        "zero_point": quantizer.asymmetric,
-        "offset": quantizer.scale.has_offset,
-        "tensor_divisor": quantizer.scale_type.has_tensor_divisor,
-    }
-    for name, wanted in wants.items():
-        if (getattr(grid, name) is not None) != wanted:
-            text = name.replace("_", " ")
-            raise ValueError(
-                f"`grid` must have a {text} when the quantizer has one, and none "
-                f"otherwise; got {name}={getattr(grid, name)}, quantizer {quantizer}. "
-                f"Take the grid from the state of the same rules."
-            )
-    for name, value in grid._asdict().items():
-        tensor = name == "tensor_divisor"
-        expected = blocks.tensor_shape if tensor else blocks.scale_shape
-        if value is not None and jnp.shape(value) != expected:
-            each = "tensor" if tensor else "group"
-            raise ValueError(
-                f"`grid` must have one {name} for each {each}, shape {expected}; got "
-                f"shape {jnp.shape(value)}, x.shape={blocks.shape}. Take the grid from "
-                f"the state of the same rules."
-            )
-    if quantizer.scale.needs_grid and not isinstance(grid.scale, jax.core.Tracer):
-        least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0
-        if not least > 0:
-            raise ValueError(
-                f"`grid` must have positive scales; got {least}. Lower the "
-                f"learning rate of the scales, or start them again by with_grids."
-            )

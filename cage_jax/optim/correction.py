@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.core.quantize import check_grid_given, grid_at
+from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature.source import Curvature, Step
 from cage_jax.optim.schedules import (

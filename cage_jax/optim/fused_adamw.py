@@ -27,7 +27,7 @@ from cage_jax.arrays.dispatch import (
 )
 from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
 from cage_jax.arrays.sharding import shards_of
-from cage_jax.core.quantize import grid_at
+from cage_jax.core.grids import grid_at
 from cage_jax.core.rules import Rules
 from cage_jax.optim.correction import CageState, reductions_if
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at

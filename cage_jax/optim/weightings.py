@@ -19,7 +19,7 @@ from jax import lax
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.core.quantize import check_grid_given, grid_at
+from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.optim.curvature.source import (
     Arrays,
     Curvature,

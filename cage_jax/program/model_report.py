@@ -11,13 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.grids import grid_at
 from cage_jax.core.inputs import arranged, quantize_input
-from cage_jax.core.quantize import (
-    fake_quant,
-    gaussian_error,
-    grid_at,
-    quantization_error,
-)
+from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.core.weight_report import Row, table
 from cage_jax.program.activations import apart, input_path, run, split

@@ -8,6 +8,7 @@ evaluation, export. Constants are therefore folded here, to one operation each, 
 a compiler may fold them in one program and not in another.
 """
 
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.scales.asymmetric import MinMax
 from cage_jax.quantizers.scales.kept import Calibrated, Learned
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean, Gaussian, ReducedScale
@@ -20,6 +21,7 @@ __all__ = [
     "Calibrated",
     "Fixed",
     "Gaussian",
+    "Grid",
     "Learned",
     "MinMax",
     "Percentile",
