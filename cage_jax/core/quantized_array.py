@@ -202,7 +202,7 @@ class QuantizedArray:
         Raises:
           ValueError: for a shape that the quantizer does not fit.
         """
-        shape, wide = tuple(shape), compute_dtype(dtype)
+        shape, wide = tuple(shape), compute_dtype(jnp.dtype(dtype))
         blocks = quantizer.blocks(shape)
         of: Any = jax.ShapeDtypeStruct
         scale = of(blocks.scale_shape, quantizer.scale_type.dtype or wide)
