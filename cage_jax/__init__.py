@@ -31,10 +31,9 @@ from cage_jax.optim.schedules import (
 )
 from cage_jax.program.activations import calibrate, quantize_activations
 from cage_jax.program.low_bit import low_bit
+from cage_jax.quantizers.file_presets import ct_w4a16, ct_w8a8, q4_0, q4_1, q8_0
 from cage_jax.quantizers.presets import (
     binary,
-    ct_w4a16,
-    ct_w8a8,
     fp8,
     int2,
     int3,
@@ -46,9 +45,6 @@ from cage_jax.quantizers.presets import (
     mxfp8,
     nf4,
     nvfp4,
-    q4_0,
-    q4_1,
-    q8_0,
     quest,
     ternary,
 )

@@ -22,11 +22,11 @@ from small_tokenizer import files_of, small_tokenizer
 
 import cage_jax as cage
 from cage_jax.cli.main import main
-from cage_jax.cli.weights import PRESETS
 from cage_jax.export import target
 from cage_jax.export.checking import differences
 from cage_jax.export.files import new_folder
 from cage_jax.llama.tensors import by_path
+from cage_jax.quantizers.registry import PRESETS
 
 pytest.importorskip("flax", reason="the model needs flax")
 pytest.importorskip("gguf", reason="files of GGUF are written with it")
@@ -382,7 +382,7 @@ WIDE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [n for n, line in PRESETS.items() if line.summary])
 def test_the_targets_of_a_preset_are_as_the_help_says(tmp_path, capsys, preset):
     params = on_host(params_of(WIDE))
     save(Model(params, WIDE, {}), tmp_path / "floats")

@@ -14,8 +14,8 @@ import cage_jax as cage
 from cage_jax import formats, scale_types, scales
 from cage_jax.export.descriptions import CLASSES, describe, quantizer_of
 from cage_jax.export.files import MalformedFileError
-from cage_jax.quantizers import presets
 from cage_jax.quantizers.formats import Codebook, Float, Integer, MidRise
+from cage_jax.quantizers.registry import PRESETS
 from cage_jax.quantizers.scales import (
     AbsMax,
     Calibrated,
@@ -47,13 +47,6 @@ OPTIONS = {
     "ct_w8a8": [{"scale_dtype": "float32"}],
     "lsq": [{"bits": 3, "offset": True}],
 }
-PRESETS = [
-    name
-    for name, value in vars(presets).items()
-    if inspect.isfunction(value)
-    and value.__module__ == presets.__name__
-    and not name.startswith("_")
-]
 
 
 def there_and_back(quantizer):
@@ -65,10 +58,10 @@ def test_every_preset_is_tried():
 
 
 def test_presets_there_and_back():
-    for name in PRESETS:
+    for name, preset in PRESETS.items():
         needed = {"bits": 2} if name == "quest" else {}
         for options in [*OPTIONS[name], needed]:
-            quantizer = getattr(presets, name)(**options)
+            quantizer = preset.make(**options)
             again = there_and_back(quantizer)
             assert again == quantizer
             assert hash(again) == hash(quantizer)
@@ -195,7 +188,7 @@ def test_malformed():
         (changed(axis=1.5), "`axis` of Quantizer"),
         (changed(axis=True), "`axis` of Quantizer"),
         (changed(axis=[[1]]), "`axis` of Quantizer"),
-        (changed(group_size=0), "`group_size` must be positive"),
+        (changed(group_size=0), "`group_size` must be at least 1"),
         (changed(group_size=[1] * 1000), "`group_size` of Quantizer"),
         (changed(hadamard=48), "`hadamard` must be"),
         (changed(hadamard=16, hadamard_seed=-1), "`hadamard_seed` must"),

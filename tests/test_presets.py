@@ -163,8 +163,8 @@ def test_bad_arguments():
     x = jnp.asarray(np.ones((8, 4), np.float32))
     table = [
         (lambda: cage.fp8("e2m1"), r"`name` must be one of .*'e2m1'.*Use 'e4m3'"),
-        (lambda: cage.mxfp8("e8m0"), r"`name` must be one of .*for mxfp8"),
-        (lambda: cage.mxfp6("e4m3"), r"`name` must be one of .*for mxfp6"),
+        (lambda: cage.mxfp8("e8m0"), r"`name` must be one of .*'e8m0'.*Use 'e4m3'"),
+        (lambda: cage.mxfp6("e4m3"), r"`name` must be one of .*'e4m3'.*Use 'e2m3'"),
         (lambda: cage.mxfp4(rounding="even"), r"`rounding` must be one of .*'even'"),
         (
             lambda: cage.ct_w4a16(scale_dtype="int8"),

@@ -13,26 +13,8 @@ import jax.numpy as jnp
 from cage_jax.cli.command import at_least
 from cage_jax.core.rules import Rules
 from cage_jax.export.target import targets
-from cage_jax.quantizers import presets
 from cage_jax.quantizers.quantizer import Quantizer
-
-PRESETS = {
-    "q4_0": "4 bits, groups of 32, as in llama.cpp",
-    "q4_1": "the same with an offset",
-    "q8_0": "8 bits, groups of 32",
-    "ct_w4a16": "4 bits, groups of 128",
-    "ct_w8a8": "8 bits, a scale per output",
-    "fp8": "e4m3, a scale per output",
-    "mxfp4": "e2m1, groups of 32",
-    "nvfp4": "e2m1, groups of 16",
-    "int8": "8 bits, a scale per output or group",
-    "int4": "the same with 4 bits",
-    "int3": "the same with 3 bits; 4 in the file",
-    "int2": "the same with 2 bits; 4 in the file",
-    "nf4": "quantiles of a normal distribution, groups of 64",
-    "ternary": "-1, 0 and 1, a scale per output",
-}
-"""Choices of --weights, --embedding and --head, with their help."""
+from cage_jax.quantizers.registry import PRESETS
 
 # The parameters of each flag, and the axis along which their groups run.
 _PARTS = {
@@ -45,9 +27,10 @@ _PARTS = {
 def add_arguments(flags: argparse.ArgumentParser) -> None:
     """Adds the flags, and the table of presets at the end of the help."""
     group = flags.add_argument_group("quantization")
+    offered = {name: line.summary for name, line in PRESETS.items() if line.summary}
 
     def add_preset(flag, text):
-        group.add_argument(flag, choices=PRESETS, metavar="PRESET", help=text)
+        group.add_argument(flag, choices=offered, metavar="PRESET", help=text)
 
     add_preset("--weights", "preset of the kernels in layers")
     group.add_argument(
@@ -67,7 +50,7 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
         "such as down/kernel; repeatable",
     )
     lines = [f"  {'PRESET':9} {'codes':50} `export` writes it for"]
-    for name, text in PRESETS.items():
+    for name, text in offered.items():
         readers = [each.read_by for each in targets().values() if name in each.presets]
         lines.append(f"  {name:9} {text:50} {', '.join(readers) or '-'}")
     flags.epilog = "\n".join([*lines, "", flags.epilog or ""])
@@ -101,8 +84,8 @@ def _rule_to_skip(pattern):
 
 
 def _quantizer(name, axis, options):
-    preset = getattr(presets, name)
-    known = inspect.signature(preset).parameters
+    make = PRESETS[name].make
+    known = inspect.signature(make).parameters
     asked: dict[str, tuple[str, Any]] = {}
     if options.group_size is not None:
         asked["group_size"] = "--group-size", options.group_size
@@ -114,7 +97,7 @@ def _quantizer(name, axis, options):
                 f"`{flag}` has no effect on {name}, whose file format fixes it. Leave "
                 f"it out, or use int4."
             )
-    return preset(axis=axis, **{name: value for name, (_, value) in asked.items()})
+    return make(axis=axis, **{name: value for name, (_, value) in asked.items()})
 
 
 def quantized_parameters(

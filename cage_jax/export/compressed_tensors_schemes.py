@@ -12,8 +12,9 @@ from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.files import MalformedFileError
 from cage_jax.llama.folding import why_not_folded
 from cage_jax.llama.tensors import Tensor
+from cage_jax.quantizers.file_presets import ct_w4a16
 from cage_jax.quantizers.formats import Float, Integer
-from cage_jax.quantizers.presets import ct_w4a16, fp8, mxfp4, nvfp4
+from cage_jax.quantizers.presets import fp8, mxfp4, nvfp4
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Full, Narrow
 

@@ -10,8 +10,8 @@ from cage_jax.arrays.packing import GGUF_4BIT, pack, unpack
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.gguf_files import Stored
+from cage_jax.quantizers.file_presets import q4_0, q4_1, q8_0
 from cage_jax.quantizers.formats import Integer
-from cage_jax.quantizers.presets import q4_0, q4_1, q8_0
 
 _BLOCK = 32
 _PRESETS = {"Q4_0": q4_0, "Q4_1": q4_1, "Q8_0": q8_0}
