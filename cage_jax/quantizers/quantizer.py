@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
+from cage_jax.arrays.checks import check_choice, check_int
 from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.scale_types import FULL, ScaleType
@@ -15,6 +16,16 @@ from cage_jax.quantizers.scales import AbsMax, ScaleRule
 
 Gradient = Literal["identity", "clip", "trust"]
 Rounding = Literal["nearest", "stochastic"]
+
+_PARTS = {
+    "format": (Format, "Integer(4)", "Use one of `cage_jax.formats`, or a preset."),
+    "scale": (
+        ScaleRule,
+        "AbsMax()",
+        "Use one of `cage_jax.scales`; a known scale is Fixed(value).",
+    ),
+    "scale_type": (ScaleType, "PowerOfTwo()", "Use one of `cage_jax.scale_types`."),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,91 +83,64 @@ class Quantizer:
     gradient: Gradient = "identity"
 
     def __post_init__(self):
-        if not isinstance(self.format, Format):
-            raise TypeError(
-                f"`format` must be a Format such as Integer(4); got {self.format!r}. "
-                f"See `cage_jax.formats`, or use a preset such as int4()."
-            )
-        if not isinstance(self.scale, ScaleRule):
-            raise TypeError(
-                f"`scale` must be a rule such as AbsMax(); got {self.scale!r}. See "
-                f"`cage_jax.scales`; a known scale is Fixed(value)."
-            )
-        if not isinstance(self.scale_type, ScaleType):
-            raise TypeError(
-                f"`scale_type` must be a ScaleType such as PowerOfTwo(); got "
-                f"{self.scale_type!r}. See `cage_jax.scale_types`."
-            )
+        for name, (kind, example, remedy) in _PARTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"`{name}` must be a {kind.__name__} such as {example}; got "
+                    f"{value!r}. {remedy}"
+                )
         self.scale.check(self.format, self.scale_type)
-        self._check_axes()
-        if self.rounding not in get_args(Rounding):
-            raise ValueError(
-                f"`rounding` must be one of {get_args(Rounding)}; got "
-                f"{self.rounding!r}. Use 'nearest'."
-            )
-        if self.gradient not in get_args(Gradient):
-            raise ValueError(
-                f"`gradient` must be one of {get_args(Gradient)}; got "
-                f"{self.gradient!r}. Use 'clip' where the scale cuts outliers."
-            )
+        self._check_groups()
+        self._check_rotation()
+        check_choice("rounding", self.rounding, get_args(Rounding))
+        remedy = "Use 'clip' where the scale cuts outliers."
+        check_choice("gradient", self.gradient, get_args(Gradient), remedy)
 
-    def _check_axes(self):
+    def _check_groups(self):
         axes, sizes = self._axes, self.group_sizes
-        if any(isinstance(a, bool) or not isinstance(a, int) for a in axes):
-            raise TypeError(
-                f"`axis` must be an int, a tuple of ints or None; got {self.axis!r}. "
-                f"Use -2 for one scale per output channel of a (in, out) kernel."
-            )
+        remedy = (
+            "Use -2 for one scale per output channel of a (in, out) kernel, a tuple of "
+            "ints for several axes, or None for one scale per tensor."
+        )
+        for axis in axes:
+            check_int("axis", axis, remedy)
         if len(sizes) != len(axes):
             raise ValueError(
                 f"`group_size` must have one entry for each axis; got group_size="
                 f"{self.group_size}, axis={self.axis}. Use a tuple such as "
                 f"{(128,) * max(len(axes), 2)}, or None for one scale per channel."
             )
+        remedy = (
+            "Use a divisor of the axis such as 128, or None for a scale per channel."
+        )
         for size in sizes:
-            if size is not None and (
-                isinstance(size, bool) or not isinstance(size, int)
-            ):
-                raise TypeError(
-                    f"`group_size` must be an int or None for each axis; got "
-                    f"{self.group_size!r}. Use a divisor of the axis, such as 128."
-                )
-            if size is not None and size < 1:
-                raise ValueError(
-                    f"`group_size` must be positive; got {self.group_size}. Use a "
-                    f"divisor of the axis, or None for one scale per channel."
-                )
-        block = self.hadamard
+            if size is not None:
+                check_int("group_size", size, remedy, least=1)
+
+    def _check_rotation(self):
+        block, seed = self.hadamard, self.hadamard_seed
         if block is None:
-            if self.hadamard_seed is not None:
+            if seed is not None:
                 raise ValueError(
-                    f"`hadamard_seed` has no meaning without a rotation; got "
-                    f"hadamard_seed={self.hadamard_seed}, hadamard=None. Set "
-                    f"`hadamard`, or leave the seed out."
+                    f"`hadamard_seed` has no effect without a rotation; got "
+                    f"hadamard_seed={seed}, hadamard=None. Set `hadamard`, or leave "
+                    f"the seed out."
                 )
             return
-        seed = self.hadamard_seed
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(
-                f"`hadamard_seed` must be an int or None; got {seed!r}. Use 0."
-            )
-        if seed is not None and seed < 0:
-            raise ValueError(f"`hadamard_seed` must be at least 0; got {seed}. Use 0.")
-        if isinstance(block, bool) or not isinstance(block, int):
-            raise TypeError(
-                f"`hadamard` must be an int or None; got {block!r}. Use a power of two "
-                f"such as 128."
-            )
-        if block < 2 or block & (block - 1):
+        remedy = "Use a power of two such as 32, 64 or 128, or None for no rotation."
+        check_int("hadamard", block, remedy, least=2)
+        if block & (block - 1):
             raise ValueError(
-                f"`hadamard` must be a power of two of at least 2; got {block}. Use "
-                f"32, 64 or 128, or None for no rotation."
+                f"`hadamard` must be a power of two; got {block}. {remedy}"
             )
-        if len(axes) != 1:
+        if len(self._axes) != 1:
             raise ValueError(
                 f"`hadamard` rotates one axis; got axis={self.axis}. Name the "
                 f"contracted axis alone, or use hadamard=None."
             )
+        if seed is not None:
+            check_int("hadamard_seed", seed, "Use 0.", least=0)
 
     @property
     def _axes(self) -> tuple[int, ...]:
