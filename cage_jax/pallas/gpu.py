@@ -16,12 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from cage_jax.arrays.adamw import AdamW, StepNumbers
-from cage_jax.arrays.exact import times
 from cage_jax.arrays.jaxprs import called, evaluate, unchanged
-from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
+from cage_jax.pallas.strips import (
+    TERMS,
+    Strip,
+    join,
+    joined_grid,
+    place,
+    product,
+    result_like,
+    rotation,
+)
 from cage_jax.pallas.tiling import Tiling
 from cage_jax.quantizers.basis import Basis
-from cage_jax.quantizers.rounding import Rounding, fit
+from cage_jax.quantizers.rounding import Rounding
 
 # Exact by IEEE 754 for float32; rounding is to the nearest, half to even.
 _INSTRUCTIONS = {
@@ -81,9 +89,9 @@ def masked_gradient(
         square = Basis(tiling.quantizer.hadamard).factor ** 2
 
         def passed(mask, cotangent):
-            gradient = rotate(cotangent.astype(jnp.float32), parts=_parts(cotangent))
+            gradient = rotate(cotangent.astype(jnp.float32), terms=_terms(cotangent))
             gradient = jnp.where(mask.astype(jnp.int32) != 0, gradient, 0)
-            return (rotate(gradient, parts=PARTS) * square,)
+            return (rotate(gradient, terms=TERMS) * square,)
 
         _each(passed, (mask_ref, cotangent_ref), (gradient_ref,), tiling)
 
@@ -127,8 +135,10 @@ def adamw_step(
     """
     exactly = _exactly(interpret)
 
-    def kernel(*refs):
-        *read, numbers_ref, matrix_ref = refs[:6]
+    def kernel(
+        gradient_ref, first_ref, second_ref, x_ref, numbers_ref, matrix_ref, *written
+    ):
+        read = gradient_ref, first_ref, second_ref, x_ref
         numbers = StepNumbers(*(numbers_ref[i] for i in range(len(numbers_ref))))
 
         def step(error_of):
@@ -137,11 +147,11 @@ def adamw_step(
                 error = error_of(x + update if at_updated else x)
                 return *moments, x + (update + numbers.pull * error)
 
-            _each(exactly(after), read, refs[6:], tiling)
+            _each(exactly(after), read, written, tiling)
 
         @pl.when(numbers.pull != 0)
         def _():
-            strip_of = _strip_of(read[-1], matrix_ref, tiling, exactly)
+            strip_of = _strip_of(x_ref, matrix_ref, tiling, exactly)
             step(lambda x: x - strip_of(x).value())
 
         @pl.when(numbers.pull == 0)
@@ -188,12 +198,7 @@ def _call(
             refs = *refs[:read], None, *refs[read:]
         kernel(*refs)
 
-    # Inside a `shard_map`, the results must name the mesh axes along which they differ.
-    manual = jax.typeof(arrays[-1]).manual_axis_type
-    shapes = [
-        jax.ShapeDtypeStruct(tiling.shape, dtype, manual_axis_type=manual)
-        for dtype in dtypes
-    ]
+    shapes = [result_like(arrays[-1], tiling.shape, dtype) for dtype in dtypes]
     found = pl.pallas_call(
         run,
         # Neighbouring programs take neighbouring columns.
@@ -230,82 +235,68 @@ def _matrix(tiling):
 
 
 def _rotation(matrix_ref, tiling):
-    """Returns a function that rotates a strip whose numbers have `parts` parts."""
+    """Returns a function that rotates a strip whose numbers have so many `terms`."""
     if matrix_ref is None:
-        return lambda x, parts: x
+        return lambda x, terms: x
     matrix = matrix_ref[...]
 
-    def rotate(x, parts):
+    def rotate(x, terms):
         if tiling.along == 1:
-            return product(matrix, x, 0, parts)
+            return product(matrix, x, 0, terms)
         # Columns need fewer registers in the matrix unit than rows.
         columns = x.reshape(-1, len(matrix)).T
-        return product(matrix, columns, 0, parts).T.reshape(x.shape)
+        return product(matrix, columns, 0, terms).T.reshape(x.shape)
 
     return rotate
 
 
-def _parts(x):
-    return 1 if x.dtype == jnp.bfloat16 else PARTS
+def _terms(x):
+    return 1 if x.dtype == jnp.bfloat16 else TERMS
 
 
 def _strip_of(x_ref, matrix_ref, tiling, exactly):
     """Returns a function that makes a `Strip` of an array, with its groups' grid."""
-    quantizer, rotate = tiling.quantizer, _rotation(matrix_ref, tiling)
+    rotate = _rotation(matrix_ref, tiling)
 
-    def strip(x, found=None):
-        kept = x.astype(jnp.float32)
-        rotated = rotate(kept, parts=_parts(x))
-        if found is None:
-            grid = fit(rotated, quantizer).grid
-            found = grid, quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
-        grid, poison = found
-        rounding = Rounding(rotated, grid, None, quantizer)
-        return Strip(kept, rounding, poison, rotate)
+    def rotated(x):
+        return rotate(x.astype(jnp.float32), terms=_terms(x))
 
     if not tiling.whole:
-        return strip
-    scale, axes = quantizer.scale, (tiling.along - 1,)
+
+        def fitted(x):
+            wide = x.astype(jnp.float32)
+            return Strip.fitted(wide, rotated(x), rotate, tiling.quantizer)
+
+        return fitted
+
+    def joined(x, found, poison):
+        return join(found, poison, rotated(x), tiling)
 
     def one(i, carry):
-        def joined(x, found, poison):
-            rotated = rotate(x.astype(jnp.float32), parts=_parts(x))
-            # This repeats what `fit` does with a whole group.
-            sized = times(rotated, quantizer.basis(rotated.shape).factor)
-            part = scale.part(sized, axes, tiling.length)
-            return scale.joined(found, part), poison + poison_of(rotated, axes)
-
-        return exactly(joined)(x_ref[_place(i, tiling)], *carry)
+        return exactly(joined)(x_ref[place(i, tiling)], *carry)
 
     zeros = jnp.zeros(tiling.per_group, jnp.float32)
     found, poison = lax.fori_loop(0, tiling.strips, one, (zeros, zeros))
-    grid = exactly(
-        partial(
-            scale.stored,
-            count=tiling.length,
-            format=quantizer.format,
-            scale_type=quantizer.scale_type,
-        )
-    )(found)
-    return partial(strip, found=(grid, poison))
+    grid = exactly(partial(joined_grid, tiling=tiling))(found)
+
+    def strip(x):
+        rounding = Rounding(rotated(x), grid, None, tiling.quantizer)
+        return Strip(x.astype(jnp.float32), rounding, poison, rotate)
+
+    return strip
 
 
 def _each(function, read, written, tiling):
     """Applies `function` to each strip of a block and writes the results."""
 
     def one(i, carry):
-        place = _place(i, tiling)
-        found = function(*(ref[place] for ref in read))
+        here = place(i, tiling)
+        found = function(*(ref[here] for ref in read))
         for ref, strip in zip(written, found, strict=True):
-            ref[place] = strip.astype(ref.dtype)
+            ref[here] = strip.astype(ref.dtype)
         return carry
 
     lax.fori_loop(0, tiling.strips, one, 0)
-
-
-def _place(i, tiling):
-    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
-    return (here, slice(None)) if tiling.along == 1 else (slice(None), here)
 
 
 def _exactly(interpret: bool) -> Callable:

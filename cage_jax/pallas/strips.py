@@ -1,38 +1,66 @@
 """Arithmetic on one strip, shared by the kernels of all platforms.
 
-It is the arithmetic of `rounding`, except for the rotation. A matrix unit multiplies
-16-bit numbers, so float32 numbers are split into three of them; a rounded value is one.
+It is the arithmetic of `rounding`, except for the rotation, which a matrix unit does.
+Such a unit multiplies numbers of 16 bits. A float32 number rounded to one of them gives
+products wrong by 4e-3, so it is split into three terms, whose sum is exact. A rounded
+value is one term.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
+from cage_jax.arrays.exact import times
 from cage_jax.arrays.hadamard import hadamard_matrix
-from cage_jax.quantizers.rounding import Rounding, scaled, scaled_last, unrotated_codes
+from cage_jax.pallas.tiling import Tiling
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.rounding import (
+    Rounding,
+    fit,
+    scaled,
+    scaled_last,
+    unrotated_codes,
+)
+from cage_jax.quantizers.scales import ReducedScale
 
-PARTS = 3  # a float32 (24 bits of mantissa) is the sum of three bfloat16 (8 bits each)
+TERMS = 3  # a float32 (24 bits of mantissa) is the sum of three bfloat16 (8 bits each)
 
 
 class Strip(NamedTuple):
     """A strip and its grid.
 
     Attributes:
-      kept: the strip itself; None if only its rotated form was kept.
+      x: the strip itself, float32; None if only its rotated form was kept.
       rounding: the strip in the basis of its quantizer, and the grid of its groups.
       poison: per group, 0, or NaN if an element is not finite.
-      rotate: function that rotates a strip whose numbers have `parts` parts.
+      rotate: function that rotates a strip whose numbers have so many `terms`.
     """
 
-    kept: jax.Array | None
+    x: jax.Array | None
     rounding: Rounding
     poison: jax.Array
     rotate: Callable
+
+    @classmethod
+    def fitted(
+        cls,
+        x: jax.Array,
+        rotated: jax.Array,
+        rotate: Callable,
+        quantizer: Quantizer,
+        **known: Any,
+    ) -> "Strip":
+        """Returns a strip of whole groups; `known` goes on to the scale rule."""
+        rounding = fit(rotated, quantizer, **known)
+        poison = quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
+        return cls(x, rounding, poison, rotate)
 
     def value(self) -> jax.Array:
         """Quantizes and dequantizes the strip, float32."""
@@ -53,12 +81,13 @@ class Strip(NamedTuple):
         quantizer, grid = self.rounding.quantizer, self.rounding.grid
         shape = values.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
-        parts = 1 if scaled_last(quantizer, shape) else PARTS
-        rotate = functools.partial(self.rotate, parts=parts)
+        terms = 1 if scaled_last(quantizer, shape) else TERMS
+        rotate = functools.partial(self.rotate, terms=terms)
         unrotated = unrotated_codes(values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = scaled(unrotated, quantizer, grid, like)
-        # This keeps NaN even where a maximum or a clip dropped it.
+        # This keeps NaN even where a maximum or a clip dropped it: what trains on would
+        # otherwise hide that it diverged.
         return value + quantizer.blocks(shape).spread(self.poison)
 
     def mask(self) -> jax.Array:
@@ -71,22 +100,56 @@ def poison_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x - x, axis=axes, keepdims=True)
 
 
+def join(
+    found: jax.Array, poison: jax.Array, rotated: jax.Array, tiling: Tiling
+) -> tuple[jax.Array, jax.Array]:
+    """Adds a strip to the reductions of groups that are longer than it.
+
+    All strips together do to a group what `fit` does to a whole one.
+    """
+    scale, axes = cast(ReducedScale, tiling.quantizer.scale), (tiling.along - 1,)
+    sized = times(rotated, tiling.quantizer.basis(rotated.shape).factor)
+    part = scale.part(sized, axes, tiling.length)
+    return scale.joined(found, part), poison + poison_of(rotated, axes)
+
+
+def joined_grid(found: jax.Array, tiling: Tiling) -> Grid:
+    """Returns the grid of groups of which all strips are joined."""
+    quantizer, scale = tiling.quantizer, cast(ReducedScale, tiling.quantizer.scale)
+    return scale.stored(found, tiling.length, quantizer.format, quantizer.scale_type)
+
+
+def place(i: jax.Array, tiling: Tiling) -> tuple:
+    """Returns the index of a block's strip `i` in a reference to the block."""
+    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
+    return (here, slice(None)) if tiling.along == 1 else (slice(None), here)
+
+
 def rotation(block: int, times: int) -> jax.Array:
     """Returns the bfloat16 matrix that rotates `times` neighbouring blocks."""
     return jnp.asarray(np.kron(np.eye(times), hadamard_matrix(block)), jnp.bfloat16)
 
 
-def product(matrix: jax.Array, x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Multiplies `axis` of float32 `x`, in `parts`, by a symmetric bfloat16 matrix."""
+def product(matrix: jax.Array, x: jax.Array, axis: int, terms: int) -> jax.Array:
+    """Multiplies `axis` of float32 `x`, in `terms`, by a symmetric bfloat16 matrix."""
 
-    def times_matrix(part):
-        left, right = (matrix, part) if axis == 0 else (part, matrix)
+    def times_matrix(term):
+        left, right = (matrix, term) if axis == 0 else (term, matrix)
         return lax.dot(left, right, preferred_element_type=jnp.float32)
 
-    part = x.astype(jnp.bfloat16)
-    total = times_matrix(part)
-    for _ in range(parts - 1):
-        x = x - part.astype(jnp.float32)
-        part = x.astype(jnp.bfloat16)
-        total = total + times_matrix(part)
+    term = x.astype(jnp.bfloat16)
+    total = times_matrix(term)
+    for _ in range(terms - 1):
+        x = x - term.astype(jnp.float32)
+        term = x.astype(jnp.bfloat16)
+        total = total + times_matrix(term)
     return total
+
+
+def result_like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """Describes a result of a kernel that varies over a mesh as `x` does.
+
+    Inside a `shard_map`, results must name the mesh axes along which they differ.
+    """
+    manual = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)

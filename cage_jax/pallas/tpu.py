@@ -4,8 +4,6 @@ The arithmetic on a strip is in `strips`.
 """
 
 import dataclasses
-import itertools
-import math
 from functools import partial
 from typing import Any
 
@@ -18,10 +16,17 @@ from jax.experimental.pallas import tpu as pltpu
 from cage_jax.arrays.adamw import AdamW, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.arrays.tile_order import LANES
-from cage_jax.pallas.strips import PARTS, Strip, poison_of, product, rotation
+from cage_jax.pallas.strips import TERMS, Strip, join, joined_grid, place, product
 from cage_jax.pallas.tiling import Tiling
+from cage_jax.pallas.tpu_launch import (
+    Operand,
+    launch,
+    one_per_block,
+    read_blocks,
+    written_blocks,
+)
 from cage_jax.quantizers.basis import Basis
-from cage_jax.quantizers.rounding import Rounding, fit
+from cage_jax.quantizers.rounding import Rounding
 from cage_jax.quantizers.scale_types import largest_of
 
 
@@ -37,61 +42,57 @@ def fake_quant(x: jax.Array, *, tiling: Tiling, masked: bool) -> Any:
       The values, like `x`. If `masked`, the values and the mask, int8: 1 where the
       gradient passes and 0 elsewhere.
     """
-    largest = None
+    inputs = {"x": read_blocks(x, tiling)}
+    outputs = {"value": written_blocks(x, x.dtype, tiling)}
+    if masked:
+        outputs["mask"] = written_blocks(x, jnp.int8, tiling)
     if tiling.quantizer.scale_type.has_tensor_divisor:
-        largest = _largest_bounds(x, tiling)
+        spec = pl.BlockSpec((None, 8, LANES), lambda stack, *_: (stack, 0, 0))
+        inputs["largest"] = Operand(_largest_bounds(x, tiling), spec)
 
-    def kernel(x_ref, largest_ref, matrix_ref, value_ref, *refs):
-        mask_ref, *scratch = refs if masked else (None, *refs)
-        known = {}
-        if largest_ref is not None:
-            known["largest"] = largest_ref[:1, :1]
+    def kernel(refs):
+        known = {"largest": refs.largest[:1, :1]} if "largest" in inputs else {}
 
         def write(i, strip):
-            _store(value_ref, i, strip.value(), tiling)
+            _store(refs.value, i, strip.value(), tiling)
             if masked:
-                _store(mask_ref, i, strip.mask(), tiling)
+                _store(refs.mask, i, strip.mask(), tiling)
 
-        read = partial(_strip, x_ref, tiling=tiling)
-        _quantized(read, matrix_ref, scratch, tiling, write, keep_rotated=True, **known)
+        read = partial(_strip, refs.x, tiling=tiling)
+        _quantized(refs, read, write, tiling, keep_rotated=True, **known)
 
-    found = _call(
-        kernel,
-        tiling,
-        "fake_quant",
-        first=(x,),
-        of_stack=largest,
-        dtypes=(x.dtype, jnp.int8) if masked else (x.dtype,),
-        scratch=_kept(tiling),
-    )
-    return found if masked else found[0]
+    found = launch("fake_quant", kernel, tiling, inputs, outputs, _kept(tiling))
+    each = tuple(found[name].reshape(x.shape) for name in outputs)
+    return each if masked else each[0]
 
 
 def _largest_bounds(x, tiling):
     """Computes each matrix's largest bound: (stack, 8, 128), one number per matrix."""
+    quantizer = tiling.quantizer
 
-    def kernel(x_ref, _known_ref, matrix_ref, largest_ref):
-        rotate = partial(_rotate, matrix_ref=matrix_ref, tiling=tiling, parts=PARTS)
-        quantizer = tiling.quantizer
+    def kernel(refs):
+        rotate = _rotation(refs, tiling)
 
         @pl.when(pl.program_id(3) == 0)
         def _():
-            largest_ref[...] = jnp.zeros(largest_ref.shape, jnp.float32)
+            refs.largest[...] = jnp.zeros(refs.largest.shape, jnp.float32)
 
-        def one(i, carry):
-            rotated = rotate(_strip(x_ref, i, tiling).astype(jnp.float32))
+        def one(i):
+            rotated = rotate(_strip(refs.x, i, tiling).astype(jnp.float32))
             sized = times(rotated, quantizer.basis(rotated.shape).factor)
             bounds = quantizer.blocks(sized.shape).reduce(quantizer.scale.bounds, sized)
             largest = largest_of(bounds, (0, 1))
-            largest_ref[...] = lax.max(
-                largest_ref[...], jnp.broadcast_to(largest, largest_ref.shape)
+            refs.largest[...] = lax.max(
+                refs.largest[...], jnp.broadcast_to(largest, refs.largest.shape)
             )
-            return carry
 
-        lax.fori_loop(0, tiling.strips, one, 0)
+        _each_strip(one, tiling)
 
-    (found,) = _call(kernel, tiling, "largest_bounds", first=(x,), dtypes=(), sums=True)
-    return jnp.max(found, axis=1)
+    outputs = {"largest": one_per_block(x, tiling)}
+    found = launch(
+        "largest_bounds", kernel, tiling, {"x": read_blocks(x, tiling)}, outputs
+    )
+    return jnp.max(found["largest"], axis=1)
 
 
 def masked_gradient(
@@ -106,27 +107,28 @@ def masked_gradient(
     """
     tiling = dataclasses.replace(tiling, whole=False)  # no block depends on another
 
-    def kernel(mask_ref, cotangent_ref, _known_ref, matrix_ref, gradient_ref):
-        rotate = partial(_rotate, matrix_ref=matrix_ref, tiling=tiling, parts=PARTS)
+    def kernel(refs):
+        rotate = _rotation(refs, tiling)
         square = Basis(tiling.quantizer.hadamard).factor ** 2
 
-        def one(i, carry):
-            passing = _strip(mask_ref, i, tiling).astype(jnp.float32)
-            gradient = rotate(_strip(cotangent_ref, i, tiling).astype(jnp.float32))
+        def one(i):
+            passing = _strip(refs.mask, i, tiling).astype(jnp.float32)
+            gradient = rotate(_strip(refs.cotangent, i, tiling).astype(jnp.float32))
             gradient = rotate(jnp.where(passing != 0, gradient, 0)) * square
-            _store(gradient_ref, i, gradient, tiling)
-            return carry
+            _store(refs.gradient, i, gradient, tiling)
 
-        lax.fori_loop(0, tiling.strips, one, 0)
+        _each_strip(one, tiling)
 
-    (gradient,) = _call(
-        kernel,
-        tiling,
-        "masked_gradient",
-        first=(mask, cotangent),
-        dtypes=(cotangent.dtype,),
-    )
-    return gradient
+    inputs = {
+        "mask": read_blocks(mask, tiling),
+        "cotangent": read_blocks(cotangent, tiling),
+    }
+    outputs = {"gradient": written_blocks(cotangent, cotangent.dtype, tiling)}
+    found = launch("masked_gradient", kernel, tiling, inputs, outputs)
+    return found["gradient"].reshape(cotangent.shape)
+
+
+# --- a step of AdamW ------------------------------------------------------------------
 
 
 def adamw_step(
@@ -144,9 +146,7 @@ def adamw_step(
     """Takes a step of AdamW with the pull to the grid, in place for donated arrays.
 
     Args:
-      gradient: the gradient of the parameter.
-      first: the first moment.
-      second: the second moment.
+      gradient, first, second: the gradient and the moments of the parameter.
       x: the parameter, which `tiling` was made for.
       numbers: the numbers of this step.
       previous: the codes at the step before, int8, for statistics; None for no
@@ -161,367 +161,252 @@ def adamw_step(
       that the error is computed from, and of the update, and the number of codes that
       differ.
     """
-    codes = [] if previous is None else [previous]
-    measured = previous is not None
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    inputs = {
+        "numbers": Operand(jnp.stack(numbers), scalars),
+        "x": read_blocks(x, tiling),
+    }
+    # The moments move in the read that finds the update, once for each block.
+    for name, array in (("gradient", gradient), ("first", first), ("second", second)):
+        inputs[name] = read_blocks(array, tiling, first=at_updated)
+    outputs = {
+        "new_first": written_blocks(x, first.dtype, tiling, first=at_updated),
+        "new_second": written_blocks(x, second.dtype, tiling, first=at_updated),
+        "new_x": written_blocks(x, x.dtype, tiling),
+    }
+    aliases = {"first": "new_first", "second": "new_second", "x": "new_x"}
+    scratch = _kept(tiling)
+    if at_updated:
+        kept = tiling.kept if tiling.whole else tiling.block
+        scratch = {"rest": pltpu.VMEM(kept, jnp.float32)} | scratch
+    if previous is not None:
+        inputs["previous"] = read_blocks(previous, tiling, first=False)
+        outputs["codes"] = written_blocks(x, previous.dtype, tiling)
+        outputs["sums"] = one_per_block(x, tiling)
+        aliases["previous"] = "codes"
 
-    def kernel(numbers_ref, x_ref, gradient_ref, *refs):
-        numbers = StepNumbers(
-            *(numbers_ref[i] for i in range(len(StepNumbers._fields)))
-        )
-        left: Any = iter(refs)
-        for_statistics: Any = left if measured else itertools.repeat(None)
-        moments = next(left), next(left)
-        previous_ref = next(for_statistics)
-        next(left)  # `of_stack`, which is None
-        matrix_ref = next(left)
-        moments_after, x_after_ref = (next(left), next(left)), next(left)
-        codes_ref, sums_ref = next(for_statistics), next(for_statistics)
-        rest_ref = next(left) if at_updated else None
-        scratch = list(left)
+    def kernel(refs):
+        count = len(StepNumbers._fields)
+        numbers = StepNumbers(*(refs.numbers[i] for i in range(count)))
         begin = pl.program_id(3) * tiling.strips if tiling.whole else 0
+        measured = previous is not None
+        _Step(refs, numbers, begin, tiling, adamw, at_updated, measured).run()
 
-        def add(row, part):
-            rows = lax.broadcasted_iota(jnp.int32, sums_ref.shape, 0)
-            sums_ref[...] += jnp.where(rows == row, jnp.sum(part, keepdims=True), 0)
+    found = launch("adamw_step", kernel, tiling, inputs, outputs, scratch, aliases)
+    after = [array.reshape(x.shape) for name, array in found.items() if name != "sums"]
+    if previous is None:
+        return tuple(after)
+    return *after, jnp.sum(found["sums"], axis=(0, 1))[:4, 0]
 
-        def update_of(i, x):
-            """Returns the update of a strip and stores the strip's moments."""
-            gradient = _strip(gradient_ref, i, tiling)
-            first, second = (_strip(ref, i, tiling) for ref in moments)
-            *new, update = adamw.step(gradient, first, second, x, numbers)
-            for ref, strip in zip(moments_after, new, strict=True):
-                _store(ref, i, strip, tiling)
-            if measured:
-                add(2, jnp.square(update))
-            return update
 
-        def read(i):
-            x = _strip(x_ref, i, tiling)
-            if not at_updated:
-                return x
-            update = update_of(i, x)
-            updated = x + update
-            # Store what rounding took away from the update. Then everything is added to
-            # `x` at once, as by `apply_updates`; otherwise the two forms would drift
-            # apart with each step.
-            _store(rest_ref, begin + i, update - (updated - x), tiling)
-            return updated
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step of AdamW on one block, strip by strip; `i` is the index of a strip.
 
-        def write(i, x, correction):
-            rest = (
-                _strip(rest_ref, begin + i, tiling) if at_updated else update_of(i, x)
-            )
-            _store(x_after_ref, i, x + (rest + correction), tiling)
+    `refs` has references to all arrays by their names in `adamw_step`. Of a group that
+    is longer than the block, strips are kept from the index `begin` on.
+    """
 
-        def pulled(i, strip):
-            values = strip.values()
-            error = strip.kept - strip.restored(values)
-            if measured:
-                codes = strip.codes(values)
-                flipped = codes != _strip(previous_ref, i, tiling)
-                _store(codes_ref, i, codes, tiling)
-                add(0, jnp.square(error))
-                add(1, jnp.square(strip.kept))
-                add(3, jnp.where(flipped, 1.0, 0.0))
-                error = jnp.where(numbers.pull != 0, error, 0)
-            write(i, strip.kept, numbers.pull * error)
+    refs: Any
+    numbers: StepNumbers
+    begin: Any
+    tiling: Tiling
+    adamw: AdamW
+    at_updated: bool
+    measured: bool
 
-        def with_error():
-            _quantized(read, matrix_ref, scratch, tiling, pulled, keep_rotated=False)
-
-        if measured:
+    def run(self):
+        """Steps all strips, with the error only if it is needed."""
+        refs, tiling = self.refs, self.tiling
+        with_error = partial(
+            _quantized, refs, self._read, self._pull, tiling, keep_rotated=False
+        )
+        if self.measured:
 
             @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
             def _():
-                sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
+                refs.sums[...] = jnp.zeros(refs.sums.shape, jnp.float32)
 
             with_error()
             return
-        pl.when(numbers.pull != 0)(with_error)
+        pl.when(self.numbers.pull != 0)(with_error)
 
-        @pl.when(numbers.pull == 0)
+        @pl.when(self.numbers.pull == 0)
         def _():
-            _plain(read, scratch, tiling, lambda i, x: write(i, x, 0.0))
+            write = partial(self._write, correction=0.0)
+            _unquantized(refs, self._read, write, tiling)
 
-    kept = tiling.kept if tiling.whole else tiling.block
-    rest = [pltpu.VMEM(kept, jnp.float32)] if at_updated else []
-    # The moments are written in the pass that finds the update, once for each block.
-    early = gradient, first, second
-    found = _call(
-        kernel,
-        tiling,
-        "adamw_step",
-        numbers=jnp.stack(numbers),
-        first=(x, *early) if at_updated else (x,),
-        last=(*codes,) if at_updated else (*early, *codes),
-        early=2 if at_updated else 0,
-        dtypes=(first.dtype, second.dtype, x.dtype, *(code.dtype for code in codes)),
-        sums=measured,
-        scratch=[*rest, *_kept(tiling)],
-        # Each result replaces its own argument. Arguments 0 and 2 are the numbers and
-        # the gradient.
-        aliases={3: 0, 4: 1, 1: 2} | ({5: 3} if measured else {}),
-    )
-    if not measured:
-        return found
-    *after, sums = found
-    return *after, jnp.sum(sums, axis=(0, 1))[:4, 0]
+    def _read(self, i):
+        """Returns a strip of the parameter that the error is computed from."""
+        x = _strip(self.refs.x, i, self.tiling)
+        if not self.at_updated:
+            return x
+        update = self._update(i, x)
+        updated = x + update
+        # Store what rounding took away from the update. Then everything is added to
+        # `x` at once, as by `apply_updates`; otherwise the two forms would drift
+        # apart with each step.
+        here = self.begin + i
+        _store(self.refs.rest, here, update - (updated - x), self.tiling)
+        return updated
 
-
-def _call(
-    kernel,
-    tiling,
-    name,
-    *,
-    numbers=None,
-    first,
-    last=(),
-    of_stack=None,
-    early=0,
-    dtypes,
-    sums=False,
-    scratch=(),
-    aliases=None,
-):
-    """Runs a kernel over all blocks.
-
-    Args:
-      kernel: receives references to `numbers`, if any, to the blocks of `first` and
-        `last`, to `of_stack` and the matrix of the rotation (each None if absent), to
-        the blocks of the results, to an (8, 128) block for sums, if any, and to
-        `scratch`.
-      tiling: the blocks.
-      name: name of the kernel in a program.
-      numbers: a vector that every block receives, or None.
-      first: arrays that the first pass reads.
-      last: arrays that the last pass reads.
-      of_stack: an array of shape (stack, 8, 128), or None; a block receives the part of
-        its own matrix.
-      early: number of results that the first pass writes; the last pass writes the
-        others.
-      dtypes: dtypes of the results.
-      sums: whether there are sums; each block across the groups has its own.
-      scratch: memory that is kept from one block to the next.
-      aliases: maps the index of an argument to that of the result that replaces it.
-    """
-    shape, matrix = tiling.shape, _matrix(tiling)
-    passes_count, end = tiling.grid[2], tiling.grid[3] - 1
-
-    def place(stack, across, along):
-        if tiling.along == 1:
-            return stack, along, across
-        return stack, across, along
-
-    def in_first(stack, across, number, along):
-        # Later passes stay at the last block of the first, so nothing is read again.
-        return place(stack, across, jnp.where(number == 0, along, end))
-
-    def in_last(stack, across, number, along):
-        return place(stack, across, jnp.where(number == passes_count - 1, along, 0))
-
-    block = None, *tiling.block
-    scalars = [] if numbers is None else [pl.BlockSpec(memory_space=pltpu.SMEM)]
-    fixed = [] if matrix is None else [pl.BlockSpec(matrix.shape, lambda *_: (0, 0))]
-    elements = math.prod(shape)
-    moved = [*(array.dtype.itemsize for array in (*first, *last))]
-    moved += (jnp.dtype(dtype).itemsize for dtype in dtypes)
-    written = [pl.BlockSpec(block, in_first)] * early
-    written += [pl.BlockSpec(block, in_last)] * (len(dtypes) - early)
-    # Inside a `shard_map`, the results must name the mesh axes along which they differ.
-    struct = partial(
-        jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(first[-1]).manual_axis_type
-    )
-    shapes = [struct(shape, dtype) for dtype in dtypes]
-    if sums:
-        tile = None, None, 8, LANES
-        written.append(
-            pl.BlockSpec(tile, lambda stack, across, *_: (stack, across, 0, 0))
+    def _update(self, i, x):
+        """Returns the update of a strip and stores the strip's moments."""
+        refs, tiling = self.refs, self.tiling
+        gradient, first, second = (
+            _strip(ref, i, tiling) for ref in (refs.gradient, refs.first, refs.second)
         )
-        shapes.append(struct((*tiling.grid[:2], 8, LANES), jnp.float32))
-    read = len(scalars) + len(first) + len(last)
-    if of_stack is not None:
-        fixed.insert(0, pl.BlockSpec((None, 8, LANES), lambda i, *_: (i, 0, 0)))
-    products = 0 if matrix is None else 2 * (PARTS + 1) * len(matrix)
+        first, second, update = self.adamw.step(
+            gradient, first, second, x, self.numbers
+        )
+        _store(refs.new_first, i, first, tiling)
+        _store(refs.new_second, i, second, tiling)
+        if self.measured:
+            self._add(2, jnp.square(update))
+        return update
 
-    def run(*refs):
-        others = iter(refs[read:])
-        stacked = None if of_stack is None else next(others)
-        rotating = None if matrix is None else next(others)
-        kernel(*refs[:read], stacked, rotating, *others)
+    def _pull(self, i, strip):
+        """Steps a strip, with the correction."""
+        values = strip.values()
+        error = strip.x - strip.restored(values)
+        if self.measured:
+            codes = strip.codes(values)
+            flipped = codes != _strip(self.refs.previous, i, self.tiling)
+            _store(self.refs.codes, i, codes, self.tiling)
+            self._add(0, jnp.square(error))
+            self._add(1, jnp.square(strip.x))
+            self._add(3, jnp.where(flipped, 1.0, 0.0))
+            error = jnp.where(self.numbers.pull != 0, error, 0)
+        self._write(i, strip.x, self.numbers.pull * error)
 
-    found = pl.pallas_call(
-        run,
-        grid=tiling.grid,
-        in_specs=[
-            *scalars,
-            *[pl.BlockSpec(block, in_first)] * len(first),
-            *[pl.BlockSpec(block, in_last)] * len(last),
-            *fixed,
-        ],
-        out_specs=written,
-        out_shape=shapes,
-        scratch_shapes=list(scratch),
-        input_output_aliases=aliases or {},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=elements * (products + 30),
-            bytes_accessed=elements * sum(moved),
-            transcendentals=0,
-        ),
-        name=f"cage_{name}",
-    )(
-        *([] if numbers is None else [numbers]),
-        *(array.reshape(shape) for array in (*first, *last)),
-        *(each for each in (of_stack, matrix) if each is not None),
-    )
-    like = first[-1].shape
-    return (
-        *(each.reshape(like) for each in found[: len(dtypes)]),
-        *found[len(dtypes) :],
-    )
+    def _write(self, i, x, correction):
+        """Stores a strip after the step; `x` is what `_read` returned."""
+        if self.at_updated:
+            rest = _strip(self.refs.rest, self.begin + i, self.tiling)
+        else:
+            rest = self._update(i, x)
+        _store(self.refs.new_x, i, x + (rest + correction), self.tiling)
+
+    def _add(self, row, part):
+        """Adds the sum of an array to a row of the sums."""
+        sums = self.refs.sums
+        rows = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
+        sums[...] += jnp.where(rows == row, jnp.sum(part, keepdims=True), 0)
 
 
-def _matrix(tiling):
-    """Returns a matrix that rotates as many elements as a matrix unit takes at once."""
-    block = tiling.quantizer.hadamard
-    if block is None:
-        return None
-    return rotation(block, max(1, math.gcd(LANES, tiling.strip) // block))
+# --- the strips of a block ------------------------------------------------------------
 
 
-def _kept(tiling):
-    """Returns the scratch memory for groups that are all of an axis."""
-    if not tiling.whole:
-        return []
-    per_group = pltpu.VMEM(tiling.per_group, jnp.float32)
-    return [pltpu.VMEM(tiling.kept, jnp.float32), per_group, per_group]
-
-
-def _quantized(read, matrix_ref, scratch, tiling, then, *, keep_rotated, **known):
-    """Calls `then` with the index of each strip and the `Strip`, in the last pass.
+def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
+    """Calls `then` with the index of each strip and the `Strip`, in the last read.
 
     Args:
+      refs: references to the matrix of the rotation and the memory of `_kept`.
       read: returns a strip of the array by its index; called once for each strip.
-      matrix_ref: the matrix of the rotation, or None.
-      scratch: the memory of `_kept`.
-      tiling: the blocks.
       then: function of the index and the `Strip`.
-      keep_rotated: whether the first pass keeps strips rotated, so that the last pass
+      tiling: the blocks.
+      keep_rotated: whether the first read keeps strips rotated, so that the last one
         need not rotate them again.
       known: arguments for the scale rule that it need not compute.
     """
-    quantizer = tiling.quantizer
-    rotate = partial(_rotate, matrix_ref=matrix_ref, tiling=tiling)
-
-    def strip_at(i):
-        return read(i).astype(jnp.float32)
-
-    def each(act, start):
-        return lax.fori_loop(0, tiling.strips, act, start)
-
+    quantizer, rotate = tiling.quantizer, _rotation(refs, tiling)
     if not tiling.whole:
 
-        def one(i, carry):
-            x = strip_at(i)
-            rotated = rotate(x, parts=PARTS)
-            rounding = fit(rotated, quantizer, **known)
-            poison = quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
-            then(i, Strip(x, rounding, poison, rotate))
-            return carry
+        def one(i):
+            x = read(i).astype(jnp.float32)
+            then(i, Strip.fitted(x, rotate(x), rotate, quantizer, **known))
 
-        each(one, 0)
+        _each_strip(one, tiling)
         return
 
-    kept_ref, found_ref, poison_ref = scratch
-    axis, scale = tiling.along - 1, quantizer.scale
-    number, first = pl.program_id(2), pl.program_id(3) * tiling.strips
+    number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
 
     def find(i, carry):
+        x = read(i).astype(jnp.float32)
+        rotated = rotate(x)
+        _store(refs.kept, begin + i, rotated if keep_rotated else x, tiling)
         found, poison = carry
-        x = strip_at(i)
-        rotated = rotate(x, parts=PARTS)
-        _store(kept_ref, first + i, rotated if keep_rotated else x, tiling)
-        # This repeats what `fit` does with a whole group.
-        sized = times(rotated, quantizer.basis(rotated.shape).factor)
-        part = scale.part(sized, (axis,), tiling.length)
-        return scale.joined(found, part), poison + poison_of(rotated, (axis,))
+        return join(found, poison, rotated, tiling)
+
+    def use(i, grid, poison):
+        kept = _strip(refs.kept, begin + i, tiling)
+        rotated = kept if keep_rotated else rotate(kept)
+        rounding = Rounding(rotated, grid, None, quantizer)
+        then(i, Strip(None if keep_rotated else kept, rounding, poison, rotate))
 
     @pl.when(number == 0)
     def _():
-        @pl.when(first == 0)
+        @pl.when(begin == 0)
         def _():
-            found_ref[...] = jnp.zeros(tiling.per_group, jnp.float32)
-            poison_ref[...] = jnp.zeros(tiling.per_group, jnp.float32)
+            refs.found[...] = jnp.zeros(tiling.per_group, jnp.float32)
+            refs.poison[...] = jnp.zeros(tiling.per_group, jnp.float32)
 
-        found_ref[...], poison_ref[...] = each(find, (found_ref[...], poison_ref[...]))
+        start = refs.found[...], refs.poison[...]
+        refs.found[...], refs.poison[...] = lax.fori_loop(0, tiling.strips, find, start)
 
     @pl.when(number == 1)
     def _():
-        poison = poison_ref[...]
-        grid = scale.stored(
-            found_ref[...], tiling.length, quantizer.format, quantizer.scale_type
-        )
-
-        def use(i, carry):
-            kept = _strip(kept_ref, first + i, tiling)
-            rotated = kept if keep_rotated else rotate(kept, parts=PARTS)
-            x = None if keep_rotated else kept
-            rounding = Rounding(rotated, grid, None, quantizer)
-            then(i, Strip(x, rounding, poison, rotate))
-            return carry
-
-        each(use, 0)
+        poison = refs.poison[...]
+        grid = joined_grid(refs.found[...], tiling)
+        _each_strip(partial(use, grid=grid, poison=poison), tiling)
 
 
-def _plain(read, scratch, tiling, then):
-    """Calls `then` with the index of each strip and the strip, in the last pass.
+def _unquantized(refs, read, then, tiling):
+    """Calls `then` with the index of each strip and the strip, in the last read.
 
     The arguments are those of `_quantized`.
     """
-
-    def each(act):
-        lax.fori_loop(0, tiling.strips, lambda i, carry: act(i) or carry, 0)
-
     if not tiling.whole:
-        each(lambda i: then(i, read(i)))
+        _each_strip(lambda i: then(i, read(i)), tiling)
         return
-    kept_ref, number = scratch[0], pl.program_id(2)
-    first = pl.program_id(3) * tiling.strips
+    number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
 
     @pl.when(number == 0)
     def _():
-        each(lambda i: _store(kept_ref, first + i, read(i), tiling))
+        _each_strip(lambda i: _store(refs.kept, begin + i, read(i), tiling), tiling)
 
     @pl.when(number == 1)
     def _():
-        each(lambda i: then(i, _strip(kept_ref, first + i, tiling)))
+        _each_strip(lambda i: then(i, _strip(refs.kept, begin + i, tiling)), tiling)
+
+
+def _each_strip(act, tiling):
+    # A loop, and not the whole block at once, whose values would spill from registers
+    # and, on v4 and v5, run out of memory.
+    lax.fori_loop(0, tiling.strips, lambda i, carry: act(i) or carry, 0)
 
 
 def _strip(ref, i, tiling):
-    strip = ref[_place(i, tiling)]
+    strip = ref[place(i, tiling)]
     return strip.astype(jnp.float32).T if tiling.transposed else strip
 
 
 def _store(ref, i, strip, tiling):
     strip = strip.T if tiling.transposed else strip
-    ref[_place(i, tiling)] = strip.astype(ref.dtype)
+    ref[place(i, tiling)] = strip.astype(ref.dtype)
 
 
-def _place(i, tiling):
-    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
-    return (here, slice(None)) if tiling.along == 1 else (slice(None), here)
+def _rotation(refs, tiling):
+    """Returns a function that rotates a strip whose numbers have so many `terms`."""
+
+    def rotate(x, terms=TERMS):
+        if refs.matrix is None:
+            return x
+        matrix, axis = refs.matrix[...], tiling.quantizer.axis + 2
+        size = len(matrix)
+        slices = [
+            product(matrix, lax.slice_in_dim(x, i, i + size, axis=axis), axis, terms)
+            for i in range(0, x.shape[axis], size)
+        ]
+        return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis)
+
+    return rotate
 
 
-def _rotate(x, *, matrix_ref, tiling, parts):
-    """Multiplies each piece of `x` along the axis of the groups by the matrix."""
-    if matrix_ref is None:
-        return x
-    matrix, axis = matrix_ref[...], tiling.quantizer.axis + 2
-    size = len(matrix)
-    pieces = [
-        product(matrix, lax.slice_in_dim(x, i, i + size, axis=axis), axis, parts)
-        for i in range(0, x.shape[axis], size)
-    ]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
+def _kept(tiling):
+    """Returns the scratch memory for groups that are all of an axis."""
+    if not tiling.whole:
+        return {}
+    per_group = pltpu.VMEM(tiling.per_group, jnp.float32)
+    kept = pltpu.VMEM(tiling.kept, jnp.float32)
+    return {"kept": kept, "found": per_group, "poison": per_group}

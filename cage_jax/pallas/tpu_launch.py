@@ -1,0 +1,130 @@
+"""The launch of a kernel for TPU: its operands by name, and their blocks."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from cage_jax.arrays.tile_order import LANES
+from cage_jax.pallas.strips import TERMS, result_like, rotation
+from cage_jax.pallas.tiling import Tiling
+
+
+class Operand(NamedTuple):
+    """An array that a kernel reads or writes.
+
+    Attributes:
+      array: the array; for a result, its shape and dtype.
+      spec: the block of it that the kernel receives at each place of the grid.
+    """
+
+    array: Any
+    spec: pl.BlockSpec
+
+
+def read_blocks(array: jax.Array, tiling: Tiling, *, first: bool = True) -> Operand:
+    """Returns an array in blocks, which the kernel uses in its first or last read."""
+    return Operand(array.reshape(tiling.shape), _blocks(tiling, first))
+
+
+def written_blocks(
+    x: jax.Array, dtype, tiling: Tiling, *, first: bool = False
+) -> Operand:
+    """Returns a result like `x`, which the kernel writes in its first or last read."""
+    return Operand(result_like(x, tiling.shape, dtype), _blocks(tiling, first))
+
+
+def one_per_block(x: jax.Array, tiling: Tiling) -> Operand:
+    """Returns a result of (8, 128) float32 numbers for each block across the groups."""
+    spec = pl.BlockSpec(
+        (None, None, 8, LANES), lambda stack, across, *_: (stack, across, 0, 0)
+    )
+    shape = *tiling.grid[:2], 8, LANES
+    return Operand(result_like(x, shape, jnp.float32), spec)
+
+
+def _blocks(tiling, first):
+    reads, last_block = tiling.grid[2], tiling.grid[3] - 1
+
+    def index(stack, across, read, along):
+        if first:
+            # Later reads stay at the last block, so nothing is moved again.
+            along = jnp.where(read == 0, along, last_block)
+        else:
+            along = jnp.where(read == reads - 1, along, 0)
+        return (stack, along, across) if tiling.along == 1 else (stack, across, along)
+
+    return pl.BlockSpec((None, *tiling.block), index)
+
+
+def launch(
+    name: str,
+    kernel: Callable,
+    tiling: Tiling,
+    inputs: dict[str, Operand],
+    outputs: dict[str, Operand],
+    scratch: dict[str, Any] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> dict[str, jax.Array]:
+    """Runs a kernel over all blocks and returns its outputs by name.
+
+    Args:
+      name: name of the kernel in a program.
+      kernel: receives an object whose attributes are references to all inputs, outputs
+        and scratch memory by name, and to the matrix of the rotation, or None.
+      tiling: the blocks.
+      inputs: what it reads, by name.
+      outputs: what it writes, by name.
+      scratch: memory that is kept from one block to the next, by name.
+      aliases: maps names of inputs to those of the outputs that replace them.
+    """
+    matrix, scratch = _matrix(tiling), scratch or {}
+    if matrix is not None:
+        spec = pl.BlockSpec(matrix.shape, lambda *_: (0, 0))
+        inputs = inputs | {"matrix": Operand(matrix, spec)}
+    names = [*inputs, *outputs, *scratch]
+
+    def run(*refs):
+        by_name = dict(zip(names, refs, strict=True))
+        kernel(SimpleNamespace(**{"matrix": None} | by_name))
+
+    read, in_specs = zip(*inputs.values())
+    written, out_specs = zip(*outputs.values())
+    moved = [each for each in (*read, *written) if each.shape == tiling.shape]
+    products = 0 if matrix is None else 2 * (TERMS + 1) * len(matrix)
+    read_names, written_names = [*inputs], [*outputs]
+    found = pl.pallas_call(
+        run,
+        grid=tiling.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=written,
+        scratch_shapes=[*scratch.values()],
+        input_output_aliases={
+            read_names.index(old): written_names.index(new)
+            for old, new in (aliases or {}).items()
+        },
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=math.prod(tiling.shape) * (products + 30),
+            bytes_accessed=sum(each.size * each.dtype.itemsize for each in moved),
+            transcendentals=0,
+        ),
+        name=f"cage_{name}",
+    )(*read)
+    return dict(zip(outputs, found, strict=True))
+
+
+def _matrix(tiling):
+    """Returns a matrix that rotates as many elements as a matrix unit takes at once."""
+    block = tiling.quantizer.hadamard
+    if block is None:
+        return None
+    return rotation(block, max(1, math.gcd(LANES, tiling.strip) // block))
