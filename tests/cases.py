@@ -1,6 +1,7 @@
 """The shapes, quantizers and small trainings that tests share."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -11,6 +12,7 @@ import optax
 import cage_jax as cage
 from cage_jax import Quantizer, int2, int3, int4, int8, quest
 from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.quantizers.codeless import CodelessQuantizer
 from cage_jax.quantizers.formats import Codebook, Integer, MidRise
 from cage_jax.quantizers.scales import AbsMax, Fixed, Gaussian, MinMax, SignedMax
 
@@ -162,6 +164,22 @@ def awkward(rng, *shape, dtype="float32"):
     x[5, 5] = 100
     x[:half, 7] = (np.arange(half) - half // 2) / 4
     return jnp.asarray(x.reshape(shape), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(CodelessQuantizer):
+    """A quantizer without codes, as those of other libraries."""
+
+    bits, idempotent = 8, True
+
+    def fake_quant(self, x):
+        return jnp.round(2 * x) / 2
+
+    def storage_bits(self, shape, scale_dtype=None):
+        return 8 * math.prod(shape)
+
+    def __str__(self):
+        return "halves"
 
 
 def train(tx, params, gradients, *, jit=False):

@@ -221,6 +221,24 @@ def test_warnings_of_what_qwix_does_not_see():
     assert "quantizes no product of them: `embed/embedding`. It does not see" in unseen
 
 
+class Backwards(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.second = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.first(self.second(x))
+
+
+def test_a_warning_names_the_parameter_in_whatever_order():
+    over_7_5 = quantizing("int4", module_path="second", additional_qt_config=EXACT)
+    first = quantizing("nf4", module_path="first", additional_qt_config=EXACT)
+    x = np.ones((1, 4), np.float32)
+    _, texts = rules_and_warnings(without_values(Backwards), [over_7_5, first], x)
+    (text,) = texts
+    assert "not idempotent, so a long pull moves their grids: `second/kernel`." in text
+
+
 def test_many_paths_are_cut_short():
     model = without_values(
         lambda rngs: nnx.Sequential(*[nnx.Linear(4, 4, rngs=rngs) for _ in range(8)])
@@ -368,12 +386,13 @@ def test_what_has_no_codes_says_so():
     model = Own(contracted, (64, 24))
     rules = exact_rules(model, [quantizing("int4")], np.ones((1, 64), np.float32))
     params = {"w": model.w[...]}
-    with pytest.raises(TypeError, match=r"`w`: .* codes of its own; got one of qwix's"):
-        cage.quantize(params, rules)
-    with pytest.raises(ValueError, match="`w`: `freeze_scale` must be False"):
-        cage.cage(rules, 1.0, freeze_scale=True).init(params)
-    with pytest.raises(ValueError, match=r"`w`: `statistics` must be False .* by qwix"):
-        cage.cage(rules, 1.0, statistics=True).init(params)
+    for name, function in (
+        ("quantize", lambda: cage.quantize(params, rules)),
+        ("freeze_scale", lambda: cage.cage(rules, 1.0, freeze_scale=True).init(params)),
+        ("statistics", lambda: cage.cage(rules, 1.0, statistics=True).init(params)),
+    ):
+        with pytest.raises(ValueError, match=rf"`w`: `{name}` needs a .* by qwix"):
+            function()
 
 
 def test_its_size_is_that_of_the_codes_and_scales():

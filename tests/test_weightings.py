@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_raises
+from cases import Halves, assert_raises
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.tree_utils import tree_get
@@ -379,12 +379,6 @@ def test_numbers_out_of_range_are_refused():
     )
 
 
-class FindsValues(AbsMax):
-    """A rule that stands for those of qwix."""
-
-    finds_values = True
-
-
 def test_what_has_no_codes_or_no_grid_is_refused():
     params = {"w": np.ones((4, 2), np.float32)}
 
@@ -396,10 +390,7 @@ def test_what_has_no_codes_or_no_grid_is_refused():
         (partial(weigh, source(), quantizer), ValueError, rf"^`w`: .*{text}.*\. Use ")
         for source in SOURCES.values()
         for quantizer, text in (
-            (
-                cage.Quantizer(cage.formats.Integer(4), FindsValues()),
-                "codes of its own",
-            ),
+            (Halves(), "codes of its own; got halves"),
             (cage.lsq(4), "`grid` must be given"),
         )
     )

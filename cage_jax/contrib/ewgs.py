@@ -14,7 +14,7 @@ from cage_jax.core.grids import grid_at
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
@@ -66,6 +66,7 @@ def ewgs(
         check_number("delta", delta, remedy, least=0, or_array=True)
 
     def apply(path, quantizer, x):
+        check_has_codes(quantizer, "ewgs")
         own = delta
         if isinstance(delta, Mapping):
             if path not in delta:

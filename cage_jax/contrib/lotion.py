@@ -10,10 +10,11 @@ from jax import lax
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.contrib.transformation import check_known_values, transformation
+from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import ScalarOrSchedule, check_strength, value_at
+from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
@@ -81,7 +82,7 @@ def lotion(
     def init(quantized, params):
         for path, (quantizer, _) in quantized.items():
             with path_in_errors(path):
-                check_known_values(quantizer, "lotion")
+                check_has_codes(quantizer, "lotion")
         return (
             {
                 path: jnp.zeros_like(x, compute_dtype(x.dtype))

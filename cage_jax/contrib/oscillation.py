@@ -9,7 +9,7 @@ import optax
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.contrib.transformation import check_known_values, transformation
+from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules
@@ -19,6 +19,7 @@ from cage_jax.optim.schedules import (
     check_strength,
     value_at,
 )
+from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
@@ -199,7 +200,7 @@ def freezing(
         values = {}
         for path, (quantizer, x) in quantized.items():
             with path_in_errors(path):
-                check_known_values(quantizer, "freezing")
+                check_has_codes(quantizer, "freezing")
                 if quantizer.hadamard is not None:
                     raise ValueError(
                         f"`rules` must give each weight a code of its own for "

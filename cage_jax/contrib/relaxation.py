@@ -15,6 +15,7 @@ from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.schedules import Schedule
 from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
@@ -115,6 +116,7 @@ def parq(
     check_number(name, inverse_slope, remedy, least=0, most=1, or_array=True)
 
     def ramp(path, quantizer, x):
+        check_has_codes(quantizer, "parq")
         found = needed_grid(path, quantizer, params, grid)
         value = lax.stop_gradient(_ramped(x, quantizer, found, inverse_slope))
         return value + (x - lax.stop_gradient(x))

@@ -9,7 +9,6 @@ import optax
 
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.correction import check_params
-from cage_jax.quantizers.quantizer import Quantizer
 
 
 def transformation(
@@ -56,12 +55,3 @@ def transformation(
         return updates, after
 
     return optax.GradientTransformationExtraArgs(init_state, update)
-
-
-def check_known_values(quantizer: Quantizer, method: str) -> None:
-    """Raises if the grid values next to a weight are unknown."""
-    if quantizer.scale.finds_values:
-        raise ValueError(
-            f"`rules` must have quantizers with a grid of their own for `{method}`; "
-            f"got {quantizer}. Use a preset of cage_jax."
-        )

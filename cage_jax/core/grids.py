@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cage_jax.arrays.blocks import Blocks
 from cage_jax.core.rules import Rules
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import fit_grid
 
 
@@ -94,6 +94,7 @@ def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
 
 def check_grid(grid: Grid, quantizer: Quantizer, blocks: Blocks) -> None:
     """Raises unless a given grid has the parts and shapes that its quantizer needs."""
+    check_has_codes(quantizer, "grid")
     if not isinstance(grid, Grid):
         raise TypeError(
             f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "

@@ -21,7 +21,7 @@ from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules
 from cage_jax.core.straight_through import straight_through
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import fit_grid
 
 _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
@@ -340,6 +340,7 @@ def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):
 
 def _quantize_array(x, quantizer, grid, key, path=""):
     del path  # errors are raised at once, and the caller adds the path
+    check_has_codes(quantizer, "quantize")
     x = _checked(x, quantizer, grid, key)
     return encoded(x, quantizer, grid, _noise(x, quantizer, key))
 

@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature.source import Curvature, Step
@@ -31,7 +32,7 @@ from cage_jax.optim.statistics import (
     parameter_statistics,
 )
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import error_elementwise, error_reductions, fit_grid
 
 
@@ -113,9 +114,9 @@ def correction(
     def init(params):
         quantized = rules.quantized(params)
         if freeze_scale:
-            _check_grids("freeze_scale", quantized)
+            _check_codes("freeze_scale", quantized)
         if statistics:
-            _check_grids("statistics", quantized)
+            _check_codes("statistics", quantized)
         _warn_of_rules(rules, params, quantized)
         arrays = {path: x for path, (_, x) in quantized.items()}
         return CageState(
@@ -311,13 +312,10 @@ def _warn_of_rules(rules, params, quantized):
     )
 
 
-def _check_grids(name, quantized):
+def _check_codes(name, quantized):
     for path, (quantizer, _) in quantized.items():
-        if quantizer.scale.finds_values:
-            raise ValueError(
-                f"`{path}`: `{name}` must be False for a quantizer without a grid and "
-                f"codes of its own; got {quantizer}. Leave it out."
-            )
+        with path_in_errors(path):
+            check_has_codes(quantizer, name)
 
 
 def _unknown_grids(quantized):

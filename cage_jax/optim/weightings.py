@@ -30,7 +30,7 @@ from cage_jax.optim.curvature.source import (
 )
 from cage_jax.optim.statistics import codes_of
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
@@ -170,12 +170,7 @@ def _with_codes(
         grid = grid_at(path, step.params, None)
         with path_in_errors(path):
             check_grid_given(quantizer, grid)
-            if quantizer.scale.finds_values:
-                raise ValueError(
-                    f"`curvature` {name}() must have a quantizer with a grid and codes "
-                    f"of its own; got {quantizer}. Use a source of "
-                    f"`cage_jax.curvature`, such as fisher(relative=True)."
-                )
+            check_has_codes(quantizer, name)
         yield path, lax.stop_gradient(x.astype(compute_dtype(x.dtype))), quantizer, grid
 
 

@@ -192,16 +192,19 @@ def _to_nearest(rules):
 def _measure(x, quantizer, grid, _=None):
     """Computes the figures of `Measured` as arrays."""
     quantizer = dataclasses.replace(quantizer, rounding="nearest")
-    found, format = rounding(x, quantizer, grid), quantizer.format
-    values = found.code_values()
     error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
     size = jnp.linalg.norm(x.ravel())
+    error = error / jnp.where(size == 0, 1, size)
+    if not quantizer.has_codes:
+        return error, jnp.zeros([]), jnp.zeros([])
+    found, format = rounding(x, quantizer, grid), quantizer.format
+    values = found.code_values()
     # Half a step beyond the end is rounded, not clipped.
     beyond = ~found.is_inside(format.edge)
     levels = jnp.asarray(format.values, values.dtype)
     used = jnp.zeros(levels.size, bool)
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
-    return error / jnp.where(size == 0, 1, size), jnp.mean(beyond), jnp.mean(~used)
+    return error, jnp.mean(beyond), jnp.mean(~used)
 
 
 _measured = jax.jit(_measure, static_argnums=1)
@@ -249,8 +252,9 @@ def _findings(layers, rules):
                 f"{path}: a rule quantizes its input, but it is in no product with "
                 f"data. Is it never called? Else leave the quantizer of inputs out."
             )
-        yield from _costly(layer.weight)
-        yield from _across(layer)
+        if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
+            yield from _costly(layer.weight)
+            yield from _across(layer)
         yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
             size = math.prod((*each.product.shape, *each.product.repeats))
@@ -262,7 +266,7 @@ def _quantized(layer):
 
 
 def _costly(row):
-    if row.quantizer is None or row.size < _MANY:
+    if row.size < _MANY:
         return
     more = row.bits_per_weight - row.quantizer.bits
     scales = row.quantizer.blocks(row.shape).scale_shape
@@ -277,8 +281,6 @@ def _costly(row):
 
 def _across(layer):
     row = layer.weight
-    if row.quantizer is None or not layer.inputs:
-        return
     shared = set(row.quantizer.blocks(row.shape).axes)
     summed = [axes for each in layer.inputs for axes in _summed(each.product, row)]
     if summed and not any(shared.issuperset(axes) for axes in summed):
@@ -308,9 +310,7 @@ def _summed(product, row):
 
 def _found(what, quantizer, layer, size):
     measured = layer.measured
-    if measured is None:
-        return
-    if quantizer.scale.finds_values:  # its codes are not known
+    if measured is None or not quantizer.has_codes:
         return
     if not math.isfinite(measured.error):
         yield f"{what}: there are NaNs or infinities. Find where they begin."

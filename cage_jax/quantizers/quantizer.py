@@ -158,6 +158,11 @@ class Quantizer:
         return (self.group_size,)
 
     @property
+    def has_codes(self) -> bool:
+        """Whether it has a grid and codes; only a `CodelessQuantizer` has none."""
+        return True
+
+    @property
     def bits(self) -> int:
         """Width of one code."""
         return self.format.bits
@@ -300,3 +305,13 @@ class Quantizer:
         if self.rounding != "nearest":
             parts.append(self.rounding)
         return ", ".join([*parts, self.gradient])
+
+
+def check_has_codes(quantizer: Quantizer, name: str) -> None:
+    """Raises ValueError for a quantizer without the codes that `name` needs."""
+    if not quantizer.has_codes:
+        raise ValueError(
+            f"`{name}` needs a quantizer with a grid and codes of its own; got "
+            f"{quantizer}. Use a preset of cage_jax, such as int4(), or do without "
+            f"`{name}`."
+        )

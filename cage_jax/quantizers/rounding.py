@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.arrays.exact import clamp, divide, rounded, times
+from cage_jax.quantizers.codeless import CodelessQuantizer
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scales import ReducedScale
@@ -57,6 +58,8 @@ class Rounding:
 
     def code_values(self, noise: jax.Array | None = None) -> jax.Array:
         """Rounds to values of the format, the nearest ones if there is no `noise`."""
+        if not self.quantizer.has_codes:
+            return self.rotated * 0  # each value is the offset of its own grid
         format, position = self.quantizer.format, self.position()
         if noise is None:
             return format.round(position)
@@ -138,6 +141,10 @@ def fit(
     rotated: jax.Array, quantizer: Quantizer, grid: Grid | None = None, **known: Any
 ) -> Rounding:
     """Does `rounding` for an array in the basis; `known` goes on to the scale rule."""
+    if isinstance(quantizer, CodelessQuantizer):
+        ones = jnp.ones([1] * rotated.ndim, rotated.dtype)
+        values = quantizer.fake_quant(rotated)
+        return Rounding(rotated, Grid(ones, offset=values), None, quantizer)
     blocks, scale = quantizer.blocks(rotated.shape), quantizer.scale
     if scale.needs_grid and grid is not None:
         # A learned scale that is not positive has no meaning. NaN makes that visible.

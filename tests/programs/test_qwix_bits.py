@@ -18,7 +18,6 @@ import pytest
 from qwix_models import (
     EXACT,
     Own,
-    bridge,
     contracted,
     exact_rules,
     implicit_promotion,
@@ -34,6 +33,7 @@ from qwix_models import (
 import cage_jax as cage
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.qwix import quantizer as qwix_quantizer
 
 linen = pytest.importorskip("flax.linen")
 
@@ -299,7 +299,7 @@ def step():
         ]
         # Which of them are idempotent is asked elsewhere, and takes long to find.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bridge, "_stays", lambda how: True)
+            patch.setattr(qwix_quantizer, "_is_idempotent", lambda how: True)
             rules = exact_rules(model, qwix_rules, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

@@ -24,8 +24,6 @@ class ScaleRule(abc.ABC):
       needs_grid: whether quantizing needs a grid that was found before.
       ignores_zeros: whether adding zeros to each group leaves the result of `fit`
         unchanged.
-      finds_values: whether the rule finds the quantized values and not a grid that can
-        be kept, as for the quantizers of other libraries.
     """
 
     asymmetric = False
@@ -34,7 +32,6 @@ class ScaleRule(abc.ABC):
     learned = False
     needs_grid = False
     ignores_zeros = False
-    finds_values = False
 
     @abc.abstractmethod
     def fit(
