@@ -27,7 +27,6 @@ from cage_jax.arrays.exact import clamp, divide, rounded, times
 from cage_jax.quantizers.codeless import CodelessQuantizer
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.scales import ReducedScale
 
 # Rounded values, rotated back, pass from the reductions to the elementwise part of an
 # error in this dtype.
@@ -152,27 +151,9 @@ def fit(
         grid = grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
         return Rounding(rotated, grid, None, quantizer)
     sized = times(rotated, quantizer.basis(rotated.shape).factor)
-    if isinstance(scale, ReducedScale):
-        part = functools.partial(scale.part, count=blocks.count)
-        whole = blocks.reduce(part, sized, ignores_zeros=True)
 
-        def fitted(scale_type):
-            axes = blocks.tensor_axes
-            return scale.stored(
-                whole, blocks.count, quantizer.format, scale_type, axes, **known
-            )
-
-    else:
-
-        def fitted(scale_type):
-            axes = blocks.split_tensor_axes
-            return blocks.reduce(
-                lambda x, groups: scale.fit(
-                    x, groups, quantizer.format, scale_type, axes
-                ),
-                sized,
-                ignores_zeros=scale.ignores_zeros and not scale_type.has_tensor_divisor,
-            )
+    def fitted(scale_type):
+        return scale.fit_groups(sized, blocks, quantizer.format, scale_type, **known)
 
     found, other = fitted(quantizer.scale_type), quantizer.scale_type.rounds_by
     rounds_by = None if other is None else fitted(other)

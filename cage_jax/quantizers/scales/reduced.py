@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 
 import jax
@@ -56,6 +57,12 @@ class ReducedScale(ScaleRule):
         count = size_along(x, axes)
         whole = self.part(x, axes, count)
         return self.stored(whole, count, format, scale_type, tensor_axes)
+
+    def fit_groups(self, x, blocks, format, scale_type, largest=None):
+        count, axes = blocks.count, blocks.tensor_axes
+        part = functools.partial(self.part, count=count)
+        whole = blocks.reduce(part, x, ignores_zeros=True)
+        return self.stored(whole, count, format, scale_type, axes, largest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.blocks import Blocks
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.scale_types import FULL, ScaleType
@@ -57,6 +58,17 @@ class ScaleRule(abc.ABC):
           the format has no zero, so that zeros stay close to zero). A group with a
           NaN or an infinity gets a NaN scale, so all of its values become NaN.
         """
+
+    def fit_groups(
+        self, x: jax.Array, blocks: Blocks, format: Format, scale_type: ScaleType
+    ) -> Grid:
+        """Does `fit` for an array that `blocks` divides into groups."""
+        tensor_axes = blocks.split_tensor_axes
+        return blocks.reduce(
+            lambda x, axes: self.fit(x, axes, format, scale_type, tensor_axes),
+            x,
+            ignores_zeros=self.ignores_zeros and not scale_type.has_tensor_divisor,
+        )
 
     def check(self, format: Format, scale_type: ScaleType) -> None:
         """Raises ValueError if the rule does not suit the format or scale type."""
