@@ -209,5 +209,5 @@ def test_a_parameter_that_does_not_fit_is_named_at_init():
 def test_two_parameters_with_one_path_are_refused():
     # The state is by path.
     params = {"params": [PARAMS], "0": PARAMS}
-    with pytest.raises(ValueError, match="`0/kernel`: paths must tell"):
+    with pytest.raises(ValueError, match="`0/kernel`: paths must be unique"):
         cage.cage(RULES, 1.0).init(params)

@@ -6,8 +6,8 @@
     codes = cage.quantize(kernel, cage.ct_w4a16()).codes.T  # (out, in)
     words = packing.pack(codes, packing.COMPRESSED_TENSORS)  # (out, in / 8), int32
 
-All of it is plain `jax.numpy`. It works under `jit` and `vmap` and along any axis of a
-stack. Sharded arrays need no collective if each device has whole words.
+The functions work under `jit` and `vmap` and along any axis of a stack. Sharded arrays
+need no collective if each device has whole words.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.checks import check_int
 from cage_jax.arrays.sharding import across_shards
 
 
@@ -26,7 +27,7 @@ from cage_jax.arrays.sharding import across_shards
 class Layout:
     """The order of codes in words.
 
-    The lowest bits of a word hold its first code. The next bits hold the code `stride`
+    The lowest bits of a word hold its first code, and the next bits the code `stride`
     elements later in the array. Integers are stored with an offset, so that they are
     not negative, and floats as their bits.
 
@@ -62,7 +63,7 @@ def pack(codes: jax.Array, layout: Layout, *, axis: int = -1) -> jax.Array:
     Args:
       codes: int2, int4, int8, float4_e2m1fn or float8 of any shape, such as the codes
         of a `QuantizedArray`.
-      layout: the order of the codes in the file.
+      layout: the order of the codes in the words.
       axis: the axis along which codes are packed.
 
     Returns:
@@ -83,19 +84,35 @@ def pack(codes: jax.Array, layout: Layout, *, axis: int = -1) -> jax.Array:
       >>> packing.pack(codes, packing.FP4)[0].tolist()
       [16, 248, 169, 203]
     """
-    axis, bits, count = _checked(codes, layout, axis)
-    length = codes.shape[axis]
-    short = -length % (count * layout.stride)
+    bits, count = _bits(codes.dtype, layout, "codes")
+    axis = _axis(axis, codes, "codes")
+    length, block = codes.shape[axis], count * layout.stride
+    short = -length % block
     if short and not layout.pads:
         raise ValueError(
-            f"`codes` must have a multiple of {count * layout.stride} along axis "
-            f"{axis}; got {length}, shape {codes.shape}. Pack along the axis of the "
-            f"groups, or leave the array unquantized: the format does not pad."
+            f"`codes` must have a multiple of {block} along axis {axis}; got {length}, "
+            f"shape {codes.shape}. Pack along the axis of the groups, or leave the "
+            f"array unquantized: the format does not pad."
         )
     stored = _stored(codes, layout, bits)
     if short:
         stored = jnp.pad(stored, [(0, short * (i == axis)) for i in range(codes.ndim)])
-    return _packed(stored, layout, bits, axis)
+
+    def together(stored):
+        before, size, after = _around(stored, axis)
+        split = (*before, -1, count, layout.stride, *after)
+
+        def part(i):
+            if layout.stride == 1:  # a TPU does slices in one pass, but not the other
+                return lax.slice_in_dim(stored, i, None, stride=count, axis=axis)
+            return lax.index_in_dim(stored.reshape(split), i, axis + 1, keepdims=False)
+
+        words = part(0)
+        for i in range(1, count):
+            words = words | (part(i) << (bits * i))
+        return words.reshape(*before, size // count, *after).astype(layout.word)
+
+    return across_shards(together, stored, {axis: block})
 
 
 def unpack(
@@ -110,13 +127,10 @@ def unpack(
 
     Args:
       words: words of dtype `layout.word`, of any shape.
-      layout: the order of the codes in the file.
+      layout: the order of the codes in the words.
       dtype: dtype of the codes.
       axis: the axis along which codes were packed.
       length: number of codes along `axis`; None for all that the words hold.
-
-    Returns:
-      The codes, of dtype `dtype`.
 
     Raises:
       TypeError: if words or codes have another dtype.
@@ -138,26 +152,25 @@ def unpack(
         )
     bits, count = _bits(dtype, layout, "dtype")
     axis = _axis(axis, words, "words")
-    held = words.shape[axis] * count
+    held, block = words.shape[axis] * count, count * layout.stride
     length = held if length is None else length
-    least = held - (count * layout.stride - 1) * layout.pads
+    least = held - (block - 1) * layout.pads
     if not max(least, 0) <= length <= held or words.shape[axis] % layout.stride:
         raise ValueError(
-            f"`length` must be that of the codes along axis {axis}, from {least} to "
-            f"{held} and whole blocks of {count * layout.stride} unless padded; got "
-            f"{length}, words of shape {words.shape}. Use None for all of them."
+            f"`length` must be the number of codes along axis {axis}, from {least} to "
+            f"{held}, in whole blocks of {block} unless padded; got {length}, words of "
+            f"shape {words.shape}. Use None for all of them."
         )
 
     def apart(words):
         before, size, after = _around(words, axis)
         words = words.reshape(*before, size // layout.stride, layout.stride, *after)
+        split = (*before, size // layout.stride, count, layout.stride, *after)
+        wide = jnp.expand_dims(words.astype(jnp.int32), axis + 1)
+        wide = jnp.broadcast_to(wide, split)
         shifts = np.arange(count, dtype=np.int32) * bits
         shifts = shifts.reshape(count, *[1] * (1 + len(after)))
-        wide = jnp.expand_dims(words.astype(jnp.int32), axis + 1)
-        wide = jnp.broadcast_to(
-            wide, (*wide.shape[: axis + 1], count, *wide.shape[axis + 2 :])
-        )
-        shifts = jnp.broadcast_to(shifts, wide.shape)
+        shifts = jnp.broadcast_to(shifts, split)
         parts = lax.shift_right_logical(wide, shifts) & (2**bits - 1)
         return parts.reshape(*before, size * count, *after)
 
@@ -168,28 +181,8 @@ def unpack(
     return (codes - _zero(layout, bits)).astype(jnp.int8).astype(dtype)
 
 
-def _packed(stored, layout, bits, axis):
-    count = 8 * layout.word.itemsize // bits
-
-    def together(stored):
-        before, size, after = _around(stored, axis)
-        split = (*before, -1, count, layout.stride, *after)
-
-        def part(i):
-            if layout.stride == 1:  # a TPU does slices in one pass, but not the other
-                return lax.slice_in_dim(stored, i, None, stride=count, axis=axis)
-            return lax.index_in_dim(stored.reshape(split), i, axis + 1, keepdims=False)
-
-        words = part(0)
-        for i in range(1, count):
-            words = words | (part(i) << (bits * i))
-        return words.reshape(*before, size // count, *after).astype(layout.word)
-
-    return across_shards(together, stored, {axis: count * layout.stride})
-
-
 def _stored(codes, layout, bits):
-    """Returns the bits of each code as an int32."""
+    """Returns the bits of each code, int32."""
     if jnp.issubdtype(codes.dtype, jnp.floating):
         return lax.bitcast_convert_type(codes, f"uint{bits}").astype(jnp.int32)
     return codes.astype(jnp.int32) + _zero(layout, bits)
@@ -203,17 +196,9 @@ def _around(x, axis):
     return x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
 
 
-def _checked(codes, layout, axis):
-    bits, count = _bits(codes.dtype, layout, "codes")
-    return _axis(axis, codes, "codes"), bits, count
-
-
 def _axis(axis, x, name):
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(
-            f"`axis` must be within the dimensions of `{name}`; got axis={axis}, shape "
-            f"{x.shape}. Use an axis from {-x.ndim} to {x.ndim - 1}."
-        )
+    remedy = f"Use an axis of `{name}`, of shape {x.shape}."
+    check_int("axis", axis, remedy, least=-x.ndim, most=x.ndim - 1)
     return axis % x.ndim
 
 

@@ -16,6 +16,7 @@ from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 
+_REMEDY = 'Use Rules([(r".*kernel", int4()), (r".*", None)]).'
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
@@ -75,7 +76,12 @@ class Rules:
     __slots__ = ("_compiled", "_rules")
 
     def __init__(self, rules: Iterable[tuple]):
-        self._rules = _checked(rules)
+        if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
+            raise TypeError(
+                f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. "
+                f"{_REMEDY}"
+            )
+        self._rules = tuple(map(_checked, rules))
         self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
 
     def match(self, path: str) -> Quantizer | None:
@@ -83,9 +89,6 @@ class Rules:
 
         Args:
           path: the parameter's path, joined by "/".
-
-        Returns:
-          The `Quantizer` of the first rule whose pattern matches the whole path.
 
         Example:
           >>> import cage_jax as cage
@@ -99,9 +102,6 @@ class Rules:
 
         Args:
           path: the parameter's path, joined by "/".
-
-        Returns:
-          The third entry of the first rule whose pattern matches the whole path.
 
         Example:
           >>> import cage_jax as cage
@@ -158,9 +158,6 @@ class Rules:
     def misses(self, tree: Any) -> bool:
         """Returns whether the table has a quantizer, but none for any leaf of `tree`.
 
-        Args:
-          tree: a tree of arrays.
-
         Example:
           >>> import cage_jax as cage
           >>> cage.Rules([(r"up/kernel", cage.int8())]).misses({"kernel": 1.0})
@@ -173,11 +170,7 @@ class Rules:
     def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
         """Returns the quantizer and the leaf of each quantized parameter, by path.
 
-        Args:
-          tree: a tree of arrays.
-
-        Returns:
-          A dict in the order of the tree's leaves.
+        The dict has the order of the tree's leaves.
 
         Raises:
           TypeError: for a matched parameter that is not real floating.
@@ -190,15 +183,14 @@ class Rules:
           >>> list(cage.Rules([(r".*", cage.int8())]).quantized([jnp.ones((4, 4))]))
           ['0']
         """
-        found = {}
-        paths, leaves, _ = _flatten(tree)
-        for path, leaf in zip(paths, leaves):
+        found: dict[str, tuple[Quantizer, Any]] = {}
+        for path, leaf in zip(*_flatten(tree)[:2]):
             quantizer = self._quantizer(path, leaf)
             if quantizer is None:
                 continue
             if path in found:
                 raise ValueError(
-                    f"`{path}`: paths must tell parameters apart; got two with this "
+                    f"`{path}`: paths must be unique; got two parameters with this "
                     f"one. Rename one of them, or use one kind of key for both."
                 )
             with path_in_errors(path):
@@ -231,28 +223,27 @@ class Rules:
           >>> report.rows[0].bits_per_weight
           8.333333333333334
         """
-        every, leaves, _ = _flatten(params)
-        kept = [not isinstance(leaf, Grid) for leaf in leaves]
-        paths = [path for path, keep in zip(every, kept) if keep]
-        leaves = [leaf for leaf, keep in zip(leaves, kept) if keep]
-        rows = [self._row(path, leaf) for path, leaf in zip(paths, leaves)]
-        unused = [
+        rows = tuple(
+            self._row(path, leaf)
+            for path, leaf in zip(*_flatten(params)[:2])
+            if not isinstance(leaf, Grid)
+        )
+        paths = [row.path for row in rows]
+        unused = tuple(
             rule.pattern
             for i, rule in self._unused(paths)
             # A closing (".*", None) may have nothing left to decide.
             if rule.weights
             or rule.inputs
             or not any(map(self._compiled[i].fullmatch, paths))
-        ]
-        for pattern in unused:
-            warnings.warn(unused_text(pattern, paths), stacklevel=2)
-        report = Report(tuple(rows), tuple(unused))
-        for text in report.splits:
+        )
+        report = Report(rows, unused)
+        for text in [*(unused_text(each, paths) for each in unused), *report.splits]:
             warnings.warn(text, stacklevel=2)
         return report
 
     def why_unused(self, tree: Any) -> tuple[str, ...]:
-        """Explains why rules with a quantizer decide nothing, in a sentence for each.
+        """Explains why rules with a quantizer match nothing, in a sentence for each.
 
         Args:
           tree: a tree of arrays. If `optax.masked` has hidden a part of it, there are
@@ -296,10 +287,8 @@ class Rules:
         return Row(path, shape, dtype, quantizer, bits, reason, inputs, split)
 
     def _index(self, path: str) -> int | None:
-        for index, pattern in enumerate(self._compiled):
-            if pattern.fullmatch(path):
-                return index
-        return None
+        matches = (i for i, each in enumerate(self._compiled) if each.fullmatch(path))
+        return next(matches, None)
 
     def _quantizer(self, path, leaf) -> Quantizer | None:
         is_grid = isinstance(leaf, Grid) or INPUT_GRIDS in path.split("/")
@@ -377,44 +366,34 @@ def unused_text(pattern: str, paths: list[str]) -> str:
     return f"the rule {pattern!r} matches no parameter.{hint}"
 
 
-def _checked(rules) -> tuple[Rule, ...]:
-    example = 'Rules([(r".*kernel", int4()), (r".*", None)])'
-    if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
+def _checked(entry) -> Rule:
+    """Converts an entry of the table to a `Rule`; raises for anything but rules."""
+    if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
         raise TypeError(
-            f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. Use "
-            f"{example}."
+            f"`rules` must be a list of (pattern, quantizer) pairs, or triples with a "
+            f"quantizer for inputs; got the entry {entry!r}. {_REMEDY}"
         )
-    checked = []
-    for rule in rules:
-        if not isinstance(rule, (tuple, list)) or len(rule) not in (2, 3):
+    pattern, *quantizers = entry
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"`rules` must have strings as patterns; got {pattern!r}. {_REMEDY}"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`rules` must have regular expressions as patterns; got {pattern!r}: "
+            f"{error}. Write '.*' for any text."
+        ) from None
+    for quantizer in quantizers:
+        if not isinstance(quantizer, Quantizer | None):
+            name = getattr(quantizer, "__name__", "int4")
+            call = f"Call the preset: {name}(...). " if callable(quantizer) else ""
             raise TypeError(
-                f"`rules` must be a list of (pattern, quantizer) pairs, or triples with "
-                f"a quantizer for inputs; got the entry {rule!r}. Use {example}."
+                f"`rules` must map {pattern!r} to a Quantizer or None; got "
+                f"{quantizer!r}. {call}{_REMEDY}"
             )
-        pattern, *quantizers = rule
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"`rules` must have strings as patterns; got {pattern!r}. Use {example}."
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`rules` must have regular expressions as patterns; got {pattern!r}: "
-                f"{error}. Write '.*' for any text."
-            ) from None
-        for quantizer in quantizers:
-            if quantizer is not None and not isinstance(quantizer, Quantizer):
-                name = getattr(quantizer, "__name__", "int4")
-                remedy = (
-                    f" Call the preset: {name}(...)." if callable(quantizer) else ""
-                )
-                raise TypeError(
-                    f"`rules` must map {pattern!r} to a Quantizer or None; got "
-                    f"{quantizer!r}.{remedy} Use {example}."
-                )
-        checked.append(Rule(pattern, *quantizers))
-    return tuple(checked)
+    return Rule(pattern, *quantizers)
 
 
 def _flatten(tree):

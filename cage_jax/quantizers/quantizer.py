@@ -90,12 +90,12 @@ class Quantizer:
                     f"`{name}` must be a {kind.__name__} such as {example}; got "
                     f"{value!r}. {remedy}"
                 )
-        self.scale.check(self.format, self.scale_type)
-        self._check_groups()
         self._check_rotation()
+        self._check_groups()
         check_choice("rounding", self.rounding, get_args(Rounding))
         remedy = "Use 'clip' where the scale cuts outliers."
         check_choice("gradient", self.gradient, get_args(Gradient), remedy)
+        self.scale.check(self.format, self.scale_type)
 
     def _check_groups(self):
         axes, sizes = self._axes, self.group_sizes

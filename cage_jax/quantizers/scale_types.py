@@ -71,7 +71,7 @@ class Full(ScaleType):
     """Scales as they are computed: float32, or float64 for float64 arrays."""
 
     def store(self, bound, range, format, axes, largest=None):
-        return Grid(_valid(_quotient(bound, range), format))
+        return Grid(_usable_scale(bound, range, format))
 
     def __str__(self):
         return ""
@@ -107,9 +107,10 @@ class Narrow(ScaleType):
 
     def store(self, bound, range, format, axes, largest=None):
         limits = jnp.finfo(self.dtype)
-        ideal = _quotient(bound, range)
-        if not self.unrounded:
-            ideal = _valid(ideal, format)
+        if self.unrounded:
+            ideal = _quotient(bound, range)
+        else:
+            ideal = _usable_scale(bound, range, format)
             # Stop at the smallest normal number, since some processors flush smaller
             # ones to 0.
             tiny = float(limits.tiny)
@@ -245,12 +246,12 @@ def _quotient(bound, range):
     return divide(bound, bound.dtype.type(range))
 
 
-def _valid(scale, format):
-    """Turns infinity into NaN, and zero into a scale that keeps zeros (almost) zero.
+def _usable_scale(bound, range, format):
+    """Divides; infinity becomes NaN, and zero a scale that keeps zeros (almost) zero.
 
     A scale without a finite reciprocal counts as zero.
     """
-    tiny = jnp.finfo(scale.dtype).tiny
+    scale, tiny = _quotient(bound, range), jnp.finfo(bound.dtype).tiny
     # This changes no value, but lets compilers fuse the quotient with what follows.
     scale = clamp(scale, -jnp.inf, jnp.inf)
     normal = lax.convert_element_type(lax.ge(lax.abs(scale), tiny), scale.dtype)
