@@ -45,8 +45,7 @@ def averaging(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and in `update` without
-        `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
       >>> from cage_jax import baselines

@@ -49,8 +49,7 @@ def trained_rows(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and in `update` without
-        `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
-from cage_jax.arrays.paths import key_at
+from cage_jax.arrays.paths import key_at, path_in_errors
 from cage_jax.core.grids import grid_at
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
@@ -154,17 +154,19 @@ def ewgs_delta(
     """
     check_rules(rules)
     quantized = fake_quant(params, rules, grid=grid)
-    vectors, along = {}, jax.tree.map(jnp.zeros_like, quantized)
+    widths, signs = {}, {}  # the width of the grid of each weight, and random signs
+    for path, (quantizer, x) in rules.quantized(params).items():
+        with path_in_errors(path):
+            found = rounding(x, quantizer, grid_at(path, params, grid)).grid
+        width = found.step * (quantizer.format.high - quantizer.format.low)
+        widths[path] = quantizer.blocks(x.shape).spread(width)
+        signs[path] = jax.random.rademacher(key_at(key, path), x.shape, width.dtype)
 
     def draw(path, quantizer, x, zeros):
-        found = rounding(x, quantizer, grid_at(path, params, grid)).grid
-        width = found.step * (quantizer.format.high - quantizer.format.low)
-        width = quantizer.blocks(x.shape).spread(width)
-        signs = jax.random.rademacher(key_at(key, path), x.shape, width.dtype)
-        vectors[path] = signs, width
-        return quantizer.basis(x.shape).unrotate(signs * width).astype(zeros.dtype)
+        vector = quantizer.basis(x.shape).unrotate(signs[path] * widths[path])
+        return vector.astype(zeros.dtype)
 
-    along = rules.map(draw, params, along)
+    along = rules.map(draw, params, jax.tree.map(jnp.zeros_like, quantized))
 
     def slope(x):
         gradient = jax.grad(loss)(x)
@@ -173,16 +175,12 @@ def ewgs_delta(
         return sum(jax.tree.leaves(parts)), gradient
 
     curved, gradient = jax.grad(slope, has_aux=True)(quantized)
-    deltas = {}
-
-    def measure(path, quantizer, x, gradient, curved):
-        (signs, width), basis = vectors[path], quantizer.basis(x.shape)
-        gradient = width * basis.rotate(gradient)
-        mean = jnp.mean(signs * width * basis.rotate(curved))
-        deviation = 3 * jnp.std(gradient)
+    curved, deltas = rules.quantized(curved), {}
+    for path, (quantizer, g) in rules.quantized(gradient).items():
+        rotate, width = quantizer.basis(g.shape).rotate, widths[path]
+        mean = jnp.mean(signs[path] * width * rotate(curved[path][1]))
+        deviation = 3 * jnp.std(width * rotate(g))
         known = deviation > 0
         ratio = jnp.maximum(mean, 0.0) / jnp.where(known, deviation, 1.0)
         deltas[path] = jnp.where(known, ratio, 0.0)
-
-    rules.map(measure, params, gradient, curved)
     return deltas

@@ -57,8 +57,7 @@ def lotion(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and in `update` without
-        `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage

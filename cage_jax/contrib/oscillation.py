@@ -24,11 +24,7 @@ from cage_jax.quantizers.rounding import dequantized, rounding
 
 
 class DampeningState(NamedTuple):
-    """State of `dampening`.
-
-    Attributes:
-      dampening_count: steps done, int32.
-    """
+    """State of `dampening`: the number of steps done, int32."""
 
     dampening_count: jax.Array
 
@@ -52,8 +48,7 @@ def dampening(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and in `update` without
-        `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage

@@ -74,11 +74,7 @@ def noisy_fake_quant(
 
 
 class InterpolationState(NamedTuple):
-    """State of `interpolation`.
-
-    Attributes:
-      interpolation_count: steps done, int32.
-    """
+    """State of `interpolation`: the number of steps done, int32."""
 
     interpolation_count: jax.Array
 
@@ -102,8 +98,7 @@ def interpolation(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range, and in `update` without
-        `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.arrays.paths import key_at
+from cage_jax.arrays.paths import key_at, path_in_errors
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
@@ -144,17 +144,14 @@ def fogzo(
     check_number("beta", beta, remedy, least=0, most=1, or_array=True)
     check_int("samples", samples, "The paper uses 1.", least=1)
     value, gradient = jax.value_and_grad(loss)(params)
-    units, bases, guides = {}, {}, {}
-
-    def guide(path, quantizer, x, g):
-        given = needed_grid(path, quantizer, params, grid)
+    gradients, units, bases, guides = rules.quantized(gradient), {}, {}, {}
+    for path, (quantizer, x) in rules.quantized(params).items():
+        with path_in_errors(path):
+            given = needed_grid(path, quantizer, params, grid)
         step = rounding(x, quantizer, given).grid.step
         units[path] = quantizer.blocks(x.shape).spread(step) / (2 * math.sqrt(3))
         bases[path] = quantizer.basis(x.shape)
-        guides[path] = units[path] * bases[path].rotate(g)
-        return g
-
-    rules.map(guide, params, gradient)
+        guides[path] = units[path] * bases[path].rotate(gradients[path][1])
     wide = jnp.result_type(float)
     norm = jnp.sqrt(sum(jnp.sum(g * g).astype(wide) for g in guides.values()))
     norm = jnp.where(norm == 0, 1, norm)
