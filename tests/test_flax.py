@@ -475,7 +475,7 @@ def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(x):
     assert model.drop.rngs.count[...] == 1
 
 
-NOT_QUANTIZED = "`rules` quantize inputs, and `model` does not"
+NOT_QUANTIZED = "`rules` quantize inputs, but `model` does not"
 OTHERWISE = "`rules` quantize inputs otherwise"
 
 
@@ -732,7 +732,7 @@ def test_bad_arguments(rng):
         (
             lambda: quantized(x),
             TypeError,
-            "a quantized Linen module must be the outermost one",
+            "a quantized Linen module cannot be called",
         ),
     ]
     assert_raises(table)

@@ -61,7 +61,7 @@ CONTRACT = [
 
 # A folder imports only itself and those before it.
 FOLDERS = ["arrays", "quantizers", "pallas", "core", "program", "optim", "contrib"]
-FOLDERS += ["llama", "qwix", "export", "cli"]
+FOLDERS += ["llama", "flax", "qwix", "export", "cli"]
 FOLDER = pathlib.Path(cage_jax.__file__).parent
 
 # Everything a user need not have: optional parts, tests, demonstrations, bridges.

@@ -1,0 +1,73 @@
+"""Linen modules that quantize the inputs of their weights."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen
+
+from cage_jax.core.rules import Rules
+from cage_jax.program.activations import quantize_activations
+
+
+class QuantizedLinen:
+    """A Linen module whose `apply` quantizes the inputs of weights."""
+
+    def __init__(self, module: linen.Module, rules: Rules):
+        self.module = module
+        self.rules = rules
+
+    def init(self, *args, **kwargs) -> Any:
+        """Returns the variables of the module's own `init`."""
+        return self.module.init(*args, **kwargs)
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        *args,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs,
+    ) -> Any:
+        """Calls the module's `apply` with quantized inputs."""
+        options = {
+            "method": method,
+            "mutable": mutable,
+            "capture_intermediates": capture_intermediates,
+        }
+        state, grids = split(variables)
+        function = functools.partial(apply_module, self.module, options)
+        quantized = quantize_activations(function, self.rules)
+        params = {"params": state, "grids": grids}
+        return quantized(params, *args, _rngs=rngs, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `TypeError`: a quantized module has no bound variables."""
+        raise TypeError(
+            "a quantized Linen module cannot be called or be a part of another module. "
+            "Use its apply(variables, ...), or quantize the whole model."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if inspect.ismethod(value):
+            raise AttributeError(
+                f"a quantized Linen module has `init` and `apply`; got {name!r}. Use "
+                f"apply(variables, ..., method={name!r}), or `.module.{name}` for the "
+                f"module without quantized inputs."
+            )
+        return value
+
+
+def split(variables):
+    """Takes the grids of inputs out of a module's variables; returns both."""
+    state = {name: v for name, v in variables.items() if name != "grids"}
+    return state, dict(variables.get("grids", {}))
+
+
+def apply_module(module, options, variables, *args, _rngs=None, **kwargs):
+    """Calls a module's `apply`, as a function of its variables."""
+    return module.apply(variables, *args, rngs=_rngs, **options, **kwargs)
