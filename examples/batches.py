@@ -1,4 +1,4 @@
-"""The examples that a run reads: shuffled, each process its share, from any step on."""
+"""Shuffled batches of a run, for each process its share, starting from any step."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-_READ_AHEAD = 8  # batches, by a thread
+_READ_AHEAD = 8  # batches that a thread reads in advance
 _STEPS = 2**40  # more than any run has
 
 
@@ -66,7 +66,7 @@ class Batches:
         own, parts = [start // self._rows for start in starts], batch // self._rows
         order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
         part = order.batch(self._rows).map(source.__getitem__)
-        # Part `i` of step `s` is number `s * parts + i` of all.
+        # Part `i` of step `s` has the global index `s * parts + i`.
         self._steps = grain.MapDataset.range(_STEPS).map(
             lambda step: {i: part[step * parts + i] for i in own}
         )

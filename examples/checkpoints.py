@@ -1,4 +1,4 @@
-"""A folder of a run: its settings, a lock, and Orbax checkpoints of its segments."""
+"""The folder of a run: its settings, a lock, and Orbax checkpoints of its segments."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import processes
 
 
-class Failed(Exception):  # noqa: N818 - what ended is not always an error
+class Failed(Exception):  # noqa: N818 - not always an error
     """A run cannot go on, through no fault of its flags; the message says how to."""
 
 
@@ -38,7 +38,7 @@ class RunFolder:
         self._given, self.folder = folder, folder.resolve()
         self._lock: Any = None
         path = self.folder / "settings.json"
-        # Of a run without a checkpoint nothing is lost.
+        # A run without a checkpoint has nothing to lose, so it may be replaced.
         self.resumed = path.exists() and newest(self.folder) is not None
 
         def claim():
@@ -121,7 +121,7 @@ class Checkpoints:
         if error is None:
             with self._failing("close"):
                 self._manager.close()
-        elif not processes.lost(error):  # for that process closing would wait
+        elif not processes.lost(error):  # closing would wait for that process
             self._manager.close()
 
     def latest_step(self) -> int | None:
@@ -163,7 +163,7 @@ class Checkpoints:
             if different := _differences(there, _arrays(_plain(like))):
                 raise ValueError(different)
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # Orbax raises all kinds, and its own class
+        except Exception as error:  # Orbax raises many types, and its own class
             if processes.lost(error):
                 raise
             raise ValueError(

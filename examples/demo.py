@@ -1,4 +1,4 @@
-"""The main job, `make demo`: does CAGE help, on images and on text, on this machine?"""
+"""Shows with `make demo` whether CAGE helps on images and text, on this machine."""
 
 import dataclasses
 import subprocess
@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Trains two small models at few bits and says what CAGE bought."""
+    """Trains two small models at few bits and reports what CAGE gained."""
 
     out: Path = Path("runs/demo")
-    """Folder for pictures and figures; goes on with the run that is in it."""
+    """Folder for plots and results; a run in it is resumed."""
 
 
 class Part(NamedTuple):
@@ -111,11 +111,11 @@ def _status(command: list[str]) -> int:
             status = process.wait()
         except KeyboardInterrupt:
             status = process.wait()
-    except KeyboardInterrupt:  # the second: it shall not save
+    except KeyboardInterrupt:  # the second Ctrl-C: do not wait for a save
         process.kill()
         process.wait()
         return program.STOPPED
-    return status if status >= 0 else 128 - status  # a signal, as a shell tells it
+    return status if status >= 0 else 128 - status  # a signal, in a shell's convention
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Trains a small classifier of handwritten digits at few bits, with and without CAGE.
 
-Every arm of a seed shares the initial weights and the batches with the others, and all
-arms and seeds of a bit width train at once. Run `python examples/digits.py`; the
-standard run takes half a minute on two cores.
+All arms of a seed share the initial weights and the batches, and all arms and seeds of
+a bit width train at once. Run `python examples/digits.py`; the default run takes half a
+minute on two cores.
 """
 
 import dataclasses
@@ -57,23 +57,23 @@ class Settings:
     """Trains an MLP on scikit-learn's digits at few bits, with and without CAGE."""
 
     bits: tuple[int, ...] = (4, 3, 2)
-    """Bits of weights and activations, 1 to 8; one comparison for each."""
+    """Bits of weights and activations, 1 to 8; one comparison for each value."""
     seeds: int | None = None
-    """How many trainings of each arm; by default 5, with --tiny 2."""
+    """Number of runs of each arm; by default 5, with --tiny 2."""
     steps: int | None = None
-    """Optimizer steps of a training; by default 2000, with --tiny 60."""
+    """Optimizer steps of a run; by default 2000, with --tiny 60."""
     strength: float = 10.0
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
-    """Share of the steps without correction."""
+    """Fraction of the steps without correction."""
     recommended: bool = False
-    """CAGE as cage_jax recommends it, in place of --strength and --silence."""
+    """Use cage.recommended instead of --strength and --silence."""
     floor: float = 0.1
-    """Share of the peak learning rate at which the cosine ends."""
+    """Final learning rate of the cosine decay, as a fraction of the peak."""
     json: Path | None = None
-    """File for all figures, seed by seed."""
+    """File for the results of every seed."""
     tiny: bool = False
-    """A short run, to see that everything works."""
+    """Check that everything works, in a short run."""
 
     def resolved(self) -> "Settings":
         """With numbers in place of None, after checking everything."""
@@ -224,7 +224,7 @@ class Start(NamedTuple):
     """What all arms of a seed share; the leading axis is the seed."""
 
     params: Any
-    batches: jax.Array  # (seeds, steps, BATCH), which images each step sees
+    batches: jax.Array  # (seeds, steps, BATCH), indices of each step's images
 
 
 def start(settings: Settings, images: int) -> Start:
@@ -340,9 +340,9 @@ def run(settings: Settings, tell: Callable[[str], None] = lambda text: None) -> 
     results: Results = {}
     for bits in settings.bits:
         tell(f"W{bits}A{bits}")
-        # Floors and shares are data here, so that one compilation serves all arms.
-        # Under `vmap` both branches of the silent phase are computed, which a network
-        # of this size hardly notices.
+        # Floors and shares are traced, so that one compilation serves all arms. Under
+        # `vmap` both branches of the silent phase are computed, which costs little for
+        # a network of this size.
         floors = jnp.array([floor, 0.0, floor])
         shares = jnp.array([0.0, 0.0, 1.0])
         last, average = train(fixed, bits, train_data, begin, floors, shares)
@@ -369,7 +369,7 @@ def dose_of(settings: Settings) -> tuple[float, str]:
     return dose, " ".join(str(warning.message) for warning in caught)
 
 
-# --- what came of it ------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):

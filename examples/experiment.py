@@ -1,4 +1,4 @@
-"""What is compared: the flags, the model and its data, the arms and their segments."""
+"""A comparison: its flags, its model and data, its arms and their segments."""
 
 import dataclasses
 import functools
@@ -34,17 +34,17 @@ ARMS: dict[str, str] = {
     "cage": "CAGE",
 } | {name: METHODS[name].words for name in RIVALS}
 Arm = Literal[tuple(ARMS)]  # type: ignore[valid-type]
-# Those of a run of which nothing is said.
+# The arms of a run without --arms.
 USUAL = tuple(arm for arm in ARMS if arm not in RIVALS)
-# Of the steps, at most: the last ones of "averaged".
+# "averaged" takes at most this fraction of the steps, the last ones.
 AVERAGED_SHARE = 0.2
-# In a run, evenly spread over its steps.
+# Evenly spread over the steps of a run.
 EVALUATIONS = 40
 VALIDATION_BATCHES = 16
-# With --distill: windows that the teacher writes, or fewer if the steps read fewer, and
-# how many at a time.
+# With --distill: the number of windows that the teacher generates, or fewer if the
+# steps read fewer, and how many it generates at a time.
 WRITTEN, WRITTEN_AT_ONCE = 2**13, 256
-# Tokens of the text in which those are looked for that begin a window.
+# The tokens that begin a generated window are found in this many tokens of the text.
 LOOKED_AT = 2**24
 
 
@@ -57,69 +57,69 @@ class Settings:
     """Trains a Llama-style language model at few bits, and compares arms."""
 
     size: Literal[tuple(SIZES)] | None = None  # type: ignore[valid-type]
-    """Model and hyperparameters, by default demo; 30m to 800m are the CAGE paper's."""
+    """Model and hyperparameters; by default demo. 30m to 800m are the CAGE paper's."""
     w_bits: int = 4
     """Bits of the weights in the layers, 1 to 8."""
     a_bits: int = 4
-    """Bits of the inputs of the layers, 1 to 8, or 16 to leave them alone."""
+    """Bits of the inputs of the layers, 1 to 8, or 16 for no quantization."""
     kv_bits: int | None = None
-    """Bits of the keys and values in attention, 2 to 8; by default left alone."""
+    """Bits of attention's keys and values, 2 to 8; by default not quantized."""
     arms: tuple[Arm, ...] = USUAL
-    """What to compare; by default all but CAGE by other settings and its rivals."""
+    """Arms to compare; by default without rivals and other settings of CAGE."""
     text: tuple[Path, ...] = ()
     """Text files to train on; by default the sources of Python's standard library."""
     dataset: str | None = None
-    """A Hugging Face dataset to train on, by its name or its folder."""
+    """A Hugging Face dataset to train on: a name or a folder."""
     limit: int | None = None
-    """Bytes of --dataset to read at most; by default 1 GB."""
+    """Largest number of bytes to read from --dataset; by default 1 GB."""
     vocabulary: int = 256
-    """256 for bytes; more for a byte-level BPE of so many tokens, made of the text."""
+    """256 for bytes; more for a byte-level BPE of that size, trained on the text."""
     cache: Path = Path("runs/tokens")
-    """Folder for the tokens, which are made once."""
+    """Folder that caches the tokens."""
     layers: int | None = None
-    """Blocks of the model; by default the size's."""
+    """Transformer blocks of the model; by default the size's."""
     steps: int | None = None
     """Optimizer steps; by default the size's."""
     batch: int | None = None
-    """Windows a step; by default the size's."""
+    """Windows per step; by default the size's."""
     sequence: int | None = None
-    """Tokens a window; by default the size's."""
+    """Tokens per window; by default the size's."""
     microbatch: int | None = None
-    """Windows at a time, gradients being summed; by default the size's."""
+    """Windows per microbatch, for gradient accumulation; by default the size's."""
     learning_rate: float | None = None
     """Peak of the learning rate; by default the size's."""
     floor: float = 0.1
-    """Share of the peak at which the cosine ends."""
+    """Final learning rate of the cosine decay, as a fraction of the peak."""
     strength: float = 10.0
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
-    """Share of the steps without correction."""
+    """Fraction of the steps without correction."""
     recommended: bool = False
-    """CAGE as cage_jax recommends it, in place of --strength and --silence."""
+    """Use cage.recommended instead of --strength and --silence."""
     distill: bool = False
-    """Learn as LLM-QAT: from the end of full precision on, its logits, its own text."""
+    """Distill the full-precision model as in LLM-QAT, from its weights, on its text."""
     stochastic: bool = False
-    """Round the weights at random in training, each up as likely as it is near."""
+    """Round the weights stochastically in training."""
     max_skipped: int = 100
-    """Steps in a row with a loss or gradient that is not finite, which ends the run."""
+    """Steps in a row without a finite loss and gradient that end the run."""
     seed: int = 0
     """Seed of the initial weights, the batches and stochastic rounding."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the computation; parameters are float32. By default the size's."""
+    """Compute dtype; by default the size's. Parameters are float32."""
     devices: int | None = None
-    """How many devices to use; by default all."""
+    """Number of devices to use; by default all."""
     model_devices: int = 1
-    """How many of them share a product (tensor parallel); the others split batches."""
+    """Devices that share a product (tensor parallel); the others split batches."""
     cluster: bool = False
     """Join the processes that Cloud TPU, Slurm or Kubernetes started."""
     out: Path = Path("runs/lm")
     """Folder for checkpoints, table, plot and codes."""
     save_seconds: float = 60.0
-    """Time between checkpoints; a run that is killed loses no more."""
+    """Seconds between checkpoints; a killed run loses at most that."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Resume the run in --out."""
     tiny: bool = False
-    """A model of one layer for 60 steps, to see that everything works."""
+    """Check that everything works, with a model of one layer for 60 steps."""
 
     def resolved(self) -> "Settings":
         """With the size's values in place of None, after checking them all."""
@@ -205,9 +205,9 @@ class State(NamedTuple):
 
     params: Any
     optimizer: Any
-    average: Any  # of the parameters over the last steps, where the segment has one
-    key: jax.Array  # of stochastic rounding, as numbers
-    losses: jax.Array  # (steps,) training loss; NaN where there is none yet
+    average: Any  # of the parameters over the last steps, if the segment has one
+    key: jax.Array  # of stochastic rounding, as key data
+    losses: jax.Array  # (steps,) training loss; NaN for steps to come
     validation: jax.Array  # (EVALUATIONS + 1,) validation loss, likewise
     distance: jax.Array  # (EVALUATIONS + 1,) mean of ||x - Q(x)|| / ||x||, likewise
 
@@ -294,7 +294,7 @@ class Experiment:
         correction = self.correction()
         branch = int(self.settings.silence * steps)
         pulled = self._optimizer(floor, **correction)
-        # What leads to the branch keeps the state of the curvature, too.
+        # The steps before the branch also keep the state of the curvature.
         plain = self._optimizer(floor, **correction | {"strength": 0.0})
         full = Segment("full", 0, steps, False, self._optimizer(floor, strength=0.0))
         teacher = full if self.settings.distill else None
@@ -496,7 +496,7 @@ class Experiment:
         start = (first, model.empty_caches(len(first), length))
         _, rest = lax.scan(one_more, start, jnp.arange(length))
         written = jnp.concatenate([first[None], rest]).T
-        # Every process keeps them all.
+        # Every process keeps all of them.
         whole = layout.everywhere(self.mesh)
         written = lax.with_sharding_constraint(written, whole)
         return written.astype(self.tokens.train.dtype)

@@ -1,9 +1,9 @@
 """Trains a ResNet or a ViT on Fashion-MNIST at few bits, with and without CAGE.
 
-All arms of a seed share the initial weights, the batches and, where CAGE is still
-silent, the very same steps. The models are plain Flax (the ResNet is Linen, the ViT
-NNX) and know nothing of quantization. Run `python examples/fashion_mnist.py --tiny` for
-half a minute's worth.
+All arms of a seed share the initial weights, the batches and, while CAGE is still
+silent, the same steps. The models are plain Flax (the ResNet is Linen, the ViT NNX) and
+contain nothing about quantization. Run `python examples/fashion_mnist.py --tiny` for a
+run of half a minute.
 """
 
 import dataclasses
@@ -50,13 +50,13 @@ with program.imports(__name__):
 BATCH = 100
 LEARNING_RATES = {"resnet": 1e-2, "vit": 3e-3}
 AVERAGED_SHARE = 0.2
-# Of the pixels of Fashion-MNIST, from 0 to 1.
+# Mean and standard deviation of Fashion-MNIST's pixels, scaled to [0, 1].
 MEAN, DEVIATION = 0.286, 0.353
-# Images that the arms are measured on at the end, and for the curves in between.
+# Number of images for the final evaluation, and for the curves.
 MEASURED, CURVE = 10_000, 1_000
 EVALUATIONS = 40
-# Checkpoints are this many seconds apart at most; where there is no terminal for a
-# bar, a line says how far it is as often.
+# Longest time between checkpoints and, without a terminal for a progress bar, between
+# lines of progress.
 SAVE_SECONDS = 60
 LOG_SECONDS = 30
 
@@ -70,25 +70,25 @@ class Settings:
     w_bits: int = 4
     """Bits of the weights in the blocks, 2 to 8."""
     a_bits: int = 4
-    """Bits of the inputs of these weights, 2 to 8, or 16 to leave them alone."""
+    """Bits of the inputs of these weights, 2 to 8, or 16 for no quantization."""
     seeds: int | None = None
-    """How many trainings of each arm; by default 3, with --tiny 2."""
+    """Number of runs of each arm; by default 3, with --tiny 2."""
     steps: int | None = None
-    """Optimizer steps of a training; by default 1500, with --tiny 20."""
+    """Optimizer steps of a run; by default 1500, with --tiny 20."""
     data: Path | None = None
     """Folder with the IDX files; by default that of Debian's dataset-fashion-mnist."""
     strength: float = 10.0
     """Peak of CAGE's strength, reached at the last step."""
     silence: float = 0.8
-    """Share of the steps without correction."""
+    """Fraction of the steps without correction."""
     floor: float = 0.1
-    """Share of the peak learning rate at which the cosine ends."""
+    """Final learning rate of the cosine decay, as a fraction of the peak."""
     out: Path | None = None
-    """Folder for checkpoints, figures and plot; by default runs/MODEL-wBITSaBITS."""
+    """Folder for checkpoints, results and plot; by default runs/MODEL-wBITSaBITS."""
     resume: bool = False
-    """Go on with the run in --out; --seeds may grow."""
+    """Resume the run in --out; --seeds may be larger than before."""
     tiny: bool = False
-    """A smaller model and, without --data, random images: to see that all works."""
+    """Check that everything works, with a small model and random images or --data."""
 
     def resolved(self) -> "Settings":
         """With values in place of None, after checking everything."""
@@ -264,7 +264,7 @@ def network(settings: Settings, rules: cage.Rules) -> Network:
 
 
 def _key(seed):
-    # Random numbers that compile in a second for each shape fewer than the default's.
+    # For each shape, these compile a second faster than the default random numbers.
     return jax.random.key(seed, impl="rbg")
 
 
@@ -295,7 +295,7 @@ def _nnx_network(make, rules):
     return Network(initial, partial(logits_by, plain), partial(logits_by, quantized))
 
 
-# --- what is trained ------------------------------------------------------------------
+# --- the training of an arm -----------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -305,7 +305,7 @@ class State(NamedTuple):
     optimizer: Any
     average: Any  # of the parameters over the last steps
     loss: jax.Array  # of the last step
-    curve: jax.Array  # (evaluations + 1,) test loss; NaN where there is none yet
+    curve: jax.Array  # (evaluations + 1,) test loss; NaN for evaluations to come
     distance: jax.Array  # (evaluations + 1,) mean of ||x - Q(x)|| / ||x||, likewise
 
 
@@ -427,7 +427,7 @@ class Experiment:
         params = optax.apply_updates(state.params, updates)
         steps = self.settings.steps
         before = steps - max(1, round(AVERAGED_SHARE * steps))
-        # A running mean of the last steps; 0 before them.
+        # The running mean of the last steps; 0 before them.
         weight = jnp.where(step < before, 0.0, 1 / jnp.maximum(step - before + 1, 1))
         average = jax.tree.map(lambda a, x: a + weight * (x - a), state.average, params)
         return state._replace(
@@ -594,7 +594,7 @@ def _train_segment(
         if number != (step - 1) * experiment.evaluations // steps:
             state = experiment.evaluated(state, segment.quantized, number)
         if time.monotonic() - shown > 1 or step == segment.stop:
-            loss = float(state.loss)  # waits for the steps under way
+            loss = float(state.loss)  # waits for steps in progress
             shown = time.monotonic()
             progress.update(task, advance=step - counted, status=f"loss {loss:.4f}")
             counted = step
@@ -633,7 +633,7 @@ def _scores(experiment, ends) -> dict[Arm, tuple]:
     return {arm: scores(*each) for arm, each in measured.items()}
 
 
-# --- what came of it ------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------
 
 
 def arms_table(settings: Settings, arms: dict[Arm, Scores]) -> Table:
@@ -763,7 +763,7 @@ def plot(experiment: Experiment, results: Results, path: Path) -> None:
     colors = {"full": "0.45", "ste": "tab:blue", "ste0": "tab:green", "cage": "tab:red"}
     late = []
     for arm, color in colors.items():
-        # One line with CAGE before the pull, and next to it afterwards: dashes on top.
+        # Dashed and on top, because it coincides with CAGE before the pull.
         style = {"linestyle": "--", "zorder": 3} if arm == "ste" else {}
         for axes, values in zip((left, middle), results.curves[arm]):
             axes.plot(at, values.mean(0), color=color, label=ARMS[arm], **style)

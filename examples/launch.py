@@ -1,9 +1,9 @@
-"""Starts a program in several processes of one machine, as a pod starts it on many.
+"""Starts a program in several processes on one machine, to simulate a pod.
 
     python examples/launch.py 4 examples/train_lm.py --tiny
 
-runs `examples/train_lm.py --tiny` four times, each process with devices of its own. The
-program is the one for a single process: JAX tells it of the others.
+runs `examples/train_lm.py --tiny` in four processes, each with its own devices. The
+program is the same as for a single process: JAX tells it about the others.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 
 import program
 
-# When one process has ended badly the others get so long to see it, and to say so.
+# After one process has failed, the others get this long to notice and report it.
 PATIENCE_SECONDS = 45
 
 
@@ -55,7 +55,7 @@ def launch(command: list[str], count: int, devices: int) -> int:
         for process in running.values():
             process.send_signal(number)
 
-    # Ctrl-C reaches the processes without help: they are in the same group.
+    # Ctrl-C reaches the processes directly, since they are in the same group.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, pass_on)
     failed, deadline = 0, None
@@ -87,11 +87,11 @@ def main() -> int:
         "--devices",
         type=_count,
         default=1,
-        help="of each process, where they are CPU cores and JAX finds no others",
+        help="simulated CPU devices of each process, if JAX finds no accelerator",
     )
-    parser.add_argument("processes", type=_count, help="how many")
-    parser.add_argument("program", help="the Python program")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="those of the program")
+    parser.add_argument("processes", type=_count, help="number of processes")
+    parser.add_argument("program", help="Python program to run")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of that program")
     asked = parser.parse_args()
     return launch([asked.program, *asked.flags], asked.processes, asked.devices)
 

@@ -1,11 +1,11 @@
-"""Where parameters and batches lie on a mesh of devices.
+"""Shardings of parameters and batches on a mesh of devices.
 
-The mesh has two axes. Along "data" the batch is split, and each matrix too (fully
-sharded data parallel); along "model" the products are split (tensor parallel): of
-what reads the residual stream the outputs, of what writes to it the inputs.
+The mesh has two axes. "data" splits the batch and each matrix (fully sharded data
+parallel). "model" splits the products (tensor parallel): the outputs of layers that
+read the residual stream, and the inputs of layers that write to it.
 
-A matrix is split by its columns along "data", not by its rows as is usual: a column has
-one scale and is rotated as a whole, so quantizing and CAGE need no other device.
+Along "data" a matrix is split by columns, not by rows as usual: a column has one scale
+and is rotated as a whole, so quantization and CAGE need no communication.
 """
 
 import re
@@ -17,7 +17,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# The last axes of a parameter, by its path; what is stacked before them stays whole.
+# Specs of a parameter's last axes, by path; axes of stacked layers are not split.
 _SPECS = (
     (r"layers/(output|down)/kernel", ("model", "data")),
     (r"kernel", (None, ("model", "data"))),
@@ -36,7 +36,7 @@ def mesh_of(devices: list[jax.Device], model: int = 1) -> Mesh:
             f"`--model-devices` must divide the number of devices; got {model} of "
             f"{len(devices)}. Use a divisor."
         )
-    # Neighbours on the mesh are neighbours in the pod.
+    # Makes neighbours on the mesh neighbours in the pod.
     shape = (len(devices) // model, model)
     grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "model"))

@@ -1,4 +1,4 @@
-"""A language model, what of it is quantized, its loss and its optimizer."""
+"""A language model, its quantization, its loss and its optimizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class LanguageModel:
             inputs = cage.quest(a_bits, axis=-1, hadamard=size.hadamard)
         kv = None
         if kv_bits is not None:
-            # A scale for each token and head.
+            # One scale per token and head.
             kv = cage.Quantizer(cage.formats.Integer(kv_bits), axis=-1)
         self.graphs = {
             quantized: nnx.graphdef(nnx.eval_shape(partial(self._model, *quantizers)))
@@ -129,7 +129,7 @@ class LanguageModel:
         return loss, jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), gradients)
 
     def _gradient(self, params, windows, quantized, teacher, key, weights):
-        # Every so many windows, for each device of a mesh to have its share of a part.
+        # Microbatches are strided, so that each device of a mesh has a share of each.
         parts = windows.reshape(self.microbatch, -1, windows.shape[-1]).swapaxes(0, 1)
         loss = partial(
             self.loss, quantized=quantized, teacher=teacher, key=key, weights=weights
@@ -189,7 +189,7 @@ class LanguageModel:
         return optimizer_of(adamw, learning_rate)
 
 
-# Of gradients in a row that are not finite: it is for the program to stop.
+# Gradients in a row that are not finite never stop the optimizer, only the program.
 _ANY_NUMBER = 2**31 - 1
 
 

@@ -1,8 +1,8 @@
-"""What is compared: CAGE, its rivals, and what costs nothing.
+"""The compared methods: CAGE, its rivals, and free alternatives.
 
-A method is an optimizer, and the weights at which the gradient is taken. All are judged
-alike: by the loss at quantized weights. Nothing is tuned: the numbers are those of the
-papers, or of their authors' code, and where a paper has none it is said here.
+A method is an optimizer, and the weights at which the gradient is taken. All methods
+are judged by the loss at quantized weights. Nothing is tuned: the numbers are those of
+the papers or of their authors' code; comments name those that no paper states.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def _published(training, factor=1.0):
 
 
 PUBLISHED_STRENGTH = 10.0
-# The paper's runs have 1.6 to 2.9.
+# The doses of the paper's runs are 1.6 to 2.9.
 DOSE = 2.0
 RECOMMENDED_DOSE = signature(cage.recommended).parameters["dose"].default
 DAMPENING = 0.1
@@ -123,7 +123,7 @@ def _parq(training, params, step, key, factor=1.0):
 
 STEEPNESS = 10.0
 INTERPOLATED = 0.4
-# The paper's K is 60,000 steps of trainings whose length it does not say.
+# The paper's K is 60,000 steps; it does not state the length of its runs.
 INTERPOLATIONS = 5
 
 
@@ -139,7 +139,7 @@ def _noisy(training, params, step, key):
     return baselines.noisy_fake_quant(params, training.rules, key)
 
 
-# By name, those that are trained.
+# Trained methods by name.
 METHODS = {
     "ste": Method("straight through (STE)"),
     "cage": Method("CAGE as published", _published, number="strength"),
@@ -150,9 +150,9 @@ METHODS = {
     "parq": Method("PARQ", weights=_parq, number="steepness"),
     "winq": Method("WinQ", _winq, _noisy, number="share of an interpolation"),
 }
-# Beside STE and CAGE as published.
+# Methods other than STE and CAGE as published.
 RIVALS = tuple(name for name in METHODS if name not in ("ste", "cage"))
-# And those that come of other trainings.
+# Methods and the arms derived from other runs, for tables.
 WORDS = {
     "full": "full precision",
     "ptq": "rounded after training (PTQ)",

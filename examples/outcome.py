@@ -1,4 +1,4 @@
-"""What the arms of an experiment came to: table, verdict, codes, JSON and plot."""
+"""Results of an experiment's arms: table, verdict, codes, JSON and plot."""
 
 import datetime
 import json
@@ -189,7 +189,7 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
         if arm not in results:
             continue
         state = results[arm].history
-        # One line with CAGE before the pull, and next to it afterwards: dashes on top.
+        # Dashed and on top, because it coincides with CAGE before the pull.
         style = {"linestyle": "--", "zorder": 3} if arm == "ste" else {}
         for axes, values in ((left, state.validation), (right, state.distance)):
             axes.plot(at, values, color=color, label=ARMS[arm], **style)

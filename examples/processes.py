@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree, and fail together."""
+"""The processes of a run: they find each other, agree, and fail together."""
 
 import os
 import re
@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A process that is not heard of for so long is taken for dead; the others end.
+# A process that is silent for this long counts as dead, and the others exit.
 HEARTBEAT_SECONDS = 20
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LONGEST_MESSAGE = 4096
-# How messages of JAX begin that tell of a peer or of the network, not of the input.
+# Beginnings of JAX's messages about a peer or the network, not about the input.
 _LOST = re.compile(
     r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|"
     r"FAILED_PRECONDITION):"
@@ -57,7 +57,7 @@ def join(cluster: bool = False) -> None:
 
 
 def _initialize(**known):
-    # It would swallow the SIGTERM that `training` waits for.
+    # This service would swallow the SIGTERM that `training` waits for.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **known,

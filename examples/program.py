@@ -1,4 +1,4 @@
-"""How the programs here start, check their flags, and end."""
+"""Start, checks of flags, and end of the example programs."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-# What a shell calls the end by Ctrl-C.
+# A shell's exit status after Ctrl-C.
 STOPPED = 130
 TINY = (
     "A run this small shows only that everything works; it proves nothing about the "
@@ -27,7 +27,8 @@ def imports(name: str) -> Iterator[None]:
     if name != "__main__":
         yield
         return
-    # Until `run`; not by an exception, which extension modules may turn into another.
+    # In force until `run`. An exception would not do: extension modules may turn it
+    # into another.
     signal.signal(
         signal.SIGINT, lambda *_: leave(STOPPED, "stopped; nothing was written.")
     )
@@ -99,7 +100,7 @@ OUT = Limit(
 )
 
 
-# What `cage_jax.recommended` has.
+# The default of `cage_jax.recommended`.
 RECOMMENDED_SILENCE = 0.5
 
 

@@ -1,4 +1,4 @@
-"""The losses of exported files, as the programs that run them find them."""
+"""Losses of exported files, computed by the programs that run them."""
 
 import os
 from pathlib import Path
@@ -13,20 +13,20 @@ def transformers_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
       folder: of a model that `cage_jax.export.compressed_tensors` wrote.
       windows: tokens, (count, length), of which all but the first are guessed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would write over ours
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars would overwrite ours
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    # FP4 is decoded as bfloat16, which holds it; all else as float32.
+    # Decodes FP4 as bfloat16, which holds it exactly, and everything else as float32.
     config = transformers.AutoConfig.from_pretrained(folder)
     narrow = config.dtype == torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if narrow else torch.float32
     )
     with torch.no_grad():
-        model(torch.zeros((1, 1), dtype=torch.long))  # which decodes what is packed
-    # The model's own `float` refuses what was loaded from codes.
+        model(torch.zeros((1, 1), dtype=torch.long))  # unpacks the codes
+    # The model's own `float` refuses weights that were loaded from codes.
     torch.nn.Module.float(model).eval()
     losses = []
     with torch.no_grad():
@@ -78,7 +78,8 @@ def llama_cpp_losses(file: Path, windows: np.ndarray) -> np.ndarray:
         said = ask(before, token, 1)
         if said is not None:
             return said["content"][0]["logprob"]
-        # A part of a letter is not said: look for it among all, beside a whole one.
+        # llama.cpp does not output a part of a letter. So ask for a whole letter, and
+        # look for the token among all probabilities.
         said = ask(before, "a", 10**6)
         tops = {each["id"]: each for each in said["content"][0]["top_logprobs"]}
         return tops[token]["logprob"]

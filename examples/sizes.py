@@ -1,4 +1,4 @@
-"""The sizes of language models, and the hyperparameters they are trained with."""
+"""Sizes of language models, and the hyperparameters of their training."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def _paper(layers: int, width: int, learning_rate: float, tokens: float) -> Size
     return Size(layers, width, learning_rate, steps=round(tokens / 512**2))
 
 
-# The named ones are the CAGE paper's: sizes, learning rates and 100 tokens a parameter.
+# 30m to 800m are the CAGE paper's: size, learning rate, 100 tokens per parameter.
 SIZES = {
     "tiny": Size(1, 64, 3e-3, 60, 8, 64, 8, 32, 64, "float32"),
     "demo": Size(2, 128, 3e-3, 2000, 8, 128, 8, 64, 128, "float32"),

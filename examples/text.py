@@ -48,7 +48,7 @@ def pieces(files: Sequence[Path]) -> Iterator[tuple[bool, bytes]]:
     for path, share in text_files(files):
         size = path.stat().st_size
         cut = int(size * share)
-        blank = bool(files)  # the standard library has files with nothing in them
+        blank = bool(files)  # the standard library has empty files
         with path.open("rb") as file:
             for held_out, length in ((False, cut), (True, size - cut)):
                 for block in blocks(file, length):
@@ -79,7 +79,7 @@ def _standard_library() -> list[tuple[Path, float]]:
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib"}
     paths = []
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - left_out  # where it does not walk on
+        folders[:] = set(folders) - left_out  # prunes the walk
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
     for path in sorted(paths):

@@ -22,16 +22,16 @@ import numpy as np
 from text import blocks, pieces, text_files
 
 END_OF_TEXT = "<|endoftext|>"  # between the documents of a dataset; token 0 of a BPE
-BYTES = 256  # the vocabulary that needs no tokenizer
-_END = b"\0"  # the same among bytes
-_FORMAT = 1  # of the cache; another one is another entry
+BYTES = 256  # vocabulary without a tokenizer
+_END = b"\0"  # END_OF_TEXT among bytes
+_FORMAT = 1  # version of the cache's entries
 _PARTS = ("train", "held_out")
 _LIMIT = 1_000_000_000
 _SAMPLE = 20_000_000  # bytes that a BPE is trained on
 _BATCH = 4_000_000  # bytes encoded at once
-_EVERY = 20  # of so many documents one is held out
+_EVERY = 20  # one document in this many is held out
 _PAUSE = 5.0  # seconds between two lines of progress
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # as "surrogateescape" decodes it
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # bytes decoded by "surrogateescape"
 
 
 class Tokens(NamedTuple):
@@ -143,15 +143,15 @@ def _check(text, dataset, vocabulary, limit):
         )
 
 
-# --- where the text comes from --------------------------------------------------------
+# --- sources of text ------------------------------------------------------------------
 
 
 class _Source(NamedTuple):
     flag: str
     name: str
-    key: list[Any]  # what tells it from others, without reading it
-    size: str  # as `say` is told it
-    pieces: Iterator[tuple[bool, bytes]]  # each with whether it is held out
+    key: list[Any]  # identifies it without reading it
+    size: str  # in words, for progress
+    pieces: Iterator[tuple[bool, bytes]]  # each with True if it is held out
 
 
 def _from_files(files: Sequence[Path]) -> _Source:
@@ -220,7 +220,7 @@ def _texts(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
             raise _unreadable(name, error) from error
         if row is None:
             return
-        text = row.get("text", ())  # None is a document that is empty
+        text = row.get("text", ())  # None is an empty document
         if not isinstance(text, str | None):
             raise ValueError(
                 f"`--dataset` must have a column 'text' of text; got {name!r} with "
@@ -308,7 +308,7 @@ def _encode(tokenizer: Any, batch: Sequence[bytes]) -> Iterator[list[int]]:
     ]
     valid = [part for parts in texts for part in parts[::2]]
     encoded = iter(tokenizer.encode_batch_fast(valid))
-    # Tokens 1 to 256: first the bytes that stand for themselves in a BPE's alphabet.
+    # Tokens 1 to 256 are bytes: first those that a BPE's alphabet leaves unchanged.
     alphabet = tokenizer.pre_tokenizer.alphabet()
     order = sorted(range(BYTES), key=lambda byte: (chr(byte) not in alphabet, byte))
     for parts in texts:
@@ -380,7 +380,7 @@ def _write(folder, source, vocabulary, say):
         stream = itertools.chain(head, stream)
         encode = functools.partial(_encode, tokenizer)
         versions["tokenizers"] = metadata.version("tokenizers")
-    read = 0  # of the bytes that are held out
+    read = 0  # number of held-out bytes
     dtype = _dtype(vocabulary)
     with (
         _growing(folder / "train.npy", dtype) as train,
@@ -423,7 +423,7 @@ def _growing(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
         np.lib.format.write_array_header_1_0(file, told)
 
     with path.open("wb") as file:
-        head(0)  # numpy leaves room in it for the length
+        head(0)  # NumPy leaves room in the header for the length
         begin = file.tell()
         yield file
         length = (file.tell() - begin) // dtype.itemsize

@@ -1,7 +1,7 @@
-"""Trains a Llama-style language model at few bits and shows what CAGE buys.
+"""Trains a Llama-style language model at few bits and shows what CAGE gains.
 
-All arms share the initial weights, the batches and, where CAGE is still silent, the
-very same steps. Run `python examples/train_lm.py --tiny` for a minute's worth.
+All arms share the initial weights, the batches and, while CAGE is still silent, the
+same steps. Run `python examples/train_lm.py --tiny` for a run of a minute.
 """
 
 import program

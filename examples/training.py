@@ -1,4 +1,4 @@
-"""Runs the segments of an experiment, with checkpoints, and stops at any moment."""
+"""Runs the segments of an experiment, with checkpoints; can be stopped at any time."""
 
 import contextlib
 import io
@@ -24,9 +24,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Where there is no terminal for a bar, a line says how far it is as often.
+# Without a terminal for a progress bar, a line reports progress this often.
 LOG_SECONDS = 30
-# The processes look up from their steps as often.
+# The processes exchange their status this often.
 LOOK_SECONDS = 1
 
 
@@ -47,7 +47,7 @@ def _stop_requests() -> Iterator[list[int]]:
         if requests:
             raise KeyboardInterrupt
         requests.append(number)
-        # Not print, which fails where the signal comes while it prints.
+        # `print` fails if the signal interrupts another `print`.
         os.write(2, b"stopping; the steps so far are being saved\n")
 
     before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -120,14 +120,14 @@ def _train_segment(
         step += 1
         number = _evaluation(experiment.settings.steps, step)
         if number is not None:
-            # The rate is that of the steps, which may still be under way here.
+            # Steps in progress count in the rate, the evaluation does not.
             jax.block_until_ready(state)
             with watch.paused():
                 state = _evaluated(experiment, segment, number, state)
                 jax.block_until_ready(state)
         if step != watch.next and step != segment.stop:
             continue
-        progress_made = _progress_made(state, step)  # waits for the steps under way
+        progress_made = _progress_made(state, step)  # waits for steps in progress
         look = watch.look(step)
         status = f"{progress_made.text}  {look.rate:.1f} steps/s"
         progress.update(task, completed=step - segment.start, status=status)
@@ -148,10 +148,10 @@ def _train_segment(
 class Look(NamedTuple):
     """What all processes agree on after a step."""
 
-    rate: float  # steps a second since the look before
+    rate: float  # steps per second since the last look
     save: bool
     log: bool
-    stop: int  # number of the signal that one of them got, or 0
+    stop: int  # number of the signal that a process received, or 0
 
 
 class _Watch:
@@ -200,7 +200,7 @@ class _Made(NamedTuple):
 
 
 def _progress_made(state, step):
-    losses = np.asarray(state.losses.addressable_data(0))  # each device has all
+    losses = np.asarray(state.losses.addressable_data(0))  # replicated on all devices
     optimizer = state.optimizer
     return _Made(
         float(losses[step - 1]),
