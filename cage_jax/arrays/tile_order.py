@@ -1,12 +1,12 @@
 """Groups in the order in which a TPU stores an array.
 
 A TPU stores an array as tiles of 8 rows by 128 columns. To split an axis into groups, a
-compiler copies the array into another layout and back, or computes what comes before
-and after in separate passes. An array of shape (rows / 8, columns / 128, 8, 128) has
-the same layout in memory, and once it is split at the ends of tiles, groups are whole
-axes of it. A tile can hold several shorter groups side by side; each is reduced with
-the others masked. So nothing is copied, and everything is done in one pass with the
-operations around it.
+compiler copies the array into another layout and back, or reads it once for what comes
+before and once for what comes after. An array of shape
+(rows / 8, columns / 128, 8, 128) has the same layout in memory, and once it is split at
+the ends of tiles, groups are whole axes of it. A tile can hold several shorter groups
+side by side; each is reduced with the others masked. So nothing is copied, and all is
+done in one read with the operations around it.
 """
 
 import math

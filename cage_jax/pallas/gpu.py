@@ -44,17 +44,9 @@ _PER_WARP = 512
 def fake_quant(
     x: jax.Array, *, tiling: Tiling, masked: bool, interpret: bool = False
 ) -> Any:
-    """Quantizes and dequantizes `x`.
+    """Quantizes and dequantizes `x`, as `tpu.fake_quant` does.
 
-    Args:
-      x: the array that `tiling` was made for.
-      tiling: the blocks and strips of `x`.
-      masked: whether to return the mask of the gradient too.
-      interpret: whether to run the kernel as a `jax.numpy` program.
-
-    Returns:
-      The values, like `x`. If `masked`, the values and the mask, int8: 1 where the
-      gradient passes and 0 elsewhere.
+    With `interpret`, this and the other kernels run as a `jax.numpy` program.
     """
     exactly = _exactly(interpret)
 
@@ -75,14 +67,7 @@ def fake_quant(
 def masked_gradient(
     mask: jax.Array, cotangent: jax.Array, *, tiling: Tiling, interpret: bool = False
 ) -> jax.Array:
-    """Masks a cotangent in the rotated basis: rotates it, masks it, rotates it back.
-
-    Args:
-      mask: int8, as returned by `fake_quant`.
-      cotangent: an array like the quantized one.
-      tiling: the blocks and strips of both.
-      interpret: whether to run the kernel as a `jax.numpy` program.
-    """
+    """Masks a cotangent in the rotated basis, as `tpu.masked_gradient` does."""
 
     def kernel(mask_ref, cotangent_ref, matrix_ref, gradient_ref):
         rotate = _rotation(matrix_ref, tiling)
@@ -115,23 +100,10 @@ def adamw_step(
     at_updated: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes a step of AdamW with the pull to the grid, in place for donated arrays.
+    """Takes a step of AdamW with the pull to the grid, as `tpu.adamw_step` does.
 
-    Args:
-      gradient: the gradient of the parameter.
-      first: the first moment.
-      second: the second moment.
-      x: the parameter, which `tiling` was made for.
-      numbers: the numbers of this step.
-      previous: None; there are no statistics.
-      tiling: the blocks and strips of all arrays.
-      adamw: the optimizer.
-      at_updated: whether the error is that of the updated parameter; each strip must
-        then hold whole groups.
-      interpret: whether to run the kernel as a `jax.numpy` program.
-
-    Returns:
-      The moments and the parameter after the step.
+    There are no statistics, so `previous` is None. With `at_updated`, each strip must
+    hold whole groups.
     """
     exactly = _exactly(interpret)
 
@@ -227,7 +199,7 @@ def _warps(tiling):
 
 
 def _matrix(tiling):
-    """Returns the matrix that rotates a column, or each part of a row."""
+    """Returns the matrix that rotates a strip's columns, or a stretch of its rows."""
     block = tiling.quantizer.hadamard
     if block is None:
         return None

@@ -1,7 +1,10 @@
 """Division of an array for a kernel: blocks for the chip, strips for registers.
 
-A kernel receives one block at a time and computes one strip of it at a time. Both hold
-whole groups, except where a group is all of an axis: then they may hold a part of it.
+A kernel receives one block at a time, while the next one is on its way. The block must
+be large enough that memory is never idle, and several must fit on the chip. The kernel
+computes one strip of it at a time, because the intermediate values of a whole block
+would spill from the registers. Both hold whole groups, except where a group is all of
+an axis: then they may hold less of it.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ _SUBLANES = 32
 _HALF_SUBLANES = 16
 _LARGEST_ROTATION = 128
 _LARGEST_STRIP = 512
-# In a long strip, other work goes on while one part waits for its result. A rotated
+# In a long strip, other work goes on while some values wait for a result. A rotated
 # channel takes a fifth longer in strips of 128.
 _LONG_STRIP = 256
 # Bytes that a kernel may keep of groups longer than a block; each chip has twice that.
@@ -55,12 +58,12 @@ class Tiling:
 
     Attributes:
       quantizer: quantizer of one strip: its axis is that of the groups, and its group
-        size is None if a strip is a part of a group, or all of one.
+        size is None if a strip is all of a group, or less.
       shape: (stack, rows, columns) of the array.
       along: axis of the groups, 1 or 2.
       block: (rows, columns) of a block.
       strip: length of a strip along the axis of the groups.
-      whole: whether a group is all of the axis; a block may then be a part of it.
+      whole: whether a group is all of the axis; a block may then hold less than one.
       transposed: whether strips are transposed, so that groups lie along their first
         axis.
     """
@@ -124,9 +127,7 @@ def tiling_for_tpu(
     """Divides an array for a TPU.
 
     Args:
-      quantizer: quantizer of the array.
-      shape: shape of the array.
-      dtype: dtype of the array.
+      quantizer, shape, dtype: those of the array.
       block_bytes: most bytes in a block of a float32 array.
       kept: number of float32 numbers that a kernel keeps for each element of groups
         that are all of an axis.
@@ -202,20 +203,12 @@ def _checked(quantizer, shape, dtype):
 
 
 def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiling:
-    """Divides an array for a GPU, into strips that are powers of two.
+    """Divides an array for a GPU, into strips that are powers of two, as Triton needs.
 
     A group that is all of an axis is one strip if it is short enough. Otherwise the
     kernel reads it twice, in one block, and the second time from memory again unless a
     cache holds the data. Without a rotation the compiler's form does the same, so
     columns are left to the compiler then.
-
-    Args:
-      quantizer: quantizer of the array.
-      shape: shape of the array.
-      dtype: dtype of the array.
-
-    Returns:
-      A tiling that is never transposed.
 
     Raises:
       NoKernelError: if no kernel suits the array.

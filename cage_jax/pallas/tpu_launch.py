@@ -62,6 +62,12 @@ def _blocks(tiling, first):
     return pl.BlockSpec((None, *tiling.block), index)
 
 
+def references(names: list[str], refs: tuple, optional: tuple[str, ...]) -> Any:
+    """Returns an object with references as attributes; a missing one is None."""
+    by_name = dict(zip(names, refs, strict=True))
+    return SimpleNamespace(**dict.fromkeys(optional) | by_name)
+
+
 def launch(
     name: str,
     kernel: Callable,
@@ -90,8 +96,7 @@ def launch(
     names = [*inputs, *outputs, *scratch]
 
     def run(*refs):
-        by_name = dict(zip(names, refs, strict=True))
-        kernel(SimpleNamespace(**{"matrix": None} | by_name))
+        kernel(references(names, refs, optional=("matrix",)))
 
     read, in_specs = zip(*inputs.values())
     written, out_specs = zip(*outputs.values())

@@ -5,6 +5,8 @@ A compiler widens codes on their way into a product. But it first writes 8-bit a
 Here both stay on the chip.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,11 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cage_jax.arrays.tile_order import LANES
+from cage_jax.pallas.strips import result_like
 from cage_jax.pallas.tiling import ProductTiling
+from cage_jax.pallas.tpu_launch import Operand, references
 from cage_jax.quantizers.formats import Float
 
 # Limit for the memory of the blocks; chips have at least twice that.
 _VMEM_BYTES = 2**26
+_OPTIONAL = "group_sums", "divisor", "zero_point", "offset"
 
 
 def product(
@@ -50,98 +55,51 @@ def product(
     (tokens, length), out = inputs.shape, codes.shape[1]
     start = tiling.format.code_offset or 0
     shifted = zero_point is not None or offset is not None or start != 0
-    blocks = pl.cdiv(tokens, tiling.tokens)
     inputs, codes, scale, zero_point, offset, tensor_divisor = _varying_alike(
         inputs, codes, scale, zero_point, offset, tensor_divisor
     )
+    blocks = pl.cdiv(tokens, tiling.tokens)
     x = inputs.astype(jnp.bfloat16)
     x = jnp.pad(x, ((0, blocks * tiling.tokens - tokens), (0, 0)))
-    x_block, of_groups = (
-        pl.BlockSpec((tiling.tokens, length), lambda i, j: (i, 0)),
-        None,
-    )
-    if not tiling.scaled:
-        if shifted:
-            of_groups = x.astype(jnp.float32).reshape(len(x), -1, tiling.group).sum(-1)
-        x = _in_rows(x, tiling)
-        x_block = pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, 0, 0, 0))
-    stored = [_readable(array) for array in (scale, zero_point, offset)]
-
-    def kernel(x_ref, of_groups_ref, divisor_ref, codes_ref, *refs):
-        *stored_refs, out_ref, step_ref, shift_ref, total_ref = refs
-        scale_ref, zero_ref, offset_ref = stored_refs
-        step = _numbers(scale_ref, scale.dtype)
-        # A weight is step * code + shift.
-        shift = step * (
-            start if zero_ref is None else -zero_ref[...].astype(step.dtype)
-        )
-        if offset is not None:
-            shift = shift + _numbers(offset_ref, offset.dtype)
-        step_ref[...], shift_ref[...] = step, shift
-        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-        if of_groups_ref is not None:
-            total_ref[...] = lax.dot(
-                of_groups_ref[...], shift, precision=lax.Precision.HIGHEST
-            )
-
-        def strip(i, carry):
-            here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
-            codes = _widened(codes_ref, here, tiling)
-            first = lax.div(i * tiling.strip, tiling.group)
-            if tiling.scaled:
-                weights = [
-                    _scaled(piece, first + k, step_ref, shift_ref if shifted else None)
-                    for k, piece in enumerate(_pieces(codes, tiling.group))
-                ]
-                total_ref[...] += _product(x_ref[:, here], jnp.concatenate(weights))
-                return carry
-            total = total_ref[...]
-            for k, piece in enumerate(_pieces(codes, LANES)):
-                sums = _product(x_ref[i * (tiling.strip // LANES) + k], piece)
-                group = first + k * LANES // tiling.group
-                for n, rows in enumerate(_pieces(sums, tiling.tokens)):
-                    total = total + rows * step_ref[pl.ds(group + n, 1)]
-            total_ref[...] = total
-            return carry
-
-        lax.fori_loop(0, length // tiling.strip, strip, 0)
-        total = total_ref[...] * tiling.unit
-        if divisor_ref is not None:
-            total = total / divisor_ref[0, 0]
-        out_ref[...] = total[: len(out_ref)].astype(dtype)
-
-    weights = [codes, *(each for each in stored if each is not None)]
-    bits = sum(each.size * jax.dtypes.itemsize_bits(each.dtype) for each in weights)
-    moved = blocks * bits // 8 + 2 * x.size + tokens * out * jnp.dtype(dtype).itemsize
+    read = _inputs(x, tiling, with_sums=shifted)
+    if tensor_divisor is not None:
+        scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+        read["divisor"] = Operand(tensor_divisor, scalar)
+    stored = {"scale": scale, "zero_point": zero_point, "offset": offset}
+    for name, array in ({"codes": codes} | stored).items():
+        if array is not None:
+            columns = pl.BlockSpec((len(array), tiling.out), lambda i, j: (0, j))
+            read[name] = Operand(_readable(array), columns)
     per_group = pltpu.VMEM((len(scale), tiling.out), jnp.float32)
+    total = pltpu.VMEM((tiling.tokens, tiling.out), jnp.float32)
+    scratch = {"step": per_group, "shift": per_group, "total": total}
 
-    def columns(array):
-        if array is None:
-            return None
-        return pl.BlockSpec((len(array), tiling.out), lambda i, j: (0, j))
+    def kernel(*refs):
+        own = references([*read, "out", *scratch], refs, optional=_OPTIONAL)
+        _prepare(own, start, stored)
+        add = partial(
+            _add_product if tiling.scaled else _add_sums, own, tiling, shifted
+        )
+        lax.fori_loop(0, length // tiling.strip, lambda i, carry: add(i) or carry, 0)
+        total = own.total[...] * tiling.unit
+        if own.divisor is not None:
+            total = total / own.divisor[0, 0]
+        own.out[...] = total[: len(own.out)].astype(dtype)
 
+    arrays, specs = zip(*read.values())
+    weights = [read[name].array for name in ("codes", *stored) if name in read]
+    bits = sum(each.size * jax.dtypes.itemsize_bits(each.dtype) for each in weights)
+    moved = blocks * bits // 8 + 2 * arrays[0].size
+    moved += tokens * out * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
         kernel,
         grid=(blocks, out // tiling.out),
-        in_specs=[
-            x_block,
-            None
-            if of_groups is None
-            else pl.BlockSpec((tiling.tokens, len(scale)), lambda i, j: (i, 0)),
-            None if tensor_divisor is None else pl.BlockSpec(memory_space=pltpu.SMEM),
-            *(columns(array) for array in (codes, *stored)),
-        ],
+        in_specs=specs,
         out_specs=pl.BlockSpec(
             (min(tokens, tiling.tokens), tiling.out), lambda i, j: (i, j)
         ),
-        out_shape=jax.ShapeDtypeStruct(
-            (tokens, out), dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-        ),
-        scratch_shapes=[
-            per_group,
-            per_group,
-            pltpu.VMEM((tiling.tokens, tiling.out), jnp.float32),
-        ],
+        out_shape=result_like(x, (tokens, out), dtype),
+        scratch_shapes=[*scratch.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_BYTES
         ),
@@ -149,7 +107,67 @@ def product(
             flops=2 * tokens * length * out, bytes_accessed=moved, transcendentals=0
         ),
         name="cage_product",
-    )(x, of_groups, tensor_divisor, codes, *stored)
+    )(*arrays)
+
+
+def _inputs(x, tiling, with_sums):
+    """Returns the inputs in blocks and, `with_sums`, the sums of their groups."""
+    if tiling.scaled:
+        spec = pl.BlockSpec((tiling.tokens, x.shape[1]), lambda i, j: (i, 0))
+        return {"x": Operand(x, spec)}
+    rows = _in_rows(x, tiling)
+    spec = pl.BlockSpec((None, *rows.shape[1:]), lambda i, j: (i, 0, 0, 0))
+    found = {"x": Operand(rows, spec)}
+    if with_sums:
+        sums = x.astype(jnp.float32).reshape(len(x), -1, tiling.group).sum(-1)
+        spec = pl.BlockSpec((tiling.tokens, sums.shape[1]), lambda i, j: (i, 0))
+        found["group_sums"] = Operand(sums, spec)
+    return found
+
+
+def _prepare(refs, start, stored):
+    """Finds `step` and `shift` of each group, and the part of the sums due to `shift`.
+
+    A weight is step * code + shift. `start` is the code of zero without a zero point.
+    """
+    step = _numbers(refs.scale, stored["scale"].dtype)
+    zero = refs.zero_point
+    shift = step * (start if zero is None else -zero[...].astype(step.dtype))
+    if refs.offset is not None:
+        shift = shift + _numbers(refs.offset, stored["offset"].dtype)
+    refs.step[...], refs.shift[...] = step, shift
+    refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
+    if refs.group_sums is not None:
+        refs.total[...] = lax.dot(
+            refs.group_sums[...], shift, precision=lax.Precision.HIGHEST
+        )
+
+
+def _add_product(refs, tiling, shifted, i):
+    """Adds the product with a strip of weights, scaled and rounded to bfloat16."""
+    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
+    codes = _widened(refs.codes, here, tiling)
+    group = lax.div(i * tiling.strip, tiling.group)
+    shift = refs.shift if shifted else None
+    weights = [
+        _scaled(part, group + k, refs.step, shift)
+        for k, part in enumerate(_slices(codes, tiling.group))
+    ]
+    refs.total[...] += _product(refs.x[:, here], jnp.concatenate(weights))
+
+
+def _add_sums(refs, tiling, shifted, i):
+    """Adds the sums of each group of a strip of codes, scaled."""
+    here = pl.ds(pl.multiple_of(i * tiling.strip, tiling.strip), tiling.strip)
+    codes = _widened(refs.codes, here, tiling)
+    first = lax.div(i * tiling.strip, tiling.group)
+    total = refs.total[...]
+    for k, each in enumerate(_slices(codes, LANES)):
+        sums = _product(refs.x[i * (tiling.strip // LANES) + k], each)
+        group = first + k * LANES // tiling.group
+        for n, rows in enumerate(_slices(sums, tiling.tokens)):
+            total = total + rows * refs.step[pl.ds(group + n, 1)]
+    refs.total[...] = total
 
 
 def _varying_alike(*arrays):
@@ -167,7 +185,8 @@ def _varying_alike(*arrays):
 def _in_rows(x, tiling):
     """Reshapes to (blocks, units of 128, rows, 128).
 
-    Each group of a unit has rows of its own, which are zero outside of the group.
+    Each group of a unit has rows of its own, which are zero outside of the group: one
+    product of the matrix unit, which takes 128 at once, gives the sums of all groups.
     """
     groups = max(1, LANES // tiling.group)
     x = x.reshape(-1, tiling.tokens, x.shape[1] // LANES, LANES).swapaxes(1, 2)
@@ -176,7 +195,7 @@ def _in_rows(x, tiling):
     return rows.reshape(*x.shape[:2], groups * tiling.tokens, LANES)
 
 
-def _pieces(array, length):
+def _slices(array, length):
     """Splits the first axis."""
     return [array[i : i + length] for i in range(0, len(array), length)]
 
