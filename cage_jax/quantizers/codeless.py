@@ -31,14 +31,10 @@ class CodelessQuantizer(Quantizer, abc.ABC):
     format: Any = None
     scale: ScaleRule = NoScale()
     axis: tuple[int, ...] = ()
+    has_codes = False
 
     def __post_init__(self):
         """Checks nothing: all fields of `Quantizer` have their defaults."""
-
-    @property
-    def has_codes(self) -> bool:
-        """Always false."""
-        return False
 
     @abc.abstractmethod
     def fake_quant(self, x: jax.Array) -> jax.Array:

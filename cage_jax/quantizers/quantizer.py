@@ -61,6 +61,9 @@ class Quantizer:
         "clip" those that lie within the grid (after the rotation, if any), "trust"
         also those at most half a step beyond it (the trust rule of QuEST).
 
+    Attributes:
+      has_codes: whether it has a grid and codes; only a `CodelessQuantizer` has none.
+
     Raises:
       TypeError, ValueError: if the arguments do not fit together.
 
@@ -81,6 +84,7 @@ class Quantizer:
     hadamard_seed: int | None = None
     rounding: Rounding = "nearest"
     gradient: Gradient = "identity"
+    has_codes = True
 
     def __post_init__(self):
         for name, (kind, example, remedy) in _PARTS.items():
@@ -156,11 +160,6 @@ class Quantizer:
         if self.group_size is None:
             return (None,) * len(self._axes)
         return (self.group_size,)
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether it has a grid and codes; only a `CodelessQuantizer` has none."""
-        return True
 
     @property
     def bits(self) -> int:
