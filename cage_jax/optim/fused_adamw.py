@@ -286,9 +286,9 @@ def _check_state(state):
         and isinstance(state[0][0], optax.ScaleByAdamState)
     ):
         raise ValueError(
-            f"`state` must be that of this optimizer; got {type(state).__name__} of "
-            f"another. Use tx.init(params) or the state of a step before; a chain has "
-            f"a state for each of its parts."
+            f"`state` must be that of this optimizer; got a {type(state).__name__} of "
+            f"another. Use tx.init(params) or the state of an earlier step; that of a "
+            f"chain has one part for each transformation."
         )
 
 

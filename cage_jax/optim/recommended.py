@@ -65,6 +65,7 @@ def recommended(
         peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
         share = jnp.minimum(1.0, _STRONGEST / peak)
         rate, asked = value_at(learning_rate, count), share * ramp(count)
+        # A weight whose curvature is at its bound must not be moved beyond the grid.
         most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
         return jnp.where(rate > 0, jnp.minimum(asked, most), asked)
 

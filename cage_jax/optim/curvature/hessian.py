@@ -138,7 +138,7 @@ def _gauss_newton_times(step: Step, vectors: Arrays) -> dict[str, jax.Array]:
 
 
 def _check_loss(loss, params):
-    rule = "`obj_fn` must be a function of the parameters alone, to one number"
+    rule = "`obj_fn` must be a function from the parameters alone to one number"
     remedy = "Use obj_fn=lambda params: loss(params, batch)."
     if not callable(loss):
         raise TypeError(f"{rule}; got {type(loss).__name__}. {remedy}")
