@@ -313,7 +313,7 @@ def test_a_tokenizer_is_checked_too(tmp_path, folder, capsys):
     model = cage.load(folder / "codes")
     save(model._replace(tokenizer={"tokenizer.json": b"{"}), tmp_path / "broken")
     found = printed(capsys, "check", tmp_path / "broken", code=1)
-    assert "tokenizer.json must be one of the tokenizers library" in found.err
+    assert "tokenizer.json must be a file of the library tokenizers" in found.err
     flags = ["export", tmp_path / "broken", tmp_path / "out", "--format"]
     for name in WRITTEN:
         found = printed(capsys, *flags, name, code=1)

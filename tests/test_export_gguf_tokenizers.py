@@ -74,7 +74,7 @@ def test_tokenizers_that_gguf_cannot_hold(tmp_path):
         ({"tokenizer.json": b"{"}, "JSON in 'tokenizer.json'"),
         ({"tokenizer.json": b"[" * 10**5}, "JSON in 'tokenizer.json'"),
         ({"tokenizer.json": b"{}"}, "of a byte-level BPE; got one with KeyErr"),
-        (changed(model__type="Unigram"), "a BPE, for GGUF; got Unigram"),
+        (changed(model__type="Unigram"), "a BPE for GGUF; got Unigram"),
         (changed(normalizer={"type": "NFC"}), "no normalizer"),
         (changed(pre_tokenizer=None), r"a pre_tokenizer of \['gpt-2', 'smoll"),
         (changed(model__ignore_merges=True), "ignore_merges=True"),

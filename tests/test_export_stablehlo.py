@@ -194,7 +194,7 @@ def test_a_mean_over_an_axis_of_any_length(tmp_path):
         return cage.fake_quant(x, quantizer) + params["one"]
 
     codes = {"one": np.ones((1, 1), np.float32)}
-    with pytest.raises(ValueError, match="`scale` must be no mean over an axis of any"):
+    with pytest.raises(ValueError, match="`scale` must not be a mean over an axis of"):
         stablehlo(rounded, codes, tmp_path / "m", arguments=[X], shapes="b, ...")
 
 

@@ -277,7 +277,9 @@ def test_what_is_no_tree_of_codes(tmp_path):
 def test_stacked_codes_of_another_axis(file):
     layers = [codes_of(cage.int4(axis=0))] * 2
     stacked = jax.tree.map(lambda *parts: np.stack(parts), *layers)
-    with pytest.raises(ValueError, match=r"`a`: `scale` must be .*\(1, 64, 32\); got"):
+    with pytest.raises(
+        ValueError, match=r"`a`: `scale` must be .*\(1, 64, 32\) for its quant"
+    ):
         trees.save({"a": stacked}, file)
 
 
@@ -362,16 +364,22 @@ def test_malformed(saved, file):
         ({"kernel": entry(dtype="int32")}, "`dtype` must be one of floats"),
         ({"kernel": entry(quantizer=None)}, "`kernel`: the description of a Quantizer"),
         ({"kernel": entry(quantizer={"class": "eval"})}, "newer version"),
-        ({"kernel": entry(keys=["kernel", "a"])}, "its `keys` must be those"),
-        ({"kernel": entry(keys="kernel")}, "its `keys` must be those"),
-        ({"kernel": entry(keys=[["kernel"]])}, "its `keys` must be those"),
-        ({"-1": {"kind": "none", "keys": [-1]}}, "its `keys` must be those"),
+        (
+            {"kernel": entry(keys=["kernel", "a"])},
+            "its `keys` must be those of the path",
+        ),
+        ({"kernel": entry(keys="kernel")}, "its `keys` must be those of the path"),
+        ({"kernel": entry(keys=[["kernel"]])}, "its `keys` must be those of the path"),
+        (
+            {"-1": {"kind": "none", "keys": [-1]}},
+            "its `keys` must be those of the path",
+        ),
         ({"bias": entry(shape=[31])}, "it must be float32 of shape"),
         ({"bias": entry(dtype="int32")}, "it must be int32 of shape"),
         ({"kernel/a": {"kind": "none"}}, "an array must not lie in another"),
-        ({"3": {"kind": "none", "keys": [3]}}, "a list must have a place for each"),
-        ({str(2**60): {"kind": "none", "keys": [2**60]}}, "a list must have a place"),
-        ({"a/" * 99: {"kind": "none"}}, "`keys` must be those, at most 64"),
+        ({"3": {"kind": "none", "keys": [3]}}, "a list must have an item for each"),
+        ({str(2**60): {"kind": "none", "keys": [2**60]}}, "a list must have an item"),
+        ({"a/" * 99: {"kind": "none"}}, "those of the path, at most 64"),
         ({"arrays": {"kernel": np.zeros(9)}}, "must have the arrays of its tree"),
     ]:
         write_anew(file, saved)

@@ -36,39 +36,34 @@ def _not_finite(path, what, array):
 
 
 def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[str]:
-    """Lists the differences of two models in codes, scales and floats.
-
-    Args:
-      one: the parameters of one model by path.
-      other: the parameters of the other model by path.
-    """
+    """Lists the differences of the codes, scales and floats of two models, by path."""
     found = [f"{path}: only in one of them" for path in one.keys() ^ other.keys()]
     for path in [path for path in one if path in other]:
         ours, theirs = one[path], other[path]
         if ours.shape != theirs.shape:
             found.append(f"{path}: shapes {ours.shape} and {theirs.shape}")
         elif isinstance(ours, QuantizedArray) and isinstance(theirs, QuantizedArray):
-            found += _of_codes(path, ours, theirs)
+            found += _different_codes(path, ours, theirs)
         elif isinstance(ours, QuantizedArray) or isinstance(theirs, QuantizedArray):
             found.append(f"{path}: codes in one, floats in the other")
         else:
-            found += _unequal(path, "values", ours, theirs)
+            found += _different_values(path, "values", ours, theirs)
     return sorted(found)
 
 
-def _of_codes(path, ours, theirs):
+def _different_codes(path, ours, theirs):
     """Compares stored values only: a file does not say how its codes were found."""
     found = []
     for name in ("codes", "scale", "zero_point", "offset", "tensor_divisor"):
         parts = [_stored(codes, name) for codes in (ours, theirs)]
         what = name.replace("_", " ")
-        if any(part is None for part in parts):
-            if not all(part is None for part in parts):
-                found.append(f"{path}: {what} in one alone")
+        missing = sum(part is None for part in parts)
+        if missing:
+            found += [f"{path}: {what} in one alone"] if missing == 1 else []
         elif parts[0].shape != parts[1].shape:
             found.append(f"{path}: {what} of {parts[0].shape} and {parts[1].shape}")
         else:
-            found += _unequal(path, what, *parts)
+            found += _different_values(path, what, *parts)
     if ours.quantizer.hadamard != theirs.quantizer.hadamard:
         found.append(f"{path}: rotated in one alone")
     return found
@@ -82,7 +77,7 @@ def _stored(codes, name):
     return codes.quantizer.format.decode(part, jnp.float32)
 
 
-def _unequal(path, what, ours, theirs):
+def _different_values(path, what, ours, theirs):
     ours, theirs = (np.asarray(part, np.float32) for part in (ours, theirs))
     count = int(np.sum(~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))))
     return [f"{path}: {count} of {ours.size} {what}"] if count else []

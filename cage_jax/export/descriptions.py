@@ -2,7 +2,7 @@
 
 A description has the name of a class and the fields that differ from their defaults. So
 files stay readable, and a later version can add fields. A default must therefore never
-change. Only the classes below, with plain values, can be read.
+change. Only the classes in `CLASSES`, with plain values, can be read.
 """
 
 import dataclasses
@@ -15,39 +15,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from cage_jax.export.files import MalformedFileError
-from cage_jax.quantizers.formats import Codebook, Float, Format, Integer, MidRise
+from cage_jax.quantizers import formats, scale_types, scales
+from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.scale_types import Float8, Full, Narrow, PowerOfTwo, ScaleType
-from cage_jax.quantizers.scales import (
-    AbsMax,
-    AbsMean,
-    Calibrated,
-    Fixed,
-    Gaussian,
-    Learned,
-    MinMax,
-    Percentile,
-    ScaleRule,
-    Searched,
-    SignedMax,
-)
+from cage_jax.quantizers.scale_types import ScaleType
+from cage_jax.quantizers.scales import ScaleRule
 
-_FORMATS = (Integer, MidRise, Float, Codebook)
-_RULES = (
-    AbsMax,
-    AbsMean,
-    Calibrated,
-    Fixed,
-    Gaussian,
-    Learned,
-    MinMax,
-    Percentile,
-    Searched,
-    SignedMax,
-)
-_SCALE_TYPES = (Full, Narrow, PowerOfTwo, Float8)
-CLASSES: dict[str, type] = {
-    kind.__name__: kind for kind in (Quantizer, *_FORMATS, *_RULES, *_SCALE_TYPES)
+CLASSES: dict[str, type] = {"Quantizer": Quantizer} | {
+    name: kind
+    for module in (formats, scales, scale_types)
+    for name, kind in vars(module).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, Format | ScaleRule | ScaleType)
+    and not inspect.isabstract(kind)
 }
 """All classes that a description can name, by name."""
 
@@ -78,37 +58,28 @@ def describe(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def _described(value):
+    kind = type(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, tuple):
         return [_described(each) for each in value]
-    if not dataclasses.is_dataclass(value):
-        if isinstance(value, Format | ScaleRule | ScaleType):
-            raise _elsewhere(value)
+    is_part = isinstance(value, Format | ScaleRule | ScaleType)
+    if not is_part and not dataclasses.is_dataclass(value):
         return value
-    if CLASSES.get(type(value).__name__) is not type(value):
-        raise _elsewhere(value)
-    fields = {
-        field.name: getattr(value, field.name)
-        for field in dataclasses.fields(value)
-        if getattr(value, field.name) != _default(field)
-    }
-    described = {name: _described(each) for name, each in fields.items()}
-    return {"class": type(value).__name__, **described}
-
-
-def _elsewhere(value):
-    return TypeError(
-        f"`quantizer` must be of classes of cage_jax, which a file can name; got "
-        f"{type(value).__name__} of {type(value).__module__}. Use a preset such as "
-        f"int4(), or dequantize the array and save its values."
-    )
-
-
-def _default(field):
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    if CLASSES.get(kind.__name__) is not kind:
+        raise TypeError(
+            f"`quantizer` must be of classes of cage_jax, which a file can name; got "
+            f"{kind.__name__} of {kind.__module__}. Use a preset such as int4(), or "
+            f"dequantize the array and save its values."
+        )
+    described = {"class": kind.__name__}
+    for field in dataclasses.fields(value):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if (part := getattr(value, field.name)) != default:
+            described[field.name] = _described(part)
+    return described
 
 
 def quantizer_of(description: Any) -> Quantizer:
@@ -133,7 +104,7 @@ def quantizer_of(description: Any) -> Quantizer:
         return _built(description, Quantizer)
     except RecursionError as error:
         raise MalformedFileError(
-            f"the description of a quantizer must not be so deep. {_REMEDY}"
+            f"the description of a quantizer must not be nested so deeply. {_REMEDY}"
         ) from error
 
 
@@ -154,15 +125,15 @@ def _built(description, wanted):
         )
     hints = get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    given = {key: value for key, value in description.items() if key != "class"}
-    for key in given:
+    values = {}
+    for key, value in description.items():
+        if key == "class":
+            continue
         if key not in fields:
             raise MalformedFileError(
                 f"the fields of {name} are {list(fields)}; got {short(key)}: written "
                 f"by a newer version, or damaged. {_REMEDY}"
             )
-    values = {}
-    for key, value in given.items():
         try:
             values[key] = _typed(value, fields[key])
         except _Unsuited as error:
@@ -175,7 +146,7 @@ def _built(description, wanted):
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise MalformedFileError(
-            f"{name} cannot be of what its description says: {error} {_REMEDY}"
+            f"{name} must have valid fields; got: {error} {_REMEDY}"
         ) from error
 
 

@@ -20,6 +20,15 @@ from cage_jax.llama.tensors import PLACES, places, tensors, tree_of
 
 FloatDtype = Literal["float32", "float16"]
 
+# Keys of the dimensions that each file must have.
+_DIMENSIONS = {
+    "width": "llama.embedding_length",
+    "hidden": "llama.feed_forward_length",
+    "layers": "llama.block_count",
+    "heads": "llama.attention.head_count",
+    "context": "llama.context_length",
+}
+
 
 def gguf(
     codes: Any,
@@ -98,10 +107,8 @@ def gguf(
     check_choice("float_dtype", float_dtype, get_args(FloatDtype))
     # Two walks over the tensors, so that only one of them is in memory at a time.
     forms = [
-        form_of(
-            tensor.array, tensor.path, axis=_axis(tensor.place), float_dtype=float_dtype
-        )
-        for tensor in tensors(codes, config)
+        form_of(array, place.path_in(layer), _axis(place), float_dtype)
+        for place, layer, array in tensors(codes, config)
     ]
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.given(tokenizer, config), config)
@@ -110,7 +117,10 @@ def gguf(
         writer = ggml.GGUFWriter(temporary, "llama")
         try:
             for key, value in metadata.items():
-                _add(writer, key, value)
+                kind = ggml.GGUFValueType.get_type(value)
+                if kind == ggml.GGUFValueType.INT32:
+                    kind = ggml.GGUFValueType.UINT32
+                writer.add_key_value(key, value, kind)
             writer.add_quantization_version(ggml.GGML_QUANT_VERSION)
             for (place, layer, _), form in zip(places(config), forms):
                 count = form.shape[0] if len(form.shape) > 1 else 1
@@ -124,11 +134,9 @@ def gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for tensor, form in zip(tensors(codes, config), forms):
-                rows = rows_of(
-                    tensor.array, tensor.path, form, axis=_axis(tensor.place)
-                )
-                order = _row_order(tensor.place, config, back=False)
+            for (place, layer, array), form in zip(tensors(codes, config), forms):
+                rows = rows_of(array, place.path_in(layer), form, _axis(place))
+                order = _row_order(place, config, back=False)
                 writer.write_tensor_data(rows if order is None else rows[order])
         finally:
             writer.close()
@@ -180,15 +188,12 @@ def read(path: Path) -> Model:
 
 
 def _metadata(config, name):
+    dimensions = {key: getattr(config, name) for name, key in _DIMENSIONS.items()}
     return {
         "general.type": "model",
         "general.name": name,
+        **dimensions,
         "llama.vocab_size": config.vocabulary,
-        "llama.context_length": config.context,
-        "llama.embedding_length": config.width,
-        "llama.block_count": config.layers,
-        "llama.feed_forward_length": config.hidden,
-        "llama.attention.head_count": config.heads,
         "llama.attention.head_count_kv": config.kv_heads,
         "llama.attention.key_length": config.head_size,
         "llama.attention.value_length": config.head_size,
@@ -208,19 +213,6 @@ def _file_type(forms):
     kind = max(counts, key=counts.__getitem__)
     prefix = "ALL" if kind == "F32" else "MOSTLY"
     return int(ggml.LlamaFileType[f"{prefix}_{kind}"])
-
-
-def _add(writer, key, value):
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 # --- both -----------------------------------------------------------------------------
@@ -254,54 +246,49 @@ def _config(metadata, found):
     if not isinstance(kind, str) or kind != "llama":  # arrays compare as arrays
         _refuse("have general.architecture 'llama'", repr(kind)[:80])
 
-    def value(name, default=None):
-        key = f"llama.{name}"
+    def value(key, default=None):
         if key not in metadata and default is None:
             _refuse(f"have {key}", "none")
         return metadata.get(key, default)
 
-    def real(name, default):
+    def real(key, default=None):
         # Use the shortest decimal of this float32: 1e-05, not 9.999999747378752e-06.
-        number = value(name, default)
+        number = value(key, default)
         if not isinstance(number, float):
             return number
         with np.errstate(over="ignore"):
             return float(str(np.float32(number)))
 
     tokens = metadata.get("tokenizer.ggml.tokens")
-    vocabulary = len(tokens) if isinstance(tokens, list) else value("vocab_size")
+    vocabulary = len(tokens) if isinstance(tokens, list) else value("llama.vocab_size")
     try:
         bos, eos = special_ids(metadata, vocabulary)
         config = LlamaConfig(
             vocabulary=vocabulary,
-            width=value("embedding_length"),
-            hidden=value("feed_forward_length"),
-            layers=value("block_count"),
-            heads=value("attention.head_count"),
-            kv_heads=value("attention.head_count_kv", value("attention.head_count")),
+            **{name: value(key) for name, key in _DIMENSIONS.items()},
+            kv_heads=metadata.get("llama.attention.head_count_kv"),
             head_size=metadata.get("llama.attention.key_length"),
-            rope_theta=real("rope.freq_base", 10_000.0),
-            norm_epsilon=real("attention.layer_norm_rms_epsilon", None),
+            rope_theta=real("llama.rope.freq_base", 10_000.0),
+            norm_epsilon=real("llama.attention.layer_norm_rms_epsilon"),
             tied=PLACES["head/kernel"].gguf not in found,
-            context=value("context_length"),
             bos=bos,
             eos=eos,
         )
     except (TypeError, ValueError) as error:
         raise MalformedFileError(
-            f"the file's metadata must be those of a Llama; got: {error}"
+            f"the file's metadata must describe a Llama; got: {error}"
         ) from error
-    for name, supported in {
-        "attention.value_length": (config.head_size,),
-        "rope.dimension_count": (config.head_size,),
-        "rope.scaling.type": ("none",),
-        "rope.scaling.factor": (0, 1),
-        "rope.scale_linear": (0, 1),
-        "expert_count": (0,),
+    for key, supported in {
+        "llama.attention.value_length": (config.head_size,),
+        "llama.rope.dimension_count": (config.head_size,),
+        "llama.rope.scaling.type": ("none",),
+        "llama.rope.scaling.factor": (0, 1),
+        "llama.rope.scale_linear": (0, 1),
+        "llama.expert_count": (0,),
     }.items():
-        given = value(name, supported[0])
+        given = metadata.get(key, supported[0])
         if isinstance(given, np.ndarray) or given not in supported:
-            _refuse(f"have llama.{name} {supported[0]}", repr(given)[:80])
+            _refuse(f"have {key} {supported[0]}", repr(given)[:80])
     return config
 
 
@@ -330,13 +317,13 @@ def _array(found, place, layer, shape, config):
     if order is not None:
         rows = stored.data.reshape(len(order), -1)[order]
         stored = stored._replace(data=rows.ravel())
-    return array_of(stored, axis=_axis(place))
+    return array_of(stored, _axis(place))
 
 
 def _refuse(rule, got) -> NoReturn:
     raise MalformedFileError(
-        f"the file must {rule}; got {got}. Get the file again, or another model: "
-        f"others than plain Llamas are not read yet."
+        f"the file must {rule}; got {got}. Get the file again, or use a plain Llama: "
+        f"other models are not read yet."
     )
 
 

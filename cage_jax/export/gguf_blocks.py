@@ -10,6 +10,7 @@ from cage_jax.arrays.packing import GGUF_4BIT, pack, unpack
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.gguf_files import Stored
+from cage_jax.llama.folding import Array
 from cage_jax.quantizers.file_presets import q4_0, q4_1, q8_0
 from cage_jax.quantizers.formats import Integer
 
@@ -37,16 +38,14 @@ class Form(NamedTuple):
     row_bytes: int
 
 
-def form_of(
-    array: jax.Array | QuantizedArray, path: str, *, axis: int, float_dtype: str
-) -> Form:
-    """Finds the layout in which to write an array.
+def form_of(array: Array, path: str, axis: int, float_dtype: str) -> Form:
+    """Finds the layout in which to write codes or floats.
 
     Args:
-      array: codes, or floats.
-      path: path of the array, for errors.
+      array: the array.
+      path: its path, for errors.
       axis: axis along which blocks run, the last one in the file.
-      float_dtype: dtype of floats, "float32" or "float16"; vectors are always float32.
+      float_dtype: dtype of floats; vectors are always float32.
 
     Raises:
       ValueError: if no block type can hold the codes.
@@ -65,10 +64,10 @@ def form_of(
         rotated = array.quantizer.hadamard is not None
         rotation = " and hadamard=None" if rotated else ""
         raise ValueError(
-            f"`{path}`: GGUF must have integer codes in blocks of {_BLOCK} along axis "
-            f"{axis}, float16 scales and no rotation; got {array.quantizer}. Quantize "
-            f"with q4_0, q4_1 or q8_0 along axis {axis}{rotation}, or leave it "
-            f"unquantized."
+            f"`{path}`: codes for GGUF must be integers in blocks of {_BLOCK} along "
+            f"axis {axis}, with float16 scales and no rotation; got {array.quantizer}. "
+            f"Quantize with q4_0, q4_1 or q8_0 along axis {axis}{rotation}, or leave "
+            f"it unquantized."
         )
     block_bytes = _PRESETS[kind]().storage_bits((_BLOCK, 1)) // 8
     return Form(kind, shape, shape[-1] // _BLOCK * block_bytes)
@@ -94,16 +93,10 @@ def _kind(array, axis):
     return "Q4_0" if format.bits <= 4 else "Q8_0"
 
 
-def rows_of(
-    array: jax.Array | QuantizedArray, path: str, form: Form, *, axis: int
-) -> np.ndarray:
+def rows_of(array: Array, path: str, form: Form, axis: int) -> np.ndarray:
     """Returns the bytes of an array in a file, uint8 of shape (rows, bytes of a row).
 
-    Args:
-      array: codes, or floats.
-      path: path of the array, for errors.
-      form: the result of `form_of`.
-      axis: as in `form_of`.
+    The arguments are those of `form_of`, and its result.
 
     Raises:
       ValueError: if floats are too large for float16.
@@ -118,7 +111,7 @@ def rows_of(
             stored = np.ascontiguousarray(values, _FLOATS[form.kind])
         if (np.isinf(stored) & np.isfinite(values)).any():
             raise ValueError(
-                f"`{path}`: floats must be within those of {stored.dtype}; got "
+                f"`{path}`: floats must be within the range of {stored.dtype}; got "
                 f"{np.abs(values).max()}. Use float_dtype='float32'."
             )
         return stored.view(np.uint8)
@@ -137,12 +130,10 @@ def rows_of(
     return np.concatenate(parts, axis=-1).reshape(rows, -1)
 
 
-def array_of(stored: Stored, *, axis: int) -> jax.Array | QuantizedArray:
-    """Decodes an array of a file: to codes if a preset matches, otherwise to float32.
+def array_of(stored: Stored, axis: int) -> Array:
+    """Decodes a tensor of a file: to codes if a preset matches, otherwise to float32.
 
-    Args:
-      stored: the tensor in the file.
-      axis: our axis along which blocks run; with -2 the array is transposed.
+    Blocks run along `axis` of the result.
 
     Raises:
       MalformedFileError: if the type is not one of a model's weights.
@@ -164,8 +155,8 @@ def array_of(stored: Stored, *, axis: int) -> jax.Array | QuantizedArray:
             values = quants.dequantize(rows, GGMLQuantizationType[stored.kind])
     except NotImplementedError as error:
         raise MalformedFileError(
-            f"the file must have types that the package gguf turns into floats; got "
-            f"{stored.kind}. Convert it to Q8_0 by llama.cpp's llama-quantize."
+            f"the file must have types that the package gguf can decode; got "
+            f"{stored.kind}. Convert it to Q8_0 with llama.cpp's llama-quantize."
         ) from error
     return turned(values.astype(np.float32))
 

@@ -71,20 +71,15 @@ _SPLITS = {
 
 
 def metadata_of(tokenizer: Mapping[str, bytes], config: LlamaConfig) -> dict[str, Any]:
-    """Converts a tokenizer to GGUF metadata.
+    """Converts a byte-level BPE tokenizer, or an empty mapping, to GGUF metadata.
 
     Args:
-      tokenizer: the files of a byte-level BPE by name, including "tokenizer.json"; or
-        an empty mapping.
+      tokenizer: files by name, including "tokenizer.json".
       config: the model's dimensions; its `bos` and `eos` are used if the tokenizer
         does not name these tokens.
 
-    Returns:
-      Lists, texts, bools and ints by key.
-
     Raises:
-      TypeError, ValueError: if the files are not a tokenizer's, or if GGUF cannot hold
-        the tokenizer.
+      ValueError: if the files are not a tokenizer's, or GGUF cannot hold the tokenizer.
     """
     if not tokenizer:
         # llama.cpp loads "no_vocab" without a vocabulary and takes tokens by number.
@@ -129,11 +124,15 @@ def _metadata(content, settings, config):
         types[text] = _CONTROL if added.get("special") else _USER_DEFINED
     tokens = _by_id(ids, config.vocabulary)
 
-    named = {name: _text(settings.get(name)) for name in _ID_KEYS}
-    for name, text in named.items():
+    special = {}
+    for name in _ID_KEYS:
+        text = settings.get(name)
+        if isinstance(text, dict):  # with flags
+            text = text.get("content")
         if text is not None and text not in ids:
             _unsupported(f"{name} among its tokens", text)
-    special = {name: ids[text] for name, text in named.items() if text is not None}
+        if text is not None:
+            special[name] = ids[text]
     bos = special.setdefault("bos_token", config.bos)
     ends = dict.fromkeys([special.get("eos_token"), *config.eos])
     ends.pop(None, None)
@@ -159,7 +158,11 @@ def _metadata(content, settings, config):
     if not found[f"{_PREFIX}merges"]:
         _unsupported("merges", "none, which llama.cpp does not load")
     found |= {_ID_KEYS[name]: i for name, i in special.items() if i is not None}
-    if template := _chat_template(settings):
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        by_name = {each["name"]: each["template"] for each in template}
+        template = by_name.get("default")
+    if template:
         found["tokenizer.chat_template"] = template
     return found | _ends(ends)
 
@@ -232,20 +235,6 @@ def _ends(ids):
     return dict(zip(_END_KEYS, ids))
 
 
-def _text(token):
-    """Returns the text of a token, which may be a dict with flags."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _chat_template(settings):
-    """Returns the chat template, or the default one of several."""
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        by_name = {each["name"]: each["template"] for each in template}
-        return by_name.get("default")
-    return template
-
-
 def _parsed(tokenizer, name):
     if name not in tokenizer:
         raise ValueError(
@@ -265,8 +254,8 @@ def _parsed(tokenizer, name):
 
 def _unsupported(rule, got) -> NoReturn:
     raise ValueError(
-        f"`tokenizer` must have {rule}, for GGUF; got {got}. Use tokenizer=None, and "
-        f"give llama.cpp tokens by number."
+        f"`tokenizer` must have {rule} for GGUF; got {got}. Use tokenizer=None, and "
+        f"pass tokens to llama.cpp by number."
     )
 
 
@@ -275,9 +264,6 @@ def _unsupported(rule, got) -> NoReturn:
 
 def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """Makes the files of a tokenizer from the metadata of a GGUF file.
-
-    Args:
-      metadata: metadata of the file.
 
     Returns:
       "tokenizer.json" and "tokenizer_config.json"; an empty dict if the tokenizer is
@@ -302,7 +288,11 @@ def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
             _malformed("each token once", f"{text[:80]!r} twice")
         ids[text] = number
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            added.append(_added_token(number, text, kind != _USER_DEFINED))
+            flags = dict.fromkeys(
+                ("single_word", "lstrip", "rstrip", "normalized"), False
+            )
+            special = kind != _USER_DEFINED
+            added.append({"id": number, "content": text, **flags, "special": special})
     merges = [merge.split(" ", 2) for merge in _texts(metadata, "merges")]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
@@ -352,18 +342,15 @@ def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
             "merges": merges,
         },
     }
+    files = {"tokenizer.json": content, "tokenizer_config.json": settings}
     return {
-        "tokenizer.json": _bytes(content),
-        "tokenizer_config.json": _bytes(settings),
+        name: json.dumps(each, ensure_ascii=False).encode("utf-8")
+        for name, each in files.items()
     }
 
 
 def token_id(metadata: Mapping[str, Any], key: str, count: int) -> int:
-    """Reads the number of a token from the metadata.
-
-    Raises:
-      MalformedFileError: if the value is not an int in [0, count).
-    """
+    """Reads a token; raises MalformedFileError if it is not an int in [0, count)."""
     number = metadata[key]
     if type(number) is not int or not 0 <= number < count:
         _malformed(f"a token below {count} as {key}", repr(number))
@@ -375,29 +362,13 @@ def special_ids(
 ) -> tuple[int | None, tuple[int, ...]]:
     """Returns the token that begins a text, or None, and the tokens that end it.
 
-    Args:
-      metadata: metadata of a GGUF file.
-      count: number of tokens.
-
     Raises:
-      MalformedFileError: if a value is not a token.
+      MalformedFileError: if one of them is not an int in [0, count).
     """
     key = _ID_KEYS["bos_token"]
     bos = token_id(metadata, key, count) if key in metadata else None
     ends = [token_id(metadata, key, count) for key in _END_KEYS if key in metadata]
     return bos, tuple(dict.fromkeys(ends))
-
-
-def _added_token(number, text, special):
-    return {
-        "id": number,
-        "content": text,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
 
 
 def _post_processor(settings, adds, ids):
@@ -438,10 +409,6 @@ def _of_type(metadata, name, kind, default):
     if not isinstance(value, kind):
         _malformed(f"a {kind.__name__} as {_PREFIX}{name}", repr(value)[:80])
     return value
-
-
-def _bytes(content):
-    return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
 
 def _malformed(rule, got) -> NoReturn:

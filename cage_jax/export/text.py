@@ -9,29 +9,24 @@ from cage_jax.export.files import MalformedFileError
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Any:
-    """Makes the `tokenizers.Tokenizer` of a model.
-
-    Args:
-      files: files by name, as in `Model.tokenizer`.
+    """Makes the `tokenizers.Tokenizer` from files by name, as in `Model.tokenizer`.
 
     Raises:
-      ValueError: if the model has no tokenizer.
-      MalformedFileError: if the file is not a tokenizer.
+      ValueError: if there is no tokenizer.json, or a malformed one.
     """
     from tokenizers import Tokenizer
 
     if "tokenizer.json" not in files:
         raise ValueError(
-            f"the model must come with a tokenizer.json to read text; got "
-            f"{sorted(files) or 'no file'} of a tokenizer. Put it in the model's "
-            f"folder."
+            f"the model must have a tokenizer.json to read text; got "
+            f"{sorted(files) or 'no tokenizer'}. Put it into the model's folder."
         )
     try:
         return Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises nothing narrower
         raise MalformedFileError(
-            f"tokenizer.json must be one of the tokenizers library; got {error}. Get "
-            f"the file again."
+            f"tokenizer.json must be a file of the library tokenizers; got {error}. "
+            f"Get the file again."
         ) from error
 
 

@@ -18,6 +18,7 @@ NAMES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+_REMEDY = "Give the folder that save_pretrained of the tokenizer wrote."
 
 
 def in_folder(folder: Path) -> dict[str, bytes]:
@@ -33,11 +34,7 @@ def in_folder(folder: Path) -> dict[str, bytes]:
 def given(
     tokenizer: Mapping[str, bytes] | Path | None, config: LlamaConfig
 ) -> Mapping[str, bytes]:
-    """Resolves a `tokenizer` argument to files by name.
-
-    Args:
-      tokenizer: bytes by name, a folder of tokenizer files, or None for no tokenizer.
-      config: the model's dimensions.
+    """Resolves a `tokenizer` argument, bytes by name or a folder, to files by name.
 
     Raises:
       TypeError: if `tokenizer` is anything else.
@@ -51,16 +48,14 @@ def given(
         if not files:
             raise ValueError(
                 f"`tokenizer` must be a folder with a tokenizer.json; got "
-                f"{os.fspath(tokenizer)!r}, which has none. Give the folder that "
-                f"save_pretrained of the tokenizer wrote."
+                f"{os.fspath(tokenizer)!r}, which has none. {_REMEDY}"
             )
     elif isinstance(tokenizer, Mapping):
         files = tokenizer
     else:
         raise TypeError(
             f"`tokenizer` must be a folder, or bytes by name; got "
-            f"{type(tokenizer).__name__}. Use save_pretrained(folder) of the "
-            f"tokenizer, and give the folder."
+            f"{type(tokenizer).__name__}. {_REMEDY}"
         )
     for name, data in files.items():
         if name not in NAMES:

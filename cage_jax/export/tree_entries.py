@@ -89,9 +89,8 @@ def _entry(leaf):
         dtype = getattr(leaf, "dtype", type(leaf).__name__)
         if str(dtype) not in _DTYPES:
             raise TypeError(
-                f"`codes` must be QuantizedArrays and arrays of floats, whole numbers "
-                f"and bools; got {dtype}. Leave it out, or save jax.random.key_data of "
-                f"a key."
+                f"`codes` must be QuantizedArrays, floats, ints and bools; got "
+                f"{dtype}. Leave it out, or save jax.random.key_data of a key."
             )
         return {"kind": "array", "shape": list(leaf.shape), "dtype": str(dtype)}
     like = QuantizedArray.abstract(leaf.quantizer, leaf.shape, leaf.dtype)
@@ -99,9 +98,9 @@ def _entry(leaf):
         found = parts_of(leaf).get(name)
         if found is None or (found.shape, found.dtype) != (part.shape, part.dtype):
             raise ValueError(
-                f"`{name}` must be as its quantizer says, {part.dtype} of shape "
-                f"{part.shape}; got {found if found is None else found.shape}. "
-                f"Quantize the whole array at once, or save its layers one by one."
+                f"`{name}` must be {part.dtype} of shape {part.shape} for its "
+                f"quantizer; got {found if found is None else found.shape}. Quantize "
+                f"the whole array at once, or save its layers one by one."
             )
     return {
         "kind": "codes",
@@ -198,7 +197,7 @@ def _plain(node):
         return found
     if found.keys() != set(range(len(found))):
         raise MalformedFileError(
-            f"a list must have a place for each number from 0 on; got "
+            f"a list must have an item for each number from 0 on; got "
             f"{short(sorted(found, key=str))}. {REMEDY}"
         )
     return [found[place] for place in range(len(found))]
@@ -222,7 +221,8 @@ def _keys_of(path, entry):
         or not all(type(key) is str or (type(key) is int and key >= 0) for key in keys)
         or "/".join(map(str, keys)) != path
     ):
-        raise malformed(path, f"its `keys` must be those, at most {_MOST_KEYS}", keys)
+        rule = f"its `keys` must be those of the path, at most {_MOST_KEYS}"
+        raise malformed(path, rule, keys)
     return keys
 
 
