@@ -142,7 +142,10 @@ def stablehlo(
 
     def of_words(words, *arguments):
         params = [_unpacked(words, path, leaf) for path, leaf in zip(paths, leaves)]
-        values = [decoded(param) if _is_codes(param) else param for param in params]
+        values = [
+            decoded(param) if isinstance(param, QuantizedArray) else param
+            for param in params
+        ]
         return function(structure.unflatten(values), *arguments)
 
     def of_constants(*arguments):
@@ -242,10 +245,6 @@ def _specs(arguments, shapes):
     )
 
 
-def _is_codes(leaf):
-    return isinstance(leaf, QuantizedArray)
-
-
 def _described(tree):
     paths, leaves, _ = flatten_with_paths(tree)
     return [
@@ -263,7 +262,7 @@ def _described(tree):
 
 def _parts(path, leaf):
     """Returns the arrays of a parameter by name, each with its format if packed."""
-    if not _is_codes(leaf):
+    if not isinstance(leaf, QuantizedArray):
         return {path: (leaf, None)}
     begin = f"{path}/" if path else ""
     return {
@@ -313,7 +312,7 @@ def _unpacked(words, path, like):
             numbers = unpack_bits(stored, format.bits, math.prod(part.shape))
             stored = format.from_index(numbers).reshape(part.shape)
         found.append(stored if stored.dtype == part.dtype else stored.view(part.dtype))
-    if not _is_codes(like):
+    if not isinstance(like, QuantizedArray):
         return found[0]
     return dataclasses.replace(like, **dict(zip(parts_of(like), found)))
 

@@ -20,19 +20,12 @@ OUTPUT, VALUE = "output/kernel", "value/kernel"
 
 
 def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]:
-    """Folds rotations into the preceding weights where this is possible.
+    """Folds rotations of floats and codes, by path, into the preceding weights.
 
-    The model computes the same up to the rounding of floats; codes and scales do not
-    change.
-
-    Args:
-      arrays: floats and codes by path.
-      config: the model's dimensions.
-
-    Returns:
-      The same arrays. If the rotation blocks of `output/kernel` divide a head and
-      `value/kernel` holds floats, the rotation moves from `output/kernel` to
-      `value/kernel`. All other rotations stay, and the file's writer rejects them.
+    If the rotation blocks of `output/kernel` divide a head and `value/kernel` holds
+    floats, the rotation moves from `output/kernel` to `value/kernel`. All other
+    rotations stay, and the file's writer rejects them. The model computes the same up
+    to the rounding of floats; codes and scales do not change.
     """
     found = dict(arrays)
     for path, codes in arrays.items():
@@ -50,8 +43,8 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
             or (quantizer.hadamard_seed is not None and config.kv_heads != config.heads)
         ):
             continue
-        of_outputs = dataclasses.replace(quantizer, axis=-1, group_size=None)
-        rotated = of_outputs.basis(value.shape).rotate(value)
+        along_outputs = dataclasses.replace(quantizer, axis=-1, group_size=None)
+        rotated = along_outputs.basis(value.shape).rotate(value)
         found[before] = rotated.astype(value.dtype)
         plain = dataclasses.replace(quantizer, hadamard=None, hadamard_seed=None)
         found[path] = dataclasses.replace(codes, quantizer=plain)
@@ -62,11 +55,11 @@ def why_not_folded(path: str) -> str:
     """Explains why a parameter stays rotated, and what to do."""
     if path.endswith(OUTPUT):
         return (
-            "Its rotation folds into value/kernel where that is of floats and the "
-            "block divides a head: leave value/kernel unquantized, or use "
+            "Its rotation can only be folded into value/kernel if that holds floats "
+            "and the block divides a head: leave value/kernel unquantized, or use "
             "hadamard=None."
         )
     return (
-        "Its rotation cannot be folded into the weights before it, which a norm or a "
-        "product of activations keeps apart: use hadamard=None."
+        "Its rotation cannot be folded into the weights before it, because a norm or "
+        "a product of activations lies in between: use hadamard=None."
     )

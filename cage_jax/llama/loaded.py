@@ -35,11 +35,7 @@ class Model(NamedTuple):
     def floats(self) -> Any:
         """Returns the parameters with all codes dequantized."""
         return jax.tree.map(
-            lambda leaf: decoded(leaf) if _is_codes(leaf) else leaf,
+            lambda leaf: decoded(leaf) if isinstance(leaf, QuantizedArray) else leaf,
             self.params,
-            is_leaf=_is_codes,
+            is_leaf=lambda leaf: isinstance(leaf, QuantizedArray),
         )
-
-
-def _is_codes(leaf):
-    return isinstance(leaf, QuantizedArray)

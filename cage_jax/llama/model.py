@@ -137,15 +137,15 @@ class Layer(nnx.Module):
     ):
         width, hidden = config.width, config.hidden
         self.inputs, self.kv, self.dtype = inputs, kv, dtype
-        self.asked = config.heads, config.head_size
-        self.kept = config.kv_heads, config.head_size
+        self.query_shape = config.heads, config.head_size
+        self.key_shape = config.kv_heads, config.head_size
         self.rope_theta = config.rope_theta
-        asked, kept = math.prod(self.asked), math.prod(self.kept)
+        queries, keys = math.prod(self.query_shape), math.prod(self.key_shape)
         self.attention_norm = _norm(config, dtype, rngs)
-        self.query = _linear(width, asked, dtype, rngs)
-        self.key = _linear(width, kept, dtype, rngs)
-        self.value = _linear(width, kept, dtype, rngs)
-        self.output = _linear(asked, width, dtype, rngs)
+        self.query = _linear(width, queries, dtype, rngs)
+        self.key = _linear(width, keys, dtype, rngs)
+        self.value = _linear(width, keys, dtype, rngs)
+        self.output = _linear(queries, width, dtype, rngs)
         self.mlp_norm = _norm(config, dtype, rngs)
         self.gate = _linear(width, hidden, dtype, rngs)
         self.up = _linear(width, hidden, dtype, rngs)
@@ -158,37 +158,41 @@ class Layer(nnx.Module):
         normed = self._quantized(self.attention_norm(x))
         mixed, cache = self._attention(normed, (batch, sequence), cache)
         x = x + mixed
-        return x + self._mlp(self._quantized(self.mlp_norm(x))), cache
+        normed = self._quantized(self.mlp_norm(x))
+        gated = nnx.silu(self.gate(normed)) * self.up(normed)
+        return x + self.down(self._quantized(gated)), cache
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """Makes a cache with room for `length` tokens of each sequence."""
-        return KVCache.empty((batch, length, *self.kept), self.kv, self.kv, self.dtype)
+        return KVCache.empty(
+            (batch, length, *self.key_shape), self.kv, self.kv, self.dtype
+        )
 
     def _attention(self, x, tokens, cache):
         start = 0 if cache is None else cache.count
-        query = self._rotary(self.query(x).reshape(*tokens, *self.asked), start)
-        key = self._rotary(self.key(x).reshape(*tokens, *self.kept), start)
-        value = self.value(x).reshape(*tokens, *self.kept)
-        seen: dict[str, Any] = {"is_causal": True}
+        query = self.query(x).reshape(*tokens, *self.query_shape)
+        query = _rotary(query, start, self.rope_theta)
+        key = self.key(x).reshape(*tokens, *self.key_shape)
+        key = _rotary(key, start, self.rope_theta)
+        value = self.value(x).reshape(*tokens, *self.key_shape)
+        mask = None
         if cache is not None:
             cache = cache.append(key, value)
             key, value, mask = cache.read()
-            seen = {"mask": mask[None, None]}
         elif self.kv is not None:
             key, value, mask = quantize_kv(key, value, self.kv, self.kv)
-            seen = {"mask": mask[None, None]}
-        mixed = jax.nn.dot_product_attention(query, key, value, **seen)
-        mixed = mixed.reshape(x.shape[0], math.prod(self.asked))
+        mixed = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=None if mask is None else mask[None, None],
+            is_causal=mask is None,
+        )
+        mixed = mixed.reshape(x.shape[0], math.prod(self.query_shape))
         return self.output(self._quantized(mixed)), cache
-
-    def _mlp(self, x):
-        return self.down(self._quantized(nnx.silu(self.gate(x)) * self.up(x)))
 
     def _quantized(self, x):
         return x if self.inputs is None else fake_quant(x, self.inputs)
-
-    def _rotary(self, x, start):
-        return _rotary(x, start, self.rope_theta)
 
 
 def logits(

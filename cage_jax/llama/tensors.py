@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.paths import flatten_with_paths
-from cage_jax.core.quantized_array import QuantizedArray, decoded
+from cage_jax.core.quantize import dequantize
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.folding import Array, folded
 from cage_jax.llama.loaded import Model
-from cage_jax.quantizers.quantizer import Quantizer
 
 
 class Place(NamedTuple):
@@ -111,7 +111,7 @@ def places(
 
 
 def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
-    """Yields the parameters one by one, layer by layer.
+    """Yields the parameters one by one, in the order of `places`.
 
     Rotations are folded into the preceding weights where possible, see
     `cage_jax.llama.folding`.
@@ -174,7 +174,7 @@ def by_path(tree: Any) -> dict[str, Array]:
         )
     paths, leaves, _ = flatten_with_paths(tree, QuantizedArray)
     for path, leaf in zip(paths, leaves):
-        if not _is_codes(leaf) and not (
+        if not isinstance(leaf, QuantizedArray) and not (
             hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         ):
             place = f"`{path}`: " if path else ""
@@ -188,25 +188,20 @@ def by_path(tree: Any) -> dict[str, Array]:
 
 def layer_of(stacked: Array, number: int) -> Array:
     """Takes one layer out of stacked parameters."""
-    if not isinstance(stacked, QuantizedArray):
-        return stacked[number]
 
-    def of(array):
+    def take(array):
         # Layers that share a scale have one entry for all.
-        return None if array is None else array[number if array.shape[0] > 1 else 0]
+        return array[number if array.shape[0] > 1 else 0]
 
-    return dataclasses.replace(
-        stacked,
-        codes=stacked.codes[number],
-        scale=of(stacked.scale),
-        zero_point=of(stacked.zero_point),
-        offset=of(stacked.offset),
-        tensor_divisor=of(stacked.tensor_divisor),
-        quantizer=_of_layer_quantizer(stacked.quantizer, stacked.codes.ndim),
-    )
+    layer = jax.tree.map(take, stacked)
+    if isinstance(stacked, QuantizedArray):
+        quantizer = _without_layers(stacked.quantizer, stacked.codes.ndim)
+        layer = dataclasses.replace(layer, quantizer=quantizer)
+    return layer
 
 
-def _of_layer_quantizer(quantizer: Quantizer, ndim: int) -> Quantizer:
+def _without_layers(quantizer, ndim):
+    """Returns the quantizer of one layer of an array that has `ndim` axes."""
     if quantizer.axis is None:
         return quantizer
     axes = quantizer.axis if isinstance(quantizer.axis, tuple) else (quantizer.axis,)
@@ -275,15 +270,8 @@ def stacked(arrays: list[Array]) -> Array:
         for array in arrays
     }
     if len(alike) > 1:
-        arrays = [
-            decoded(array) if isinstance(array, QuantizedArray) else array
-            for array in arrays
-        ]
+        arrays = dequantize(arrays)
     return jax.tree.map(lambda *parts: jnp.stack(parts), *arrays)
-
-
-def _is_codes(leaf):
-    return isinstance(leaf, QuantizedArray)
 
 
 def _check_paths(given, expected):
