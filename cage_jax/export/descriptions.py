@@ -27,7 +27,7 @@ CLASSES: dict[str, type] = {"Quantizer": Quantizer} | {
     for name, kind in vars(module).items()
     if inspect.isclass(kind)
     and issubclass(kind, Format | ScaleRule | ScaleType)
-    and not inspect.isabstract(kind)
+    and not (inspect.isabstract(kind) or name.startswith("_"))
 }
 """All classes that a description can name, by name."""
 
