@@ -51,7 +51,7 @@ def test_configurations_that_are_not_of_the_tensors(folder):
     for name, value, message in [
         ("num_hidden_layers", 3, "layers.2.*must have"),
         ("num_hidden_layers", 2**24, "layers"),
-        ("num_hidden_layers", 1, "of a Llama alone; got"),
+        ("num_hidden_layers", 1, "only the tensors of a Llama; got"),
         ("vocab_size", 319, "shape"),
         ("model_type", "gpt2", "config.json: .*model_type='gpt2'"),
         ("hidden_size", "many", "`width` must be an int"),
@@ -127,8 +127,8 @@ def test_shards_made_to_do_harm(tmp_path):
     (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
     others = {key: file for key, file in places.items() if key != name}
     for changed, message in [
-        (dict.fromkeys(places, "../outside"), "must be that of a file beside it"),
-        (dict.fromkeys(places, str(tmp_path / "outside")), "must be that of a file"),
+        (dict.fromkeys(places, "../outside"), "must be named like a file beside it"),
+        (dict.fromkeys(places, str(tmp_path / "outside")), "must be named like a file"),
         (places | {name: "config.json"}, "must be a safetensors file"),
         (places | {name: "missing"}, "must be a file in the folder"),
         (places | {name: max(places.values())}, "must have the tensors"),

@@ -109,7 +109,7 @@ def refuses_counts(huge, small_file, tmp_path):
         refuses(replaced(small_file, first, old, new), tmp_path, "must have")
     old = u32(2) + u64(64) + u64(320) + u32(3) + u64(0)
     content = replaced(small_file, first, old, old[:-8] + u64(huge))
-    refuses(content, tmp_path, "right behind")
+    refuses(content, tmp_path, "right after")
     token = u64(len("<|im_start|>")) + b"<|im_start|>" + u64(1)
     assert small_file.count(token) == 1
     content = small_file.replace(token, u64(huge) + token[8:])

@@ -32,6 +32,7 @@ from cage_jax.export.files import (
     MalformedFileError,
     Path,
     inside,
+    malformed,
     new_folder,
     read_json,
     write_json,
@@ -198,9 +199,10 @@ def read(path: Path) -> Model:
         )
     more = [name for name in arrays if not name.endswith("rotary_emb.inv_freq")]
     if more:
-        raise MalformedFileError(
-            f"the files must have the tensors of a Llama alone; got {more[:3]} too, "
-            f"{len(more)} in all. Other models are not read yet."
+        raise malformed(
+            "the files must have only the tensors of a Llama",
+            f"{more[:3]} too, {len(more)} in all",
+            "Other models are not read yet.",
         )
     return Model(tree_of(found, config), config, tokenizer_files.in_folder(folder))
 

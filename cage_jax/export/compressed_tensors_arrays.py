@@ -17,7 +17,7 @@ from cage_jax.export.compressed_tensors_schemes import (
     SUPPORTED,
     Scheme,
 )
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import malformed
 from cage_jax.llama.tensors import Array, Tensor
 
 _pack = functools.partial(jax.jit, static_argnames=("layout", "axis"))(pack)
@@ -106,11 +106,12 @@ def kernel_of(
         ):
             return _codes_of(module, stored, shape, scheme)
     texts = [f"{suffix} {dtype}{list(size)}" for suffix, (dtype, size) in has.items()]
-    raise MalformedFileError(
+    raise malformed(
         f"`{module}`: the file must have the tensors of a matrix {shape[::-1]} of "
         f"{FLOATS}, or of a scheme in config.json that is supported, "
-        f"{[scheme.format for scheme in schemes]}; got {texts}. Supported are "
-        f"{SUPPORTED}."
+        f"{[scheme.format for scheme in schemes]}",
+        texts,
+        f"Supported are {SUPPORTED}.",
     )
 
 
@@ -120,9 +121,10 @@ def floats_of(
     """Returns float32 values that are stored as any floats; arguments as before."""
     has = {name: f"{part.dtype}{part.shape}" for name, part in stored.items()}
     if has not in [{"weight": f"{dtype}{shape}"} for dtype in FLOATS]:
-        raise MalformedFileError(
-            f"`{module}`: the file must have `weight` alone, of {FLOATS} and shape "
-            f"{shape}; got {has}. Get the folder again."
+        raise malformed(
+            f"`{module}`: the file must have only `weight`, of {FLOATS} and shape "
+            f"{shape}",
+            has,
         )
     return jnp.array(stored["weight"].astype(np.float32))
 
@@ -133,9 +135,9 @@ def _codes_of(module, stored, shape, scheme):
     codes_dtype = quantizer.format.code_dtype
     if scheme.format == PACKED:
         if tuple(stored["weight_shape"].tolist()) != shape[::-1]:
-            raise MalformedFileError(
-                f"`{module}`: weight_shape must be {shape[::-1]}, as config.json says; "
-                f"got {stored['weight_shape'].tolist()}. Get the folder again."
+            raise malformed(
+                f"`{module}`: weight_shape must be {shape[::-1]}, as config.json says",
+                stored["weight_shape"].tolist(),
             )
         layout = COMPRESSED_TENSORS
         words = jnp.array(stored["weight_packed"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cage_jax.arrays.checks import is_int
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import malformed
 from cage_jax.llama.folding import why_not_folded
 from cage_jax.llama.tensors import Tensor
 from cage_jax.quantizers.file_presets import ct_w4a16
@@ -232,14 +232,16 @@ def declared_schemes(quantization: Any) -> list[Scheme]:
     _check_object(quantization, "an object")
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise MalformedFileError(
-            f"config.json must have quant_method='compressed-tensors'; got {method!r}. "
-            f"Convert the model, or use its unquantized original."
+        raise malformed(
+            "config.json must have quant_method='compressed-tensors'",
+            repr(method),
+            "Convert the model, or use its unquantized original.",
         )
     if quantization.get("transform_config"):
-        raise MalformedFileError(
-            "config.json must have no `transform_config`; got one. Rotations of inputs "
-            "are not supported: use a model without them."
+        raise malformed(
+            "config.json must have no `transform_config`",
+            "one",
+            "Use a model without rotations of inputs.",
         )
     groups = quantization.get("config_groups")
     _check_object(groups, "`config_groups`")
@@ -254,10 +256,8 @@ def declared_schemes(quantization: Any) -> list[Scheme]:
 
 def _check_object(value, what):
     if not isinstance(value, dict):
-        raise MalformedFileError(
-            f"config.json must have {what} in `quantization_config`; got "
-            f"{str(value)[:80]!r}. Get the folder again."
-        )
+        rule = f"config.json must have {what} in `quantization_config`"
+        raise malformed(rule, repr(str(value)[:80]))
 
 
 def _possible_schemes(weights):

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import MalformedFileError, malformed
 from cage_jax.quantizers import formats, scale_types, scales
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.quantizer import Quantizer
@@ -32,6 +32,7 @@ CLASSES: dict[str, type] = {"Quantizer": Quantizer} | {
 """All classes that a description can name, by name."""
 
 _MOST_LEVELS = 256  # of a codebook; no other list is longer
+_CAUSE = "written by a newer version, or damaged"
 _REMEDY = "Get the file again, or a newer version of cage_jax."
 
 
@@ -103,26 +104,21 @@ def quantizer_of(description: Any) -> Quantizer:
     try:
         return _built(description, Quantizer)
     except RecursionError as error:
-        raise MalformedFileError(
-            f"the description of a quantizer must not be nested so deeply. {_REMEDY}"
-        ) from error
+        rule = "the description of a quantizer must have few levels"
+        raise malformed(rule, error, _REMEDY) from error
 
 
 def _built(description, wanted):
     """Builds an object of the class `wanted` or of a subclass."""
     if not isinstance(description, dict) or "class" not in description:
-        raise MalformedFileError(
-            f"the description of a {wanted.__name__} must have a 'class'; got "
-            f"{short(description)}. {_REMEDY}"
-        )
+        rule = f"the description of a {wanted.__name__} must have a 'class'"
+        raise malformed(rule, short(description), _REMEDY)
     name = description["class"]
     kind = CLASSES.get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, wanted):
         known = [name for name, each in CLASSES.items() if issubclass(each, wanted)]
-        raise MalformedFileError(
-            f"a {wanted.__name__} must be one of {known}; got {short(name)}: written "
-            f"by a newer version, or damaged. {_REMEDY}"
-        )
+        rule = f"a {wanted.__name__} must be one of {known}"
+        raise malformed(rule, f"{short(name)}: {_CAUSE}", _REMEDY)
     hints = get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     values = {}
@@ -130,16 +126,13 @@ def _built(description, wanted):
         if key == "class":
             continue
         if key not in fields:
-            raise MalformedFileError(
-                f"the fields of {name} are {list(fields)}; got {short(key)}: written "
-                f"by a newer version, or damaged. {_REMEDY}"
-            )
+            rule = f"a field of {name} must be one of {list(fields)}"
+            raise malformed(rule, f"{short(key)}: {_CAUSE}", _REMEDY)
         try:
             values[key] = _typed(value, fields[key])
         except _Unsuited as error:
-            raise MalformedFileError(
-                f"`{key}` of {name} must be {error}; got {short(value)}. {_REMEDY}"
-            ) from error
+            rule = f"`{key}` of {name} must be {error}"
+            raise malformed(rule, short(value), _REMEDY) from error
     try:
         return kind(**values)
     except MalformedFileError:

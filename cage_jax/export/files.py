@@ -20,6 +20,13 @@ class MalformedFileError(ValueError):
     """A file is not well-formed: truncated, damaged or malicious."""
 
 
+def malformed(
+    rule: str, got: Any, remedy: str = "Get the file again."
+) -> MalformedFileError:
+    """Makes the error for a file that breaks a rule."""
+    return MalformedFileError(f"{rule}; got {got}. {remedy}")
+
+
 def check_installed(package: str, purpose: str) -> None:
     """Raises ImportError if a package is missing, with the command that installs it."""
     if importlib.util.find_spec(package) is None:
@@ -110,21 +117,13 @@ def read_json(path: Path) -> dict[str, Any]:
     path = pathlib.Path(path)
     size = path.stat().st_size
     if size > _MOST_JSON:
-        raise MalformedFileError(
-            f"{path.name} must have at most {_MOST_JSON} bytes; got {size}. Get the "
-            f"file again."
-        )
+        raise malformed(f"{path.name} must have at most {_MOST_JSON} bytes", size)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise MalformedFileError(
-            f"{path.name} must be JSON; got {error}. Get the file again."
-        ) from error
+        raise malformed(f"{path.name} must be JSON", error) from error
     if not isinstance(content, dict):
-        raise MalformedFileError(
-            f"{path.name} must have an object; got {type(content).__name__}. Get the "
-            f"file again."
-        )
+        raise malformed(f"{path.name} must be an object", type(content).__name__)
     return content
 
 
@@ -146,16 +145,10 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
         or any(sign in name for sign in "/\\\0:")
         or not name.isprintable()
     ):
-        raise MalformedFileError(
-            f"the name of a shard must be that of a file beside it; got {name!r}. Get "
-            f"the folder again, from who made it."
-        )
+        raise malformed("a shard must be named like a file beside it", repr(name))
     path = pathlib.Path(folder) / name
     if len(name) > _MOST_LETTERS or not path.is_file():
-        raise MalformedFileError(
-            f"{name[:_MOST_LETTERS]} must be a file in the folder; got none. Get the "
-            f"folder again."
-        )
+        raise malformed(f"{name[:_MOST_LETTERS]} must be a file in the folder", "none")
     return path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cage_jax.arrays.checks import check_choice
 from cage_jax.export import tokenizer_files
-from cage_jax.export.files import MalformedFileError, Path, as_path, new_file
+from cage_jax.export.files import Path, as_path, malformed, new_file
 from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
 from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
@@ -275,9 +275,7 @@ def _config(metadata, found):
             eos=eos,
         )
     except (TypeError, ValueError) as error:
-        raise MalformedFileError(
-            f"the file's metadata must describe a Llama; got: {error}"
-        ) from error
+        raise malformed("the file's metadata must describe a Llama", error) from error
     for key, supported in {
         "llama.attention.value_length": (config.head_size,),
         "llama.rope.dimension_count": (config.head_size,),
@@ -321,10 +319,8 @@ def _array(found, place, layer, shape, config):
 
 
 def _refuse(rule, got) -> NoReturn:
-    raise MalformedFileError(
-        f"the file must {rule}; got {got}. Get the file again, or use a plain Llama: "
-        f"other models are not read yet."
-    )
+    remedy = "Get the file again, or use a plain Llama: other models are not read yet."
+    raise malformed(f"the file must {rule}", got, remedy)
 
 
 def is_file(path: pathlib.Path) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cage_jax.arrays.packing import GGUF_4BIT, pack, unpack
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import malformed
 from cage_jax.export.gguf_files import Stored
 from cage_jax.llama.folding import Array
 from cage_jax.quantizers.file_presets import q4_0, q4_1, q8_0
@@ -154,9 +154,10 @@ def array_of(stored: Stored, axis: int) -> Array:
         with np.errstate(all="ignore"):
             values = quants.dequantize(rows, GGMLQuantizationType[stored.kind])
     except NotImplementedError as error:
-        raise MalformedFileError(
-            f"the file must have types that the package gguf can decode; got "
-            f"{stored.kind}. Convert it to Q8_0 with llama.cpp's llama-quantize."
+        raise malformed(
+            "the file must have types that the package gguf can decode",
+            stored.kind,
+            "Convert it to Q8_0 with llama.cpp's llama-quantize.",
         ) from error
     return turned(values.astype(np.float32))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from cage_jax.export.files import MalformedFileError, Path
+from cage_jax.export.files import Path, malformed
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -72,7 +72,7 @@ def read_content(path: Path) -> Content:
     """
     path = pathlib.Path(path)
     if path.stat().st_size == 0:
-        _refuse(path.name, "have a header", "an empty file")
+        raise malformed(f"{path.name} must have a header", "an empty file")
     content = np.memmap(path, np.uint8, "r")
     cursor = _Cursor(content, path.name)
     try:
@@ -126,7 +126,7 @@ def _located(table, cursor, alignment, content):
         if shape[-1] % block or not all(shape):
             cursor.refuse(f"have rows of whole blocks of {block} for {name!r}", shape)
         if offset != expected:
-            cursor.refuse(f"have {name!r} right behind the one before", offset)
+            cursor.refuse(f"have {name!r} right after the one before", offset)
         start = begin + offset
         stop = start + math.prod(shape) // block * block_bytes
         if stop > len(content):
@@ -214,8 +214,4 @@ class _Cursor:
         self.refuse(f"have {stop} bytes or more", len(self.view))
 
     def refuse(self, rule, got) -> NoReturn:
-        _refuse(self.name, rule, got)
-
-
-def _refuse(name, rule, got) -> NoReturn:
-    raise MalformedFileError(f"{name} must {rule}; got {got}. Get the file again.")
+        raise malformed(f"{self.name} must {rule}", got)

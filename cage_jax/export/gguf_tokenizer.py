@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import malformed
 from cage_jax.llama.config import LlamaConfig
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
@@ -412,6 +412,4 @@ def _of_type(metadata, name, kind, default):
 
 
 def _malformed(rule, got) -> NoReturn:
-    raise MalformedFileError(
-        f"the file's tokenizer must have {rule}; got {got}. Get the file again."
-    )
+    raise malformed(f"the file's tokenizer must have {rule}", got)

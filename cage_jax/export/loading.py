@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from cage_jax.export.files import MalformedFileError, Path, as_path, check_installed
+from cage_jax.export.files import Path, as_path, check_installed, malformed
 from cage_jax.export.target import suffixes, targets
 from cage_jax.llama.loaded import Model
 
@@ -64,9 +64,10 @@ def load(path: Path) -> Model:
             f"which has {names}. Give the folder that holds config.json, or the GGUF "
             f"itself."
         )
-    raise MalformedFileError(
-        f"`path` must be a model; got {place.name}, which is not a well-formed file of "
-        f"{suffixes()}. Give one of those, or the folder of the model."
+    raise malformed(
+        "`path` must be a model",
+        f"{place.name}, which is not a well-formed file of {suffixes()}",
+        "Give one of those, or the folder of the model.",
     )
 
 

@@ -6,6 +6,7 @@ from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
+    malformed,
     new_folder,
     read_json,
     write_json,
@@ -60,10 +61,7 @@ def read(path: Path) -> Model:
     shapes = {name: leaf.shape for name, leaf in by_path(params).items()}
     if shapes != config.shapes():
         wrong = sorted(set(shapes.items()) ^ set(config.shapes().items()))[:2]
-        raise MalformedFileError(
-            f"{CODES} must have the parameters that {CONFIG} says; got {wrong}. Get "
-            f"the folder again."
-        )
+        raise malformed(f"{CODES} must have the parameters of {CONFIG}", wrong)
     return Model(params, config, tokenizer_files.in_folder(folder))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import MalformedFileError, Path, as_path, new_folder
+from cage_jax.export.files import Path, as_path, malformed, new_folder
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
     Tree,
@@ -131,10 +131,8 @@ def _as_malformed(path):
         yield
     except Exception as error:  # Orbax raises exceptions of all kinds
         text = (str(error) or repr(error)).strip().splitlines()[0]
-        raise MalformedFileError(
-            f"{path.name} must be a whole folder of save_orbax; got {text}. Get the "
-            f"folder again."
-        ) from error
+        rule = f"{path.name} must be a whole folder of save_orbax"
+        raise malformed(rule, text) from error
 
 
 def is_folder(path: pathlib.Path) -> bool:

@@ -8,13 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.export.files import (
-    MalformedFileError,
-    Path,
-    inside,
-    read_json,
-    write_json,
-)
+from cage_jax.export.files import Path, inside, malformed, read_json, write_json
 
 # Dtypes of at least one byte by their names in files, little-endian.
 _DTYPES = {
@@ -96,16 +90,17 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     path = pathlib.Path(path)
+    rule = f"{path.name} must be a safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MOST_HEADER:
-            raise _malformed(path, f"a header of {length} bytes")
+            raise malformed(rule, f"a header of {length} bytes")
         try:
             # The library checks the header: lengths, gaps, overlaps, dtypes and shapes.
             with safe_open(str(path), "np"):
                 pass
         except (SafetensorError, ValueError, OverflowError) as error:
-            raise _malformed(path, error) from error
+            raise malformed(rule, error) from error
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
     # A plain array, because the overhead of a memmap slice exceeds many tensors.
@@ -113,19 +108,20 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     arrays = {}
     for name, entry in header.items():
         if not isinstance(entry, dict):  # the library accepts lists as objects too
-            raise _malformed(path, f"`{name}` as {type(entry).__name__}")
+            raise malformed(rule, f"`{name}` as {type(entry).__name__}")
         shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
         if dtype is None or len(shape) > _MOST_DIMENSIONS:
-            raise MalformedFileError(
-                f"`{name}` in {path.name} must be of a dtype among {list(_DTYPES)} and "
-                f"of at most {_MOST_DIMENSIONS} dimensions; got {entry['dtype']}, "
-                f"{len(shape)}. Use a file with others."
+            raise malformed(
+                f"`{name}` in {path.name} must have a dtype of {list(_DTYPES)} and at "
+                f"most {_MOST_DIMENSIONS} dimensions",
+                f"{entry['dtype']}, {len(shape)}",
+                "Use another file.",
             )
         begin, end = (8 + length + place for place in entry["data_offsets"])
         try:
             arrays[name] = content[begin:end].view(dtype).reshape(shape)
         except ValueError as error:  # with one size of 0, the others can be anything
-            raise _malformed(path, f"`{name}` of shape {shape}") from error
+            raise malformed(rule, f"`{name}` of shape {shape}") from error
     return arrays, metadata
 
 
@@ -173,29 +169,19 @@ def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) for shard in places.values()
     ):
-        raise MalformedFileError(
-            f"{name} must have a `weight_map` from tensors to files; got another. Get "
-            f"the folder again."
+        raise malformed(
+            f"{name} must have a `weight_map` from tensors to files", "another"
         )
     arrays: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         found, _ = read(inside(folder, shard))
         arrays |= {name: array for name, array in found.items() if name in places}
         if any(places.get(name) != shard for name in found):
-            raise MalformedFileError(
-                f"{shard} must have the tensors that {name} says; got others. Get the "
-                f"folder again."
-            )
+            raise malformed(f"{shard} must have the tensors of {name}", "others")
     if len(arrays) != len(places):
         missing = [tensor for tensor in places if tensor not in arrays]
-        raise MalformedFileError(
-            f"the files must have all tensors that {name} lists; got {len(missing)} "
-            f"missing, {missing[:3]}. Get the folder again."
+        raise malformed(
+            f"the files must have all tensors of {name}",
+            f"{len(missing)} missing, {missing[:3]}",
         )
     return arrays
-
-
-def _malformed(path, found):
-    return MalformedFileError(
-        f"{path.name} must be a safetensors file; got {found}. Get the file again."
-    )

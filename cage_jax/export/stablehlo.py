@@ -28,10 +28,10 @@ from cage_jax.arrays.packing import unpack_bits
 from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
-    MalformedFileError,
     Path,
     check_installed,
     inside,
+    malformed,
     new_folder,
     read_json,
     write_json,
@@ -202,10 +202,8 @@ def read_codes(path: Path) -> Any:
     description = read_json(folder / DESCRIPTION)
     said = description.get("format"), description.get("version")
     if said != (FORMAT, VERSION):
-        raise MalformedFileError(
-            f"{DESCRIPTION} must be of a program of version {VERSION}; got "
-            f"{short(said)}. Get the folder again, or upgrade cage_jax."
-        )
+        rule = f"{DESCRIPTION} must describe a program of version {VERSION}"
+        raise malformed(rule, short(said), "Get the file again, or upgrade cage_jax.")
     if description.get("weights") is None:
         raise ValueError(
             f"the codes must be in a file beside the program to be read; got {folder}, "

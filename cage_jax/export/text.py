@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import malformed
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Any:
@@ -24,10 +24,8 @@ def tokenizer_of(files: Mapping[str, bytes]) -> Any:
     try:
         return Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises nothing narrower
-        raise MalformedFileError(
-            f"tokenizer.json must be a file of the library tokenizers; got {error}. "
-            f"Get the file again."
-        ) from error
+        rule = "tokenizer.json must be a file of the library tokenizers"
+        raise malformed(rule, error) from error
 
 
 def encoded(files: Mapping[str, bytes], text: str) -> np.ndarray:

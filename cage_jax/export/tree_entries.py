@@ -23,7 +23,7 @@ from cage_jax.arrays.paths import flatten_with_keys, name_of, path_in_errors
 from cage_jax.arrays.sharding import devices_along
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.descriptions import describe, quantizer_of
-from cage_jax.export.files import MalformedFileError
+from cage_jax.export.files import MalformedFileError, malformed
 
 FORMAT, VERSION = "cage_jax", "1"
 
@@ -45,7 +45,6 @@ _EMPTY: dict[str, Callable[[], Any]] = {
 _MOST_KEYS = 64  # on the way to an array
 _MOST_DIMENSIONS = 16
 _MOST_NUMBERS = 2**48
-REMEDY = "Get the file again."
 
 
 def entries_of(codes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,15 +125,14 @@ def check_version(metadata: Mapping[str, Any], path: pathlib.Path) -> None:
     """Raises MalformedFileError for another format or version."""
     format, version = (str(metadata.get(name))[:80] for name in ("format", "version"))
     if format != FORMAT:
-        raise MalformedFileError(
-            f"{path.name} must be written by cage_jax.export.save or save_orbax; got "
-            f"the format {format!r}. Use the reader of its format."
+        raise malformed(
+            f"{path.name} must be written by cage_jax.export.save or save_orbax",
+            f"the format {format!r}",
+            "Use the reader of its format.",
         )
     if version != VERSION:
-        raise MalformedFileError(
-            f"{path.name} must have version {VERSION}; got {version!r}: written by a "
-            f"newer version of cage_jax. Upgrade cage_jax."
-        )
+        got = f"{version!r}: written by a newer version of cage_jax"
+        raise malformed(f"{path.name} must have version {VERSION}", got, "Upgrade it.")
 
 
 class Tree:
@@ -146,15 +144,13 @@ class Tree:
 
     def __init__(self, entries: Any):
         if not isinstance(entries, dict):
-            raise MalformedFileError(
-                f"the tree must be an object; got {type(entries).__name__}. {REMEDY}"
-            )
+            raise malformed("the tree must be an object", type(entries).__name__)
         self._keys: dict[str, list[str | int]] = {}
         self._empty: dict[str, Callable[[], Any]] = {}
         self.like: dict[str, Any] = {}
         for path, entry in entries.items():
             if not isinstance(entry, dict):
-                raise malformed(path, "its entry must be an object", entry)
+                raise _malformed(path, "its entry must be an object", entry)
             self._keys[path] = _keys_of(path, entry)
             kind = entry.get("kind")
             if isinstance(kind, str) and kind in _EMPTY:
@@ -172,9 +168,9 @@ class Tree:
             for key in inner:
                 node = node.setdefault(key, _Node())
                 if not isinstance(node, _Node):
-                    raise malformed(path, "an array must not lie in another", keys)
+                    raise _malformed(path, "an array must not lie in another", keys)
             if last in node:
-                raise malformed(path, "there must be one array for a path", keys)
+                raise _malformed(path, "there must be one array for a path", keys)
             node[last] = leaf
         return _plain(root.get(None, {}))
 
@@ -196,10 +192,8 @@ def _plain(node):
     if not any(isinstance(key, int) for key in found):
         return found
     if found.keys() != set(range(len(found))):
-        raise MalformedFileError(
-            f"a list must have an item for each number from 0 on; got "
-            f"{short(sorted(found, key=str))}. {REMEDY}"
-        )
+        rule = "a list must have an item for each number from 0 on"
+        raise malformed(rule, short(sorted(found, key=str)))
     return [found[place] for place in range(len(found))]
 
 
@@ -222,7 +216,7 @@ def _keys_of(path, entry):
         or "/".join(map(str, keys)) != path
     ):
         rule = f"its `keys` must be those of the path, at most {_MOST_KEYS}"
-        raise malformed(path, rule, keys)
+        raise _malformed(path, rule, keys)
     return keys
 
 
@@ -230,23 +224,23 @@ def _like(path, entry):
     fields = {"array": {"shape", "dtype"}, "codes": {"shape", "dtype", "quantizer"}}
     kind, shape, dtype = (entry.get(name) for name in ("kind", "shape", "dtype"))
     if not isinstance(kind, str) or kind not in fields:
-        raise malformed(path, f"its `kind` must be one of {[*fields, *_EMPTY]}", kind)
+        raise _malformed(path, f"its `kind` must be one of {[*fields, *_EMPTY]}", kind)
     if more := entry.keys() - fields[kind] - {"kind", "keys"}:
-        raise malformed(path, f"its fields must be {sorted(fields[kind])}", more)
+        raise _malformed(path, f"its fields must be {sorted(fields[kind])}", more)
     if (
         not isinstance(shape, list)
         or len(shape) > _MOST_DIMENSIONS
         or not all(type(length) is int and length >= 0 for length in shape)
         or math.prod(max(length, 1) for length in shape) > _MOST_NUMBERS
     ):
-        raise malformed(path, "its `shape` must be that of an array", shape)
+        raise _malformed(path, "its `shape` must be that of an array", shape)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise malformed(path, f"its `dtype` must be one of {[*_DTYPES]}", dtype)
+        raise _malformed(path, f"its `dtype` must be one of {[*_DTYPES]}", dtype)
     if kind == "array":
         like: Any = jax.ShapeDtypeStruct(shape, _DTYPES[dtype])
     else:
         if not jnp.issubdtype(_DTYPES[dtype], jnp.floating):
-            raise malformed(path, "its `dtype` must be one of floats", dtype)
+            raise _malformed(path, "its `dtype` must be one of floats", dtype)
         try:
             quantizer = quantizer_of(entry.get("quantizer"))
             like = QuantizedArray.abstract(quantizer, tuple(shape), _DTYPES[dtype])
@@ -266,12 +260,9 @@ def check_array(name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> No
     dtype, shape = np.dtype(dtype), tuple(shape)
     if array is None or (array.dtype, array.shape) != (dtype, shape):
         got = None if array is None else f"{array.dtype} of shape {array.shape}"
-        raise malformed(name, f"it must be {dtype} of shape {shape}", got)
+        raise _malformed(name, f"it must be {dtype} of shape {shape}", got)
 
 
-def malformed(path: str, rule: str, found: Any) -> MalformedFileError:
-    """Makes the error for an array that does not fit its description."""
-    return MalformedFileError(
-        f"`{path[:200]}`: {rule}; got {short(found)}: damaged, or written by a newer "
-        f"version of cage_jax. {REMEDY}"
-    )
+def _malformed(path, rule, found):
+    got = f"{short(found)}: damaged, or written by a newer version of cage_jax"
+    return malformed(f"`{path[:200]}`: {rule}", got)

@@ -15,11 +15,10 @@ import numpy as np
 
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import orbax_folders
-from cage_jax.export.files import MalformedFileError, Path, as_path, new_file
+from cage_jax.export.files import Path, as_path, malformed, new_file
 from cage_jax.export.safetensors_files import read, write
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
-    REMEDY,
     Tree,
     check_array,
     check_version,
@@ -115,16 +114,12 @@ def load(path: Path, *, shardings: Any = None) -> Any:
     try:
         entries = json.loads(metadata.get("tree", ""))
     except (ValueError, RecursionError) as error:
-        raise MalformedFileError(
-            f"the tree of {path.name} must be JSON; got {error}. {REMEDY}"
-        ) from error
+        raise malformed(f"the tree of {path.name} must be JSON", error) from error
     tree = Tree(entries)
     if set(arrays) != set(tree.like):
         different = sorted(set(arrays) ^ set(tree.like))
-        raise MalformedFileError(
-            f"{path.name} must have the arrays of its tree; got others, such as "
-            f"{different[:3]}. {REMEDY}"
-        )
+        rule = f"{path.name} must have the arrays of its tree"
+        raise malformed(rule, f"others, such as {different[:3]}")
     leaves: dict[str, Any] = {}
     for name, like in tree.like.items():
         array = arrays[name]
