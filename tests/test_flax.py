@@ -476,7 +476,7 @@ def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(x):
 
 
 NOT_QUANTIZED = "`rules` quantize inputs, but `model` does not"
-OTHERWISE = "`rules` quantize inputs otherwise"
+OTHERWISE = "`rules` quantize other inputs"
 
 
 def test_a_model_whose_inputs_are_not_quantized_as_asked(x, rng):
