@@ -184,7 +184,7 @@ def test_what_was_donated_raises_when_it_is_used_again(params):
 def test_a_state_of_another_optimizer_is_refused(params):
     tx = optimizer()
     for other in (optax.adamw(1e-3), optax.chain(optax.clip(1.0), optimizer())):
-        with pytest.raises(ValueError, match="`state` must be that of this optimizer"):
+        with pytest.raises(ValueError, match="`state` must come from this optimizer"):
             tx.fused_step(params, other.init(params), params)
     with pytest.raises(ValueError, match=r"`implementation` must be one of .*'gpu'"):
         tx.fused_step(params, tx.init(params), params, implementation="gpu")

@@ -98,8 +98,8 @@ def check_grid(grid: Grid, quantizer: Quantizer, blocks: Blocks) -> None:
     if not isinstance(grid, Grid):
         raise TypeError(
             f"`grid` must be a Grid; got {type(grid).__name__}. Use Grid(scale) or "
-            f"Grid(scale, zero_point) of `cage_jax.scales`, and Grid(**grid) of what a "
-            f"file gave back as a dict."
+            f"Grid(scale, zero_point) of `cage_jax.scales`, or Grid(**grid) for a dict "
+            f"that was read from a file."
         )
     wants = {
         "zero_point": quantizer.asymmetric,
@@ -129,5 +129,5 @@ def check_grid(grid: Grid, quantizer: Quantizer, blocks: Blocks) -> None:
         if not least > 0:
             raise ValueError(
                 f"`grid` must have positive scales; got {least}. Lower the "
-                f"learning rate of the scales, or start them again by with_grids."
+                f"learning rate of the scales, or restart them with with_grids."
             )

@@ -174,7 +174,7 @@ def dequantize(x, quantizer=None):
         raise TypeError(
             f"`x` must be a QuantizedArray, or a tree with some; got "
             f"{type(x).__name__} without any. Use `quantize` first, or `fake_quant` "
-            f"for both in turn."
+            f"to do both."
         )
     values = []
     for path, leaf in zip(paths, leaves):
@@ -237,8 +237,8 @@ def _apply_to_tree(function, tree, rules, grid, key):
     if rules.misses(tree):
         warnings.warn(
             f"no parameter is quantized by {rules.in_words}. Print "
-            f"rules.report(params) to see the paths; a part of a tree has shorter "
-            f"ones.",
+            f"rules.report(params) to see the paths; in a part of a tree they "
+            f"are shorter.",
             stacklevel=4,
         )
     if key is not None and not any(

@@ -304,6 +304,6 @@ def grid_of(quantized: QuantizedArray) -> Grid:
 
 def _no_array(what):
     return TypeError(
-        f"codes cannot be {what} as an array can. Use dequantize(codes) for their "
+        f"a QuantizedArray cannot be {what} like an array. Use dequantize(codes) for their "
         f"values, or low_bit(apply) to run a model on them."
     )

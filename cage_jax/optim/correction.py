@@ -260,8 +260,8 @@ def check_params(params: Any) -> None:
     """Raises if `update` was not given the parameters."""
     if params is None:
         raise ValueError(
-            "`params` must be given to `update`, since what it does depends on them; "
-            "got None. Use tx.update(updates, state, params)."
+            "`params` must be given to `update`, which reads them; got None. Use "
+            "tx.update(updates, state, params)."
         )
 
 
@@ -289,9 +289,9 @@ def _check_state(state, needed):
         if is_needed and getattr(state, field) is None:
             option = "freeze_scale" if field == "grids" else field
             raise ValueError(
-                f"`state` must be that of this optimizer; got one of an optimizer "
-                f"without `{option}`. Use the state of its own init, to which you may "
-                f"copy the other's `cage_count`, or leave `{option}` out."
+                f"`state` must come from this optimizer's `init`; got one without "
+                f"`{option}`. Use tx.init(params), with the `cage_count` of the other "
+                f"state to go on from there, or leave `{option}` out."
             )
 
 

@@ -286,9 +286,9 @@ def _check_state(state):
         and isinstance(state[0][0], optax.ScaleByAdamState)
     ):
         raise ValueError(
-            f"`state` must be that of this optimizer; got a {type(state).__name__} of "
-            f"another. Use tx.init(params) or the state of an earlier step; that of a "
-            f"chain has one part for each transformation."
+            f"`state` must come from this optimizer; got a {type(state).__name__} from "
+            f"another. Use tx.init(params) or the state after the last step; the state "
+            f"of a chain has one entry for each of its transformations."
         )
 
 

@@ -119,7 +119,7 @@ def decoupled(
       inner: an optimizer with its learning rate, such as `optax.contrib.muon(lr)`.
         Gradient clipping belongs before this transformation or inside `inner`.
       rules: which parameters are quantized, and how.
-      learning_rate: the one of `inner`, a number or a schedule.
+      learning_rate: the learning rate of `inner`, a number or a schedule.
       strength: lambda, a number or a schedule of the step count; None for the
         recommended schedule of `total_steps`.
       total_steps: length of the training in optimizer steps, in place of `strength`.
@@ -185,7 +185,7 @@ def post_step(
     Args:
       inner: an optimizer with its learning rate, such as `optax.adamw(lr)`.
       rules: which parameters are quantized, and how.
-      learning_rate: the one of `inner`, a number or a schedule. Under
+      learning_rate: the learning rate of `inner`, a number or a schedule. Under
         `optax.inject_hyperparams` it is this step's number, not the next one's.
       strength: as in `decoupled`.
       total_steps: as in `decoupled`.
@@ -273,8 +273,8 @@ def _after(name, inner, pull):
             and isinstance(state[1], CageState)
         ):
             raise ValueError(
-                f"`state` must be that of `inner` and of the correction, as `init` "
-                f"gives it; got a {type(state).__name__} without CAGE. To go on from "
+                f"`state` must be the pair that `init` returns, of `inner` and of the "
+                f"correction; got a {type(state).__name__} without CAGE. To go on from "
                 f"an optimizer's own state use (state, tx.init(params)[1])."
             )
         gradients, (inner_state, cage_state) = updates, state
