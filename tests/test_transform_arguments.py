@@ -165,7 +165,7 @@ def test_a_state_of_another_optimizer_is_said(standard_promotion):
                 (
                     partial(other.update, params, tx.init(params), params),
                     ValueError,
-                    f"an optimizer without `{name}`",
+                    f"got one without `{name}`",
                 )
                 for name, other in others.items()
             ),
