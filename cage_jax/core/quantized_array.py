@@ -304,6 +304,6 @@ def grid_of(quantized: QuantizedArray) -> Grid:
 
 def _no_array(what):
     return TypeError(
-        f"a QuantizedArray cannot be {what} like an array. Use dequantize(codes) for their "
-        f"values, or low_bit(apply) to run a model on them."
+        f"a QuantizedArray cannot be {what} like an array. Use dequantize(codes) for "
+        f"the values, or low_bit(apply) to run a model on the codes."
     )
