@@ -110,17 +110,13 @@ def adamw_step(
             module.adamw_step, tiling=tiling, adamw=adamw, at_updated=at_updated
         )
 
-    found = _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu)
+    when, groups = on_one_device, quantizer.blocks(shape).by_axis.items()
     plain = quantizer.hadamard is None and not (at_updated or measured)
-    if plain and all(
-        _one_more(n, axis, shape) for axis, n in quantizer.blocks(shape).by_axis.items()
-    ):
+    if plain and all(_one_more(size, axis, shape) for axis, size in groups):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `on_one_device` asks for.
-        found = found._replace(
-            found=tuple(each._replace(when=if_asked) for each in found.found)
-        )
-    return found
+        when = if_asked
+    return _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu, when)
 
 
 def _one_more(size, axis, shape):
@@ -156,16 +152,8 @@ def product(
     def on_tpu(inputs, weights):
         from cage_jax.pallas import tpu_matmul
 
-        found = tpu_matmul.product(
-            inputs.reshape(tokens, -1),
-            weights.codes,
-            weights.scale,
-            weights.zero_point,
-            weights.offset,
-            weights.tensor_divisor,
-            tiling=tiling,
-            dtype=dtype,
-        )
+        rows = inputs.reshape(tokens, -1)
+        found = tpu_matmul.product(rows, weights, tiling=tiling, dtype=dtype)
         return found.reshape(*inputs_shape[:-1], -1)
 
     # With one scale per channel, the compiler moves as little as the kernel. The form
@@ -183,6 +171,7 @@ def _kernels(
     dtype,
     for_tpu: Callable[..., Tiling] = tiling_for_tpu,
     for_gpu: Callable[..., Tiling] = tiling_for_gpu,
+    tpu_when: Callable[..., bool] = on_one_device,
 ) -> Variants:
     """Returns `kernel(module, tiling)` for each platform that has a tiling."""
     if reason := _too_small(shape):
@@ -199,7 +188,7 @@ def _kernels(
             function = partial(_launch, platform, kernel, tiling)
             found.append(Variant(platform, function, when))
 
-    add("tpu", for_tpu, on_one_device)
+    add("tpu", for_tpu, tpu_when)
     add("cuda", for_gpu, if_asked)
     return Variants(tuple(found), tuple(missing))
 

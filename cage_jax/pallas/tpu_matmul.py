@@ -6,6 +6,7 @@ Here both stay on the chip.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,44 +28,36 @@ _OPTIONAL = "group_sums", "divisor", "zero_point", "offset"
 
 
 def product(
-    inputs: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
-    offset: jax.Array | None,
-    tensor_divisor: jax.Array | None,
-    *,
-    tiling: ProductTiling,
-    dtype,
+    inputs: jax.Array, weights: Any, *, tiling: ProductTiling, dtype
 ) -> jax.Array:
     """Multiplies `inputs`, rounded to bfloat16, by quantized weights; float32 sums.
 
     Args:
       inputs: (tokens, in).
-      codes: (in, out).
-      scale: (groups, out), as it is stored.
-      zero_point: codes of the shape of `scale`, or None.
-      offset: an array like `scale`, or None.
-      tensor_divisor: (1, 1), or None.
+      weights: a `QuantizedArray` (in, out), whose scales are (groups, out).
       tiling: the blocks and strips of all arrays.
       dtype: dtype of the result.
 
     Returns:
       (tokens, out).
     """
-    (tokens, length), out = inputs.shape, codes.shape[1]
+    (tokens, length), out = inputs.shape, weights.shape[1]
     start = tiling.format.code_offset or 0
-    shifted = zero_point is not None or offset is not None or start != 0
-    inputs, codes, scale, zero_point, offset, tensor_divisor = _varying_alike(
-        inputs, codes, scale, zero_point, offset, tensor_divisor
+    inputs, codes, scale, zero_point, offset, divisor = _varying_alike(
+        inputs,
+        weights.codes,
+        weights.scale,
+        weights.zero_point,
+        weights.offset,
+        weights.tensor_divisor,
     )
+    shifted = zero_point is not None or offset is not None or start != 0
     blocks = pl.cdiv(tokens, tiling.tokens)
     x = inputs.astype(jnp.bfloat16)
     x = jnp.pad(x, ((0, blocks * tiling.tokens - tokens), (0, 0)))
     read = _inputs(x, tiling, with_sums=shifted)
-    if tensor_divisor is not None:
-        scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
-        read["divisor"] = Operand(tensor_divisor, scalar)
+    if divisor is not None:
+        read["divisor"] = Operand(divisor, pl.BlockSpec(memory_space=pltpu.SMEM))
     stored = {"scale": scale, "zero_point": zero_point, "offset": offset}
     for name, array in ({"codes": codes} | stored).items():
         if array is not None:
@@ -87,8 +80,8 @@ def product(
         own.out[...] = total[: len(own.out)].astype(dtype)
 
     arrays, specs = zip(*read.values())
-    weights = [read[name].array for name in ("codes", *stored) if name in read]
-    bits = sum(each.size * jax.dtypes.itemsize_bits(each.dtype) for each in weights)
+    held = [read[name].array for name in ("codes", *stored) if name in read]
+    bits = sum(each.size * jax.dtypes.itemsize_bits(each.dtype) for each in held)
     moved = blocks * bits // 8 + 2 * arrays[0].size
     moved += tokens * out * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
