@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs`."""
+"""Configuration of Sphinx for `make docs`."""
 
 import os
 import re
@@ -21,15 +21,15 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# What each docstring may end with.
+# The last section of many docstrings.
 napoleon_custom_sections = [("Source", "notes_style")]
-# A link to a file that is not among these pages; in the repository it leads there.
+# Links to files outside these pages, which work only in the repository.
 _ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./([^)#]+)[^)]*\)")
 _CODE = re.compile(r"`([^`]+)`(\w*)")
 
 
 def _as_markdown(app, what, name, obj, options, lines):
-    """Docstrings have code as Markdown has it, and what else is special to Sphinx."""
+    """Converts Markdown code in docstrings, and escapes substitutions of Sphinx."""
     text = "\n".join(lines)
     words, example, rest = text.partition("\nExample:")
     words = re.sub(r"\|(\w+)\|", r"\|\1\|", words)
@@ -46,6 +46,6 @@ def _as_names(app, docname, source):
 
 
 def setup(app):
-    """Called by Sphinx."""
+    """Connects the conversions; Sphinx calls this."""
     app.connect("source-read", _as_names)
     app.connect("autodoc-process-docstring", _as_markdown, priority=0)
