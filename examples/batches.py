@@ -13,7 +13,7 @@ _STEPS = 2**40  # more than any run has
 
 
 class Source(Protocol):
-    """Examples that are read many at once: an array with a row each, or a tree of them.
+    """Examples that are read many at a time, as an array of rows or a tree of arrays.
 
     A NumPy array is one.
     """
@@ -24,10 +24,10 @@ class Source(Protocol):
 
 
 class Windows:
-    """The windows of a row of tokens, one behind the other.
+    """Consecutive windows of a row of tokens.
 
-    Each has one token more than `length`, the first of the next: so every token but the
-    first is predicted once.
+    Each has `length + 1` tokens: the last is the first of the next window, so every
+    token but the very first is predicted once.
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
@@ -46,14 +46,14 @@ class Windows:
 class Batches:
     """The batch of each step, on the devices of a mesh.
 
-    Every example comes once, in an order that the seed tells, then all come again in
-    another. A batch is a function of the seed and the step: the step is all that a
-    checkpoint has to know, and any number of processes read the same. Each reads the
-    examples of its own devices alone.
+    Every epoch has each example once, in an order drawn from the seed. A batch depends
+    only on the seed and the step, so a checkpoint needs only the step, and any number
+    of processes read the same batches. Each process reads only the examples of its own
+    devices.
 
     Args:
       source: the examples.
-      batch: examples a step.
+      batch: examples per step.
       seed: of their order.
       sharding: of a batch, by its first axis.
     """
@@ -72,11 +72,11 @@ class Batches:
         )
 
     def __getitem__(self, step: int) -> Any:
-        """The batch of a step."""
+        """Returns the batch of a step."""
         return self._placed(self._steps[step])
 
     def start(self, step: int) -> Iterator[Any]:
-        """The batches from a step on, read ahead."""
+        """Yields the batches from a step on, read in advance."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
         return map(self._placed, iter(self._steps[step:].to_iter_dataset(options)))
 

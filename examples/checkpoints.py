@@ -14,24 +14,24 @@ import processes
 
 
 class Failed(Exception):  # noqa: N818 - not always an error
-    """A run cannot go on, through no fault of its flags; the message says how to."""
+    """A run cannot continue, despite valid flags; the message says what to do."""
 
 
 class RunFolder:
-    """Keeps what a run needs to go on where it stopped.
+    """Keeps the files that a run needs to continue where it stopped.
 
-    A run is a list of segments (a stretch of steps of one arm), each with checkpoints
-    of its own. Several processes share one folder.
+    A run is a list of segments (consecutive steps of one arm), each with its own
+    checkpoints. Several processes share one folder.
 
     Args:
-      folder: made where it is missing.
-      settings: what must be the same for a run to go on; kept as JSON.
-      resume: go on with the run that is in `folder`; `resumed` says whether one was.
+      folder: created if it is missing.
+      settings: must be equal for a run to continue; kept as JSON.
+      resume: continue the run in `folder`; `resumed` is True if there was one.
 
     Raises:
       ValueError: for a folder with a run in it when not resuming, for another run's
-        settings when resuming, and for a folder that another run uses at the moment.
-        Nothing is overwritten.
+        settings when resuming, and for a folder that another run is using. Nothing is
+        overwritten.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
@@ -70,15 +70,15 @@ class RunFolder:
             self._lock.close()
 
     def checkpoints(self, segment: str) -> "Checkpoints":
-        """Returns the checkpoints of a segment, for use in a `with`."""
+        """Returns the checkpoints of a segment, a context manager."""
         return Checkpoints(self._segments / segment)
 
     def latest_step(self, segment: str) -> int | None:
-        """The step of a segment's newest checkpoint, or None."""
+        """Returns the step of a segment's newest checkpoint, or None."""
         return _latest(self._segments / segment)
 
     def forget(self, segment: str) -> None:
-        """Removes the checkpoints of a segment that are needed no more."""
+        """Removes the checkpoints of a segment that are no longer needed."""
         shutil.rmtree(self._segments / segment, ignore_errors=True)
 
     @property
@@ -98,10 +98,10 @@ class RunFolder:
 
 
 class Checkpoints:
-    """The checkpoints of a segment, written while the steps go on.
+    """The checkpoints of a segment, written in the background.
 
-    One is whole or not there; the one before is removed when the next is whole. Each
-    process writes and reads the parts of its own devices.
+    A checkpoint is complete or absent, and is removed when the next one is complete.
+    Each process writes and reads the parts of its own devices.
     """
 
     def __init__(self, path: Path):
@@ -125,38 +125,38 @@ class Checkpoints:
             self._manager.close()
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, or None."""
+        """Returns the step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
         """Begins to write a checkpoint; `state` may be donated afterwards.
 
         Raises:
-          Failed: where this one or the one before cannot be written.
+          Failed: if this one or the one before cannot be written.
         """
         with self._failing(f"write a checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def check(self) -> None:
-        """Raises `Failed` where a checkpoint under way could not be written."""
+        """Raises `Failed` if a checkpoint in progress could not be written."""
         with self._failing("write a checkpoint"):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Waits for what is under way; raises `Failed` as `check` does."""
+        """Waits for a checkpoint in progress; raises `Failed` as in `check`."""
         with self._failing("write a checkpoint"):
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads a checkpoint, onto other devices than it was written from too.
+        """Reads a checkpoint, also onto other devices than it was written from.
 
         Args:
-          step: one that there is.
+          step: of an existing checkpoint.
           like: its tree of abstract arrays, with their shardings.
 
         Raises:
-          ValueError: for one that is truncated, or of another model or optimizer; what
-            differs is named.
+          ValueError: for a checkpoint that is truncated, or of another model or
+            optimizer; the message names the differences.
         """
         try:
             there = _arrays(self._manager.item_metadata(step))
@@ -194,7 +194,7 @@ class Checkpoints:
 
 
 def newest(folder: Path) -> tuple[str, int] | None:
-    """The segment and the step of a run's newest whole checkpoint."""
+    """Returns the segment and the step of a run's newest complete checkpoint."""
     found = [
         (path / str(step), step)
         for path in folder.glob("checkpoints/*")
@@ -207,7 +207,7 @@ def newest(folder: Path) -> tuple[str, int] | None:
 
 
 def newest_in_words(folder: Path) -> str:
-    """`newest`, for a message."""
+    """Returns `newest` in words, for a message."""
     found = newest(folder)
     if found is None:
         return "there is no checkpoint yet"
@@ -221,26 +221,26 @@ def _latest(path):
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, or nothing."""
+    """Writes a file completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     part.replace(path)
 
 
 def _cause(error):
-    """The first line of what the libraries below say."""
+    """Returns the first line of a library's message."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error) or repr(error)).strip().splitlines()[0].rstrip(".")
 
 
 def _plain(tree):
-    """Dicts in place of all other nodes, as Orbax writes them."""
+    """Replaces all nodes by dicts, as Orbax does."""
     return ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
 
 
 def _arrays(tree):
-    """The shape and dtype of each array, by its path."""
+    """Returns the shape and dtype of each array, by path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             tuple(leaf.shape),
@@ -252,7 +252,7 @@ def _arrays(tree):
 
 
 def _differences(there, here):
-    """Up to three of them in words; nothing where there is none."""
+    """Describes up to three differences; empty if there is none."""
 
     def form(array):
         return "nothing" if array is None else f"{array[1]}{list(array[0])}"

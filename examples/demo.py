@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 def parts(out: Path) -> list[Part]:
-    """What the demo runs, in turn."""
+    """Returns the parts that the demo runs, in order."""
     model = out / "lm"
     resume = ["--resume"] if _has_run(model) else []
     return [
@@ -60,7 +60,7 @@ def _has_run(folder: Path) -> bool:
 
 
 def main() -> int:
-    """Runs the parts in turn; the exit status."""
+    """Runs the parts in turn; returns the exit status."""
     settings = tyro.cli(Settings, description=__doc__)
     console = Console(soft_wrap=True)
     out = escape(str(settings.out))
@@ -104,7 +104,7 @@ def _again(out: Path) -> str:
 
 
 def _status(command: list[str]) -> int:
-    """The exit status of a program, which Ctrl-C reaches too and gives time to save."""
+    """Runs a program and returns its exit status; after Ctrl-C it has time to save."""
     process = subprocess.Popen(command)
     try:
         try:

@@ -76,7 +76,7 @@ class Settings:
     """Check that everything works, in a short run."""
 
     def resolved(self) -> "Settings":
-        """With numbers in place of None, after checking everything."""
+        """Returns the settings with numbers in place of None; checks all of them."""
         sizes = {"seeds": 2, "steps": 60} if self.tiny else {"seeds": 5, "steps": 2000}
         chosen = {name: n for name, n in sizes.items() if getattr(self, name) is None}
         settings = dataclasses.replace(self, **chosen)
@@ -127,7 +127,7 @@ class Data(NamedTuple):
 
 
 def load() -> tuple[Data, Data]:
-    """A quarter of the 1797 digits for testing, the same in every run."""
+    """Loads the digits; a quarter of the 1797 is for testing, the same in every run."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(
         images, labels, test_size=0.25, stratify=labels, random_state=0
@@ -142,14 +142,14 @@ def load() -> tuple[Data, Data]:
 
 
 class Quantization(NamedTuple):
-    """How weights are quantized, and inputs of layers (None: not at all)."""
+    """The quantizers of weights and of layers' inputs; None for no quantization."""
 
     rules: cage.Rules
     inputs: cage.Quantizer | None
 
 
 def quantization(bits: int | None) -> Quantization:
-    """QuEST's quantizer for kernels, by output channel, and for inputs, by example."""
+    """Returns QuEST's quantizers: kernels by output channel, inputs by example."""
     if bits is None:
         return Quantization(cage.Rules([(r".*", None)]), None)
     rules = cage.Rules(
@@ -159,7 +159,7 @@ def quantization(bits: int | None) -> Quantization:
 
 
 def initial_params(key: jax.Array) -> Any:
-    """He's normal kernels and zero biases."""
+    """Draws kernels from He's normal distribution; biases are zero."""
     init = jax.nn.initializers.he_normal()
     return [
         {"kernel": init(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
@@ -168,7 +168,7 @@ def initial_params(key: jax.Array) -> Any:
 
 
 def logits_of(params: Any, images: jax.Array, how: Quantization) -> jax.Array:
-    """The network, at the quantized weights and inputs."""
+    """Computes the network at quantized weights and inputs."""
     hidden = images
     for number, layer in enumerate(cage.fake_quant(params, how.rules)):
         if number > 0:
@@ -180,7 +180,7 @@ def logits_of(params: Any, images: jax.Array, how: Quantization) -> jax.Array:
 
 
 def loss_of(params: Any, data: Data, how: Quantization) -> jax.Array:
-    """Mean cross-entropy with smoothed labels, in nats."""
+    """Computes the mean cross-entropy with smoothed labels, in nats."""
     targets = optax.smooth_labels(
         jax.nn.one_hot(data.labels, LAYERS[-1]), LABEL_SMOOTHING
     )
@@ -192,12 +192,12 @@ def loss_of(params: Any, data: Data, how: Quantization) -> jax.Array:
 
 
 def learning_rate(settings: Settings, floor) -> optax.Schedule:
-    """A cosine from the peak to `floor` of it."""
+    """Returns a cosine decay from the peak to `floor` times the peak."""
     return optax.cosine_decay_schedule(LEARNING_RATE, settings.steps, floor)
 
 
 def correction(settings: Settings, floor, share) -> dict[str, Any]:
-    """The strength, times `share`, which may be traced, and the curvature, if any."""
+    """Returns `share` (may be traced) times the strength, and the curvature, if any."""
     if settings.recommended:
         rate = learning_rate(settings, floor)
         whole = cage.recommended(rate, settings.steps, silence=settings.silence)
@@ -210,7 +210,7 @@ def correction(settings: Settings, floor, share) -> dict[str, Any]:
 
 
 def optimizer(settings: Settings, how: Quantization, floor, share):
-    """AdamW with the CAGE correction; with `share` 0 it is plain AdamW to the bit."""
+    """Returns AdamW with CAGE; with `share` 0 it equals plain AdamW, to the bit."""
     rate = learning_rate(settings, floor)
     adamw = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.01}
     if how.inputs is None:
@@ -221,14 +221,14 @@ def optimizer(settings: Settings, how: Quantization, floor, share):
 
 
 class Start(NamedTuple):
-    """What all arms of a seed share; the leading axis is the seed."""
+    """Parameters and batches that all arms share; the leading axis is the seed."""
 
     params: Any
     batches: jax.Array  # (seeds, steps, BATCH), indices of each step's images
 
 
 def start(settings: Settings, images: int) -> Start:
-    """Initial parameters and batches of all seeds."""
+    """Draws the initial parameters and the batches of all seeds."""
 
     @jax.vmap
     def one(key):
@@ -244,18 +244,18 @@ def start(settings: Settings, images: int) -> Start:
 def train(
     settings: Settings, bits: int | None, data: Data, begin: Start, floors, shares
 ):
-    """All arms and seeds of one bit width in a single scan.
+    """Trains all arms and seeds of one bit width in a single scan.
 
     Args:
       settings: static.
       bits: of weights and activations, or None for full precision.
       data: to train on.
       begin: initial parameters and batches of each seed.
-      floors: where the cosine of each arm ends, of shape (arms,).
-      shares: of CAGE's strength in each arm, of shape (arms,); 0 for plain STE.
+      floors: final learning rate of each arm as a fraction of the peak, (arms,).
+      shares: factor of CAGE's strength in each arm, (arms,); 0 for plain STE.
 
     Returns:
-      The last parameters and the average of the last ones, (arms, seeds, ...) each.
+      The final parameters and the average of the last ones, (arms, seeds, ...) each.
     """
     how = quantization(bits)
     averaged = max(1, round(AVERAGED_SHARE * settings.steps))
@@ -285,7 +285,7 @@ def train(
 
 
 class Scores(NamedTuple):
-    """What an arm came to, one entry a seed."""
+    """Results of an arm, one entry per seed."""
 
     train_loss: np.ndarray
     test_loss: np.ndarray
@@ -311,15 +311,15 @@ Results = dict[int, dict[Arm, Scores]]
 
 
 def run(settings: Settings, tell: Callable[[str], None] = lambda text: None) -> Results:
-    """Trains every arm and measures it on all training and test digits.
+    """Trains every arm and evaluates it on all training and test digits.
 
     Args:
       settings: `tiny` and all checks are applied here.
       tell: called with a few words before each stage.
 
     Returns:
-      By bits and arm, the `Scores` of all seeds: at the quantized weights and
-      activations, for full precision at neither.
+      The `Scores` of all seeds, by bits and arm: at quantized weights and activations,
+      except for full precision.
     """
     settings = settings.resolved()
     train_data, test_data = load()
@@ -358,7 +358,7 @@ def run(settings: Settings, tell: Callable[[str], None] = lambda text: None) -> 
 
 
 def dose_of(settings: Settings) -> tuple[float, str]:
-    """The sum of learning rate times strength, and a warning or nothing."""
+    """Returns the sum of learning rate times strength, and a warning, if any."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dose = cage.dose(
@@ -386,14 +386,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """The mean of `values` and its standard error."""
+    """Computes the mean of `values` and its standard error."""
     many = len(values) > 1
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if many else math.nan
     return Estimate(float(np.mean(values)), float(error))
 
 
 class Comparison(NamedTuple):
-    """CAGE against the other arms, paired by seed; negative means CAGE is lower."""
+    """Paired differences of CAGE to the other arms; negative if CAGE is lower."""
 
     train_loss: Estimate
     wins: int
@@ -405,7 +405,7 @@ class Comparison(NamedTuple):
 
 
 def compare(arms: dict[Arm, Scores]) -> Comparison:
-    """CAGE against plain STE, averaged STE and STE with the learning rate to 0."""
+    """Compares CAGE with STE, averaged STE and STE with the learning rate to 0."""
     ours, ste = arms["cage"], arms["ste"]
     difference = ours.train_loss - ste.train_loss
     gap = np.mean(ste.train_loss - arms["full"].train_loss)
@@ -421,7 +421,7 @@ def compare(arms: dict[Arm, Scores]) -> Comparison:
 
 
 def arms_table(bits: int, arms: dict[Arm, Scores]) -> Table:
-    """Losses and accuracy of every arm."""
+    """Makes a table of the losses and accuracy of every arm."""
     table = Table(title=f"W{bits}A{bits}, mean ± standard error")
     table.add_column("arm")
     for name in ("train loss", "test loss", "test accuracy"):
@@ -438,7 +438,7 @@ def arms_table(bits: int, arms: dict[Arm, Scores]) -> Table:
 
 
 def comparison_table(results: Results) -> Table:
-    """CAGE against the arms of STE, a column for each width."""
+    """Makes a table of CAGE against the arms of STE, with a column per width."""
     table = Table(title="CAGE - others, paired by seed (negative: CAGE is lower)")
     for name in ("", *results):
         table.add_column(f"W{name}A{name}" if name else "", justify="right")
@@ -459,7 +459,7 @@ def comparison_table(results: Results) -> Table:
 
 
 def verdict(bits: int, arms: dict[Arm, Scores]) -> str:
-    """In a sentence, whether CAGE won, and against what."""
+    """Says in a sentence which arms CAGE beat."""
     paired = compare(arms)
     seeds = len(arms["cage"].train_loss)
     others = {
@@ -473,7 +473,7 @@ def verdict(bits: int, arms: dict[Arm, Scores]) -> str:
 
 
 def _outcome(difference: Estimate) -> str:
-    """Whether a difference is more than two standard errors from zero."""
+    """Says whether a difference is more than two standard errors from zero."""
     if math.isnan(difference.error):
         return f"(one seed, so no more than a hint: {difference.mean:+.4f}) against"
     if abs(difference.mean) <= 2 * difference.error:
@@ -482,7 +482,7 @@ def _outcome(difference: Estimate) -> str:
 
 
 def record(settings: Settings, results: Results) -> dict[str, Any]:
-    """All figures, for JSON."""
+    """Returns all results, for JSON."""
     return {
         "settings": {
             "bits": list(settings.bits),
@@ -506,7 +506,7 @@ def record(settings: Settings, results: Results) -> dict[str, Any]:
 
 
 def announce(settings: Settings, console: Console) -> None:
-    """Says what will be done, and how long it takes."""
+    """Announces the run and how long it takes."""
     widths = ", ".join(f"W{bits}A{bits}" for bits in settings.bits)
     trainings = settings.seeds * (1 + 3 * len(settings.bits))
     dose, warning = dose_of(settings)
@@ -530,7 +530,7 @@ def announce(settings: Settings, console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the program; the exit status."""
+    """Runs the program; returns the exit status."""
     console = Console()
     try:
         settings = tyro.cli(Settings, description=__doc__).resolved()

@@ -122,7 +122,7 @@ class Settings:
     """Check that everything works, with a model of one layer for 60 steps."""
 
     def resolved(self) -> "Settings":
-        """With the size's values in place of None, after checking them all."""
+        """Returns the settings with the size's values in place of None; checks all."""
         if self.tiny and self.size not in (None, "tiny"):
             raise ValueError(
                 f"`--tiny` must come without --size, which it would ignore; got --size "
@@ -201,7 +201,7 @@ LIMITS = (
 
 
 class State(NamedTuple):
-    """All that a segment goes on from."""
+    """The state from which a segment continues."""
 
     params: Any
     optimizer: Any
@@ -214,11 +214,11 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch of steps; `parent` is the segment whose end it goes on from.
+    """Consecutive steps of an arm; `parent` is the segment that it continues.
 
-    It learns from the end of `teacher`, and without a parent starts there. `weights`
-    are those of the loss, where they are not the quantized ones: of the parameters,
-    the step and a key.
+    The final state of `teacher`, if any, is the model to distill, and also the start if
+    there is no parent. `weights(parameters, step, key)` returns the weights of the loss
+    if those are not the quantized ones.
     """
 
     name: str
@@ -265,12 +265,12 @@ class Experiment:
         self.segments = self._segments()
 
     def learning_rate(self, floor: float) -> optax.Schedule:
-        """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
+        """Returns a warm-up over a tenth of the steps and a cosine decay to `floor`."""
         settings = self.settings
         return lm.learning_rate(settings.learning_rate, settings.steps, floor)
 
     def correction(self) -> dict[str, Any]:
-        """CAGE's strength over the steps, and its curvature, if any."""
+        """Returns CAGE's strength by step, and its curvature, if any."""
         settings = self.settings
         if settings.recommended:
             rate = self.learning_rate(settings.floor)
@@ -281,7 +281,7 @@ class Experiment:
         return {"strength": strength}
 
     def dose(self) -> float:
-        """The sum of learning rate times strength."""
+        """Returns the sum of learning rate times strength."""
         rate = self.learning_rate(self.settings.floor)
         return cage.dose(rate, self.correction()["strength"], self.settings.steps)
 
@@ -289,7 +289,7 @@ class Experiment:
         return self.model.optimizer(self.learning_rate(floor), **correction)
 
     def _segments(self) -> list[Segment]:
-        """The stretches that the arms need, a parent before its children."""
+        """Returns the segments that the arms need, parents before children."""
         steps, floor = self.settings.steps, self.settings.floor
         correction = self.correction()
         branch = int(self.settings.silence * steps)
@@ -323,7 +323,7 @@ class Experiment:
         return list(dict.fromkeys(chosen))
 
     def _rival(self, name, taught) -> Segment:
-        """All steps of another method."""
+        """Returns a segment with all steps of another method."""
         settings, method = self.settings, METHODS[name]
         rate, rules = self.learning_rate(settings.floor), self.model.rules
 
@@ -338,9 +338,9 @@ class Experiment:
         return taught(name, 0, settings.steps, optimizer=optimizer, weights=weights)
 
     def first_state(self, segment: Segment, teacher: Any = None) -> State:
-        """Where a segment without a parent starts: at the teacher's parameters, if any.
+        """Returns the start of a segment without a parent: the teacher, if any.
 
-        Nothing in it is shared with the teacher.
+        Its arrays are not shared with the teacher.
         """
         params = self.model.initial_params() if teacher is None else _copy(teacher)
         return State(
@@ -354,27 +354,27 @@ class Experiment:
         )
 
     def abstract_state(self, segment: Segment) -> State:
-        """The shapes, dtypes and shardings of a segment's state."""
+        """Returns the shapes, dtypes and shardings of a segment's state."""
         shapes = jax.eval_shape(lambda: self.first_state(segment))
         return layout.placed(shapes, self.mesh)
 
     def start(self, segment: Segment, teacher: Any = None) -> State:
-        """`first_state`, made where it lies on the mesh."""
+        """Computes `first_state` directly on the mesh."""
         places = layout.shardings_of(self.abstract_state(segment))
         make = jax.jit(partial(self.first_state, segment), out_shardings=places)
         return make(teacher)
 
     def branch(self, segment: Segment, end: State) -> State:
-        """Where a segment starts whose parent ended so; that state stays as it is."""
+        """Returns the start of a segment, from a copy of its parent's final state."""
         start = _copy(end)
         if segment.averages:
             start = start._replace(average=_copy(end.params))
         return start
 
     def step_of(self, segment: Segment) -> Callable:
-        """The jitted `(state, windows, step) -> state` of a segment.
+        """Returns the jitted `(state, windows, step) -> state` of a segment.
 
-        With a teacher its parameters are one more argument.
+        With a teacher, its parameters are one more argument.
         """
         places = layout.shardings_of(self.abstract_state(segment))
         learn = self.model.step(segment.optimizer)
@@ -425,23 +425,23 @@ class Experiment:
 
     @property
     def unit(self) -> str:
-        """What a token is, in words."""
+        """Name of a token in messages."""
         return "byte" if self.settings.vocabulary == 256 else "token"
 
     @property
     def text(self) -> Windows:
-        """The windows of the text to train on."""
+        """Windows of the training text."""
         return Windows(self.tokens.train, self.settings.sequence)
 
     @partial(jax.jit, static_argnums=0)
     def rounded(self, params: Any) -> Any:
-        """The parameters with quantized weights."""
+        """Returns the parameters with quantized weights."""
         return cage.fake_quant(params, self.model.rules)
 
     def validation_loss(self, weights: Any, quantized: bool) -> float:
-        """Mean loss on fixed windows of the text held out.
+        """Computes the mean loss on fixed windows of the held-out text.
 
-        The weights are taken as they are; `quantized` says whether inputs are rounded.
+        The weights are used as given; `quantized` says whether inputs are quantized.
         """
         losses = [self._loss(weights, windows, quantized) for windows in self._held_out]
         return float(np.mean([float(loss) for loss in losses]))
@@ -462,16 +462,17 @@ class Experiment:
 
     @property
     def written(self) -> tuple[int, int]:
-        """How many windows the teacher writes, and how long."""
+        """Number and length of the windows that the teacher generates."""
         settings = self.settings
         windows = min(settings.steps * settings.batch, WRITTEN)
         return windows, settings.sequence + 1
 
     def write(self, weights: Any, part: int) -> jax.Array:
-        """Windows that the model of full precision writes, `WRITTEN_AT_ONCE` of them.
+        """Generates `WRITTEN_AT_ONCE` windows with the full-precision model.
 
-        Each starts with another token of the text, then come the 3 to 5 most likely
-        ones, so that it makes sense, then tokens are drawn, so that windows differ.
+        Each starts with another token of the text. The next 3 to 5 tokens are the most
+        likely ones, so that the text makes sense; the others are drawn, so that windows
+        differ.
         """
         there = np.unique(self.tokens.train[:LOOKED_AT])
         window = part * WRITTEN_AT_ONCE + np.arange(WRITTEN_AT_ONCE)
@@ -503,7 +504,7 @@ class Experiment:
 
     @partial(jax.jit, static_argnums=0)
     def distance(self, params: Any) -> jax.Array:
-        """Mean over the quantized parameters of ||x - Q(x)|| / ||x||."""
+        """Computes the mean of ||x - Q(x)|| / ||x|| over the quantized parameters."""
         ratios = [
             jnp.linalg.norm(cage.quantization_error(x, quantizer)) / jnp.linalg.norm(x)
             for quantizer, x in self.model.rules.quantized(params).values()
@@ -536,7 +537,7 @@ def _copy(tree):
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change when a run goes on. Arms may be added, devices differ."""
+    """Returns what a resumed run must share; arms and devices may differ."""
     settings = dataclasses.asdict(experiment.settings)
     for name in ("out", "resume", "arms", "tiny", "text", "dataset", "cache", "limit"):
         del settings[name]

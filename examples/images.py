@@ -32,11 +32,11 @@ class Images:
 
 
 def load_images(folder: Path | None, least: int) -> tuple[Images, Images]:
-    """The images to train on and those to test with.
+    """Loads the training and the test images.
 
     Args:
-      folder: with four IDX files, packed by gzip or not; None for Debian's.
-      least: how many images each part must have.
+      folder: with four IDX files, gzipped or not; None for Debian's.
+      least: smallest number of images that each part must have.
 
     Returns:
       60,000 and 10,000 images, if they are Fashion-MNIST.
@@ -49,7 +49,7 @@ def load_images(folder: Path | None, least: int) -> tuple[Images, Images]:
 
 
 def random_images(train: int, test: int) -> tuple[Images, Images]:
-    """Images to try a program with: of each class one random image, and noise."""
+    """Makes images to try a program with: one random image per class, plus noise."""
     generator = np.random.default_rng(0)
     classes = generator.integers(0, 256, (CLASSES, SIDE, SIDE))
 
@@ -92,7 +92,7 @@ def _path(folder, name):
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file of bytes, packed by gzip or not.
+    """Reads the array in an IDX file of bytes, gzipped or not.
 
     Raises:
       ValueError: for a file that is damaged or something else.

@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 45
 
 
 def environment(index: int, count: int, port: int, devices: int) -> dict[str, str]:
-    """What tells one of the processes of the others."""
+    """Returns the environment that tells a process about the others."""
     address = f"127.0.0.1:{port}"
     flags = os.environ.get("XLA_FLAGS", "")
     return os.environ | {
@@ -34,14 +34,14 @@ def environment(index: int, count: int, port: int, devices: int) -> dict[str, st
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a port of this machine on which nothing listens."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
 
 
 def launch(command: list[str], count: int, devices: int) -> int:
-    """Runs the processes; the exit status of the first that failed, or 0."""
+    """Runs the processes; returns the exit status of the first that failed, or 0."""
     port = free_port()
     running = {
         index: subprocess.Popen(
@@ -79,7 +79,7 @@ def launch(command: list[str], count: int, devices: int) -> int:
 
 
 def main() -> int:
-    """Runs the program; the exit status."""
+    """Runs the program; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

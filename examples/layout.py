@@ -26,10 +26,10 @@ _SPECS = (
 
 
 def mesh_of(devices: list[jax.Device], model: int = 1) -> Mesh:
-    """A mesh of all devices, `model` of them along "model".
+    """Makes a mesh of all devices, with `model` of them along "model".
 
     Raises:
-      ValueError: where the number of devices is no multiple of `model`.
+      ValueError: if the number of devices is not a multiple of `model`.
     """
     if len(devices) % model:
         raise ValueError(
@@ -43,9 +43,9 @@ def mesh_of(devices: list[jax.Device], model: int = 1) -> Mesh:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each array of parameters, or of a state made like them.
+    """Returns the sharding of each array of parameters, or of a state like them.
 
-    What has no rule, and what does not divide, is on every device.
+    Arrays without a spec, or that the mesh does not divide, are on every device.
     """
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
@@ -53,7 +53,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays with their shardings, to compile for devices elsewhere."""
+    """Returns abstract arrays with shardings, to compile for devices elsewhere."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
@@ -64,7 +64,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def shardings_of(tree: Any) -> Any:
-    """The sharding of each array, abstract or not."""
+    """Returns the sharding of each array, abstract or not."""
     return jax.tree.map(lambda array: array.sharding, tree)
 
 
@@ -74,10 +74,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch: int, microbatch: int, mesh: Mesh) -> None:
-    """Refuses batches that the mesh does not divide.
+    """Checks that the mesh divides batches.
 
     Raises:
-      ValueError: with the number of devices, and the nearest size that fits.
+      ValueError: if not, with the number of devices and the nearest size that fits.
     """
     along = mesh.shape["data"]
     for flag, windows in (("batch", batch), ("microbatch", microbatch)):

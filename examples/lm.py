@@ -23,12 +23,12 @@ class LanguageModel:
     Args:
       size: the model's dimensions.
       w_bits: of the weights of the layers, 1 to 8.
-      a_bits: of the inputs of the layers, 1 to 8, or 16 to leave them alone.
-      kv_bits: of keys and values, 2 to 8, or None to leave them alone.
+      a_bits: of the inputs of the layers, 1 to 8, or 16 for no quantization.
+      kv_bits: of keys and values, 2 to 8, or None for no quantization.
       microbatch: windows at a time in `gradient`.
       seed: of the initial weights.
       vocabulary: number of tokens.
-      stochastic: `loss` rounds the weights at random, where it is given a key.
+      stochastic: `loss` rounds the weights stochastically if it is given a key.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LanguageModel:
         return Llama(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
 
     def initial_params(self) -> Any:
-        """The parameters of the seed."""
+        """Returns the parameters of the seed."""
         return nnx.state(self._model(None, None), nnx.Param)
 
     def loss(
@@ -80,9 +80,9 @@ class LanguageModel:
         key: jax.Array | None = None,
         weights: Callable[[Any], Any] | None = None,
     ) -> jax.Array:
-        """Cross-entropy of the next token, in nats; of the teacher's guess, if any.
+        """Computes the mean cross-entropy in nats of the next token, or to the teacher.
 
-        It is that at `weights(params)`; where that is None, at the quantized ones.
+        The weights are `weights(params)`, or the quantized ones if that is None.
         """
         if weights is not None:
             params = weights(params)
@@ -118,9 +118,9 @@ class LanguageModel:
         key: jax.Array | None = None,
         weights: Callable[[Any], Any] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The loss and its gradient, the mean over microbatches.
+        """Computes the loss and its gradient, the mean over microbatches.
 
-        Where the loss is not finite, neither is the gradient.
+        If the loss is not finite, neither is the gradient.
         """
         loss, gradients = self._gradient(
             params, windows, quantized, teacher, key, weights
@@ -147,9 +147,9 @@ class LanguageModel:
         return jax.tree.map(lambda x: x / len(parts), total)
 
     def step(self, optimizer: optax.GradientTransformation) -> Callable:
-        """`((params, optimizer's state), windows) -> (the same, loss)`, to be jitted.
+        """Returns `((params, state), windows) -> ((params, state), loss)`, not jitted.
 
-        What else it takes is as for `gradient`.
+        The other arguments are those of `gradient`.
         """
 
         def step(state, windows, quantized=True, teacher=None, key=None, weights=None):
@@ -165,14 +165,14 @@ class LanguageModel:
     def step_on(
         self, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
     ) -> tuple[Any, Any]:
-        """`step` jitted for a mesh, and its state as abstract arrays that lie on it."""
+        """Returns `step` jitted for a mesh, and its state as abstract arrays on it."""
         state = layout.placed(jax.eval_shape(lambda: self.first_state(optimizer)), mesh)
         places = layout.shardings_of(state)
         step = self.step(optimizer)
         return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), state
 
     def first_state(self, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
-        """What `step` starts from."""
+        """Returns the initial state of `step`."""
         params = self.initial_params()
         return params, optimizer.init(params)
 
@@ -182,7 +182,7 @@ class LanguageModel:
         strength: float | Callable,
         curvature: Any = None,
     ) -> optax.GradientTransformationExtraArgs:
-        """AdamW with CAGE behind clipping, as the paper has it; norms do not decay."""
+        """Returns the paper's AdamW with CAGE after clipping; norms do not decay."""
         adamw = partial(
             cage.cage_adamw, rules=self.rules, strength=strength, curvature=curvature
         )
@@ -196,9 +196,9 @@ _ANY_NUMBER = 2**31 - 1
 def optimizer_of(
     adamw: Callable, learning_rate: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw`, or one with its arguments, with the paper's settings.
+    """Returns `optax.adamw`, or `adamw` with its arguments, with the paper's settings.
 
-    A gradient that is not finite changes nothing; its state counts how often.
+    A gradient that is not finite changes nothing; the state counts these steps.
     """
     paper = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -208,7 +208,7 @@ def optimizer_of(
 
 
 def _rules(weights):
-    """The layers' matrices are quantized, nothing else."""
+    """Returns rules that quantize the layers' matrices and nothing else."""
     return cage.Rules([(r"layers/.*/kernel", weights), (r".*", None)])
 
 
@@ -220,7 +220,7 @@ def _decays(params):
 
 
 def learning_rate(peak: float, steps: int, floor: float) -> optax.Schedule:
-    """Warm-up over a tenth of the steps, then a cosine to `floor` of the peak."""
+    """Returns a warm-up over a tenth of the steps and a cosine decay to `floor`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,

@@ -18,13 +18,13 @@ from cage_jax import baselines
 
 
 class Training(NamedTuple):
-    """What a method is told.
+    """A training run, as methods see it.
 
     Attributes:
       rules: which parameters are quantized, and how.
-      steps: of the whole training.
+      steps: of the whole run.
       rate: the learning rate by step.
-      base: the optimizer of all methods, of that learning rate.
+      base: the optimizer of all methods, with that learning rate.
     """
 
     rules: cage.Rules
@@ -45,14 +45,14 @@ def _straight_through(
 
 
 class Method(NamedTuple):
-    """One way to train.
+    """A method of training.
 
     Attributes:
-      words: what it is called in tables.
-      optimizer: of a training.
-      weights: those of the loss whose gradient is taken, of a training, the parameters,
-        the step and a key.
-      number: the one number that is tuned where methods are, in words; "" for none.
+      words: its name in tables.
+      optimizer: maps a `Training` to an optimizer.
+      weights: maps a `Training`, the parameters, the step and a key to the weights at
+        which the gradient is taken.
+      number: the name of the one number to tune; "" for none.
     """
 
     words: str
@@ -61,7 +61,7 @@ class Method(NamedTuple):
     number: str = ""
 
     def times(self, factor: float) -> "Method":
-        """The method with its number so many times that of the paper."""
+        """Returns the method with its number multiplied by a factor."""
         if not self.number:
             raise ValueError(f"{self.words} has no number to be tuned")
         if self.optimizer is _plain:
@@ -164,12 +164,12 @@ AVERAGED_SHARE = 0.2
 
 
 def full(training: Training, params: Any, step: jax.Array, key: jax.Array) -> Any:
-    """The weights of full precision, for what is trained without quantization."""
+    """Returns full-precision weights, for runs without quantization."""
     return _unrounded(training, params, step, key)
 
 
 class Trained(NamedTuple):
-    """The parameters after the last step, and their mean over the last steps."""
+    """Parameters after the last step, and their mean over the last steps."""
 
     last: Any
     average: Any
@@ -182,15 +182,15 @@ def train(
     gradient: Callable[[Callable[[Any], Any], Any, jax.Array, jax.Array], Any],
     key: jax.Array,
 ) -> Trained:
-    """All steps of a training in one scan, to be jitted, and mapped over seeds.
+    """Trains in one scan, to be jitted, and mapped over seeds.
 
     Args:
-      method: how.
-      training: of what.
-      params: what it starts from.
-      gradient: of (weights, params, step, key): the gradient by the parameters of the
-        loss at weights(params), of the step's data.
-      key: of all that is drawn.
+      method: the method.
+      training: the run.
+      params: the initial parameters.
+      gradient: maps (weights, params, step, key) to the gradient by the parameters of
+        the loss at weights(params) on the step's data.
+      key: of all random numbers.
     """
     averaging = baselines.averaging(
         1.0, start=training.steps - max(1, round(AVERAGED_SHARE * training.steps))

@@ -19,7 +19,7 @@ import cage_jax as cage
 
 
 class Result(NamedTuple):
-    """What one arm came to; `weights` are those its loss was measured with."""
+    """Result of one arm; `weights` are those at which its loss was measured."""
 
     loss: float
     params: Any
@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
 
 def results_of(experiment: Experiment, ends: dict[str, State]) -> dict[str, Result]:
-    """The final validation loss of each arm that was asked for."""
+    """Returns the result of each arm that was asked for."""
     results = {}
     for arm in ARMS:
         if arm not in experiment.settings.arms:
@@ -42,7 +42,7 @@ def results_of(experiment: Experiment, ends: dict[str, State]) -> dict[str, Resu
 
 
 def check_codes(experiment: Experiment, result: Result, path: Path) -> dict[str, Any]:
-    """Writes the codes of an arm, reads them back, and compares what they stand for."""
+    """Writes the codes of an arm, reads them back, and compares their values."""
     codes = jax.jit(cage.quantize, static_argnums=1)(
         result.params, experiment.model.rules
     )
@@ -64,7 +64,7 @@ def check_codes(experiment: Experiment, result: Result, path: Path) -> dict[str,
 
 
 def summary(experiment: Experiment, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row an arm: loss, gap, share recovered if STE lost anything, dose, size."""
+    """Returns a row per arm: loss, gap, recovered share if STE lost any, dose, size."""
     losses = {arm: result.loss for arm, result in results.items()}
     full, ste = losses.get("full"), losses.get("ste")
     rows = []
@@ -91,7 +91,7 @@ def summary(experiment: Experiment, results: dict[str, Result]) -> list[dict[str
 
 
 def table_of(rows: list[dict[str, Any]], settings: Settings) -> Table:
-    """The summary for people."""
+    """Makes a table of the summary."""
     table = Table(title=f"{_kind(settings)}, {settings.steps} steps")
     table.add_column("arm")
     for name in ("validation loss", "gap to full", "recovered of STE's", "dose", "MB"):
@@ -113,14 +113,14 @@ def table_of(rows: list[dict[str, Any]], settings: Settings) -> Table:
 
 
 def _kind(settings: Settings) -> str:
-    """What is quantized, and how it is trained, in short."""
+    """Describes in short what is quantized, and how it is trained."""
     kv = "" if settings.kv_bits is None else f"KV{settings.kv_bits}"
     distilled = ", distilled" if settings.distill else ""
     return f"W{settings.w_bits}A{settings.a_bits}{kv}{distilled}"
 
 
 def verdict(results: dict[str, Result]) -> str:
-    """In a sentence, whether CAGE won, and against what."""
+    """Says in a sentence which arms CAGE beat."""
     if "cage" not in results or len(results) < 2:
         return ""
     cage_loss = results["cage"].loss
@@ -141,7 +141,7 @@ def verdict(results: dict[str, Result]) -> str:
 
 
 def skipped(rows: list[dict[str, Any]], steps: int) -> str:
-    """In a sentence, which arms skipped steps; nothing where none did."""
+    """Says in a sentence which arms skipped steps, if any did."""
     parts = [
         f"{row['steps_skipped']} of {steps} for {ARMS[row['arm']]}"
         for row in rows
@@ -156,7 +156,7 @@ def skipped(rows: list[dict[str, Any]], steps: int) -> str:
 
 
 def write_json(experiment, rows, codes, path: Path) -> None:
-    """What was measured, with what; arms of this run that are there already stay."""
+    """Writes the results and settings; keeps arms of this run that the file has."""
     if path.exists():
         now = {row["arm"] for row in rows}
         before = json.loads(path.read_text())
@@ -175,7 +175,7 @@ def write_json(experiment, rows, codes, path: Path) -> None:
 
 
 def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None:
-    """Loss and distance to the grid over the steps, as a PNG."""
+    """Plots loss and distance to the grid by step, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

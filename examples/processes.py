@@ -22,14 +22,14 @@ _LOST = re.compile(
 def join(cluster: bool = False) -> None:
     """Joins the other processes of the run, before JAX looks for its devices.
 
-    `launch.py` tells of them in the environment. Alone, where there is nothing to join.
+    `launch.py` describes them in the environment. A process alone joins nothing.
 
     Args:
-      cluster: JAX finds the processes by itself, as it can on Cloud TPU, Slurm, Open
-        MPI and Kubernetes.
+      cluster: let JAX find the processes automatically, as it can on Cloud TPU, Slurm,
+        Open MPI and Kubernetes.
 
     Raises:
-      ValueError: for an environment that tells only half.
+      ValueError: for an incomplete environment.
     """
     told = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if told and not cluster:
@@ -67,12 +67,12 @@ def _initialize(**known):
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints, and writes what is written once."""
+    """Says whether this process is the one that prints and writes shared files."""
     return jax.process_index() == 0
 
 
 def gather(*numbers: float) -> np.ndarray:
-    """The numbers of each process, float32 of shape (processes, numbers).
+    """Gathers the numbers of each process, float32 of shape (processes, numbers).
 
     All processes must call it at the same point of the program.
     """
@@ -83,10 +83,10 @@ def gather(*numbers: float) -> np.ndarray:
 
 
 def by_first(act: Callable[[], None]) -> None:
-    """The first process acts; the others wait for it, and fail as it does.
+    """Runs `act` in the first process; the others wait for it, and fail if it fails.
 
     Raises:
-      ValueError: with the message of the one that `act` raised.
+      ValueError: with the message of the ValueError that `act` raised.
     """
     if jax.process_count() == 1:
         act()
@@ -105,5 +105,5 @@ def by_first(act: Callable[[], None]) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the run cannot be reached."""
+    """Says whether an error means that another process of the run is unreachable."""
     return jax.process_count() > 1 and _LOST.match(str(error)) is not None

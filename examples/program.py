@@ -19,10 +19,10 @@ TINY = (
 
 @contextlib.contextmanager
 def imports(name: str) -> Iterator[None]:
-    """Around imports, which take seconds: Ctrl-C and a missing package get one line.
+    """Reports Ctrl-C or a missing package during slow imports in one line.
 
     Args:
-      name: the module's own; where that is imported, errors are the importer's.
+      name: the module's `__name__`; if that is not "__main__", errors are raised.
     """
     if name != "__main__":
         yield
@@ -42,7 +42,7 @@ def imports(name: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], int], *, stopped: str) -> NoReturn:
-    """Ends the process with the status of `main`; `stopped` is said after Ctrl-C."""
+    """Ends the process with the status of `main`; prints `stopped` after Ctrl-C."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
@@ -54,7 +54,7 @@ def run(main: Callable[[], int], *, stopped: str) -> NoReturn:
 
 
 def leave(status: int, message: str = "") -> NoReturn:
-    """Ends at once: what XLA still compiles or computes crashes an orderly end."""
+    """Exits at once; an orderly exit crashes while XLA still compiles or computes."""
     if message:
         print(message)
     sys.stdout.flush()
@@ -63,7 +63,7 @@ def leave(status: int, message: str = "") -> NoReturn:
 
 
 class Limit(NamedTuple):
-    """What the value of a flag must be."""
+    """Rule for the value of a flag."""
 
     field: str
     holds: Callable[[Any], bool]
@@ -105,7 +105,7 @@ RECOMMENDED_SILENCE = 0.5
 
 
 def with_recommended(settings: Any) -> Any:
-    """The settings, with --recommended with the silence that belongs to it."""
+    """Returns the settings; --recommended sets its own silence."""
     if not settings.recommended:
         return settings
     own = {field.name: field.default for field in dataclasses.fields(settings)}
@@ -120,10 +120,10 @@ def with_recommended(settings: Any) -> Any:
 
 
 def check(settings: Any, limits: Iterable[Limit]) -> None:
-    """Refuses the first value that is not as it must be, by the name of its flag.
+    """Checks the values of flags.
 
     Raises:
-      ValueError: with the flag, the rule, the value and the remedy.
+      ValueError: for the first wrong value, with flag, rule, value and remedy.
     """
     for field, holds, rule, remedy in limits:
         value = getattr(settings, field)

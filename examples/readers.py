@@ -7,11 +7,11 @@ import numpy as np
 
 
 def transformers_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
-    """The loss of each token in transformers on CPU, computed in float32.
+    """Computes the loss of each token in transformers on CPU, in float32.
 
     Args:
       folder: of a model that `cage_jax.export.compressed_tensors` wrote.
-      windows: tokens, (count, length), of which all but the first are guessed.
+      windows: tokens, (count, length); all but the first are predicted.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars would overwrite ours
     import torch
@@ -42,7 +42,7 @@ def transformers_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
 
 
 def llama_cpp_losses(file: Path, windows: np.ndarray) -> np.ndarray:
-    """The same in llama.cpp, token by token.
+    """Computes the loss of each token in llama.cpp, token by token.
 
     Args:
       file: of a model that `cage_jax.export.gguf` wrote.
@@ -59,7 +59,7 @@ def llama_cpp_losses(file: Path, windows: np.ndarray) -> np.ndarray:
     server = xllamacpp.Server(options)
 
     def ask(before, wanted, count):
-        """Has a token said next, which leaves its log-probability as it is."""
+        """Forces the next token, which does not change its log-probability."""
         found = server.handle_completions(
             {
                 "prompt": before,

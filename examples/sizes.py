@@ -7,7 +7,7 @@ from cage_jax.llama.config import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the hyperparameters it is trained with."""
+    """A model and the hyperparameters of its training."""
 
     layers: int
     width: int
@@ -28,11 +28,11 @@ class Size:
 
     @property
     def hadamard(self) -> int:
-        """Block of the rotation: 128, or less where the width has no such factor."""
+        """Block of the rotation: 128, or less if that does not divide the width."""
         return min(128, self.width & -self.width, self.hidden & -self.hidden)
 
     def config(self, vocabulary: int) -> LlamaConfig:
-        """The model's dimensions for that many tokens."""
+        """Returns the model's dimensions for that many tokens."""
         return LlamaConfig(
             vocabulary=vocabulary,
             width=self.width,

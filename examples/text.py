@@ -12,12 +12,12 @@ _BLOCK = 1_000_000
 
 
 def text_files(files: Sequence[Path]) -> list[tuple[Path, float]]:
-    """Each file of the text, and the share of it to train on, from its beginning.
+    """Returns each file of the text, and the share of its beginning to train on.
 
     Args:
-      files: text files; none for the sources of Python's standard library, of which
-        one file in twenty is kept for validation (chosen by a hash of its name, so
-        that it stays the same). Of one's own files the last 5 % is.
+      files: text files, of which the last 5 % is kept for validation. If empty, the
+        sources of Python's standard library are used, and one file in twenty is kept
+        for validation (chosen by a hash of its name, so that it stays the same).
 
     Raises:
       ValueError: for a file that is missing.
@@ -34,13 +34,13 @@ def text_files(files: Sequence[Path]) -> list[tuple[Path, float]]:
 
 
 def pieces(files: Sequence[Path]) -> Iterator[tuple[bool, bytes]]:
-    """The text from beginning to end, whatever its size, as `blocks`.
+    """Yields the text from beginning to end, whatever its size, as `blocks`.
 
     Args:
-      files: as `text_files` has them.
+      files: as in `text_files`.
 
     Yields:
-      Whether the block is kept for validation, and its bytes.
+      True if the block is kept for validation, and its bytes.
 
     Raises:
       ValueError: for a file that is missing, empty or not text.
@@ -67,7 +67,7 @@ def pieces(files: Sequence[Path]) -> Iterator[tuple[bool, bytes]]:
 
 
 def blocks(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """The next `length` bytes, a megabyte or two at a time, cut where lines end."""
+    """Yields the next `length` bytes, a megabyte or two at a time, in whole lines."""
     while length and (block := file.read(min(length, _BLOCK))):
         block += file.readline(min(length - len(block), _BLOCK))
         length -= len(block)

@@ -38,13 +38,12 @@ class Tokens(NamedTuple):
     """A text as tokens, read-only and mapped from the cache.
 
     Attributes:
-      train: of shape (n,), what to train on: uint8 for bytes, else uint16 or, above
-        65,536 tokens, uint32.
-      held_out: likewise, what to validate on.
-      vocabulary: how many tokens there are; 256 for bytes.
-      bytes_per_token: of the text held out, so that losses can be told per byte.
-      identity: names the text and its tokenizer: the same where both are, wherever
-        the text came from.
+      train: to train on, of shape (n,): uint8 for bytes, else uint16 or, above 65,536
+        tokens, uint32.
+      held_out: to validate on, likewise.
+      vocabulary: number of tokens; 256 for bytes.
+      bytes_per_token: of the held-out text, to convert losses to bytes.
+      identity: identifies the text and its tokenizer, independent of their location.
     """
 
     train: np.ndarray
@@ -64,33 +63,31 @@ def load_tokens(
     sequence: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> Tokens:
-    """The tokens of a text, made once and then read from `cache`.
+    """Loads the tokens of a text, which are made once and then read from `cache`.
 
-    A BPE is trained on the first 20 MB of the part to train on, and is kept beside its
-    tokens as tokenizer.json, which `tokenizers` and transformers read. Every byte is a
-    token of its own as well, so that nothing is lost, be it UTF-8 or not. Between the
-    documents of a dataset is a zero byte or, with a BPE, the token 0, "<|endoftext|>";
-    where a text has these letters they become that token, too. The text may be larger
-    than the memory.
+    A BPE is trained on the first 20 MB of the training part, and is kept beside its
+    tokens as tokenizer.json, which `tokenizers` and transformers read. Every byte is
+    also a token, so nothing is lost, even outside UTF-8. Documents of a dataset are
+    separated by a zero byte or, with a BPE, by token 0, "<|endoftext|>"; the same
+    letters in a text become that token, too. The text may be larger than memory.
 
     Args:
       text: files, joined and split as by `text.text_files`.
-      dataset: instead of files, the name of a dataset on the Hugging Face hub, or a
+      dataset: instead of files, the name of a dataset on the Hugging Face Hub, or a
         folder that `datasets` can read, with a column "text". Its split "validation",
-        or else "test", is held out; where it has neither, one document in twenty is.
-        With neither files nor a dataset, the sources of Python's standard library.
-      vocabulary: 256 for bytes; of a BPE so many tokens, bytes and end of text among
-        them.
-      limit: take at most so many bytes of the dataset; 1 GB if None.
-      cache: a folder, made where it is missing. Of processes that need the same tokens
-        at once one makes them, and the others wait.
-      sequence: the length of a training window, to see that there is enough text.
-      say: is told what takes long.
+        or else "test", is held out; without either, one document in twenty. With
+        neither files nor a dataset, the sources of Python's standard library are used.
+      vocabulary: 256 for bytes, or the size of a BPE, with bytes and end of text.
+      limit: largest number of bytes to take from the dataset; 1 GB if None.
+      cache: a folder, created if it is missing. If several processes need the same
+        tokens at once, one makes them and the others wait.
+      sequence: length of a training window, to check that there is enough text.
+      say: called with a message before slow stages.
 
     Raises:
-      ValueError: for a text that is missing, too little or no text, a dataset that
-        cannot be read, a vocabulary that is too small or larger than the text has
-        use for, and a package that is not installed.
+      ValueError: for a text that is missing, too short or not text, a dataset that
+        cannot be read, a vocabulary that is too small or too large for the text, and a
+        package that is not installed.
     """
     _check(text, dataset, vocabulary, limit)
     if dataset is None:
@@ -246,7 +243,7 @@ def _unreadable(name, error):
 
 
 def _first(documents: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Whole documents, of no more than `size` bytes together."""
+    """Yields whole documents of at most `size` bytes in total."""
     for document in documents:
         size -= len(document)
         if size < 0:
@@ -272,7 +269,7 @@ def _bytes(batch: Iterable[bytes]) -> Iterator[np.ndarray]:
 
 
 def _train(sample: Sequence[bytes], vocabulary: int, say: Callable[[str], None]) -> Any:
-    """A byte-level BPE, the same for the same sample."""
+    """Trains a byte-level BPE, the same for the same sample."""
     tokenizers = _package("tokenizers", "vocabulary", "demo")
     size = _megabytes(sum(map(len, sample)))
     say(f"training a BPE of {vocabulary} tokens on {size}")
@@ -299,7 +296,7 @@ def _train(sample: Sequence[bytes], vocabulary: int, say: Callable[[str], None])
 
 
 def _encode(tokenizer: Any, batch: Sequence[bytes]) -> Iterator[list[int]]:
-    """The tokens of each piece: of what is not UTF-8 those of its bytes."""
+    """Encodes each piece; parts that are not UTF-8 become tokens of bytes."""
     texts = [
         [END_OF_TEXT]
         if piece == _END
@@ -336,7 +333,7 @@ def _package(name: str, flag: str, extra: str) -> ModuleType:
 
 
 def _read(entry: Path, vocabulary: int) -> Tokens | None:
-    """What the cache has, unless that is nothing or damaged."""
+    """Reads the tokens in the cache; None if they are missing or damaged."""
     try:
         told = json.loads((entry / "tokens.json").read_text())
         arrays = [_mapped(entry, part) for part in _PARTS]
@@ -354,7 +351,7 @@ def _read(entry: Path, vocabulary: int) -> Tokens | None:
 def _make(
     entry: Path, source: _Source, vocabulary: int, say: Callable[[str], None]
 ) -> Tokens:
-    """Writes an entry, whole or not at all, and reads it."""
+    """Writes an entry completely or not at all, and reads it."""
     partial = entry.with_suffix(".partial")
     for left in (partial, entry):
         shutil.rmtree(left, ignore_errors=True)
@@ -416,7 +413,7 @@ def _mapped(folder: Path, part: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _growing(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
-    """A .npy file of one axis, which is as long as what is written."""
+    """Opens a .npy file of one axis, whose length is set when it is closed."""
 
     def head(length):
         told = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
@@ -432,7 +429,7 @@ def _growing(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
 
 
 def _head(stream: Iterator[tuple[bool, bytes]]) -> Iterator[tuple[bool, bytes]]:
-    """The beginning of a stream, until there is enough to train a BPE on."""
+    """Takes the beginning of a stream, enough to train a BPE on."""
     missing = _SAMPLE
     while missing > 0 and (item := next(stream, None)):
         held_out, piece = item
@@ -456,7 +453,7 @@ def _batches(
 def _followed(
     stream: Iterable[tuple[bool, bytes]], size: str, say: Callable[[str], None]
 ) -> Iterator[tuple[bool, bytes]]:
-    """The stream, of which `say` is told every few seconds how far it is."""
+    """Yields the stream, and reports progress to `say` every few seconds."""
     read, last = 0, time.monotonic()
     for item in stream:
         yield item
@@ -468,7 +465,7 @@ def _followed(
 
 @contextlib.contextmanager
 def _alone(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time; the lock ends with its process, however that ends."""
+    """Locks out other processes; the lock ends with its process in any case."""
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

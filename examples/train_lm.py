@@ -41,7 +41,7 @@ def _folder(experiment):
 
 
 def main() -> int:
-    """Runs the program; the exit status."""
+    """Runs the program; returns the exit status."""
     settings, console = tyro.cli(Settings, description=__doc__), Console()
     try:
         processes.join(settings.cluster)
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def _failed(error, settings):
-    """Says what is wrong, in each process, and gives the exit status."""
+    """Prints an error in each process, and returns the exit status."""
     console = Console(soft_wrap=True)
     who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     if processes.lost(error):
@@ -88,7 +88,7 @@ def _failed(error, settings):
 def conclude(
     experiment: Experiment, results: dict[str, Result], console: Console
 ) -> None:
-    """Writes and says what the arms came to."""
+    """Writes and prints the results of the arms."""
     settings = experiment.settings
     rows = summary(experiment, results)
     console.print(table_of(rows, settings))
@@ -118,7 +118,7 @@ def conclude(
 
 
 def announce(experiment: Experiment, console: Console) -> None:
-    """Says what will be done."""
+    """Announces the run."""
     settings, report = experiment.settings, experiment.report
     size = experiment.model.size
     weights = sum(row.size for row in report.rows)

@@ -31,7 +31,7 @@ LOOK_SECONDS = 1
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """The user, or the system, asked the run to stop; a checkpoint is written."""
+    """The user or the system asked the run to stop; a checkpoint has been written."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -40,7 +40,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list that gets the number of a signal that asks to stop; a second one stops."""
+    """Yields a list that receives a request to stop; a second request interrupts."""
     requests: list[int] = []
 
     def ask(number, frame):
@@ -61,13 +61,13 @@ def _stop_requests() -> Iterator[list[int]]:
 def train(
     experiment: Experiment, folder: RunFolder, console: Console
 ) -> dict[str, State]:
-    """Runs all segments, each from its newest checkpoint; the state at the ends.
+    """Runs all segments, each from its newest checkpoint; returns their final states.
 
     The experiment's mesh must be set.
 
     Raises:
       Stopped: after a signal, with all steps saved.
-      Failed: where a checkpoint cannot be written, or too many steps were skipped.
+      Failed: if a checkpoint cannot be written, or too many steps were skipped.
     """
     ends: dict[str, State] = {}
     columns = (
@@ -146,7 +146,7 @@ def _train_segment(
 
 
 class Look(NamedTuple):
-    """What all processes agree on after a step."""
+    """Decisions that all processes share after a step."""
 
     rate: float  # steps per second since the last look
     save: bool
@@ -155,7 +155,7 @@ class Look(NamedTuple):
 
 
 class _Watch:
-    """Tells after which steps to look up, the same ones in each process."""
+    """Schedule of the steps after which processes exchange their status."""
 
     def __init__(self, step: int, requests: list[int], save_seconds: float):
         self.next = step + 1
@@ -165,13 +165,13 @@ class _Watch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in it is no step."""
+        """Excludes its block from the time of steps."""
         before = time.monotonic()
         yield
         self._began += time.monotonic() - before
 
     def look(self, step: int) -> Look:
-        """The clock is that of the first process; a signal may come to any."""
+        """Exchanges status, with the first process's clock and any process's signal."""
         now = time.monotonic()
         times = now - self._began, now - self._saved, now - self._logged
         stop = self._requests[0] if self._requests else 0
@@ -187,7 +187,7 @@ class _Watch:
 
 
 class _Made(NamedTuple):
-    """How training goes."""
+    """Progress of training."""
 
     loss: float
     skipped: int
@@ -220,7 +220,7 @@ def _diverged(segment, step, made, folder):
 
 
 def _written(experiment, teacher, folder, progress, requests) -> np.ndarray:
-    """What the teacher writes to learn from, once in a run."""
+    """Returns the text that the teacher generates, once per run."""
     path, (windows, length) = folder.folder / "written.npy", experiment.written
     if path.exists():
         return _read_written(path, (windows, length), experiment.tokens.train.dtype)
@@ -260,7 +260,7 @@ def _read_written(path, shape, dtype):
 
 
 def _evaluation(steps, step):
-    """The number of the evaluation that is due after `step` steps, or None."""
+    """Returns the number of the evaluation that is due after `step` steps, or None."""
     number = step * EVALUATIONS // steps
     return number if number != (step - 1) * EVALUATIONS // steps else None
 
