@@ -2,7 +2,7 @@
 
 A description has the name of a class and the fields that differ from their defaults. So
 files stay readable, and a later version can add fields. A default must therefore never
-change. Only the classes in `CLASSES`, with plain values, can be read.
+change. Only the classes of `classes`, with plain values, can be read.
 """
 
 import dataclasses
@@ -15,25 +15,30 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from cage_jax.export.files import MalformedFileError, malformed
-from cage_jax.quantizers import formats, scale_types, scales
+from cage_jax.quantizers import scale_types, scales
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.registry import PRESETS
 from cage_jax.quantizers.scale_types import ScaleType
 from cage_jax.quantizers.scales import ScaleRule
 
-CLASSES: dict[str, type] = {"Quantizer": Quantizer} | {
-    name: kind
-    for module in (formats, scales, scale_types)
+_SCALES = [
+    kind
+    for module in (scales, scale_types)
     for name, kind in vars(module).items()
     if inspect.isclass(kind)
-    and issubclass(kind, Format | ScaleRule | ScaleType)
+    and issubclass(kind, ScaleRule | ScaleType)
     and not (inspect.isabstract(kind) or name.startswith("_"))
-}
-"""All classes that a description can name, by name."""
-
+]
 _MOST_LEVELS = 256  # of a codebook; no other list is longer
 _CAUSE = "written by a newer version, or damaged"
 _REMEDY = "Get the file again, or a newer version of cage_jax."
+
+
+def classes() -> dict[str, type]:
+    """Returns all classes that a description can name, by name."""
+    formats = (preset.format for preset in PRESETS.values())
+    return {kind.__name__: kind for kind in (Quantizer, *formats, *_SCALES)}
 
 
 def describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def _described(value):
     is_part = isinstance(value, Format | ScaleRule | ScaleType)
     if not is_part and not dataclasses.is_dataclass(value):
         return value
-    if CLASSES.get(kind.__name__) is not kind:
+    if classes().get(kind.__name__) is not kind:
         raise TypeError(
             f"`quantizer` must be of classes of cage_jax, which a file can name; got "
             f"{kind.__name__} of {kind.__module__}. Use a preset such as int4(), or "
@@ -114,9 +119,9 @@ def _built(description, wanted):
         rule = f"the description of a {wanted.__name__} must have a 'class'"
         raise malformed(rule, short(description), _REMEDY)
     name = description["class"]
-    kind = CLASSES.get(name) if isinstance(name, str) else None
+    kind = classes().get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, wanted):
-        known = [name for name, each in CLASSES.items() if issubclass(each, wanted)]
+        known = [name for name, each in classes().items() if issubclass(each, wanted)]
         rule = f"a {wanted.__name__} must be one of {known}"
         raise malformed(rule, f"{short(name)}: {_CAUSE}", _REMEDY)
     hints = get_type_hints(kind)
