@@ -37,6 +37,7 @@ def test_numbers_out_of_range(value):
 def test_the_ends_of_a_range():
     check_number("x", 0, "Use 1.0.", least=0, most=1)
     check_number("x", 1.0, "Use 1.0.", least=0, most=1)
+    check_number("x", np.float16(1), "Use 1.0.", least=0, most=1)
     with pytest.raises(ValueError, match="`x` must be finite; got nan"):
         check_number("x", math.nan, "Use 1.0.")
 

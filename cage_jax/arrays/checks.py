@@ -59,8 +59,9 @@ def check_number(
         return
     if not is_int(value) and not isinstance(value, (float, np.floating)):
         raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
-    inside = least <= value <= most and above < value < below
-    if inside and abs(value) <= sys.float_info.max:
+    number = value if is_int(value) else float(value)  # NumPy's warn of large limits
+    inside = least <= number <= most and above < number < below
+    if inside and abs(number) <= sys.float_info.max:
         return
     limits = {"at least": least, "above": above, "at most": most, "below": below}
     rules = [f"{word} {x:g}" for word, x in limits.items() if math.isfinite(x)]
