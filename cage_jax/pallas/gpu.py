@@ -156,11 +156,12 @@ def _call(
       dtypes: dtypes of the results.
       numbers: a vector that every block receives, or None.
       aliases: maps the index of an argument to that of the result that replaces it.
-      interpret: whether to run the kernel as a `jax.numpy` program.
+      interpret: as in `fake_quant`.
     """
     stack, rows, columns = tiling.shape
     height, width = tiling.block
-    matrix = _matrix(tiling)
+    # It rotates a column of a strip, or one block of a row.
+    matrix = rotation(tiling, tiling.strip if tiling.along == 1 else 1)
     fixed = [each for each in (numbers, matrix) if each is not None]
     read = len(arrays) + len(fixed)
     block = pl.BlockSpec((None, height, width), lambda j, i, k: (k, i, j))
@@ -196,14 +197,6 @@ def _warps(tiling):
     height, width = tiling.block
     elements = height * width // tiling.strips
     return min(16, max(4, elements // _PER_WARP))
-
-
-def _matrix(tiling):
-    """Returns the matrix that rotates a strip's columns, or a stretch of its rows."""
-    block = tiling.quantizer.hadamard
-    if block is None:
-        return None
-    return rotation(block, tiling.strip // block if tiling.along == 1 else 1)
 
 
 def _rotation(matrix_ref, tiling):

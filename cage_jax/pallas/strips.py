@@ -125,9 +125,12 @@ def place(i: jax.Array, tiling: Tiling) -> tuple:
     return (here, slice(None)) if tiling.along == 1 else (slice(None), here)
 
 
-def rotation(block: int, times: int) -> jax.Array:
-    """Returns the bfloat16 matrix that rotates `times` neighbouring blocks."""
-    return jnp.asarray(np.kron(np.eye(times), hadamard_matrix(block)), jnp.bfloat16)
+def rotation(tiling: Tiling, size: int) -> jax.Array | None:
+    """Returns the bfloat16 matrix that rotates about `size` elements, or None."""
+    if (block := tiling.quantizer.hadamard) is None:
+        return None
+    repeated = np.kron(np.eye(max(1, size // block)), hadamard_matrix(block))
+    return jnp.asarray(repeated, jnp.bfloat16)
 
 
 def product(matrix: jax.Array, x: jax.Array, axis: int, terms: int) -> jax.Array:

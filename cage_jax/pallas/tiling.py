@@ -84,19 +84,9 @@ class Tiling:
     @property
     def grid(self) -> tuple[int, int, int, int]:
         """Grid of the kernel: (stack, blocks across groups, reads, blocks along)."""
-        across = 2 - self.along
-        return (
-            self.shape[0],
-            math.ceil(self.shape[across + 1] / self.block[across]),
-            2 if self.whole else 1,
-            self.length // self.block[self.along - 1],
-        )
-
-    @property
-    def exact(self) -> bool:
-        """Whether no block reaches beyond the array."""
-        across = 2 - self.along
-        return self.shape[across + 1] % self.block[across] == 0
+        blocks = math.ceil(self.shape[3 - self.along] / self.across)
+        reads = 2 if self.whole else 1
+        return self.shape[0], blocks, reads, self.length // self.block[self.along - 1]
 
     @property
     def length(self) -> int:
@@ -104,16 +94,28 @@ class Tiling:
         return self.shape[self.along]
 
     @property
+    def across(self) -> int:
+        """Length of a block across the groups."""
+        return self.block[2 - self.along]
+
+    @property
+    def exact(self) -> bool:
+        """Whether no block reaches beyond the array."""
+        return self.shape[3 - self.along] % self.across == 0
+
+    @property
     def kept(self) -> tuple[int, int]:
         """Shape of what a kernel keeps of groups that are all of the axis."""
-        across = self.block[2 - self.along]
-        return (self.length, across) if self.along == 1 else (across, self.length)
+        return _rows_and_columns(self.along, self.length, self.across)
 
     @property
     def per_group(self) -> tuple[int, int]:
         """Shape of one number for each of these groups."""
-        across = self.block[2 - self.along]
-        return (1, across) if self.along == 1 else (across, 1)
+        return _rows_and_columns(self.along, 1, self.across)
+
+
+def _rows_and_columns(along, length, across):
+    return (length, across) if along == 1 else (across, length)
 
 
 def tiling_for_tpu(
@@ -161,7 +163,7 @@ def tiling_for_tpu(
     strips = _largest_divisor(
         length // strip, max(1, block_bytes // (4 * strip * LANES))
     )
-    block = (strips * strip, across) if along == 1 else (across, strips * strip)
+    block = _rows_and_columns(along, strips * strip, across)
     transposed = along == 2 and group % LANES != 0
     if transposed:
         require(across == LANES, f"short groups need {LANES} rows; there are {rows}")
@@ -233,7 +235,7 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     strips = length // strip
     if not whole:  # so the matrix is read once for several strips
         strips = math.gcd(strips, 8) if quantizer.hadamard else 1
-    block = (strips * strip, across) if along == 1 else (across, strips * strip)
+    block = _rows_and_columns(along, strips * strip, across)
     own = dataclasses.replace(
         quantizer, axis=along - 3, group_size=None if group >= strip else group
     )

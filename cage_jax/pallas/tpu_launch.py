@@ -84,12 +84,12 @@ def launch(
       kernel: receives an object whose attributes are references to all inputs, outputs
         and scratch memory by name, and to the matrix of the rotation, or None.
       tiling: the blocks.
-      inputs: what it reads, by name.
-      outputs: what it writes, by name.
+      inputs, outputs: what it reads and writes, by name.
       scratch: memory that is kept from one block to the next, by name.
       aliases: maps names of inputs to those of the outputs that replace them.
     """
-    matrix, scratch = _matrix(tiling), scratch or {}
+    scratch = scratch or {}
+    matrix = rotation(tiling, math.gcd(LANES, tiling.strip))  # as for a matrix unit
     if matrix is not None:
         spec = pl.BlockSpec(matrix.shape, lambda *_: (0, 0))
         inputs = inputs | {"matrix": Operand(matrix, spec)}
@@ -125,11 +125,3 @@ def launch(
         name=f"cage_{name}",
     )(*read)
     return dict(zip(outputs, found, strict=True))
-
-
-def _matrix(tiling):
-    """Returns a matrix that rotates as many elements as a matrix unit takes at once."""
-    block = tiling.quantizer.hadamard
-    if block is None:
-        return None
-    return rotation(block, max(1, math.gcd(LANES, tiling.strip) // block))
