@@ -353,7 +353,7 @@ def test_what_no_export_wrote_is_not_replaced(codes, tmp_path):
     with pytest.raises(FileExistsError, match="with a link"):
         write(codes, CONFIG, tmp_path / "link", overwrite=True)
     (tmp_path / "elsewhere" / "x").write_text("")
-    with pytest.raises(FileExistsError, match=r"a folder. Use another path"):
+    with pytest.raises(FileExistsError, match="`path` must not be a folder"):
         cage.export.gguf(codes, CONFIG, tmp_path / "elsewhere", overwrite=True)
 
 

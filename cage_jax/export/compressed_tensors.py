@@ -118,7 +118,7 @@ def compressed_tensors(
         dtype = jnp.dtype(dtype).name
     check_choice("dtype", dtype, FLOATS)
     check_int("shard_bytes", shard_bytes, "Use 5 * 10**9.", least=1)
-    files = tokenizer_files.given(tokenizer, config)
+    files = tokenizer_files.resolve(tokenizer, config)
     schemes: dict[str, Scheme | None] = {}  # by module, for all linear layers
 
     def named_arrays() -> Iterator[tuple[str, np.ndarray]]:
@@ -204,7 +204,7 @@ def read(path: Path) -> Model:
             f"{more[:3]} too, {len(more)} in all",
             "Other models are not read yet.",
         )
-    return Model(tree_of(found, config), config, tokenizer_files.in_folder(folder))
+    return Model(tree_of(found, config), config, tokenizer_files.read_folder(folder))
 
 
 TARGET = Target(

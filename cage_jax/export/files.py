@@ -47,7 +47,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     path = as_path(path)
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(
-            f"`path` must be that of a file; got {path}, a folder. Use another path."
+            f"`path` must not be a folder; got {path}. Use another path."
         )
     _check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
     _check_free(path, overwrite)
     if strange := strangers(path):
         raise FileExistsError(
-            f"`path` must be of an export to be replaced; got {path}, with "
-            f"{strange}. Remove it yourself, or use another path."
+            f"`path` must be an export to be replaced; got {path}, with {strange}. "
+            f"Remove it yourself, or use another path."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     name = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
@@ -167,7 +167,7 @@ def as_path(path: Any) -> pathlib.Path:
 
 
 def strangers(path: pathlib.Path) -> str:
-    """Names what no export can have written, in words; "" if there is nothing."""
+    """Names what no export can have written at a path; "" if there is nothing."""
     if path.is_symlink():
         return "a link"
     if not path.exists():
@@ -183,7 +183,7 @@ def strangers(path: pathlib.Path) -> str:
 
 
 def is_free(path: pathlib.Path) -> bool:
-    """Returns whether a path does not exist or is an empty folder."""
+    """Tells whether a path does not exist or is an empty folder."""
     empty = path.is_dir() and not any(path.iterdir())
     return empty or not (path.exists() or path.is_symlink())
 
@@ -191,8 +191,7 @@ def is_free(path: pathlib.Path) -> bool:
 def _check_free(path, overwrite):
     if not overwrite and not is_free(path):
         raise FileExistsError(
-            f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
-            f"path."
+            f"`path` must not exist; got {path}. Use overwrite=True, or another path."
         )
 
 

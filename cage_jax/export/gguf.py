@@ -111,7 +111,7 @@ def gguf(
         for place, layer, array in tensors(codes, config)
     ]
     metadata = _metadata(config, name or path.stem)
-    metadata |= metadata_of(tokenizer_files.given(tokenizer, config), config)
+    metadata |= metadata_of(tokenizer_files.resolve(tokenizer, config), config)
     metadata["general.file_type"] = _file_type(forms)
     with new_file(path, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from cage_jax.export.files import malformed
+from cage_jax.export.tokenizer_files import parsed
 from cage_jax.llama.config import LlamaConfig
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
@@ -87,11 +88,11 @@ def metadata_of(tokenizer: Mapping[str, bytes], config: LlamaConfig) -> dict[str
         if config.bos is not None:
             found[_ID_KEYS["bos_token"]] = config.bos
         return found | _ends(config.eos)
-    content = _parsed(tokenizer, "tokenizer.json")
+    content = parsed(tokenizer, "tokenizer.json")
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in tokenizer:
-            settings |= _parsed(tokenizer, name)
+            settings |= parsed(tokenizer, name)
     if "chat_template.jinja" in tokenizer:
         settings["chat_template"] = tokenizer["chat_template.jinja"].decode("utf-8")
     try:
@@ -233,23 +234,6 @@ def _ends(ids):
             f"which GGUF has keys; got eos={tuple(ids)}. Leave some out."
         )
     return dict(zip(_END_KEYS, ids))
-
-
-def _parsed(tokenizer, name):
-    if name not in tokenizer:
-        raise ValueError(
-            f"`tokenizer` must have {name!r}; got {sorted(tokenizer)}. Give the files "
-            f"that save_pretrained of transformers writes, as bytes by name."
-        )
-    try:
-        content = json.loads(tokenizer[name])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`tokenizer` must have JSON in {name!r}; got {error}. Get the file again."
-        ) from error
-    if not isinstance(content, dict):
-        _unsupported(f"an object in {name}", type(content).__name__)
-    return content
 
 
 def _unsupported(rule, got) -> NoReturn:

@@ -62,7 +62,7 @@ def read(path: Path) -> Model:
     if shapes != config.shapes():
         wrong = sorted(set(shapes.items()) ^ set(config.shapes().items()))[:2]
         raise malformed(f"{CODES} must have the parameters of {CONFIG}", wrong)
-    return Model(params, config, tokenizer_files.in_folder(folder))
+    return Model(params, config, tokenizer_files.read_folder(folder))
 
 
 def is_folder(path: pathlib.Path) -> bool:

@@ -63,8 +63,7 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
     alone = jax.process_count() == 1
     if not alone and not overwrite and path.exists():  # else a process would hang
         raise FileExistsError(
-            f"`path` must not be there yet; got {path}. Use overwrite=True, or another "
-            f"path."
+            f"`path` must not exist; got {path}. Use overwrite=True, or another path."
         )
     place = new_folder(path, overwrite=overwrite)
     with (

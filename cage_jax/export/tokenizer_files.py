@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from cage_jax.export.files import Path
 from cage_jax.llama.config import LlamaConfig
@@ -21,7 +22,7 @@ NAMES = (
 _REMEDY = "Give the folder that save_pretrained of the tokenizer wrote."
 
 
-def in_folder(folder: Path) -> dict[str, bytes]:
+def read_folder(folder: Path) -> dict[str, bytes]:
     """Reads the tokenizer files of a folder by name."""
     folder = pathlib.Path(folder)
     return {
@@ -31,7 +32,7 @@ def in_folder(folder: Path) -> dict[str, bytes]:
     }
 
 
-def given(
+def resolve(
     tokenizer: Mapping[str, bytes] | Path | None, config: LlamaConfig
 ) -> Mapping[str, bytes]:
     """Resolves a `tokenizer` argument, bytes by name or a folder, to files by name.
@@ -44,7 +45,7 @@ def given(
     if tokenizer is None:
         return {}
     if isinstance(tokenizer, str | os.PathLike):
-        files: Mapping[str, bytes] = in_folder(tokenizer)
+        files: Mapping[str, bytes] = read_folder(tokenizer)
         if not files:
             raise ValueError(
                 f"`tokenizer` must be a folder with a tokenizer.json; got "
@@ -68,18 +69,32 @@ def given(
                 f"`tokenizer` must have bytes; got {type(data).__name__} for {name!r}. "
                 f"Use pathlib.Path(...).read_bytes()."
             )
-    _check_vocabulary(files, config)
+    if "tokenizer.json" in files:
+        _check_vocabulary(parsed(files, "tokenizer.json"), config)
     return files
 
 
-def _check_vocabulary(files, config):
+def parsed(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Parses the JSON object in a tokenizer's file; raises ValueError for others."""
+    if name not in files:
+        raise ValueError(
+            f"`tokenizer` must have {name!r}; got {sorted(files)}. {_REMEDY}"
+        )
     try:
-        content = json.loads(files.get("tokenizer.json", b"{}"))
+        content = json.loads(files[name])
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"`tokenizer` must have JSON in 'tokenizer.json'; got {error}. Get the "
-            f"file again."
+            f"`tokenizer` must have JSON in {name!r}; got {error}. Get the file again."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"`tokenizer` must have an object in {name!r}; got "
+            f"{type(content).__name__}. Get the file again."
+        )
+    return content
+
+
+def _check_vocabulary(content, config):
     try:
         ids = dict(content["model"]["vocab"])
         ids |= {each["content"]: each["id"] for each in content["added_tokens"]}

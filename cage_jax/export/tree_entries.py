@@ -233,7 +233,7 @@ def _like(path, entry):
         or not all(type(length) is int and length >= 0 for length in shape)
         or math.prod(max(length, 1) for length in shape) > _MOST_NUMBERS
     ):
-        raise _malformed(path, "its `shape` must be that of an array", shape)
+        raise _malformed(path, "its `shape` must be a list of lengths", shape)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _malformed(path, f"its `dtype` must be one of {[*_DTYPES]}", dtype)
     if kind == "array":
