@@ -72,40 +72,42 @@ def arranged(
       The input, the quantizer along its axes, the grid in its shape, and the function
       that undoes the arrangement.
     """
-    x, quantizer, back = _arranged(x, features, quantizer)
-    if grid is not None:
-        shape = quantizer.blocks(x.shape).scale_shape
-        grid = jax.tree.map(lambda g: g.reshape(shape), grid)
-    return x, quantizer, grid, back
+    if quantizer.rounding != "nearest":
+        raise ValueError(
+            f"`inputs` must be rounded to the nearest; got {quantizer}. Round the "
+            f"weights stochastically instead, with a key."
+        )
 
-
-def _arranged(x, features, quantizer):
     def along(axes):
         axis = axes[0] if len(axes) == 1 else tuple(axes)
         return dataclasses.replace(quantizer, axis=axis)
 
-    if quantizer.rounding != "nearest":
-        raise ValueError(
-            f"`inputs` must be rounded to the nearest; got {quantizer}. Round the "
-            f"weights stochastically, where there is a key."
-        )
+    def back(y):
+        return y
+
     tokens = tuple(axis for axis in range(x.ndim) if axis not in features)
     blocks = quantizer.group_size is not None or quantizer.hadamard is not None
     match quantizer.axis:
         case None:
-            return x, quantizer, lambda x: x
+            pass
         case 0 if tokens and not blocks:
-            return x, along(tokens), lambda x: x
+            quantizer = along(tokens)
         case -1 if len(features) == 1 or not blocks:
-            return x, along(features), lambda x: x
+            quantizer = along(features)
         case -1:
-            order = tokens + tuple(features)
-            moved = jnp.transpose(x, order)
-            flat = moved.reshape(*moved.shape[: len(tokens)], -1)
-            back = np.argsort(order).tolist()
-            return flat, quantizer, lambda y: y.reshape(moved.shape).transpose(back)
-    raise ValueError(
-        f"`inputs` must be quantized along axis -1 (a scale per token), 0 without "
-        f"groups (a scale per feature) or None (one for all); got {quantizer}, an "
-        f"input of shape {x.shape}. Use int8(axis=-1)."
-    )
+            moved = jnp.transpose(x, order := tokens + features)
+            x = moved.reshape(*moved.shape[: len(tokens)], -1)
+
+            def back(y):
+                return y.reshape(moved.shape).transpose(np.argsort(order).tolist())
+
+        case _:
+            raise ValueError(
+                f"`inputs` must be quantized along axis -1 (a scale per token), 0 "
+                f"without groups (a scale per feature) or None (one for all); got "
+                f"{quantizer}, an input of shape {x.shape}. Use int8(axis=-1)."
+            )
+    if grid is not None:
+        shape = quantizer.blocks(x.shape).scale_shape
+        grid = jax.tree.map(lambda g: g.reshape(shape), grid)
+    return x, quantizer, grid, back

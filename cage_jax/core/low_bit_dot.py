@@ -102,16 +102,48 @@ def low_bit_dot(
       (3, 2)
     """
     inputs = jnp.asarray(inputs)
-    _check_factors(inputs, weights)
+    if not isinstance(weights, QuantizedArray):
+        raise TypeError(
+            f"`weights` must be a QuantizedArray; got {type(weights).__name__}. Use "
+            f"quantize(weights, quantizer) first."
+        )
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise TypeError(
+            f"`inputs` must be an array of real floats; got dtype {inputs.dtype}. For "
+            f"products of integers use floats and an `inputs_quantizer`."
+        )
     numbers = _axes_from_0(dimension_numbers, inputs.shape, weights.shape)
     dtype = jnp.dtype(preferred_element_type or inputs.dtype)
     product = _Product(weights, inputs.shape, numbers, precision, dtype, implementation)
     if inputs_quantizer is not None:
-        return _of_quantized_inputs(inputs, inputs_quantizer, product)
-    return _of_floats(inputs, product)
+        return _with_quantized_inputs(inputs, inputs_quantizer, product)
+    return _with_floats(inputs, product)
 
 
-# --- one product ----------------------------------------------------------------------
+def _axes_from_0(numbers, *shapes):
+    """Returns dimension numbers whose axes count from 0; raises if they do not fit."""
+    if numbers is None:
+        numbers = (((-1,), (0,)), ((), ()))
+
+    def from_0(axes, ndim):
+        return [a % ndim for a in axes if is_int(a) and -ndim <= a < ndim]
+
+    match numbers:
+        case [[[*xs], [*ws]], [[*x_batch], [*w_batch]]]:
+            given = [*xs, *x_batch], [*ws, *w_batch]
+            found = [from_0(axes, len(shape)) for axes, shape in zip(given, shapes)]
+            lengths = [[shape[a] for a in axes] for axes, shape in zip(found, shapes)]
+            # An axis that does not exist, or comes twice, is missing from the set.
+            complete = all(len({*f}) == len(g) for f, g in zip(found, given))
+            if len(xs) == len(ws) > 0 and complete and lengths[0] == lengths[1]:
+                summed = tuple(tuple(axes[: len(xs)]) for axes in found)
+                return summed, tuple(tuple(axes[len(xs) :]) for axes in found)
+    raise ValueError(
+        f"`dimension_numbers` must pair axes of `inputs` and `weights` of the same "
+        f"length, at least one to be summed over; got {numbers}, inputs.shape="
+        f"{shapes[0]}, weights.shape={shapes[1]}. Use (((inputs axis,), (weights "
+        f"axis,)), ((), ()))."
+    )
 
 
 class _Product(NamedTuple):
@@ -128,13 +160,11 @@ class _Product(NamedTuple):
     def tokens(self) -> int:
         """Number of rows of the inputs."""
         (contracted, _), (batch, _) = self.numbers
-        taken = {*contracted, *batch}
-        return math.prod(
-            n for axis, n in enumerate(self.inputs_shape) if axis not in taken
-        )
+        lengths = enumerate(self.inputs_shape)
+        return math.prod(n for axis, n in lengths if axis not in (*contracted, *batch))
 
     @property
-    def sizes(self) -> list[int] | None:
+    def group_sizes(self) -> list[int] | None:
         """Group size along each axis summed over; None if codes are not used."""
         (_, contracted), _ = self.numbers
         shape, quantizer = self.weights.shape, self.weights.quantizer
@@ -142,38 +172,43 @@ class _Product(NamedTuple):
         if quantizer.hadamard is not None and not {*groups} <= {*contracted}:
             return None
         sizes = [groups.get(axis, 1) for axis in contracted]
-        split = sizes != [shape[axis] for axis in contracted]
-        if split and self.tokens > _MOST_TOKENS * math.prod(sizes):
+        several = sizes != [shape[axis] for axis in contracted]
+        if several and self.tokens > _MOST_TOKENS * math.prod(sizes):
             return None
         return sizes
 
 
-def _of_floats(inputs, product):
-    (contracted, _), _ = product.numbers
-    weights, sizes = product.weights, product.sizes
-    if sizes is None:
+def _with_floats(inputs, product):
+    """Multiplies floats with codes, or with dequantized weights."""
+    weights, quantizer = product.weights, product.weights.quantizer
+    if product.group_sizes is None:
 
-        def dequantized(inputs, weights):
-            values = dequantize(weights).astype(inputs.dtype)
-            return _dot(inputs, values, product).astype(product.dtype)
+        def with_values(inputs, weights):
+            found = lax.dot_general(
+                inputs,
+                dequantize(weights).astype(inputs.dtype),
+                product.numbers,
+                precision=product.precision,
+                preferred_element_type=compute_dtype(inputs.dtype),
+            )
+            return found.astype(product.dtype)
 
-        return _dispatch(dequantized, inputs, product, scaled=True)
-    quantizer = weights.quantizer
+        return _dispatch(with_values, inputs, product, scaled=True)
     if quantizer.hadamard is not None:
         # x @ (H w) = (H x) @ w, whichever axis is rotated.
         (axis,) = quantizer.blocks(weights.shape).axes
-        axis = contracted[product.numbers[0][1].index(axis)]
-        along = dataclasses.replace(quantizer, axis=axis, group_size=None)
+        xs, ws = product.numbers[0]
+        along = dataclasses.replace(quantizer, axis=xs[ws.index(axis)], group_size=None)
         inputs = along.basis(inputs.shape).rotate(inputs)
     dtype = inputs.dtype
     if quantizer.format.code_offset is None and not _holds(quantizer.format, dtype):
         dtype = _widest(dtype, compute_dtype(weights.dtype))
 
-    def by_codes(inputs, weights):
-        own = product._replace(weights=weights)
-        return _by_groups(inputs, own, sizes).astype(product.dtype)
+    def with_codes(inputs, weights):
+        found = _by_groups(inputs, product._replace(weights=weights))
+        return found.astype(product.dtype)
 
-    return _dispatch(by_codes, inputs.astype(dtype), product, scaled=False)
+    return _dispatch(with_codes, inputs.astype(dtype), product, scaled=False)
 
 
 def _dispatch(default, inputs, product, *, scaled):
@@ -206,36 +241,34 @@ def _in_bfloat16(dtype, precision):
     return all(one in (None, "default", lax.Precision.DEFAULT) for one in each)
 
 
-def _of_quantized_inputs(inputs, quantizer, product):
+def _with_quantized_inputs(inputs, quantizer, product):
+    """Multiplies integers if both factors have some, else the inputs' values."""
     (contracted, _), (batch, _) = product.numbers
     x, quantizer, _, back = arranged(inputs, tuple(sorted(contracted)), quantizer, None)
-    codes, sizes = quantize(x, quantizer), product.sizes
-    unit, format = _unit(quantizer.format), product.weights.quantizer.format
-    whole = (format.code_offset, _unit(format)) != (None, None)
-    whole = whole and _in_one_basis(codes, inputs, product)
-    if sizes is None or unit is None or not whole:
-        return _of_floats(back(dequantize(codes)), product)
-    whole = _whole(codes, unit)
-    found = dispatch(
-        lambda whole: _by_groups(whole, product, sizes),
+    codes, unit = quantize(x, quantizer), _unit(quantizer.format)
+    if unit is None or not _are_integers(codes, product):
+        return _with_floats(back(dequantize(codes)), product)
+    total = dispatch(
+        lambda integers: _by_groups(integers, product),
         no_kernel("its inputs are quantized"),
-        whole,
+        _in_units(codes, unit),
         implementation=product.implementation,
     )
-    step = grid_of(codes).step * unit
     rest = [a for a in range(x.ndim) if a not in (*contracted, *batch)]
-    step = jnp.transpose(step, (*batch, *rest, *contracted)).astype(found.dtype)
+    step = jnp.transpose(grid_of(codes).step * unit, (*batch, *rest, *contracted))
     kept = step.shape[: len(batch) + len(rest)]
-    found = found * step.reshape(*kept, *[1] * (found.ndim - len(kept)))
-    return found.astype(product.dtype)
+    step = step.reshape(*kept, *[1] * (total.ndim - len(kept)))
+    return (total * step.astype(total.dtype)).astype(product.dtype)
 
 
-def _in_one_basis(codes, inputs, product):
-    """Returns whether codes of inputs can be multiplied: each sum has one scale."""
+def _are_integers(codes, product):
+    """Tells whether sums of integer products are the product, up to one scale each."""
     (contracted, _), _ = product.numbers
     grid, mine, theirs = grid_of(codes), codes.quantizer, product.weights.quantizer
     return (
-        codes.shape == inputs.shape
+        product.group_sizes is not None
+        and (theirs.format.code_offset, _unit(theirs.format)) != (None, None)
+        and codes.shape == product.inputs_shape
         and all(grid.scale.shape[axis] == 1 for axis in contracted)
         and grid.zero_point is None
         and grid.offset is None
@@ -244,7 +277,7 @@ def _in_one_basis(codes, inputs, product):
     )
 
 
-def _by_groups(x, product, sizes):
+def _by_groups(x, product):
     """Computes the product from the codes' numbers, in the dtype of `x`: float or int8.
 
     Each axis that is summed over is split into blocks, groups and elements, and a block
@@ -255,11 +288,11 @@ def _by_groups(x, product, sizes):
     exact = x.dtype == jnp.int8
     wide = grid.scale.dtype if exact else _widest(grid.scale.dtype, x.dtype)
     sum_dtype = jnp.int32 if exact else wide
-    splits = [_split(shape[axis], size) for axis, size in zip(ws, sizes)]
-
+    sizes = zip(ws, product.group_sizes)
+    splits = [_split(shape[axis], size) for axis, size in sizes]
     numbers, unit, start = _numbers(product.weights, x.dtype)
     named = _Named.split(x, xs, x_batch, splits, "row")
-    # One row alone gets no matrix unit: a compiler would write the widened codes.
+    # A compiler gives one row no matrix unit, and would write the widened codes.
     alone = product.tokens == 1 and all(split["group"] == 1 for split in splits)
     alone = alone and any(split["block"] > 1 for split in splits)
     if alone:
@@ -406,17 +439,6 @@ class _Named(NamedTuple):
         return _Named(jnp.sum(self.array, places, dtype=dtype), names)
 
 
-def _dot(inputs, weights, product):
-    wide = compute_dtype(inputs.dtype)
-    return lax.dot_general(
-        inputs,
-        weights,
-        product.numbers,
-        precision=product.precision,
-        preferred_element_type=wide,
-    )
-
-
 def _widest(*dtypes):
     return max(map(jnp.dtype, dtypes), key=lambda dtype: dtype.itemsize)
 
@@ -444,53 +466,11 @@ def _numbers(quantized, dtype):
         return codes.astype(jnp.int8).astype(dtype), 1.0, format.code_offset
     if dtype == jnp.int8:
         unit = _unit(format)
-        return _whole(quantized, unit), unit, 0.0
+        return _in_units(quantized, unit), unit, 0.0
     return format.decode(codes, dtype), 1.0, 0.0
 
 
-def _whole(quantized, unit):
+def _in_units(quantized, unit):
     """Returns the values of codes in units, int8."""
     values = quantized.quantizer.format.decode(quantized.codes, jnp.float32)
     return (values / unit).astype(jnp.int8)
-
-
-def _check_factors(inputs, weights):
-    if not isinstance(weights, QuantizedArray):
-        raise TypeError(
-            f"`weights` must be a QuantizedArray; got {type(weights).__name__}. Use "
-            f"quantize(weights, quantizer) first."
-        )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(
-            f"`inputs` must be an array of real floats; got dtype {inputs.dtype}. For "
-            f"products of whole numbers give floats and an `inputs_quantizer`."
-        )
-
-
-def _axes_from_0(numbers, *shapes):
-    """Returns dimension numbers whose axes count from 0; raises if they do not fit."""
-    if numbers is None:
-        numbers = (((-1,), (0,)), ((), ()))
-    match numbers:
-        case [[[*xs], [*ws]], [[*x_batch], [*w_batch]]]:
-            factors = [*xs, *x_batch], [*ws, *w_batch]
-            found = [
-                [
-                    a % len(shape)
-                    for a in axes
-                    if is_int(a) and -len(shape) <= a < len(shape)
-                ]
-                for axes, shape in zip(factors, shapes)
-            ]
-            lengths = [[shape[a] for a in axes] for axes, shape in zip(found, shapes)]
-            # An axis that is none, or comes twice, is missing from the set.
-            all_there = all(len({*f}) == len(g) for f, g in zip(found, factors))
-            if len(xs) == len(ws) > 0 and all_there and lengths[0] == lengths[1]:
-                summed = tuple(tuple(axes[: len(xs)]) for axes in found)
-                return summed, tuple(tuple(axes[len(xs) :]) for axes in found)
-    raise ValueError(
-        f"`dimension_numbers` must pair axes of `inputs` and `weights` of the same "
-        f"length, at least one to be summed over; got {numbers}, inputs.shape="
-        f"{shapes[0]}, weights.shape={shapes[1]}. Use (((inputs axis,), (weights "
-        f"axis,)), ((), ()))."
-    )
