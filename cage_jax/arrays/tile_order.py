@@ -74,7 +74,7 @@ def reduce_in_tiles(function: Callable, x: jax.Array, axis: int, size: int) -> A
       A tree of arrays (..., rows, columns / size), or (..., rows / size, columns).
     """
     # (..., tiles of rows, tiles of columns, 8, 128)
-    x = _tiles(x)
+    x = _tiles(x, LANES)
     *stack, down, across, rows, lanes = x.shape
     if axis == -2:
         x = x.reshape(*stack, -1, size // rows, across, rows, lanes)
@@ -123,9 +123,7 @@ def spread_in_tiles(per_group: jax.Array, axis: int, size: int) -> jax.Array:
         tiles = jnp.broadcast_to(tiles, shape)
         return _untiled(tiles.reshape(*stack, -1, *shape[-3:]))
     beside = max(1, LANES // size)
-    tiles = per_group.reshape(*stack, rows, columns // beside, beside)
-    tiles = tiles.reshape(*stack, rows // _ROWS, _ROWS, columns // beside, beside)
-    tiles = jnp.moveaxis(tiles, -3, -2)
+    tiles = _tiles(per_group, beside)
     shape = *tiles.shape[:-1], LANES
     found = jnp.broadcast_to(tiles[..., :1], shape)
     for i in range(1, beside):
@@ -139,12 +137,12 @@ def spread_in_tiles(per_group: jax.Array, axis: int, size: int) -> jax.Array:
     return _untiled(found)
 
 
-def _tiles(x):
-    """Reshapes to (..., rows / 8, columns / 128, 8, 128)."""
+def _tiles(x, width):
+    """Reshapes to (..., rows / 8, columns / width, 8, width)."""
     *stack, rows, columns = x.shape
     # JAX reshapes sharded arrays only one axis at a time, the last one first.
-    x = x.reshape(*stack, rows, columns // LANES, LANES)
-    x = x.reshape(*stack, rows // _ROWS, _ROWS, columns // LANES, LANES)
+    x = x.reshape(*stack, rows, columns // width, width)
+    x = x.reshape(*stack, rows // _ROWS, _ROWS, columns // width, width)
     return jnp.moveaxis(x, -3, -2)
 
 

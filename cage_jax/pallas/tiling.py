@@ -140,29 +140,15 @@ def tiling_for_tpu(
     (rows, columns), along, group = _checked(quantizer, shape, dtype)
     # With any other shape the compiler may use another layout, and copy the array.
     for length, least in ((columns, LANES), (rows, _SUBLANES)):
-        require(
-            length % least == 0, f"an axis of {length} is not a multiple of {least}"
-        )
+        why = f"an axis of {length} is not a multiple of {least}"
+        require(length % least == 0, why)
     length = shape[along - 3]
-    unit = math.lcm(quantizer.hadamard or 1, _SUBLANES if along == 1 else LANES)
-    strip = math.lcm(unit, group)
-    whole = group == length and strip > unit
-    if whole:
-        strip = math.gcd(length, max(unit, LANES))
-    require(
-        strip <= _LARGEST_STRIP,
-        f"groups of {group} end with a tile only after {strip} elements",
-    )
-    # A row of a strip could otherwise hold several groups.
-    if along == 1 or whole or group % LANES:
-        most = max(1, _LONG_STRIP // strip)
-        strip *= _largest_divisor(length // strip, most)
+    strip, whole = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
     across = min(LANES, (rows, columns)[2 - along])
     fits = 4 * kept * length * across <= _KEPT_BYTES
     require(fits or not whole, f"a group of {length} does not fit on the chip")
-    strips = _largest_divisor(
-        length // strip, max(1, block_bytes // (4 * strip * LANES))
-    )
+    most = max(1, block_bytes // (4 * strip * LANES))
+    strips = _largest_divisor(length // strip, most)
     block = _rows_and_columns(along, strips * strip, across)
     transposed = along == 2 and group % LANES != 0
     if transposed:
@@ -181,23 +167,38 @@ def tiling_for_tpu(
     return found
 
 
+def _strip_for_tpu(along, length, group, rotation):
+    """Returns the length of a strip, and whether a group is an axis and longer."""
+    unit = math.lcm(rotation, _SUBLANES if along == 1 else LANES)
+    strip = math.lcm(unit, group)
+    whole = group == length and strip > unit
+    if whole:
+        strip = math.gcd(length, max(unit, LANES))
+    why = f"groups of {group} end with a tile only after {strip} elements"
+    require(strip <= _LARGEST_STRIP, why)
+    # A row of a strip could otherwise hold several groups.
+    if along == 1 or whole or group % LANES:
+        most = max(1, _LONG_STRIP // strip)
+        strip *= _largest_divisor(length // strip, most)
+    return strip, whole
+
+
 def _checked(quantizer, shape, dtype):
     """Returns the last two axes, and the place and length of groups, if they suit."""
-    format, block = quantizer.format, quantizer.hadamard or 1
-    require(dtype in (jnp.float32, jnp.bfloat16), f"its dtype is {jnp.dtype(dtype)}")
-    require(isinstance(format, Integer | MidRise | Float), f"its format is {format}")
-    require(
-        isinstance(quantizer.scale, ReducedScale), f"its scale is {quantizer.scale}"
-    )
-    narrow = isinstance(quantizer.scale_type, Narrow)
-    require(not narrow, f"it has {quantizer.scale_type}")
-    require(isinstance(quantizer.axis, int), "its groups span several axes")
-    require(
-        block <= _LARGEST_ROTATION, f"its rotation is wider than {_LARGEST_ROTATION}"
-    )
-    require(quantizer.hadamard_seed is None, "its rotation has random signs")
-    require(quantizer.rounding == "nearest", f"its rounding is {quantizer.rounding}")
-    require(len(shape) >= 2, "it has one axis alone")
+    format, scale, scale_type = quantizer.format, quantizer.scale, quantizer.scale_type
+    widest = _LARGEST_ROTATION
+    for suits, why in (
+        (dtype in (jnp.float32, jnp.bfloat16), f"its dtype is {jnp.dtype(dtype)}"),
+        (isinstance(format, Integer | MidRise | Float), f"its format is {format}"),
+        (isinstance(scale, ReducedScale), f"its scale is {scale}"),
+        (not isinstance(scale_type, Narrow), f"it has {scale_type}"),
+        (isinstance(quantizer.axis, int), "its groups span several axes"),
+        ((quantizer.hadamard or 1) <= widest, f"its rotation is wider than {widest}"),
+        (quantizer.hadamard_seed is None, "its rotation has random signs"),
+        (quantizer.rounding == "nearest", f"its rounding is {quantizer.rounding}"),
+        (len(shape) >= 2, "it has one axis alone"),
+    ):
+        require(suits, why)
     ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     along = axis - len(shape) + 3
     require(along > 0, "its groups lie along none of the last two axes")
