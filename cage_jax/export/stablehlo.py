@@ -130,6 +130,7 @@ def stablehlo(
                 f"`{name}`: `arguments` must be trees of arrays or ShapeDtypeStructs; "
                 f"got {type(leaf).__name__}. Use jnp.asarray."
             )
+    entries, _ = entries_of(codes)  # which checks the leaves
     paths, leaves, structure = flatten_with_paths(codes, QuantizedArray)
     words = _packed(paths, leaves)
     is_constant = weights == "constants"
@@ -157,10 +158,7 @@ def stablehlo(
     export = jax.export.export(
         jax.jit(of_constants if is_constant else of_words), platforms=tuple(platforms)
     )
-    abstract = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for name, array in words.items()
-    }
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), words)
     given = () if is_constant else (abstract,)
     exported = export(*given, *specs)
     description = {
@@ -171,7 +169,7 @@ def stablehlo(
             jax.tree.unflatten(exported.out_tree, exported.out_avals)
         ),
         "weights": None if is_constant else WEIGHTS,
-        "parameters": entries_of(codes)[0],
+        "parameters": entries,
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
         "jax": jax.__version__,
@@ -189,10 +187,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def read_codes(path: Path) -> Any:
-    """Reads the codes of an exported program as their original tree.
-
-    Args:
-      path: path of the folder.
+    """Reads the codes in the folder of a program as their original tree.
 
     Raises:
       MalformedFileError: if the folder is damaged.
@@ -214,12 +209,9 @@ def read_codes(path: Path) -> Any:
     found = {}
     for path, like in tree.like.items():
         for name, (part, format) in _parts(path, like).items():
-            dtype, shape = np.dtype(part.dtype), part.shape
+            dtype, shape = _stored_dtype(part.dtype), part.shape
             if format is not None:
-                dtype = np.dtype(np.uint8)
-                shape = (-(-math.prod(shape) * format.bits // 8),)
-            elif dtype.isbuiltin != 1:
-                dtype = np.dtype(f"uint{_bits(dtype)}")
+                dtype, shape = np.uint8, (-(-math.prod(shape) * format.bits // 8),)
             check_array(name, words.get(name), dtype, shape)
         found[path] = jax.tree.map(jnp.asarray, _unpacked(words, path, like))
     return tree.build(found)
@@ -279,26 +271,16 @@ def _packed(paths, leaves):
                     f"`{name}`: `codes` must have one array for each path; got two. "
                     f"Use other keys."
                 )
-            part = part if format is None else packed(np.asarray(part), format)
-            words[name] = _as_stored(name, part)
+            part = np.asarray(part)
+            part = part if format is None else packed(part, format)
+            words[name] = part.view(_stored_dtype(part.dtype))
     return words
 
 
-def _as_stored(name, array):
-    dtype = getattr(array, "dtype", type(array).__name__)
-    if isinstance(dtype, np.dtype) and dtype.isbuiltin == 1 and dtype.kind in "fiub":
-        return np.asarray(array)
+def _stored_dtype(dtype):
     # NumPy lacks bfloat16 and 8-bit floats, so they are stored as raw bits.
-    if not isinstance(dtype, np.dtype) or _bits(dtype) not in (8, 16):
-        raise TypeError(
-            f"`{name}`: `codes` must be QuantizedArrays and arrays of floats, whole "
-            f"numbers and bools; got {dtype}. Leave it out, or convert it."
-        )
-    return np.asarray(array).view(f"uint{_bits(dtype)}")
-
-
-def _bits(dtype):
-    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
+    dtype = np.dtype(dtype)
+    return dtype if dtype.isbuiltin == 1 else np.dtype(f"uint{8 * dtype.itemsize}")
 
 
 def _unpacked(words, path, like):
