@@ -405,9 +405,12 @@ def test_inputs_that_cannot_be_quantized(params, x):
 
     stochastic = cage.Quantizer(Integer(8), axis=-1, rounding="stochastic")
     where = "`w/inputs`: `inputs` "
-    beyond = "`w`: its input must be within reach .*inside of custom_vjp_call"
+    beyond = "`w`: the input of a product must not be inside of custom_vjp_call"
     table = [
-        (call("bias", PER_TOKEN), "`bias`: a parameter must multiply data"),
+        (
+            call("bias", PER_TOKEN),
+            "`bias`: a parameter whose inputs are quantized must multiply",
+        ),
         (call("w", int8()), where + r"must be .*axis -1.*int8\(axis"),
         (call("w", int8(axis=0, group_size=5)), "0 without groups"),
         (call("w", int8(axis=-1, group_size=3)), "`w/inputs`: `group_size` must"),

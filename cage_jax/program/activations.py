@@ -74,10 +74,10 @@ def quantize_activations(function: Callable, rules: Rules) -> Callable:
 
     @functools.wraps(function)
     def quantized(params, *args, **kwargs):
-        params, grids = apart(params)
-        done = run(function, rules, visit, params, grids, args, kwargs)
-        check_reached(rules, done)
-        return done.output
+        params, grids = split_grids(params)
+        visited = visit_inputs(function, rules, visit, params, grids, args, kwargs)
+        check_reached(rules, visited)
+        return visited.output
 
     return quantized
 
@@ -128,7 +128,7 @@ def calibrate(
       1.0
     """
     check_rules(rules)
-    params, grids = apart(params)
+    params, grids = split_grids(params)
     quantizers: dict[str, Quantizer] = {}
 
     def visit(path, product, quantizer, x, grid):
@@ -144,10 +144,10 @@ def calibrate(
     @functools.partial(jax.jit, static_argnums=2)
     def observe(params, arrays, static):
         args, kwargs = static.joined(arrays)
-        done = run(function, rules, visit, params, {}, args, kwargs)
-        check_reached(rules, done)
+        visited = visit_inputs(function, rules, visit, params, {}, args, kwargs)
+        check_reached(rules, visited)
         # One weight may multiply several inputs.
-        return {path: merged(path, done.records[path]) for path in quantizers}
+        return {path: merged(path, visited.records[path]) for path in quantizers}
 
     seen: dict[str, Grid] | None = None
     for batch in batches:
@@ -156,7 +156,7 @@ def calibrate(
                 f"`batches` must be tuples of arguments; got one of "
                 f"{type(batch).__name__}. Use [(x,) for x in batches]."
             )
-        now = observe(params, *split(batch, {}))
+        now = observe(params, *split_arrays(batch, {}))
         if seen is not None:
             now = {path: merged(path, (seen[path], now[path])) for path in now}
         seen = now
@@ -176,18 +176,15 @@ def calibrate(
                 f"`{path}`: `batches` must give finite inputs; got NaN or infinity in "
                 f"the input of this weight. Look for it in the data or the parameters."
             )
-    new = {path + INPUTS: _known(grid) for path, grid in seen.items()}
-    return {"params": params, "grids": grids | new}
-
-
-def _known(grid):
-    return grid._replace(scale=jnp.where(grid.scale == 0, 1, grid.scale))
+        known = grid._replace(scale=jnp.where(grid.scale == 0, 1, grid.scale))
+        grids = grids | {path + INPUTS: known}
+    return {"params": params, "grids": grids}
 
 
 # --- whole programs -------------------------------------------------------------------
 
 
-class Done(NamedTuple):
+class Visited(NamedTuple):
     """The results of a program that was run with other inputs of its products.
 
     Attributes:
@@ -212,7 +209,7 @@ def trace(
       The program, the origins of its inputs, the inputs, and its output's structure.
     """
     paths, leaves, structure = flatten_with_paths(params)
-    arrays, static = split(args, kwargs)
+    arrays, static = split_arrays(args, kwargs)
 
     def flat(leaves, arrays):
         args, kwargs = static.joined(arrays)
@@ -223,7 +220,7 @@ def trace(
     return program, origins, [*leaves, *arrays], jax.tree.structure(shape)
 
 
-def run(
+def visit_inputs(
     function: Callable,
     rules: Rules,
     visit: Callable,
@@ -231,7 +228,7 @@ def run(
     grids: dict[str, Grid],
     args: tuple,
     kwargs: dict,
-) -> Done:
+) -> Visited:
     """Calls `function` with `visit` at the inputs that the rules quantize.
 
     Args:
@@ -257,32 +254,36 @@ def run(
     }
     wanted = functools.partial(input_path, rules)
     outputs, records = map_inputs(program, origins, values, wanted, visit_one, given)
-    paths = flatten_with_paths(params)[0]
-    return Done(structure.unflatten(outputs), records, find(program, origins), paths)
+    return Visited(
+        output=structure.unflatten(outputs),
+        records=records,
+        products=find(program, origins),
+        paths=flatten_with_paths(params)[0],
+    )
 
 
-def check_reached(rules: Rules, done: Done) -> None:
+def check_reached(rules: Rules, visited: Visited) -> None:
     """Raises if inputs that the rules ask for cannot be quantized."""
-    for product in done.products:
+    for product in visited.products:
         name = input_path(rules, product)
         if name is not None and product.beyond is not None:
             raise ValueError(
-                f"`{name}`: its input must be within reach to be quantized; got a "
-                f"product inside of {product.beyond}. Quantize it there, with "
-                f"`fake_quant`, and leave the inputs out of the rule."
+                f"`{name}`: the input of a product must not be inside of "
+                f"{product.beyond}, where it cannot be replaced; got one. Use "
+                f"`fake_quant` there, and leave the inputs out of the rule."
             )
-    reached = {input_path(rules, product) for product in done.products}
+    reached = {input_path(rules, product) for product in visited.products}
     for rule in rules:
         if rule.inputs is None:
             continue
-        own = [path for path in done.paths if rules.rule_of(path) is rule]
+        own = [path for path in visited.paths if rules.rule_of(path) is rule]
         if not own:
-            warnings.warn(unused_text(rule.pattern, done.paths), stacklevel=4)
+            warnings.warn(unused_text(rule.pattern, visited.paths), stacklevel=4)
         elif not reached.intersection(own):
             raise ValueError(
-                f"`{own[0]}`: a parameter must multiply data to have an input; got one "
-                f"that does not, by the rule {rule.pattern!r}. Leave the quantizer of "
-                f"inputs out of that rule."
+                f"`{own[0]}`: a parameter whose inputs are quantized must multiply "
+                f"data; got one that does not, from the rule {rule.pattern!r}. Leave "
+                f"the quantizer of inputs out of that rule."
             )
 
 
@@ -291,7 +292,7 @@ def input_path(rules: Rules, product: Product) -> str | None:
     return next((p for p in product.paths if rules.match_inputs(p)), None)
 
 
-def apart(params: Any) -> tuple[Any, dict[str, Grid]]:
+def split_grids(params: Any) -> tuple[Any, dict[str, Grid]]:
     """Returns the parameters, and the grids beside them if there are any."""
     if isinstance(params, dict) and set(params) == {"params", "grids"}:
         return params["params"], params["grids"]
@@ -314,7 +315,7 @@ class _Static(NamedTuple):
 _ARRAY = object()
 
 
-def split(args, kwargs):
+def split_arrays(args: tuple, kwargs: dict) -> tuple[list[Any], _Static]:
     """Separates the arrays among arguments from the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     kinds = [isinstance(a, (jax.Array, np.ndarray, np.generic)) for a in leaves]

@@ -72,7 +72,7 @@ def low_bit(
     check_implementation(implementation)
 
     @functools.wraps(function)
-    def run(params, *args, **kwargs):
+    def of_codes(params, *args, **kwargs):
         paths, leaves, structure = flatten_with_paths(params, QuantizedArray)
         shapes = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_codes(leaf) else leaf
@@ -89,7 +89,7 @@ def low_bit(
         found = evaluate(program.jaxpr, [*program.consts, *values], rule)
         return jax.tree.unflatten(out, map(_dequantized, found))
 
-    return run
+    return of_codes
 
 
 @functools.partial(

@@ -16,7 +16,12 @@ from cage_jax.core.inputs import arranged, quantize_input
 from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.core.weight_report import Row, table
-from cage_jax.program.activations import apart, input_path, run, split
+from cage_jax.program.activations import (
+    input_path,
+    split_arrays,
+    split_grids,
+    visit_inputs,
+)
 from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import rounding
@@ -88,14 +93,13 @@ class ModelReport:
     findings: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = ("path", "shape", "weight", "inputs", *_HEAD)
+        figures = ("error", "clipped", "dead")
+        of_inputs = ("input error", *figures[1:])
+        head = ("path", "shape", "weight", "inputs", *figures, *of_inputs)
         lines = [line for layer in self.layers for line in _lines(layer)]
         text = table([head, *lines], left=4)
         notes = self.findings or ("Nothing looks wrong.",)
         return "\n".join([text, "", *(f"- {note}" for note in notes)])
-
-
-_HEAD = ("error", "clipped", "dead", "input error", "clipped", "dead")
 
 
 def report(
@@ -133,7 +137,7 @@ def report(
       [0, 1]
     """
     check_rules(rules)
-    values, grids = apart(params)
+    values, grids = split_grids(params)
 
     def visit(path, product, quantizer, x, grid):
         measured = _measure(*arranged(x, product.features, quantizer, grid))
@@ -143,17 +147,17 @@ def report(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unused rules are among the findings
         rows = rules.report(values)
-        quantized, _ = apart(fake_quant(params, _to_nearest(rules)))
-    arrays, static = split(args, kwargs)
+        quantized, _ = split_grids(fake_quant(params, _to_nearest(rules)))
+    arrays, static = split_arrays(args, kwargs)
     products: list[Product] = []  # static, so collected while tracing
 
     # One program: op by op, a layer would compile a hundred.
     @jax.jit
     def observed(quantized, grids, arrays):
         args, kwargs = static.joined(arrays)
-        done = run(function, rules, visit, quantized, grids, args, kwargs)
-        products.extend(done.products)
-        return done.records
+        visited = visit_inputs(function, rules, visit, quantized, grids, args, kwargs)
+        products.extend(visited.products)
+        return visited.records
 
     found_in = observed(quantized, grids, arrays)
     records = {path: iter(entries) for path, entries in found_in.items()}
@@ -243,26 +247,25 @@ def _figures(measured=None):
 
 
 def _findings(layers, rules):
-    if not any(layer.weight.quantizer or _quantized(layer) for layer in layers):
+    weights = [layer.weight.quantizer for layer in layers]
+    inputs = [each.quantizer for layer in layers for each in layer.inputs]
+    if not any(weights + inputs):
         yield "nothing is quantized. Compare the rules' patterns with the paths above."
     for layer in layers:
         path, size = layer.weight.path, layer.weight.size
         if rules.match_inputs(path) and not layer.inputs:
             yield (
                 f"{path}: a rule quantizes its input, but it is in no product with "
-                f"data. Is it never called? Else leave the quantizer of inputs out."
+                f"data. Check that its layer is called, or leave the quantizer of "
+                f"inputs out."
             )
         if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
             yield from _costly(layer.weight)
             yield from _across(layer)
-        yield from _found(f"{path}, weight", layer.weight.quantizer, layer, size)
+        yield from _misfit(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
             size = math.prod((*each.product.shape, *each.product.repeats))
-            yield from _found(f"{path}, input", each.quantizer, each, size)
-
-
-def _quantized(layer):
-    return any(each.quantizer for each in layer.inputs)
+            yield from _misfit(f"{path}, input", each.quantizer, each, size)
 
 
 def _costly(row):
@@ -273,9 +276,9 @@ def _costly(row):
     if more > _COSTLY:
         yield (
             f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
-            f"weights share one: {scales} scales for "
-            f"{row.shape} weights. Name the axes of its inputs, such as axis=0 for "
-            f"(in, heads, size) and axis=(0, 1, 2) for the kernel of a convolution."
+            f"weights share one: {scales} scales for {row.shape} weights. Name the "
+            f"axes of its inputs, such as axis=0 for (in, heads, size) and "
+            f"axis=(0, 1, 2) for the kernel of a convolution."
         )
 
 
@@ -287,8 +290,8 @@ def _across(layer):
         first = summed[0] if len(summed[0]) > 1 else summed[0][0]
         yield (
             f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
-            f"and a scale is for axis {row.quantizer.axis}: it cannot be taken out of "
-            f"the product. Use axis={first}."
+            f"but scales are shared along axis {row.quantizer.axis}, so they cannot "
+            f"be taken out of the product. Use axis={first}."
         )
 
 
@@ -308,7 +311,7 @@ def _summed(product, row):
     ]
 
 
-def _found(what, quantizer, layer, size):
+def _misfit(what, quantizer, layer, size):
     measured = layer.measured
     if measured is None or not quantizer.has_codes:
         return
