@@ -157,7 +157,8 @@ def test_check_refuses_what_is_not_finite(folder, capsys):
     params = with_leaf(PARAMS, "norm/scale", norm)
     save(Model(params, CONFIG, {}), folder / "nan")
     error = printed(capsys, "check", folder / "nan", code=1).err
-    assert error == "error: `norm/scale`: the values must be finite; got 1 not\n"
+    message = "the values must be finite; got NaN or infinity in 1 places"
+    assert error == f"error: `norm/scale`: {message}\n"
 
 
 ERRORS = [

@@ -183,9 +183,9 @@ def test_where_two_models_differ(rng):
         (
             codes,
             dataclasses.replace(codes, quantizer=rotated),
-            ["a: rotated in one alone"],
+            ["a: rotated only in one of them"],
         ),
-        (codes, shifted, ["a: zero point in one alone"]),
+        (codes, shifted, ["a: zero point only in one of them"]),
     ]:
         assert differences({"a": one}, {"a": two}) == expected
         if "shapes" not in str(expected) and "scale of" not in str(expected):
@@ -209,17 +209,20 @@ def test_what_is_wrong_with_a_parameter(rng):
     low = made(cage.int4(), codes=lambda codes: np.full_like(codes.codes, -8))
     for leaf, text in [
         (made(cage.int4()), ""),
-        (np.array([1.0, np.nan, np.inf]), "the values must be finite; got 2 not"),
+        (
+            np.array([1.0, np.nan, np.inf]),
+            "the values must be finite; got NaN or infinity in 2 places",
+        ),
         (
             made(cage.int4(), scale=lambda codes: endless(codes.scale)),
-            "the scales must be finite; got 2 not",
+            "the scales must be finite; got NaN or infinity in 2 places",
         ),
         (
             made(cage.q4_1(), offset=lambda codes: endless(codes.offset)),
-            "the offsets must be finite; got 2 not",
+            "the offsets must be finite; got NaN or infinity in 2 places",
         ),
-        (fp8, "codes must stand for numbers; got NaN"),
-        (low, "codes must stand for -7 to 7; got -8 to -8"),
+        (fp8, "codes must be numbers; got NaN"),
+        (low, "codes must be from -7 to 7; got -8 to -8"),
     ]:
         assert problems("a", leaf) == ([f"`a`: {text}"] if text else [])
 

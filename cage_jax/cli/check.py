@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.same_as is not None:
         other = load_model(options.same_as, terminal)
         others = differences(params, by_path(other.params))
-        lines += [f"not as in {options.same_as}: {line}" for line in others] or [
+        lines += [f"differs from {options.same_as}: {line}" for line in others] or [
             f"the same codes and scales as {options.same_as}"
         ]
     content |= {"well_formed": True, "differences": others}

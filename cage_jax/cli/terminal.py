@@ -138,8 +138,8 @@ def _signals():
 def _text(error):
     if isinstance(error, ModuleNotFoundError) and error.name:
         return (
-            f"the package {error.name!r} must be installed, and is not. Run pip "
-            f'install "cage_jax[export]".'
+            f"the command needs the package {error.name!r}, which is not installed. "
+            f'Run pip install "cage_jax[export]".'
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

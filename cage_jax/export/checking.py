@@ -21,10 +21,10 @@ def problems(path: str, leaf: Array) -> list[str]:
     format = leaf.quantizer.format
     values = np.asarray(format.decode(leaf.codes, jnp.float32))
     if values.size and not np.isfinite(values).all():
-        found.append(f"`{path}`: codes must stand for numbers; got NaN")
+        found.append(f"`{path}`: codes must be numbers; got NaN")
     elif values.size and not format.low <= values.min() <= values.max() <= format.high:
         found.append(
-            f"`{path}`: codes must stand for {format.low:g} to {format.high:g}; got "
+            f"`{path}`: codes must be from {format.low:g} to {format.high:g}; got "
             f"{values.min():g} to {values.max():g}"
         )
     return found
@@ -32,7 +32,8 @@ def problems(path: str, leaf: Array) -> list[str]:
 
 def _not_finite(path, what, array):
     count = int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
-    return [f"`{path}`: {what} must be finite; got {count} not"] if count else []
+    text = f"`{path}`: {what} must be finite; got NaN or infinity in {count} places"
+    return [text] if count else []
 
 
 def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[str]:
@@ -59,13 +60,13 @@ def _different_codes(path, ours, theirs):
         what = name.replace("_", " ")
         missing = sum(part is None for part in parts)
         if missing:
-            found += [f"{path}: {what} in one alone"] if missing == 1 else []
+            found += [f"{path}: {what} only in one of them"] if missing == 1 else []
         elif parts[0].shape != parts[1].shape:
             found.append(f"{path}: {what} of {parts[0].shape} and {parts[1].shape}")
         else:
             found += _different_values(path, what, *parts)
     if ours.quantizer.hadamard != theirs.quantizer.hadamard:
-        found.append(f"{path}: rotated in one alone")
+        found.append(f"{path}: rotated only in one of them")
     return found
 
 

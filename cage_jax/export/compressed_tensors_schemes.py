@@ -150,8 +150,8 @@ def scheme_of(tensor: Tensor, dtype: str) -> Scheme | None:
         scheme = _scheme_of_codes(array)
     if scheme is None:
         raise ValueError(
-            f"`{tensor.path}`: `codes` must be of a quantizer that compressed-tensors "
-            f"has, {SUPPORTED}; got {quantizer}. {remedy}"
+            f"`{tensor.path}`: `codes` must have a quantizer that compressed-tensors "
+            f"supports, {SUPPORTED}; got {quantizer}. {remedy}"
         )
     scale = str(array.scale.dtype)
     needed = scale if scale in FLOATS else "bfloat16"

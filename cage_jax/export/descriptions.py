@@ -74,9 +74,9 @@ def _described(value):
         return value
     if classes().get(kind.__name__) is not kind:
         raise TypeError(
-            f"`quantizer` must be of classes of cage_jax, which a file can name; got "
-            f"{kind.__name__} of {kind.__module__}. Use a preset such as int4(), or "
-            f"dequantize the array and save its values."
+            f"`quantizer` must consist of classes of cage_jax; got {kind.__name__} of "
+            f"{kind.__module__}. Use a preset such as int4(), or dequantize the array "
+            f"and save its values."
         )
     described = {"class": kind.__name__}
     for field in dataclasses.fields(value):

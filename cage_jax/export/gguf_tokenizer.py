@@ -120,7 +120,7 @@ def _metadata(content, settings, config):
         text = added["content"]
         for flag in ("lstrip", "rstrip", "single_word"):
             if added.get(flag):
-                _unsupported(f"no {flag} of {text!r}", "it")
+                _unsupported(f"{flag}=False for {text!r}", added[flag])
         ids[text] = added["id"]
         types[text] = _CONTROL if added.get("special") else _USER_DEFINED
     tokens = _by_id(ids, config.vocabulary)
@@ -178,7 +178,7 @@ def _by_id(ids, count):
                 f"{number!r} for {text!r}. Give the tokenizer of this model."
             )
         if tokens[number] is not None:
-            _unsupported("one token of each number", f"{tokens[number]!r}, {text!r}")
+            _unsupported("one token per number", f"{tokens[number]!r}, {text!r}")
         tokens[number] = text
     return tokens
 
