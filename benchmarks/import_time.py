@@ -16,7 +16,7 @@ STATEMENTS = {
     "jax and optax": "import jax, optax",
     "jax, optax and cage_jax": "import jax, optax, cage_jax",
 }
-BOUND_SECONDS = 0.3
+BOUND_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

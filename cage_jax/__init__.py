@@ -7,6 +7,7 @@ what is shipped (`quantize`).
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from cage_jax.core.choose_rotation import choose_rotation
 from cage_jax.core.grids import with_grids
@@ -19,7 +20,6 @@ from cage_jax.core.quantize import (
     quantize,
 )
 from cage_jax.core.rules import Rules
-from cage_jax.export.loading import load
 from cage_jax.optim.optimizers import cage_adamw, cage_sgd
 from cage_jax.optim.placements import cage, decoupled, post_step
 from cage_jax.optim.recommended import recommended
@@ -29,8 +29,6 @@ from cage_jax.optim.schedules import (
     silence_then_constant,
     silence_then_ramp,
 )
-from cage_jax.program.activations import calibrate, quantize_activations
-from cage_jax.program.low_bit import low_bit
 from cage_jax.quantizers.file_presets import ct_w4a16, ct_w8a8, q4_0, q4_1, q8_0
 from cage_jax.quantizers.presets import (
     binary,
@@ -102,7 +100,19 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 
-# Public modules, imported where they are first used: some need an extra, and say which.
+if TYPE_CHECKING:
+    from cage_jax.export.loading import load
+    from cage_jax.program.activations import calibrate, quantize_activations
+    from cage_jax.program.low_bit import low_bit
+
+# Imported where they are first used, because they take time.
+_FUNCTIONS = {
+    "calibrate": "program.activations",
+    "load": "export.loading",
+    "low_bit": "program.low_bit",
+    "quantize_activations": "program.activations",
+}
+# The same for public modules, some of which need an extra and say which.
 _MODULES = {
     "baselines": "contrib",
     "curvature": "optim.curvature",
@@ -122,6 +132,8 @@ _MODULES = {
 def __getattr__(name):
     if name in _MODULES:
         return importlib.import_module(f"cage_jax.{_MODULES[name]}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"cage_jax.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,11 +9,10 @@ variants, and lowering the program replaces it by one of them.
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from cage_jax.arrays.checks import check_choice
@@ -132,7 +131,7 @@ def dispatch(
         )
 
     jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
-    results = _dispatch_p.bind(
+    results = _primitive().bind(
         *leaves,
         default=jaxpr,
         variants=_change(variants, flat),
@@ -246,18 +245,29 @@ def _parts(value):
     return type(value), value  # 1, 1.0 and True are equal, their programs are not
 
 
-_dispatch_p = Primitive("cage_dispatch")
-_dispatch_p.multiple_results = True
+@cache
+def _primitive():
+    """Makes the primitive; importing `jax.extend` takes as long as this package."""
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("cage_dispatch")
+    primitive.multiple_results = True
+    primitive.def_impl(
+        lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args)
+    )
+    primitive.def_abstract_eval(lambda *args, default, **_: default.out_avals)
+    mlir.register_lowering(primitive, partial(_lower, platform=None))
+    for name in get_args(Platform):
+        mlir.register_lowering(primitive, partial(_lower, platform=name), platform=name)
+    batching.primitive_batchers[primitive] = _batch
+    ad.primitive_jvps[primitive] = _differentiate
+    return primitive
 
 
-@_dispatch_p.def_impl
-def _run(*args, **params):
-    return jax.jit(partial(_dispatch_p.bind, **params))(*args)
+def _as_function(jaxpr):
+    from jax.extend.core import jaxpr_as_fun
 
-
-@_dispatch_p.def_abstract_eval
-def _shapes(*args, default, **_):
-    return default.out_avals
+    return jaxpr_as_fun(jaxpr)
 
 
 def _lower(context, *args, default, variants, implementation, path, platform):
@@ -272,7 +282,7 @@ def _lower(context, *args, default, variants, implementation, path, platform):
                 )
                 return mlir.lower_fun(each.function)(context, *args)
     if implementation != "pallas":
-        return mlir.lower_fun(jaxpr_as_fun(default))(context, *args)
+        return mlir.lower_fun(_as_function(default))(context, *args)
     if here:
         why = "the compiler partitions this program: wrap the call in a shard_map"
     else:
@@ -289,30 +299,19 @@ def _devices(context):
     return getattr(context, "num_devices", 1)
 
 
-mlir.register_lowering(_dispatch_p, partial(_lower, platform=None))
-for _name in get_args(Platform):
-    mlir.register_lowering(_dispatch_p, partial(_lower, platform=_name), platform=_name)
-
-
 def _batch(args, dimensions, *, default, variants, **others):
     def mapped(function):
         return jax.vmap(function, in_axes=tuple(dimensions), out_axes=0)
 
-    found = _dispatch_p.bind(
+    found = _primitive().bind(
         *args,
-        default=jax.make_jaxpr(mapped(jaxpr_as_fun(default)))(*args),
+        default=jax.make_jaxpr(mapped(_as_function(default)))(*args),
         variants=_change(variants, mapped),
         **others,
     )
     return found, [0] * len(found)
 
 
-batching.primitive_batchers[_dispatch_p] = _batch
-
-
 def _differentiate(primals, tangents, *, default, **_):
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    return jax.jvp(jaxpr_as_fun(default), primals, tuple(tangents))
-
-
-ad.primitive_jvps[_dispatch_p] = _differentiate
+    return jax.jvp(_as_function(default), primals, tuple(tangents))
