@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.arrays.exact import divide, power_below, rounded
+from cage_jax.arrays.exact import divide, power_below, uncontracted
 
 EDGES = [0.0, -0.0, 1.0, 3.0, 1.5e-45, 1e-39, 2.0**-126, 1e38, np.inf, -np.inf, np.nan]
 
@@ -31,7 +31,7 @@ def test_a_quotient_of_what_is_no_number():
 
 def test_a_product_is_rounded_before_a_sum(rng):
     a, b, c = (rng.standard_normal(4096).astype(np.float32) for _ in range(3))
-    found = jax.jit(lambda a, b, c: rounded(a * b) + c)(a, b, c)
+    found = jax.jit(lambda a, b, c: uncontracted(a * b) + c)(a, b, c)
     np.testing.assert_array_equal(found, a * b + c)
     # That this is about something: in one operation the bits are others.
     exact = (np.float64(a) * b + c).astype(np.float32)

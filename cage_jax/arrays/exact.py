@@ -36,8 +36,8 @@ def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
     return lax.div(a, lax.mul(b, one))
 
 
-def rounded(product: jax.Array) -> jax.Array:
-    """Forces a product to be rounded before it goes into a sum."""
+def uncontracted(product: jax.Array) -> jax.Array:
+    """Returns a product that no compiler contracts with the sum that it goes into."""
     largest = jnp.finfo(product.dtype).max
     return clamp(product, -largest, largest)
 

@@ -213,11 +213,7 @@ def quantization_error(x, quantizer, *, grid=None):
     """
     if isinstance(quantizer, Rules):
         zeros = jax.tree.map(jnp.zeros_like, x)
-        return quantizer.map(
-            lambda path, q, leaf, _: _error_array(leaf, q, grid_at(path, x, grid)),
-            x,
-            zeros,
-        )
+        return _apply_to_tree(_error_array, x, quantizer, grid, elsewhere=zeros)
     return _apply(_error_array, x, quantizer, grid)
 
 
@@ -231,8 +227,11 @@ def _apply(function, x, quantizer, grid, key=None):
     return function(x, quantizer, grid, key)
 
 
-def _apply_to_tree(function, tree, rules, grid, key):
-    """Calls `function(leaf, quantizer, grid, key, path)` on quantized parameters."""
+def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
+    """Calls `function(leaf, quantizer, grid, key, path)` on quantized parameters.
+
+    The other leaves come from the tree `elsewhere`, or are those of `tree`.
+    """
     _check_no_codes(tree, rules)
     if rules.misses(tree):
         warnings.warn(
@@ -247,13 +246,13 @@ def _apply_to_tree(function, tree, rules, grid, key):
     ):
         raise _unused_key(rules)
 
-    def apply(path, quantizer, leaf):
+    def apply(path, quantizer, leaf, _):
         own = None
         if key is not None and quantizer.rounding == "stochastic":
             own = key_at(key, path)
         return function(leaf, quantizer, grid_at(path, tree, grid), own, path)
 
-    return rules.map(apply, tree)
+    return rules.map(apply, tree, tree if elsewhere is None else elsewhere)
 
 
 def _check_array(x, quantizer):

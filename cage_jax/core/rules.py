@@ -167,10 +167,11 @@ class Rules:
             return False
         return not any(map(self.match, _flatten(tree)[0]))
 
-    def quantized(self, tree: Any) -> dict[str, tuple[Quantizer, Any]]:
+    def quantized(self, tree: Any, *rest: Any) -> dict[str, tuple]:
         """Returns the quantizer and the leaf of each quantized parameter, by path.
 
-        The dict has the order of the tree's leaves.
+        The dict has the order of the tree's leaves. With `rest`, as in `map`, the parts
+        of these trees in the same place follow the leaf.
 
         Raises:
           TypeError: for a matched parameter that is not real floating.
@@ -183,8 +184,10 @@ class Rules:
           >>> list(cage.Rules([(r".*", cage.int8())]).quantized([jnp.ones((4, 4))]))
           ['0']
         """
-        found: dict[str, tuple[Quantizer, Any]] = {}
-        for path, leaf in zip(*_flatten(tree)[:2]):
+        found: dict[str, tuple] = {}
+        paths, leaves, structure = _flatten(tree)
+        others = [structure.flatten_up_to(each) for each in rest]
+        for path, leaf, *other in zip(paths, leaves, *others):
             quantizer = self._quantizer(path, leaf)
             if quantizer is None:
                 continue
@@ -195,7 +198,7 @@ class Rules:
                 )
             with path_in_errors(path):
                 quantizer.blocks(leaf.shape)
-            found[path] = (quantizer, leaf)
+            found[path] = (quantizer, leaf, *other)
         return found
 
     def report(self, params: Any) -> Report:

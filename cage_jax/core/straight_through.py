@@ -1,6 +1,7 @@
 """The straight-through gradients of one array and of a learned grid."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from cage_jax.arrays.exact import select
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.pallas.choice import fake_quant as fake_quant_kernels
 from cage_jax.pallas.choice import masked_gradient as masked_gradient_kernels
+from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
 def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
     """Quantizes and dequantizes `x`, with the quantizer's gradients."""
 
+    # On shards with a kernel there are no grid and no noise, which kernels do not take.
     def local(x, grid=None, noise=None):
         # If nothing is traced the error is raised at once, and its caller has the path.
         if path and implementation == "pallas" and isinstance(x, jax.core.Tracer):
@@ -61,18 +64,31 @@ def _straight_through(quantizer, implementation, x, grid, noise):
     return dispatch(value, kernels, x, grid, noise, implementation=implementation)
 
 
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass.
+
+    Attributes:
+      grid, noise: as they were given.
+      x: the array, if its grid is learned; otherwise None.
+      mask: the mask of the gradient, if it is known already; otherwise None.
+    """
+
+    grid: Grid | None
+    noise: jax.Array | None
+    x: jax.Array | None = None
+    mask: jax.Array | None = None
+
+
 def _forward(quantizer, implementation, x, grid, noise):
     # Reverse over reverse differentiates this code. So it calls functions with gradient
     # rules of their own, not their bodies, which keeps the second derivative.
-    if quantizer.scale.learned:
+    learned = quantizer.scale.learned
+    if learned or quantizer.gradient == "identity":
         value = _straight_through(quantizer, implementation, x, grid, noise)
-        return value, (grid, noise, x, None)
-    if quantizer.gradient == "identity":
-        value = _straight_through(quantizer, implementation, x, grid, noise)
-        return value, (grid, noise, None, None)
+        return value, _Saved(grid, noise, x if learned else None)
     value, mask = _value_and_mask(quantizer, implementation, x, grid, noise)
     masked = _masked(quantizer, implementation, x, value, mask)
-    return masked, (grid, noise, None, mask)
+    return masked, _Saved(grid, noise, mask=mask)
 
 
 def _value_and_mask(quantizer, implementation, x, grid, noise):
@@ -92,16 +108,18 @@ def _value_and_mask(quantizer, implementation, x, grid, noise):
 
 
 def _backward(quantizer, implementation, saved, cotangent):
-    grid, noise, x, mask = saved
-    grid_gradient = jax.tree.map(jnp.zeros_like, grid)
-    if x is not None:
-        found = rounding(x, quantizer, grid)
-        grid_gradient = _learned_gradient(cotangent, found, noise, grid)
-        mask = None if quantizer.gradient == "identity" else found.gradient_mask()
+    mask = saved.mask
+    grid_gradient, noise_gradient = jax.tree.map(
+        jnp.zeros_like, (saved.grid, saved.noise)
+    )
+    if quantizer.scale.learned:
+        found = rounding(saved.x, quantizer, saved.grid)
+        grid_gradient = _learned_gradient(cotangent, found, saved.noise, saved.grid)
+        mask = found.gradient_mask()
     gradient = cotangent
-    if mask is not None:
+    if quantizer.gradient != "identity":
         gradient = _masked_gradient(quantizer, implementation, mask, cotangent)
-    return gradient, grid_gradient, jax.tree.map(jnp.zeros_like, noise)
+    return gradient, grid_gradient, noise_gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -127,7 +145,7 @@ def _masked_gradient(quantizer, implementation, mask, cotangent):
         return found.astype(cotangent.dtype)
 
     kernels = Variants()
-    if mask.dtype != bool:
+    if mask.dtype != bool:  # there was a kernel for the forward pass, so there is one
         kernels = masked_gradient_kernels(quantizer, cotangent)
     return dispatch(gradient, kernels, mask, cotangent, implementation=implementation)
 
@@ -139,11 +157,11 @@ def _learned_gradient(cotangent, found, noise, grid):
     """Computes LSQ's gradient, that of `scale * round(x / scale)` straight through."""
     quantizer, shape = found.quantizer, cotangent.shape
     blocks, gradient = quantizer.blocks(shape), quantizer.basis(shape).rotate(cotangent)
-    share = (blocks.count * quantizer.format.high) ** -0.5
+    gradient_scale = (blocks.count * quantizer.format.high) ** -0.5
 
     def of_group(parts):
         total = functools.partial(jnp.sum, keepdims=True)
-        return blocks.reduce(total, parts) * share
+        return blocks.reduce(total, parts) * gradient_scale
 
     inside = found.gradient_mask().astype(gradient.dtype)
     slope = found.code_values(noise) - inside * found.position()

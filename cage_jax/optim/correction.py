@@ -71,7 +71,7 @@ class _Parameter(NamedTuple):
 
 
 class _Error(NamedTuple):
-    """The quantization error of a parameter: zeros, and of no use, while silent."""
+    """The quantization error of a parameter; while silent, numbers not to be used."""
 
     error: jax.Array
     grid: Grid
@@ -139,10 +139,10 @@ def correction(
         check_params(params)
         _check_state(state, needed)
         count, grids, source = state.cage_count, state.grids, state.curvature
-        now = value_at(strength, count)
-        factor = step_size(count) * now
+        strength_now = value_at(strength, count)
+        factor = step_size(count) * strength_now
         parameters = _parameters(rules, params, updates, grids, at_updated)
-        found = _errors(parameters, now, count)
+        found = _errors(parameters, strength_now, count)
         errors = {path: each.error for path, each in found.items()}
         if freeze_scale:
             grids = grids | {path: each.grid for path, each in found.items()}
@@ -152,6 +152,7 @@ def correction(
             step = Step(gradients, params, rules, inner_state, extra_args)
             source = curvature.update(source, step)
             if errors:
+                # Each parameter waited for the one before, so the last knows.
                 (*_, last) = found.values()
                 errors = lax.cond(
                     last.is_pulling,
@@ -163,7 +164,7 @@ def correction(
             each = _statistics(parameters, grids, state.statistics.previous_codes)
             each |= fused_statistics or {}
             weighted = errors.values() if curvature is not None else ()
-            measured = combine(each, now, factor, state.statistics, weighted)
+            measured = combine(each, strength_now, factor, state.statistics, weighted)
 
         def correct(path, quantizer, x, update):
             if path not in found:
@@ -180,20 +181,18 @@ def correction(
 def _parameters(rules, params, updates, grids, at_updated):
     """Returns a `_Parameter` for each quantized parameter with an update, by path."""
     found = {}
-
-    def collect(path, quantizer, x, update):
-        if update is not None:
-            if at_updated:
-                x = (x + update).astype(x.dtype)
-            x = x.astype(compute_dtype(x.dtype))
-            grid = grid_at(path, params, None)  # learned
-            if grid is None and grids is not None:
-                grid = grids[path]  # frozen, as in the state
+    for path, (quantizer, x, update) in rules.quantized(params, updates).items():
+        if update is None:
+            continue
+        if at_updated:
+            x = (x + update).astype(x.dtype)
+        x = x.astype(compute_dtype(x.dtype))
+        grid = grid_at(path, params, None)  # learned
+        if grid is None and grids is not None:
+            grid = grids[path]  # frozen, as in the state
+        with path_in_errors(path):
             check_grid_given(quantizer, grid)
-            found[path] = _Parameter(quantizer, x, update, grid)
-        return update
-
-    rules.map(collect, params, updates)
+        found[path] = _Parameter(quantizer, x, update, grid)
     return found
 
 

@@ -161,7 +161,7 @@ def decoupled(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
-    return _after("decoupled", inner, pull)
+    return _then_pull("decoupled", inner, pull)
 
 
 def post_step(
@@ -225,7 +225,7 @@ def post_step(
         freeze_scale=freeze_scale,
         statistics=statistics,
     )
-    return _after("post_step", inner, pull)
+    return _then_pull("post_step", inner, pull)
 
 
 def _check_inner(name, inner):
@@ -251,10 +251,10 @@ def _check_share(learning_rate, strength):
             )
 
 
-def _after(name, inner, pull):
+def _then_pull(name, inner, pull):
     """Runs `inner`, then the correction `pull` on its updates."""
     both = optax.chain(inner, pull)
-    first_of_both = optax.with_extra_args_support(inner)
+    inner_with_extra_args = optax.with_extra_args_support(inner)
 
     def init(params):
         state = both.init(params)
@@ -278,7 +278,7 @@ def _after(name, inner, pull):
                 f"an optimizer's own state use (state, tx.init(params)[1])."
             )
         gradients, (inner_state, cage_state) = updates, state
-        updates, inner_state = first_of_both.update(
+        updates, inner_state = inner_with_extra_args.update(
             updates, inner_state, params, **extra_args
         )
         updates, cage_state = pull.update(

@@ -33,7 +33,7 @@ class Basis:
 
     @functools.cached_property
     def factor(self) -> float:
-        """Factor that makes a rotation of `transform`."""
+        """Number that makes `transform` a rotation when multiplied by it."""
         return 1.0 if self.block is None else self.block**-0.5
 
     def rotate(self, x: jax.Array) -> jax.Array:
@@ -49,18 +49,18 @@ class Basis:
         return times(self.transpose(function(self.transform(x))), self.factor**2)
 
     def transform(self, x: jax.Array) -> jax.Array:
-        """Does `rotate` without the factor."""
+        """Rotates `x` like `rotate`, without the factor."""
         x = x.astype(compute_dtype(x.dtype))
-        return x if self.block is None else self._blocks_of(self._signed(x))
+        return x if self.block is None else self._hadamard(self._with_signs(x))
 
     def transpose(self, x: jax.Array) -> jax.Array:
-        """Does `unrotate` without the factor."""
-        return x if self.block is None else self._signed(self._blocks_of(x))
+        """Rotates `x` back like `unrotate`, without the factor."""
+        return x if self.block is None else self._with_signs(self._hadamard(x))
 
-    def _blocks_of(self, x):
+    def _hadamard(self, x):
         return transform(x, self.block, self.axis)
 
-    def _signed(self, x):
+    def _with_signs(self, x):
         if self.seed is None:
             return x
         generator = np.random.default_rng(self.seed)

@@ -15,7 +15,7 @@ from cage_jax.quantizers.scale_types import FULL, ScaleType
 from cage_jax.quantizers.scales import AbsMax, ScaleRule
 
 Gradient = Literal["identity", "clip", "trust"]
-Rounding = Literal["nearest", "stochastic"]
+RoundingMode = Literal["nearest", "stochastic"]
 
 _PARTS = {
     "format": (Format, "Integer(4)", "Use one of `cage_jax.formats`, or a preset."),
@@ -82,7 +82,7 @@ class Quantizer:
     scale_type: ScaleType = FULL
     hadamard: int | None = None
     hadamard_seed: int | None = None
-    rounding: Rounding = "nearest"
+    rounding: RoundingMode = "nearest"
     gradient: Gradient = "identity"
     has_codes = True
 
@@ -96,7 +96,7 @@ class Quantizer:
                 )
         self._check_rotation()
         self._check_groups()
-        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("rounding", self.rounding, get_args(RoundingMode))
         remedy = "Use 'clip' where the scale cuts outliers."
         check_choice("gradient", self.gradient, get_args(Gradient), remedy)
         self.scale.check(self.format, self.scale_type)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.arrays.exact import clamp, divide, rounded, times
+from cage_jax.arrays.exact import clamp, divide, times, uncontracted
 from cage_jax.quantizers.codeless import CodelessQuantizer
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
@@ -35,7 +35,7 @@ _NARROW = jnp.dtype("int16")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rotated", "grid", "rounds_by"),
+    data_fields=("rotated", "grid", "rounding_grid"),
     meta_fields=("quantizer",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Rounding:
     Attributes:
       rotated: the array in the basis of its quantizer, without the basis's factor.
       grid: the grid of its groups.
-      rounds_by: the grid that values are rounded by, where it is not `grid` (GGUF),
+      rounding_grid: the grid that values are rounded by, where it is not `grid` (GGUF);
         otherwise None.
       quantizer: the quantizer.
     """
 
     rotated: jax.Array
     grid: Grid
-    rounds_by: Grid | None
+    rounding_grid: Grid | None
     quantizer: Quantizer
 
     def code_values(self, noise: jax.Array | None = None) -> jax.Array:
@@ -69,19 +69,22 @@ class Rounding:
     def position(self) -> jax.Array:
         """Converts to units of the grid, in which the values of the format lie."""
         spread, factor = self._spread, self._factor
-        if self.rounds_by is None:
+        if self.rounding_grid is None:
             position = divide(self._from_offset(), spread(self.grid.step / factor))
             # This changes no value, but lets compilers divide and round in one pass.
-            position = rounded(position)
+            position = uncontracted(position)
         else:
-            inverse = 1 / self.rounds_by.scale
-            position = rounded(self._from_offset() * spread(inverse * factor))
+            inverse = 1 / self.rounding_grid.scale
+            position = uncontracted(self._from_offset() * spread(inverse * factor))
         if self.grid.zero_point is not None:
             position = position + spread(self.grid.zero_point)
         return position
 
     def gradient_mask(self) -> jax.Array:
-        """Returns the mask of the values that receive a gradient."""
+        """Returns the mask of the values that receive a gradient: "clip" and "trust".
+
+        With "identity" all receive it, and `straight_through` asks for no mask.
+        """
         format = self.quantizer.format
         # With absmax each group has a value at the very end of the grid. It must not
         # fall off the grid because the division by the scale rounds.
@@ -99,7 +102,7 @@ class Rounding:
         """
         format, spread = self.quantizer.format, self._spread
         ends = format.low - beyond, format.high + beyond
-        if self.rounds_by is not None:
+        if self.rounding_grid is not None:
             position = self.position()
             return lax.eq(clamp(position, *ends), position)
         x, step = self._from_offset(), times(self.grid.step, 1 / self._factor)
@@ -111,7 +114,9 @@ class Rounding:
         return lax.le(low, x) & lax.le(x, high)
 
     def _from_offset(self):
-        offset = (self.grid if self.rounds_by is None else self.rounds_by).offset
+        offset = (
+            self.grid if self.rounding_grid is None else self.rounding_grid
+        ).offset
         if offset is None:
             return self.rotated
         return self.rotated - self._spread(offset / self._factor)
@@ -139,7 +144,7 @@ def rounding(x: jax.Array, quantizer: Quantizer, grid: Grid | None = None) -> Ro
 def fit(
     rotated: jax.Array, quantizer: Quantizer, grid: Grid | None = None, **known: Any
 ) -> Rounding:
-    """Does `rounding` for an array in the basis; `known` goes on to the scale rule."""
+    """Fits the grid of an array in the basis; `known` goes on to the scale rule."""
     if isinstance(quantizer, CodelessQuantizer):
         ones = jnp.ones([1] * rotated.ndim, rotated.dtype)
         values = quantizer.fake_quant(rotated)
@@ -155,13 +160,15 @@ def fit(
     def fitted(scale_type):
         return scale.fit_groups(sized, blocks, quantizer.format, scale_type, **known)
 
-    found, other = fitted(quantizer.scale_type), quantizer.scale_type.rounds_by
-    rounds_by = None if other is None else fitted(other)
+    found, rounding_grid = fitted(quantizer.scale_type), None
+    if quantizer.scale_type.rounds_by is not None:
+        rounding_grid = fitted(quantizer.scale_type.rounds_by)
     if grid is not None:
-        # Rounding is by the numbers of a given grid.
-        rounds_by = rounds_by and _kept(grid, found, rounds_by, blocks)
+        # A given grid replaces the fitted one for rounding, too.
+        if rounding_grid is not None:
+            rounding_grid = _kept(grid, found, rounding_grid, blocks)
         found = _kept(grid, found, found, blocks)
-    return Rounding(rotated, found, rounds_by, quantizer)
+    return Rounding(rotated, found, rounding_grid, quantizer)
 
 
 def _kept(grid, fitted, instead, blocks):
@@ -222,7 +229,7 @@ def unrotated_codes(
     if basis.block is None:
         return code_values
     if not scaled_last(quantizer, shape):
-        code_values = rounded(code_values * spread(grid.step))
+        code_values = uncontracted(code_values * spread(grid.step))
         if grid.offset is not None:
             code_values = code_values + spread(grid.offset)
     return (transpose or basis.transpose)(code_values)
@@ -234,16 +241,19 @@ def scaled(
     """Scales the result of `unrotated_codes` and casts it to the dtype of `like`."""
     factor = quantizer.basis(like.shape).factor
     if not scaled_last(quantizer, like.shape):
-        return rounded(times(unrotated, factor)).astype(like.dtype)
+        return uncontracted(times(unrotated, factor)).astype(like.dtype)
     spread = quantizer.blocks(like.shape).spread
-    product = rounded(lax.mul(unrotated, spread(times(grid.step, factor))))
+    product = uncontracted(lax.mul(unrotated, spread(times(grid.step, factor))))
     if grid.offset is not None:
         product = product + spread(grid.offset)
     return product.astype(like.dtype)
 
 
 def scaled_last(quantizer: Quantizer, shape: tuple[int, ...]) -> bool:
-    """Returns whether small integers are rotated back, exactly, and then scaled."""
+    """Returns whether codes are rotated back before they are scaled.
+
+    The rotation then adds small integers, and is exact.
+    """
     block = quantizer.hadamard
     if block is None:
         return True
@@ -259,13 +269,13 @@ class ErrorReductions(NamedTuple):
 
     Attributes:
       grid: the grid of the array.
-      rounds_by: as in `Rounding`.
+      rounding_grid: as in `Rounding`.
       unrotated_codes: with a rotation, the code values rotated back, not yet scaled, in
         the narrowest dtype that is exact; otherwise None.
     """
 
     grid: Grid
-    rounds_by: Grid | None
+    rounding_grid: Grid | None
     unrotated_codes: jax.Array | None
 
 
@@ -279,7 +289,7 @@ def error_reductions(
         codes = unrotated_codes(found.code_values(), quantizer, found.grid)
         if step := _narrow_step(quantizer, x.shape):
             codes = (codes / step).astype(_NARROW)
-    return ErrorReductions(found.grid, found.rounds_by, codes)
+    return ErrorReductions(found.grid, found.rounding_grid, codes)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -287,9 +297,9 @@ def error_elementwise(
     x: jax.Array, quantizer: Quantizer, reductions: ErrorReductions
 ) -> jax.Array:
     """Computes `x - fake_quant(x)` elementwise from its `error_reductions`."""
-    x, (grid, rounds_by, codes) = lax.stop_gradient((x, reductions))
+    x, (grid, rounding_grid, codes) = lax.stop_gradient((x, reductions))
     if codes is None:
-        found = Rounding(x, grid, rounds_by, quantizer)
+        found = Rounding(x, grid, rounding_grid, quantizer)
         codes = unrotated_codes(found.code_values(), quantizer, grid)
     elif step := _narrow_step(quantizer, x.shape):
         codes = codes.astype(x.dtype) * step

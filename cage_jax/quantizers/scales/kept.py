@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_number
-from cage_jax.arrays.exact import rounded
+from cage_jax.arrays.exact import uncontracted
 from cage_jax.quantizers.scale_types import FULL, Full
 from cage_jax.quantizers.scales.asymmetric import MinMax
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean
@@ -54,7 +54,7 @@ class Learned(ScaleRule):
             return scale_type.store(bound, end, format, tensor_axes)
         span = MinMax(zero_point=False)
         found = span.fit(x, axes, format, scale_type, tensor_axes)
-        low = rounded(format.low * found.scale)
+        low = uncontracted(format.low * found.scale)
         return found._replace(offset=found.offset - low)
 
     def __str__(self):

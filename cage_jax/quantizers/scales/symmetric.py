@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
-from cage_jax.arrays.exact import divide, power_below, rounded
+from cage_jax.arrays.exact import divide, power_below, uncontracted
 from cage_jax.quantizers.scale_types import FULL
 from cage_jax.quantizers.scales.reduced import largest_magnitude, size_along
 from cage_jax.quantizers.scales.rule import ScaleRule
@@ -119,8 +119,8 @@ class Searched(ScaleRule):
         def error(clip):
             found = stored(clip)
             steps = jnp.broadcast_to(found.step, x.shape)
-            value = rounded(format.round(divide(x, steps)) * steps)
-            square = rounded(jnp.square(divide(x - value, unit)))
+            value = uncontracted(format.round(divide(x, steps)) * steps)
+            square = uncontracted(jnp.square(divide(x - value, unit)))
             return jnp.sum(square, axis=axes, keepdims=True)
 
         def better(best, clip):
