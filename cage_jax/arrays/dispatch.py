@@ -89,7 +89,7 @@ def dispatch(
     implementation: Implementation | None = None,
     path: str = "",
 ) -> Any:
-    """Computes `default(*args)`, by a variant where one may run.
+    """Returns `default(*args)`, computed by a variant where one may run.
 
     A kernel runs if the program is compiled for its platform and runs on one device, or
     is inside a `shard_map` over all axes of the mesh. Derivatives are those of
@@ -102,9 +102,6 @@ def dispatch(
       implementation: "xla" for a `jax.numpy` form; "pallas" for the kernel, or an error
         if it cannot run; None for the kernel if it can run and is known to be faster.
       path: path of the parameter, for errors about it.
-
-    Returns:
-      The result of `default`.
 
     Raises:
       ValueError: for "pallas" without a kernel. Also when the program is lowered, if

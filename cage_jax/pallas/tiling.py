@@ -227,7 +227,7 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     strip = min(_power_of_two(length), max(most, unit))
     whole = group == length and strip < length
     compiled = whole and along == 1 and rotation == 1
-    require(not compiled, "the compiler reads such columns as few times")
+    require(not compiled, "the compiler reads such columns no more often")
     across = min(_power_of_two(width), max(1, _STRIP // strip))
     require(
         strip * across >= _STRIP // 2 and (along == 2 or across >= _SECTOR),
