@@ -77,8 +77,8 @@ def called(eqn: JaxprEqn, *, custom_derivatives: bool = False) -> ClosedJaxpr | 
     names = _CALLS + _CHECKPOINTS + _CUSTOM_DERIVATIVES * custom_derivatives
     if eqn.primitive.name not in names:
         return None
-    program = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return ClosedJaxpr(program, ()) if isinstance(program, Jaxpr) else program
+    program: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
 
 
 def enter(

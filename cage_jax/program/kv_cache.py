@@ -409,8 +409,7 @@ def _check_arrays(keys, values):
     if keys.shape != values.shape:
         raise ValueError(
             f"`values` must have the shape of `keys`; got {values.shape} and "
-            f"{keys.shape}. Repeat heads after quantizing, where groups of queries "
-            f"share them."
+            f"{keys.shape}. For grouped-query attention, repeat heads after quantizing."
         )
     for name, x in (("keys", keys), ("values", values)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -438,8 +437,8 @@ def _group_size(shape, quantizer, name):
     if quantizer.rounding == "stochastic" or quantizer.scale.needs_grid:
         needs = "a grid" if quantizer.scale.needs_grid else "a key"
         raise ValueError(
-            f"`{name}` must need no more than the array; got {quantizer}, which needs "
-            f"{needs}. Use a preset such as int4(axis=-1)."
+            f"`{name}` must not need {needs}; got {quantizer}. Use a preset such as "
+            f"int4(axis=-1)."
         )
     size = 1
     for axis, group in _shared(quantizer, len(shape)):
@@ -451,10 +450,10 @@ def _group_size(shape, quantizer, name):
         if axis == _TOKENS:
             if group is None:
                 raise ValueError(
-                    f"`{name}` must not share a scale among all tokens, since those to "
-                    f"come are not known; got axis={quantizer.axis}, group_size="
+                    f"`{name}` must not share a scale among all tokens, because later "
+                    f"ones are not known; got axis={quantizer.axis}, group_size="
                     f"{quantizer.group_size}, shape {shape}. Use axis=-1 for a scale "
-                    f"per token, or a group_size such as 32 of tokens."
+                    f"per token, or groups of tokens with group_size=32."
                 )
             if quantizer.hadamard is not None:
                 raise ValueError(
@@ -478,13 +477,6 @@ def _shared(quantizer, ndim):
     """Returns the axes that share a scale, from the end, with group sizes or None."""
     if quantizer.axis is None:
         return [(axis, None) for axis in range(-1, -ndim - 1, -1)]
-    axes, groups = quantizer.axis, quantizer.group_size
-    if not isinstance(axes, tuple):
-        axes, groups = (axes,), (groups,)
-    elif groups is None:
-        groups = (None,) * len(axes)
-    elif not isinstance(groups, tuple):
-        groups = (groups,)
-    return [
-        (axis if axis < 0 else axis - ndim, group) for axis, group in zip(axes, groups)
-    ]
+    axes = quantizer.axis if isinstance(quantizer.axis, tuple) else (quantizer.axis,)
+    from_end = [axis if axis < 0 else axis - ndim for axis in axes]
+    return [*zip(from_end, quantizer.group_sizes)]
