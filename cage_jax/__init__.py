@@ -114,7 +114,7 @@ _FUNCTIONS = {
 }
 # The same for public modules, some of which need an extra and say which.
 _MODULES = {
-    "baselines": "contrib",
+    "contrib": "contrib",
     "curvature": "optim.curvature",
     "export": "export",
     "flax": "flax",

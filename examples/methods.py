@@ -14,7 +14,7 @@ import jax
 import optax
 
 import cage_jax as cage
-from cage_jax import baselines
+from cage_jax import contrib
 
 
 class Training(NamedTuple):
@@ -101,12 +101,12 @@ def _recommended(training, factor=1.0):
 
 
 def _dampening(training, factor=1.0):
-    strength = baselines.cosine_ramp(training.steps, DAMPENING * factor)
-    return optax.chain(baselines.dampening(training.rules, strength), training.base)
+    strength = contrib.cosine_ramp(training.steps, DAMPENING * factor)
+    return optax.chain(contrib.dampening(training.rules, strength), training.base)
 
 
 def _lotion(training, factor=1.0):
-    penalty = baselines.lotion(training.rules, factor)
+    penalty = contrib.lotion(training.rules, factor)
     return optax.chain(penalty, training.base)
 
 
@@ -117,8 +117,8 @@ def _unrounded(training, params, step, key):
 
 def _parq(training, params, step, key, factor=1.0):
     del key
-    slope = baselines.parq_schedule(training.steps, steepness=STEEPNESS * factor)(step)
-    return baselines.parq(params, training.rules, slope)
+    slope = contrib.parq_schedule(training.steps, steepness=STEEPNESS * factor)(step)
+    return contrib.parq(params, training.rules, slope)
 
 
 STEEPNESS = 10.0
@@ -130,13 +130,13 @@ INTERPOLATIONS = 5
 def _winq(training, factor=1.0):
     every = max(1, training.steps // INTERPOLATIONS)
     share = min(1.0, INTERPOLATED * factor)
-    pull = baselines.interpolation(training.rules, share, every=every)
+    pull = contrib.interpolation(training.rules, share, every=every)
     return optax.chain(training.base, pull)
 
 
 def _noisy(training, params, step, key):
     del step
-    return baselines.noisy_fake_quant(params, training.rules, key)
+    return contrib.noisy_fake_quant(params, training.rules, key)
 
 
 # Trained methods by name.
@@ -192,7 +192,7 @@ def train(
         the loss at weights(params) on the step's data.
       key: of all random numbers.
     """
-    averaging = baselines.averaging(
+    averaging = contrib.averaging(
         1.0, start=training.steps - max(1, round(AVERAGED_SHARE * training.steps))
     )
     tx = optax.chain(method.optimizer(training), averaging)
@@ -211,4 +211,4 @@ def train(
 
     start = params, tx.init(params)
     (params, state), _ = jax.lax.scan(step, start, jax.numpy.arange(training.steps))
-    return Trained(params, baselines.averaged(state))
+    return Trained(params, contrib.averaged(state))

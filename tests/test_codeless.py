@@ -73,9 +73,9 @@ def test_what_needs_codes_says_so():
                 "freeze_scale",
                 lambda: cage.cage(RULES, 1.0, freeze_scale=True).init(params),
             ),
-            ("lotion", lambda: cage.baselines.lotion(RULES, 1.0).init(params)),
-            ("freezing", lambda: cage.baselines.freezing(RULES, 0.1).init(params)),
-            ("parq", lambda: cage.baselines.parq(params, RULES, 0.5)),
-            ("ewgs", lambda: cage.baselines.ewgs(params, RULES, 0.1)),
+            ("lotion", lambda: cage.contrib.lotion(RULES, 1.0).init(params)),
+            ("freezing", lambda: cage.contrib.freezing(RULES, 0.1).init(params)),
+            ("parq", lambda: cage.contrib.parq(params, RULES, 0.5)),
+            ("ewgs", lambda: cage.contrib.ewgs(params, RULES, 0.1)),
         )
     )

@@ -122,10 +122,10 @@ def test_the_public_names():
 def test_public_modules_are_listed_and_imported_when_used():
     shown = set(dir(cage_jax)) - set(CONTRACT) - {"__version__"}
     assert shown == {
-        *("baselines", "curvature", "export", "flax", "formats", "kv_cache", "llama"),
+        *("contrib", "curvature", "export", "flax", "formats", "kv_cache", "llama"),
         *("packing", "qwix", "scale_types", "scales", "weightings"),
     }
-    for name in ("baselines", "curvature", "formats", "scales", "export"):
+    for name in ("contrib", "curvature", "formats", "scales", "export"):
         assert inspect.ismodule(getattr(cage_jax, name))
     with pytest.raises(AttributeError, match="no attribute 'int5'"):
         _ = cage_jax.int5

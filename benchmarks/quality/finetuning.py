@@ -30,7 +30,7 @@ from rich.progress import track
 from text import pieces
 
 import cage_jax as cage
-from cage_jax import baselines, llama
+from cage_jax import contrib, llama
 from cage_jax.export.text import tokenizer_of
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.perplexity import perplexity
@@ -195,7 +195,7 @@ class Finetuning:
         found = self._ended(name, target, _method(arm), seed, arm == "ste0")
         arms = {arm: found.params}
         if arm == "ste":
-            arms["averaged"] = baselines.averaged(found.optimizer)
+            arms["averaged"] = contrib.averaged(found.optimizer)
         return {
             f"{label}: {arm}": self._judged(cage.fake_quant(x, target.rules), target)
             for arm, x in arms.items()
@@ -341,7 +341,7 @@ def _optimizer(method, training):
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         method.optimizer(training),
-        baselines.averaging(1.0, start=training.steps - averaged),
+        contrib.averaging(1.0, start=training.steps - averaged),
     )
 
 

@@ -48,16 +48,16 @@ def averaging(
       TypeError, ValueError: for arguments out of range; in `update` without `params`.
 
     Example:
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> tx = optax.chain(optax.sgd(1.0), baselines.averaging(1.0, start=1))
+      >>> tx = optax.chain(optax.sgd(1.0), contrib.averaging(1.0, start=1))
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
       >>> for _ in range(3):  # to 1, 2, 3
       ...     updates, state = tx.update(-jnp.ones(2), state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> baselines.averaged(state)
+      >>> contrib.averaged(state)
       Array([2.5, 2.5], dtype=float32)
 
     Source: Polyak and Juditsky, 1992; SWA, arXiv 1803.05407.
@@ -112,9 +112,9 @@ def averaged(state: Any) -> Any:
       ValueError: if the state does not have exactly one average.
 
     Example:
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
-      >>> baselines.averaged(baselines.averaging().init({"kernel": jnp.ones(2)}))
+      >>> contrib.averaged(contrib.averaging().init({"kernel": jnp.ones(2)}))
       {'kernel': Array([1., 1.], dtype=float32)}
     """
     found = nodes_of_type(state, AveragingState)

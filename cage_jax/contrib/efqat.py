@@ -53,10 +53,10 @@ def trained_rows(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = baselines.trained_rows(rules, 0.5, every=1000)
+      >>> tx = contrib.trained_rows(rules, 0.5, every=1000)
       >>> params = {"kernel": jnp.array([[1.0, 3.0], [-1.0, 0.0]])}
       >>> updates, _ = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(params), params)
       >>> updates["kernel"].tolist()

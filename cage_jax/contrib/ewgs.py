@@ -49,12 +49,12 @@ def ewgs(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
-      >>> loss = lambda x: jnp.sum(baselines.ewgs(x, rules, 0.5)["kernel"])
+      >>> loss = lambda x: jnp.sum(contrib.ewgs(x, rules, 0.5)["kernel"])
       >>> jax.grad(loss)(x)["kernel"].ravel().round(4)
       Array([1.    , 1.    , 1.0179], dtype=float32)
 
@@ -140,13 +140,13 @@ def ewgs_delta(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> loss = lambda x: jnp.sum(x["kernel"] ** 2)
-      >>> delta = baselines.ewgs_delta(loss, x, rules, jax.random.key(0))
+      >>> delta = contrib.ewgs_delta(loss, x, rules, jax.random.key(0))
       >>> round(float(delta["kernel"]), 3)
       1.159
 

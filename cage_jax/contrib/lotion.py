@@ -61,11 +61,11 @@ def lotion(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = baselines.lotion(rules, decay=0.5)
+      >>> tx = contrib.lotion(rules, decay=0.5)
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.125]])}
       >>> gradients = {"kernel": jnp.full((3, 1), 2.0)}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)

@@ -52,11 +52,11 @@ def dampening(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = optax.chain(baselines.dampening(rules, 0.25), optax.sgd(1.0))
+      >>> tx = optax.chain(contrib.dampening(rules, 0.25), optax.sgd(1.0))
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> gradients = {"kernel": jnp.zeros((3, 1))}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
@@ -101,8 +101,8 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
       TypeError, ValueError: for arguments out of range.
 
     Example:
-      >>> from cage_jax import baselines
-      >>> strength = baselines.cosine_ramp(10, peak=1.0)
+      >>> from cage_jax import contrib
+      >>> strength = contrib.cosine_ramp(10, peak=1.0)
       >>> [round(float(strength(count)), 3) for count in (0, 5, 10, 20)]
       [0.0, 0.5, 1.0, 1.0]
 
@@ -169,12 +169,12 @@ def freezing(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> threshold = optax.cosine_decay_schedule(0.1, 1000, alpha=0.1)
-      >>> tx = optax.chain(optax.sgd(0.1), baselines.freezing(rules, threshold))
+      >>> tx = optax.chain(optax.sgd(0.1), contrib.freezing(rules, threshold))
       >>> state = tx.init({"kernel": jnp.ones((8, 4))})
       >>> int(optax.tree_utils.tree_get(state, "frozen")["kernel"].sum())
       0

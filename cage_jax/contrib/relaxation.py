@@ -48,11 +48,11 @@ def binary_relax(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
-      >>> baselines.binary_relax(params, rules, 0.5)["kernel"].ravel().tolist()
+      >>> contrib.binary_relax(params, rules, 0.5)["kernel"].ravel().tolist()
       [0.5, -3.5, 1.125]
 
     Source: BinaryRelax, arXiv 1801.06313; its schedule as in torchao.
@@ -102,11 +102,11 @@ def parq(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> params = {"kernel": jnp.array([[0.625], [-3.5], [1.375]])}
-      >>> baselines.parq(params, rules, 0.75)["kernel"].ravel().round(4)
+      >>> contrib.parq(params, rules, 0.75)["kernel"].ravel().round(4)
       Array([ 0.5833, -3.5   ,  1.4167], dtype=float32)
 
     Source: PARQ, arXiv 2503.15748.
@@ -154,8 +154,8 @@ def parq_schedule(
       TypeError, ValueError: for arguments out of range.
 
     Example:
-      >>> from cage_jax import baselines
-      >>> inverse_slope = baselines.parq_schedule(100)
+      >>> from cage_jax import contrib
+      >>> inverse_slope = contrib.parq_schedule(100)
       >>> [round(float(inverse_slope(count)), 3) for count in (0, 25, 50, 75, 100)]
       [1.0, 0.93, 0.5, 0.07, 0.0]
 

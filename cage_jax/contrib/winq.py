@@ -49,12 +49,12 @@ def noisy_fake_quant(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
-      >>> noisy = baselines.noisy_fake_quant(params, rules, jax.random.key(0))
+      >>> noisy = contrib.noisy_fake_quant(params, rules, jax.random.key(0))
       >>> bool((noisy["kernel"] != 1).any()), bool((noisy["bias"] != 1).any())
       (True, False)
 
@@ -102,11 +102,11 @@ def interpolation(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = optax.chain(optax.sgd(1.0), baselines.interpolation(rules, 0.5, every=1))
+      >>> tx = optax.chain(optax.sgd(1.0), contrib.interpolation(rules, 0.5, every=1))
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> gradients = {"kernel": jnp.zeros((3, 1))}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)

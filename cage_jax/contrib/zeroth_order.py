@@ -46,12 +46,12 @@ def two_point_gradient(
       TypeError, ValueError: if the radius is not a positive number.
 
     Example:
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax
       >>> import jax.numpy as jnp
       >>> loss = lambda x: jnp.sum(3 * x)
       >>> x = jnp.zeros(1)
-      >>> value, g = baselines.two_point_gradient(loss, x, jax.random.key(0))
+      >>> value, g = contrib.two_point_gradient(loss, x, jax.random.key(0))
       >>> u = jax.random.normal(jax.random.split(jax.random.key(0), 1)[0], 1)
       >>> bool(abs(g - 3 * u**2).max() < 1e-4)
       True
@@ -126,13 +126,13 @@ def fogzo(
 
     Example:
       >>> import cage_jax as cage
-      >>> from cage_jax import baselines
+      >>> from cage_jax import contrib
       >>> import jax
       >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> x = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> loss = lambda x: jnp.sum(cage.fake_quant(x, rules)["kernel"] ** 2)
-      >>> value, g = baselines.fogzo(loss, x, rules, jax.random.key(0))
+      >>> value, g = contrib.fogzo(loss, x, rules, jax.random.key(0))
       >>> float(value), g["kernel"].shape
       (13.5, (3, 1))
 

@@ -134,7 +134,7 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
       [0.0, 0.0, 0.75]
 
     Source: Nagel et al. 2022, arXiv 2203.11086, for the frequency. They count changes
-    back, and use it to dampen or freeze weights, see `baselines`.
+    back, and use it to dampen or freeze weights, see `cage_jax.contrib`.
     """
     check_number("decay", decay, "Use 0.99.", least=0, below=1)
     check_number("floor", floor, "Use 0.1.", least=0)

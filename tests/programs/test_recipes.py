@@ -120,7 +120,7 @@ def test_averaged_weights():
     found = recipe("Averaged weights")
     # The first average, unbiased, is what the step comes to.
     stepped = optax.apply_updates(found["params"], found["updates"])
-    averaged = found["baselines"].averaged(found["state"])
+    averaged = found["contrib"].averaged(found["state"])
     np.testing.assert_allclose(averaged["kernel"], stepped["kernel"], rtol=1e-6)
     assert isinstance(found["codes"]["kernel"], cage.QuantizedArray)
 

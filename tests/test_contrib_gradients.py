@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from baseline_cases import (
+from contrib_cases import (
     CLIPPED,
     CLIPPED_RULES,
     FLOAT64,
@@ -23,7 +23,7 @@ from baseline_cases import (
 from oracles import absmax_scale, hadamard
 
 import cage_jax as cage
-from cage_jax import baselines
+from cage_jax import contrib
 from cage_jax.quantizers.formats import Float, Integer
 from cage_jax.quantizers.scales import Fixed
 
@@ -46,7 +46,7 @@ def test_ewgs_scales_the_gradient_by_the_distance(x64, tree):
     @jax.jit
     @jax.grad
     def gradient_of(params):
-        return jnp.sum(baselines.ewgs(params, CLIPPED_RULES, delta)["kernel"] * g)
+        return jnp.sum(contrib.ewgs(params, CLIPPED_RULES, delta)["kernel"] * g)
 
     # Laid on [0, 1], as in the paper.
     low, width = -7 * STEP, 14 * STEP
@@ -67,7 +67,7 @@ def test_ewgs_of_a_rotated_weight_scales_in_its_basis(x64, rng):
     @jax.jit
     @jax.grad
     def gradient_of(x):
-        return jnp.sum(baselines.ewgs(x, rules, 0.7) * g)
+        return jnp.sum(contrib.ewgs(x, rules, 0.7) * g)
 
     turned, turned_g = TURN @ x, TURN @ g
     inside = np.abs(turned) <= 7 * STEP
@@ -85,7 +85,7 @@ def test_ewgs_without_delta_is_fake_quant(tree):
         return lambda x: jnp.sum(jnp.sin(quantize(x)["params"]["kernel"]))
 
     def with_delta(delta):
-        return loss(lambda x: baselines.ewgs(x, rules, delta))
+        return loss(lambda x: contrib.ewgs(x, rules, delta))
 
     @jax.jit
     def every(variables):
@@ -114,9 +114,7 @@ def test_delta_is_the_curvature_over_the_gradient(x64, tree, rng, key):
         ]
         return sum(parts)
 
-    deltas = jax.jit(lambda x: baselines.ewgs_delta(loss, x, RULES, key))(
-        arrays(params)
-    )
+    deltas = jax.jit(lambda x: contrib.ewgs_delta(loss, x, RULES, key))(arrays(params))
     want = {}
     for name, value in x.items():
         # A diagonal Hessian makes Hutchinson's estimate exact.
@@ -127,7 +125,7 @@ def test_delta_is_the_curvature_over_the_gradient(x64, tree, rng, key):
     assert want["a/kernel"] > 0.1
     assert want["b/kernel"] == want["d/kernel"] == 0
     chex.assert_trees_all_close(deltas, want, **FLOAT64)
-    jax.eval_shape(lambda x: baselines.ewgs(x, RULES, deltas), arrays(params))
+    jax.eval_shape(lambda x: contrib.ewgs(x, RULES, deltas), arrays(params))
 
 
 def test_delta_of_rotated_weights_is_that_of_their_basis(x64, rng):
@@ -146,7 +144,7 @@ def test_delta_of_rotated_weights_is_that_of_their_basis(x64, rng):
     @jax.jit
     def deltas(key):
         keys = jax.random.split(key, 2000)
-        found = lambda key: baselines.ewgs_delta(loss, x, rules, key)[""]  # noqa: E731
+        found = lambda key: contrib.ewgs_delta(loss, x, rules, key)[""]  # noqa: E731
         return jax.vmap(found)(keys)
 
     # The mean of 2000 estimates; no single one is below 0 here.
@@ -171,7 +169,7 @@ def test_noise_is_normal_and_rounded(key):
 
     @jax.jit
     def noised(key):
-        return baselines.noisy_fake_quant(arrays(params), rules, key, deviation=1.0)
+        return contrib.noisy_fake_quant(arrays(params), rules, key, deviation=1.0)
 
     noisy = noised(key)
     np.testing.assert_array_equal(noisy["b"]["bias"], 0)
@@ -194,12 +192,10 @@ def test_the_gradient_is_that_at_the_noisy_weights(x64, key, tree):
     @jax.jit
     def found(params):
         def loss(params):
-            coarse = baselines.noisy_fake_quant(
-                params, CLIPPED_RULES, key, deviation=1.0
-            )
+            coarse = contrib.noisy_fake_quant(params, CLIPPED_RULES, key, deviation=1.0)
             return jnp.sum(coarse["kernel"] * g)
 
-        noisy = baselines.noisy_fake_quant(params, fine, key, deviation=1.0)
+        noisy = contrib.noisy_fake_quant(params, fine, key, deviation=1.0)
         return noisy["kernel"], jax.grad(loss)(params)["kernel"]
 
     noisy, gradient = map(np.asarray, found(arrays(params)))
@@ -233,7 +229,7 @@ def test_binary_relax_mixes_weights_and_quantized(x64, tree):
     params, g = tree(), tree()["kernel"]
     x = params["kernel"]
     relax = value_and_gradient(
-        lambda params, number: baselines.binary_relax(params, CLIPPED_RULES, number),
+        lambda params, number: contrib.binary_relax(params, CLIPPED_RULES, number),
         params,
         g,
     )
@@ -262,7 +258,7 @@ def test_parq_is_a_staircase_with_ramps(x64, tree, format, levels):
     rules = cage.Rules([(".*kernel", cage.Quantizer(format, Fixed(STEP)))])
     params, g = tree(), tree()["kernel"]
     ramp = value_and_gradient(
-        lambda params, number: baselines.parq(params, rules, number), params, g
+        lambda params, number: contrib.parq(params, rules, number), params, g
     )
     for inverse_slope in (1e-6, 0.4):
         kernel, gradient = ramp(inverse_slope)
@@ -279,7 +275,7 @@ def test_parq_begins_with_the_weights_and_ends_on_the_grid(rng, quantizer):
 
     @jax.jit
     def ends(x):
-        first, last = (baselines.parq(x, rules, slope) for slope in (1.0, 0.0))
+        first, last = (contrib.parq(x, rules, slope) for slope in (1.0, 0.0))
         return first, last, cage.fake_quant(x, rules)
 
     first, last, quantized = ends(x)
@@ -289,13 +285,13 @@ def test_parq_begins_with_the_weights_and_ends_on_the_grid(rng, quantizer):
 
 def test_parq_of_a_rotated_weight_ramps_in_its_basis(x64, rng):
     x, rules = rng.normal(size=(8, 3)), cage.Rules([(".*", ROTATED)])
-    ramped = jax.jit(lambda x: baselines.parq(x, rules, 0.4))(jnp.asarray(x))
+    ramped = jax.jit(lambda x: contrib.parq(x, rules, 0.4))(jnp.asarray(x))
     want = parq_by_numpy(TURN @ x, np.arange(-7, 8) * STEP, 0.4)
     chex.assert_trees_all_close(ramped, TURN.T @ want, rtol=1e-9, atol=1e-9)
 
 
 def test_the_schedule_of_parq_is_a_mirrored_sigmoid(x64):
-    schedule = jax.jit(baselines.parq_schedule(50, start=10, steepness=6.0))
+    schedule = jax.jit(contrib.parq_schedule(50, start=10, steepness=6.0))
 
     def sigmoid(share):
         return 1 / (1 + np.exp(6 * (share - 0.5)))
@@ -324,7 +320,7 @@ def test_two_points_give_the_slope_along_a_direction(x64, tree, key):
             kernel = cage.fake_quant(params, CLIPPED_RULES)["kernel"]
             return jnp.sum(weight * kernel**2) + jnp.sum(params["bias"] ** 3)
 
-        return *baselines.two_point_gradient(loss, params, key, radius=radius), seen
+        return *contrib.two_point_gradient(loss, params, key, radius=radius), seen
 
     def by_numpy(x):
         kernel = np.sum(weight * rounded_and_clipped(x["kernel"]) ** 2)
@@ -350,7 +346,7 @@ def test_the_mean_of_two_point_gradients_is_the_gradient(key):
     slope = np.float32([2.0, -1.0, 0.5])
 
     def gradient(key):
-        return baselines.two_point_gradient(lambda x: x @ slope, jnp.ones(3), key)[1]
+        return contrib.two_point_gradient(lambda x: x @ slope, jnp.ones(3), key)[1]
 
     @jax.jit
     def mean(key):
@@ -375,7 +371,7 @@ def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer):
             quantized = cage.fake_quant(params, rules)
             return jnp.sum(weight * quantized["kernel"]) + jnp.sum(params["bias"] ** 3)
 
-        value, gradient = baselines.fogzo(loss, params, rules, key, beta=beta)
+        value, gradient = contrib.fogzo(loss, params, rules, key, beta=beta)
         return value, gradient, seen[1:]  # the first is that of the gradient
 
     def by_numpy(x):
@@ -421,7 +417,7 @@ def test_the_mean_of_fogzo_without_a_guide(key):
         def loss(params):
             return jnp.sum(slope * cage.fake_quant(params, CLIPPED_RULES)["kernel"])
 
-        found = baselines.fogzo(loss, params, CLIPPED_RULES, key, beta=0.0, samples=2)
+        found = contrib.fogzo(loss, params, CLIPPED_RULES, key, beta=0.0, samples=2)
         return found[1]["kernel"]
 
     @jax.jit

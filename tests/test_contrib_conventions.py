@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from baseline_cases import FORWARD, ROTATED, RULES, apply, arrays, drawn
 from cases import assert_raises
+from contrib_cases import FORWARD, ROTATED, RULES, apply, arrays, drawn
 
 import cage_jax as cage
-from cage_jax import baselines
+from cage_jax import contrib
 
 BUILD = {
-    "averaging": lambda rules: baselines.averaging(),
-    "dampening": lambda rules: baselines.dampening(rules, 0.3),
-    "freezing": lambda rules: baselines.freezing(rules, 0.1, momentum=0.3),
-    "interpolation": lambda rules: baselines.interpolation(rules, every=2),
-    "lotion": lambda rules: baselines.lotion(rules, 2.0, decay=0.5),
-    "trained_rows": lambda rules: baselines.trained_rows(rules, 0.5, every=2),
+    "averaging": lambda rules: contrib.averaging(),
+    "dampening": lambda rules: contrib.dampening(rules, 0.3),
+    "freezing": lambda rules: contrib.freezing(rules, 0.1, momentum=0.3),
+    "interpolation": lambda rules: contrib.interpolation(rules, every=2),
+    "lotion": lambda rules: contrib.lotion(rules, 2.0, decay=0.5),
+    "trained_rows": lambda rules: contrib.trained_rows(rules, 0.5, every=2),
 }
 each = pytest.mark.parametrize("name", list(BUILD))
 forward = pytest.mark.parametrize("name", list(FORWARD))
@@ -98,10 +98,10 @@ def test_compiled_steps_and_scans_agree_with_eager_steps(name, params, gradients
 @pytest.mark.parametrize(
     ("function", "numbers"),
     [
-        (baselines.dampening, {"strength": 0.3}),
-        (baselines.freezing, {"threshold": 0.1, "momentum": 0.3}),
-        (baselines.interpolation, {"share": 0.3, "every": 2}),
-        (baselines.lotion, {"strength": 2.0, "decay": 0.5}),
+        (contrib.dampening, {"strength": 0.3}),
+        (contrib.freezing, {"threshold": 0.1, "momentum": 0.3}),
+        (contrib.interpolation, {"share": 0.3, "every": 2}),
+        (contrib.lotion, {"strength": 2.0, "decay": 0.5}),
     ],
 )
 def test_numbers_can_be_injected(function, numbers, params, gradients):
@@ -223,42 +223,42 @@ def test_forward_takes_grids(params):
 PARAMS = {"kernel": np.ones((8, 3), np.float32)}
 NO_RULES = [(".*", cage.int4())]
 BAD = {
-    "strength": lambda v: baselines.dampening(RULES, v),
-    "threshold": lambda v: baselines.freezing(RULES, v),
-    "momentum": lambda v: baselines.freezing(RULES, 0.1, momentum=v),
+    "strength": lambda v: contrib.dampening(RULES, v),
+    "threshold": lambda v: contrib.freezing(RULES, v),
+    "momentum": lambda v: contrib.freezing(RULES, 0.1, momentum=v),
     "share": lambda v: (
-        baselines.interpolation(RULES, v)
+        contrib.interpolation(RULES, v)
         if isinstance(v, str)
-        else baselines.trained_rows(RULES, v, every=1)
+        else contrib.trained_rows(RULES, v, every=1)
     ),
-    "every": lambda v: baselines.interpolation(RULES, every=v),
-    "radius": lambda v: baselines.two_point_gradient(
+    "every": lambda v: contrib.interpolation(RULES, every=v),
+    "radius": lambda v: contrib.two_point_gradient(
         jnp.sum, PARAMS, jax.random.key(0), radius=v
     ),
-    "beta": lambda v: baselines.fogzo(
+    "beta": lambda v: contrib.fogzo(
         lambda x: jnp.sum(x["kernel"]), PARAMS, RULES, jax.random.key(0), beta=v
     ),
-    "decay": lambda v: baselines.averaging(v),
-    "start": lambda v: baselines.averaging(start=v),
-    "delta": lambda v: baselines.ewgs(PARAMS, RULES, v),
-    "deviation": lambda v: baselines.noisy_fake_quant(
+    "decay": lambda v: contrib.averaging(v),
+    "start": lambda v: contrib.averaging(start=v),
+    "delta": lambda v: contrib.ewgs(PARAMS, RULES, v),
+    "deviation": lambda v: contrib.noisy_fake_quant(
         PARAMS, RULES, jax.random.key(0), deviation=v
     ),
-    "relaxation": lambda v: baselines.binary_relax(PARAMS, RULES, v),
-    "inverse_slope": lambda v: baselines.parq(PARAMS, RULES, v),
-    "total_steps": lambda v: baselines.cosine_ramp(v),
-    "peak": lambda v: baselines.cosine_ramp(10, v),
-    "steepness": lambda v: baselines.parq_schedule(10, steepness=v),
+    "relaxation": lambda v: contrib.binary_relax(PARAMS, RULES, v),
+    "inverse_slope": lambda v: contrib.parq(PARAMS, RULES, v),
+    "total_steps": lambda v: contrib.cosine_ramp(v),
+    "peak": lambda v: contrib.cosine_ramp(10, v),
+    "steepness": lambda v: contrib.parq_schedule(10, steepness=v),
 }
 
 
 def test_something_else_than_rules():
     calls = [
-        lambda: baselines.dampening(NO_RULES, 1.0),
-        lambda: baselines.freezing(NO_RULES, 0.1),
-        lambda: baselines.interpolation(NO_RULES),
-        lambda: baselines.lotion(NO_RULES),
-        lambda: baselines.trained_rows(NO_RULES, 0.5, every=1),
+        lambda: contrib.dampening(NO_RULES, 1.0),
+        lambda: contrib.freezing(NO_RULES, 0.1),
+        lambda: contrib.interpolation(NO_RULES),
+        lambda: contrib.lotion(NO_RULES),
+        lambda: contrib.trained_rows(NO_RULES, 0.5, every=1),
         *(functools.partial(f, PARAMS, NO_RULES) for f in FORWARD.values()),
     ]
     text = r"`rules` must be Rules; got list.*Rules\(\["
@@ -298,12 +298,12 @@ def test_bounds():
     assert_raises(
         [
             (
-                lambda: baselines.parq_schedule(10, start=10),
+                lambda: contrib.parq_schedule(10, start=10),
                 ValueError,
                 "`total_steps` must be at least 11; got 10",
             ),
             (
-                lambda: baselines.ewgs(PARAMS, RULES, {"other": 1.0}),
+                lambda: contrib.ewgs(PARAMS, RULES, {"other": 1.0}),
                 ValueError,
                 r"^`kernel`: `delta` must have an entry",
             ),
@@ -317,7 +317,7 @@ def test_bounds():
 
 
 def test_every_name_has_an_example_and_a_source():
-    for name in baselines.__all__:
-        documentation = inspect.getdoc(getattr(baselines, name))
+    for name in contrib.__all__:
+        documentation = inspect.getdoc(getattr(contrib, name))
         assert "Example:\n  >>> " in documentation, name
         assert "Source: " in documentation or name == "averaged", name

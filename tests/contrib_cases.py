@@ -1,4 +1,4 @@
-"""What the tests of the baselines share: quantizers, their rounding, small trees."""
+"""What the tests of `cage_jax.contrib` share: quantizers, their rounding, small trees."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 from oracles import absmax_round
 
 import cage_jax as cage
-from cage_jax import baselines
+from cage_jax import contrib
 from cage_jax.quantizers.formats import Integer
 from cage_jax.quantizers.scales import Fixed
 
@@ -23,12 +23,12 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
 
 # What takes the place of `fake_quant`.
 FORWARD = {
-    "ewgs": lambda x, rules: baselines.ewgs(x, rules, 0.5),
-    "noisy_fake_quant": lambda x, rules: baselines.noisy_fake_quant(
+    "ewgs": lambda x, rules: contrib.ewgs(x, rules, 0.5),
+    "noisy_fake_quant": lambda x, rules: contrib.noisy_fake_quant(
         x, rules, jax.random.key(0)
     ),
-    "binary_relax": lambda x, rules: baselines.binary_relax(x, rules, 0.5),
-    "parq": lambda x, rules: baselines.parq(x, rules, 0.5),
+    "binary_relax": lambda x, rules: contrib.binary_relax(x, rules, 0.5),
+    "parq": lambda x, rules: contrib.parq(x, rules, 0.5),
 }
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from baseline_cases import (
+from cases import train
+from contrib_cases import (
     CLIPPED,
     CLIPPED_RULES,
     FLOAT64,
@@ -23,17 +24,16 @@ from baseline_cases import (
     rounded_and_clipped,
     updated,
 )
-from cases import train
 from optax.tree_utils import tree_get
 from oracles import hadamard
 
 import cage_jax as cage
-from cage_jax import baselines
+from cage_jax import contrib
 from cage_jax.quantizers.formats import Float, Integer
 from cage_jax.quantizers.scales import Fixed
 
 # Each update is compiled; that it agrees with an eager one is asked in
-# test_baselines_conventions.
+# test_contrib_conventions.
 train = functools.partial(train, jit=True)
 TURN = hadamard(8)
 
@@ -49,7 +49,7 @@ def tree(rng):
 
 def test_the_average_is_weighted_by_powers_of_the_decay(x64, tree):
     every = {
-        (decay, start): baselines.averaging(decay, start=start)
+        (decay, start): contrib.averaging(decay, start=start)
         for decay in (0.0, 0.7, 0.999, 1.0)
         for start in (0, 2)
     }
@@ -85,12 +85,12 @@ def test_the_average_is_weighted_by_powers_of_the_decay(x64, tree):
                 *kept,
             )
             # expm1 of the product of a logarithm, for powers near 1.
-            average = baselines.averaged((optax.EmptyState(), state))
+            average = contrib.averaged((optax.EmptyState(), state))
             chex.assert_trees_all_close(average, want, rtol=1e-10)
 
 
 def test_the_average_of_narrow_weights_is_wide():
-    tx = baselines.averaging(0.999)
+    tx = contrib.averaging(0.999)
     start = {"kernel": jnp.ones(4, jnp.bfloat16), "steps": jnp.arange(2)}
 
     @jax.jit
@@ -103,7 +103,7 @@ def test_the_average_of_narrow_weights_is_wide():
 
         return jax.lax.scan(step, (params, tx.init(params)), length=100)[0][1]
 
-    average = baselines.averaged(run(start))
+    average = contrib.averaged(run(start))
     assert average["kernel"].dtype == jnp.float32
     weights = 0.999 ** np.arange(100)[::-1]
     want = np.sum(weights * (1 + np.arange(1, 101) / 128)) / weights.sum()
@@ -113,10 +113,10 @@ def test_the_average_of_narrow_weights_is_wide():
 
 def test_the_state_must_have_one_average():
     params = jnp.ones(3)
-    two = optax.chain(baselines.averaging(), baselines.averaging()).init(params)
+    two = optax.chain(contrib.averaging(), contrib.averaging()).init(params)
     for state, count in ((optax.sgd(0.1).init(params), 0), (two, 2)):
         with pytest.raises(ValueError, match=f"one average; got {count}"):
-            baselines.averaged(state)
+            contrib.averaged(state)
 
 
 # --- dampening -----------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_dampening_pulls_within_the_grid_alone(x64, tree):
     clipped = np.clip(x, -7 * STEP, 7 * STEP)
     inside = clipped == x
     want = gradient["kernel"] - 2 * strength * (rounded_and_clipped(x) - x) * inside
-    updates = updated(baselines.dampening(CLIPPED_RULES, strength), gradient, params)
+    updates = updated(contrib.dampening(CLIPPED_RULES, strength), gradient, params)
     chex.assert_trees_all_close(updates["kernel"], want, **FLOAT64)
     chex.assert_trees_all_equal(updates["bias"], gradient["bias"])
 
@@ -140,14 +140,14 @@ def test_dampening_of_a_rotated_weight_clips_in_its_basis(x64, rng):
     inside = np.abs(turned) <= 7 * STEP
     assert 0 < inside.mean() < 1
     wrong = (turned - rounded_and_clipped(turned)) * inside
-    tx = baselines.dampening(cage.Rules([(".*", ROTATED)]), 0.5)
+    tx = contrib.dampening(cage.Rules([(".*", ROTATED)]), 0.5)
     chex.assert_trees_all_close(updated(tx, 0 * x, x), TURN.T @ wrong, **FLOAT64)
 
 
 def test_dampening_is_coupled_cage_of_twice_the_strength(x64, tree):
     params, gradients = tree(), [tree() for _ in range(5)]
-    strength = baselines.cosine_ramp(5, peak=0.8)
-    ours = optax.chain(baselines.dampening(RULES, strength), optax.sgd(0.1))
+    strength = contrib.cosine_ramp(5, peak=0.8)
+    ours = optax.chain(contrib.dampening(RULES, strength), optax.sgd(0.1))
     twice = cage.cage(RULES, lambda count: 2 * strength(count))
     got, _ = train(ours, params, gradients)
     want, _ = train(optax.chain(twice, optax.sgd(0.1)), params, gradients)
@@ -157,7 +157,7 @@ def test_dampening_is_coupled_cage_of_twice_the_strength(x64, tree):
 
 
 def test_the_ramp_is_half_a_cosine(x64):
-    ramp = jax.jit(baselines.cosine_ramp(8))
+    ramp = jax.jit(contrib.cosine_ramp(8))
     for count in range(12):
         want = 0.1 * (1 - np.cos(np.pi * min(count / 8, 1))) / 2
         np.testing.assert_allclose(ramp(count), want, rtol=1e-12)
@@ -201,7 +201,7 @@ def test_freezing_pins_what_oscillates_to_its_average(x64, tree, rng, scheduled)
     threshold = (lambda t: jnp.asarray(thresholds)[t]) if scheduled else 0.35
     params = tree()
     moves = [0.15 * rng.normal(size=(8, 3)) for _ in range(30)]
-    tx = baselines.freezing(CLIPPED_RULES, threshold, momentum=momentum)
+    tx = contrib.freezing(CLIPPED_RULES, threshold, momentum=momentum)
     gradients = [{"kernel": move, "bias": np.ones(3)} for move in moves]
     trajectory, states = train(tx, params, gradients)
     want = list(frozen_by_numpy(params["kernel"], moves, thresholds, momentum))
@@ -217,7 +217,7 @@ def test_freezing_pins_what_oscillates_to_its_average(x64, tree, rng, scheduled)
 
 def test_a_frozen_weight_goes_with_its_grid(x64):
     # The largest weight sets the scale; the others keep their codes on it.
-    tx = baselines.freezing(RULES, 0.0, momentum=0.5)
+    tx = contrib.freezing(RULES, 0.0, momentum=0.5)
     x = np.array([[7.0], [2.4], [1.0], [0.0]])
     moves = [[0, 0.2, 0, 0], [0, -0.2, 0, 0], [7.0, 0.3, 0.0, 0.0]]
     moves = [{"kernel": np.array(move)[:, None]} for move in moves]
@@ -237,7 +237,7 @@ def test_a_frozen_weight_goes_with_its_grid(x64):
 @pytest.mark.parametrize("every", [1, 3])
 def test_interpolation_after_every_so_many_steps(x64, tree, every):
     params, gradients = tree(), [tree() for _ in range(7)]
-    tx = optax.chain(optax.sgd(0.1), baselines.interpolation(RULES, 0.3, every=every))
+    tx = optax.chain(optax.sgd(0.1), contrib.interpolation(RULES, 0.3, every=every))
     trajectory, _ = train(tx, params, gradients)
     x = params["kernel"]
     for t, (gradient, reached) in enumerate(zip(gradients, trajectory), 1):
@@ -248,7 +248,7 @@ def test_interpolation_after_every_so_many_steps(x64, tree, every):
 
 
 def test_between_interpolations_updates_are_the_very_same(tree):
-    tx = baselines.interpolation(RULES, every=2)
+    tx = contrib.interpolation(RULES, every=2)
     params, updates = arrays(tree(np.float32)), arrays(tree(np.float32))
     update, state = jax.jit(tx.update), tx.init(params)
     first, state = update(updates, state, params)
@@ -261,7 +261,7 @@ def test_one_interpolation_a_step_is_post_step_cage_and_pv_tuning(x64, tree):
     params, gradients = tree(), [tree() for _ in range(5)]
     lr, strength = 0.05, 3.0
     ours = optax.chain(
-        optax.sgd(lr), baselines.interpolation(RULES, lr * strength, every=1)
+        optax.sgd(lr), contrib.interpolation(RULES, lr * strength, every=1)
     )
     got, _ = train(ours, params, gradients)
     want, _ = train(
@@ -297,7 +297,7 @@ def test_lotion_adds_the_slope_of_the_variance(x64, tree, format, levels):
     rules = cage.Rules([(".*kernel", cage.Quantizer(format, Fixed(STEP)))])
     params, decay = tree(), 0.9
     strength = 0.8 + 0.1 * np.arange(4)
-    tx = baselines.lotion(rules, lambda t: jnp.asarray(strength)[t], decay=decay)
+    tx = contrib.lotion(rules, lambda t: jnp.asarray(strength)[t], decay=decay)
     update, weights = jax.jit(tx.update), arrays(params)
     state, fisher, x = tx.init(weights), 0.0, params["kernel"]
     for t in range(4):
@@ -318,7 +318,7 @@ def test_lotion_adds_the_slope_of_the_variance(x64, tree, format, levels):
 def test_the_variance_is_that_of_the_paper(x64, rng):
     # s**2 D (1 - D), whose slope by the weight is s (1 - 2 D).
     x, g = rng.uniform(-1.7, 1.7, size=(8, 3)), np.ones((8, 3))
-    tx = baselines.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
+    tx = contrib.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
     above = x / STEP - np.floor(x / STEP)
     want = g + STEP * (1 - 2 * above) / 2
     chex.assert_trees_all_close(updated(tx, g, x), want, **FLOAT64)
@@ -327,7 +327,7 @@ def test_the_variance_is_that_of_the_paper(x64, rng):
 def test_lotion_in_the_basis_of_a_rotation(x64, rng):
     plain, rotated = cage.Rules([(".*", CLIPPED)]), cage.Rules([(".*", ROTATED)])
     x = rng.uniform(-1.7, 1.7, size=(8, 3))
-    tx, like = (baselines.lotion(rules, 2.0, decay=0.5) for rules in (rotated, plain))
+    tx, like = (contrib.lotion(rules, 2.0, decay=0.5) for rules in (rotated, plain))
     state, expected = tx.init(jnp.asarray(x)), like.init(jnp.asarray(x))
     update, update_plain = jax.jit(tx.update), jax.jit(like.update)
     for _ in range(2):
@@ -341,7 +341,7 @@ def test_lotion_in_the_basis_of_a_rotation(x64, rng):
 
 
 def test_lotion_leaves_levels_and_what_lies_beyond_alone():
-    tx = baselines.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
+    tx = contrib.lotion(cage.Rules([(".*", CLIPPED)]), decay=0.0)
     x = np.float32([[0.25], [-1.75], [1.75], [3.1], [-2.9], [0.0]])
     ones = np.ones_like(x)
     np.testing.assert_array_equal(updated(tx, ones, x), ones)
@@ -359,7 +359,7 @@ def test_rows_of_largest_weights_are_trained(x64, rng, share):
         {name: -rng.uniform(0.1, 0.2, size=shape) for name, shape in shapes.items()}
         for _ in range(7)
     ]
-    tx = optax.chain(optax.sgd(1.0), baselines.trained_rows(rules, share, every=3))
+    tx = optax.chain(optax.sgd(1.0), contrib.trained_rows(rules, share, every=3))
     trajectory, _ = train(tx, params, gradients)
     x, seen = dict(params), set()
     for t, (gradient, reached) in enumerate(zip(gradients, trajectory)):
