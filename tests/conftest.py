@@ -56,7 +56,7 @@ def x64():
 @pytest.fixture
 def small_arrays_too(monkeypatch):
     """Kernels of arrays that are otherwise left to the compiler."""
-    monkeypatch.setattr("cage_jax.pallas.choice.SMALLEST", 0)
+    monkeypatch.setattr("cage_jax.pallas.candidates.SMALLEST", 0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Shared by the tests of `cage_jax.contrib`: quantizers, their rounding, small trees."""
+"""Shared by the tests of contrib: quantizers, their rounding, small trees."""
 
 import jax
 import jax.numpy as jnp

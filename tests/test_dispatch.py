@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from cage_jax.arrays.dispatch import (
     Variant,
     Variants,
+    by_default,
     dispatch,
-    if_asked,
     if_divided,
-    on_one_device,
+    on_request,
 )
 
 # Constants that tell the forms apart in a program's text.
@@ -28,10 +28,10 @@ def form(number):
 
 
 def tpu():
-    return Variant("tpu", form(TPU), on_one_device)
+    return Variant("tpu", form(TPU), by_default)
 
 
-def cuda(when=on_one_device):
+def cuda(when=by_default):
     return Variant("cuda", form(CUDA), when)
 
 
@@ -167,7 +167,7 @@ def test_the_error_says_why_there_is_no_kernel():
 
 
 def test_what_was_not_measured_is_run_by_name_alone():
-    kernels = Variants((tpu(), cuda(if_asked)))
+    kernels = Variants((tpu(), cuda(on_request)))
 
     def run(implementation):
         def run(x):
@@ -211,7 +211,7 @@ def test_outside_of_jit_equal_closures_are_compiled_once(
     compilations, standard_promotion
 ):
     def scaled(x, factor, offset):
-        kernel = Variant("tpu", lambda x: x * factor, on_one_device)
+        kernel = Variant("tpu", lambda x: x * factor, by_default)
         default = functools.partial(
             lambda x, offset: x * factor + offset, offset=offset
         )

@@ -14,10 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, StepNumbers
-from cage_jax.arrays.dispatch import if_asked
+from cage_jax.arrays.dispatch import on_request
 from cage_jax.optim.statistics import codes_of
-from cage_jax.pallas import choice, tiling, tpu
-from cage_jax.pallas.choice import adamw_step
+from cage_jax.pallas import candidates, tiling, tpu
+from cage_jax.pallas.candidates import adamw_kernels
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -35,7 +35,7 @@ STEPS = 100
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(choice, "SMALLEST", 2**13)
+    monkeypatch.setattr(candidates, "SMALLEST", 2**13)
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array():
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
     def kernels(quantizer, shape, measured):
-        return adamw_step(
+        return adamw_kernels(
             quantizer,
             shape,
             jnp.float32,
@@ -303,8 +303,8 @@ def test_a_step_that_gains_too_little_is_run_by_name_alone():
     def by_name(quantizer, at_updated=False):
         shape, dtype = (512, 512), jnp.float32
         options = {"at_updated": at_updated, "measured": False}
-        found = adamw_step(quantizer, shape, dtype, dtype, adamw, **options).found
-        return {each.platform for each in found if each.when is if_asked}
+        found = adamw_kernels(quantizer, shape, dtype, dtype, adamw, **options).found
+        return {each.platform for each in found if each.when is on_request}
 
     assert by_name(cage.int8()) == {"tpu"}  # there is no kernel for GPU
     assert by_name(cage.int8(), at_updated=True) == set()

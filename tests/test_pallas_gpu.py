@@ -13,8 +13,7 @@ from test_pallas_tpu import FALLS_BACK, QUANTIZERS
 
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, StepNumbers
-from cage_jax.pallas import choice as kernels
-from cage_jax.pallas import gpu, tiling
+from cage_jax.pallas import candidates, gpu, tiling
 from cage_jax.quantizers.formats import Float
 from cage_jax.quantizers.scales import Gaussian
 
@@ -118,7 +117,7 @@ def test_steps_that_no_kernel_is_for():
     def found(quantizer, shape, first="float32", at_updated=False, measured=False):
         options = {"at_updated": at_updated, "measured": measured}
         like = quantizer, shape, jnp.float32, jnp.dtype(first)
-        variants = kernels.adamw_step(*like, ADAMW, **options)
+        variants = candidates.adamw_kernels(*like, ADAMW, **options)
         return "cuda" in {each.platform for each in variants.found}
 
     # All four arrays would be read twice.

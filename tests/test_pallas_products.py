@@ -12,8 +12,7 @@ from test_serving import check
 
 import cage_jax as cage
 from cage_jax import scale_types
-from cage_jax.pallas import choice as kernels
-from cage_jax.pallas import tiling
+from cage_jax.pallas import candidates, tiling
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
@@ -39,7 +38,7 @@ QUANTIZERS = {
 
 def kernel(x, weights, *, scaled=False):
     """The compiled kernel; reads out of bounds, races and gaps show."""
-    variants = kernels.product(
+    variants = candidates.product_kernels(
         weights.quantizer, weights.shape, x.shape, jnp.float32, scaled=scaled
     )
     (variant,) = variants.found

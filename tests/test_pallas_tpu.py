@@ -12,7 +12,7 @@ from kernel_oracle import check_kernel, rotate
 
 import cage_jax as cage
 from cage_jax import formats, scale_types, scales
-from cage_jax.pallas import choice, tiling, tpu
+from cage_jax.pallas import candidates, tiling, tpu
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_arrays_too")
 
@@ -170,10 +170,12 @@ def test_what_no_kernel_is_for():
 
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(choice, "SMALLEST", 2 * 256 * 128)
+    monkeypatch.setattr(candidates, "SMALLEST", 2 * 256 * 128)
     quantizer = cage.int4(group_size=32)
     small, large = (
-        choice.fake_quant(quantizer, jnp.ones(shape), None, None, masked=False)
+        candidates.fake_quant_kernels(
+            quantizer, jnp.ones(shape), None, None, masked=False
+        )
         for shape in ((256, 128), (2, 256, 128))
     )
     assert {each.platform for each in large.found} == {"tpu", "cuda"}

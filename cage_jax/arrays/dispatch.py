@@ -28,7 +28,7 @@ class Variant(NamedTuple):
       platform: the platform that a program is compiled for.
       function: takes the same arguments and returns the same results.
       when: tells whether it may run, from `implementation` and the number of devices
-        that the compiler partitions the program over: `on_one_device`, `if_asked` or
+        that the compiler partitions the program over: `by_default`, `on_request` or
         `if_divided(pieces)`.
     """
 
@@ -56,7 +56,7 @@ def no_kernel(reason: str) -> Variants:
     )
 
 
-def on_one_device(devices: int, implementation: Implementation | None) -> bool:
+def by_default(devices: int, implementation: Implementation | None) -> bool:
     """Lets a kernel run if it may, because it is known to be faster.
 
     It was measured on its platform to take at most 1 / 1.15 of the time of the best
@@ -65,7 +65,7 @@ def on_one_device(devices: int, implementation: Implementation | None) -> bool:
     return devices == 1 and implementation != "xla"
 
 
-def if_asked(devices: int, implementation: Implementation | None) -> bool:
+def on_request(devices: int, implementation: Implementation | None) -> bool:
     """Lets a kernel run only if "pallas" is asked for."""
     return devices == 1 and implementation == "pallas"
 

@@ -26,7 +26,7 @@ from cage_jax.arrays.exact import compute_dtype
 from cage_jax.core.inputs import arranged
 from cage_jax.core.quantize import dequantize, quantize
 from cage_jax.core.quantized_array import QuantizedArray, grid_of
-from cage_jax.pallas import choice as kernels
+from cage_jax.pallas.candidates import product_kernels
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.quantizer import Quantizer
 
@@ -219,7 +219,7 @@ def _dispatch(default, inputs, product, *, scaled):
     rows = product.numbers == (((inputs.ndim - 1,), (0,)), ((), ()))
     fits = compute_dtype(weights.dtype) == jnp.float32 and not (scaled and rotated)
     if rows and fits and _in_bfloat16(inputs.dtype, product.precision):
-        found = kernels.product(
+        found = product_kernels(
             weights.quantizer,
             weights.shape,
             inputs.shape,

@@ -10,8 +10,7 @@ from jax import lax
 from cage_jax.arrays.dispatch import Variants, dispatch, kernel_required
 from cage_jax.arrays.exact import select
 from cage_jax.arrays.sharding import shards_of
-from cage_jax.pallas.choice import fake_quant as fake_quant_kernels
-from cage_jax.pallas.choice import masked_gradient as masked_gradient_kernels
+from cage_jax.pallas.candidates import fake_quant_kernels, masked_gradient_kernels
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import dequantized, rounding
 

@@ -32,7 +32,7 @@ from cage_jax.core.rules import Rules
 from cage_jax.optim.correction import CageState, reductions_if
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
-from cage_jax.pallas.choice import adamw_step
+from cage_jax.pallas.candidates import adamw_kernels
 from cage_jax.quantizers.rounding import error_elementwise
 
 
@@ -190,7 +190,7 @@ def _kernel_steps(options, gradients, state, params, implementation):
         else:
             decay = options.adamw.weight_decay if decays else 0.0
             adamw = dataclasses.replace(options.adamw, weight_decay=decay)
-            kernels = adamw_step(
+            kernels = adamw_kernels(
                 quantizer,
                 x.shape if shards is None else shards.shape,
                 x.dtype,

@@ -1,7 +1,8 @@
-"""Kernels for TPU and GPU, and the choice between them and `jax.numpy`.
+"""Kernels for TPU and GPU.
 
-`choice` tells which kernels there are for an array, `tiling` how they divide it. The
-words of this folder have one meaning each:
+`candidates` lists the kernels that suit an array, `tiling` says how they divide it, and
+`arrays/dispatch.py` chooses one, or `jax.numpy`, for each program. The words of this
+folder have one meaning each:
 
 | word | meaning |
 |---|---|

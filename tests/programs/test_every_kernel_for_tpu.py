@@ -25,9 +25,9 @@ print(json.dumps([
 COMPILE = """
 import json, kernels, sys
 import test_every_kernel_for_tpu as here
-from cage_jax.pallas import choice
+from cage_jax.pallas import candidates
 
-choice.SMALLEST = 0
+candidates.SMALLEST = 0
 for chip in sys.argv[1:]:
     for quantizer, shape in here.every():
         case = kernels.Case(quantizer, "forward and backward")
@@ -233,9 +233,9 @@ import cage_jax as cage
 import jax, kernels
 import jax.numpy as jnp
 import test_every_kernel_for_tpu as here
-from cage_jax.pallas import choice
+from cage_jax.pallas import candidates
 
-choice.SMALLEST = 0
+candidates.SMALLEST = 0
 for chip in sys.argv[1:]:
     for quantizer, (tokens, *shape), dtype in here.every_product():
         if chip == "v4" and quantizer.format.code_dtype == jnp.int2:

@@ -1,4 +1,4 @@
-"""The kernels that exist for an array and its quantizer.
+"""The kernels that suit an array and its quantizer; `dispatch` chooses among them.
 
 The modules that launch kernels are imported only when a program is compiled for their
 platform, because importing them takes longer than the rest of this package. The GPU
@@ -18,9 +18,9 @@ from cage_jax.arrays.dispatch import (
     Platform,
     Variant,
     Variants,
-    if_asked,
+    by_default,
     no_kernel,
-    on_one_device,
+    on_request,
 )
 from cage_jax.arrays.tile_order import LANES, SMALLEST
 from cage_jax.pallas.tiling import (
@@ -38,7 +38,7 @@ from cage_jax.quantizers.quantizer import Quantizer
 _MODULES = {"tpu": "cage_jax.pallas.tpu", "cuda": "cage_jax.pallas.gpu"}
 
 
-def fake_quant(
+def fake_quant_kernels(
     quantizer: Quantizer,
     x: jax.Array,
     grid: Grid | None,
@@ -59,7 +59,7 @@ def fake_quant(
     return _kernels(kernel, quantizer, x.shape, x.dtype)
 
 
-def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
+def masked_gradient_kernels(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
     """Returns the kernels that map `(mask, cotangent)` to the gradient.
 
     The mask is that of `fake_quant`.
@@ -71,19 +71,19 @@ def masked_gradient(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
     return _kernels(kernel, quantizer, cotangent.shape, cotangent.dtype)
 
 
-def adamw_step(
+def adamw_kernels(
     quantizer: Quantizer,
     shape: tuple[int, ...],
     dtype,
-    first_dtype,
+    moment_dtype,
     adamw: AdamW,
     *,
     at_updated: bool,
     measured: bool,
 ) -> Variants:
     """Returns the kernels for a step of AdamW, with the signature in `pallas.tpu`."""
-    if first_dtype not in (jnp.float32, jnp.bfloat16):
-        return no_kernel(f"the dtype of its first moment is {first_dtype}")
+    if moment_dtype not in (jnp.float32, jnp.bfloat16):
+        return no_kernel(f"the dtype of its first moment is {moment_dtype}")
 
     def for_tpu(*array):
         # The step streams seven arrays instead of two or three, so its blocks are
@@ -110,12 +110,12 @@ def adamw_step(
             module.adamw_step, tiling=tiling, adamw=adamw, at_updated=at_updated
         )
 
-    when, groups = on_one_device, quantizer.blocks(shape).by_axis.items()
+    when, groups = by_default, quantizer.blocks(shape).by_axis.items()
     plain = quantizer.hadamard is None and not (at_updated or measured)
     if plain and all(_one_more(size, axis, shape) for axis, size in groups):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
-        # gains less than the factor of 1.15 that `on_one_device` asks for.
-        when = if_asked
+        # gains less than the factor of 1.15 that `by_default` asks for.
+        when = on_request
     return _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu, when)
 
 
@@ -124,7 +124,7 @@ def _one_more(size, axis, shape):
     return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
 
 
-def product(
+def product_kernels(
     quantizer: Quantizer,
     shape: tuple[int, ...],
     inputs_shape: tuple[int, ...],
@@ -161,7 +161,7 @@ def product(
     # the compiler for v4.
     taken = tiling.group < shape[0] and (scaled or tokens <= tiling.tokens)
     taken = taken and quantizer.format.code_dtype != jnp.int2
-    return Variants((Variant("tpu", on_tpu, on_one_device if taken else if_asked),))
+    return Variants((Variant("tpu", on_tpu, by_default if taken else on_request),))
 
 
 def _kernels(
@@ -171,7 +171,7 @@ def _kernels(
     dtype,
     for_tpu: Callable[..., Tiling] = tiling_for_tpu,
     for_gpu: Callable[..., Tiling] = tiling_for_gpu,
-    tpu_when: Callable[..., bool] = on_one_device,
+    tpu_when: Callable[..., bool] = by_default,
 ) -> Variants:
     """Returns `kernel(module, tiling)` for each platform that has a tiling."""
     if reason := _too_small(shape):
@@ -189,7 +189,7 @@ def _kernels(
             found.append(Variant(platform, function, when))
 
     add("tpu", for_tpu, tpu_when)
-    add("cuda", for_gpu, if_asked)
+    add("cuda", for_gpu, on_request)
     return Variants(tuple(found), tuple(missing))
 
 
