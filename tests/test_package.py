@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -219,3 +220,10 @@ def test_options_are_keyword_only():
     for name in ("fake_quant", "quantize", "quantization_error"):
         grid = inspect.signature(getattr(cage_jax, name)).parameters["grid"]
         assert grid.kind == inspect.Parameter.KEYWORD_ONLY
+
+
+def test_every_fault_is_one_text_of_its_file():
+    groups = tomllib.loads(pathlib.Path(__file__).with_name("faults.toml").read_text())
+    for fault in sum((g for g in groups.values() if isinstance(g, list)), []):
+        text = (pathlib.Path(cage_jax.__file__).parent / fault["file"]).read_text()
+        assert text.count(fault["right"]) == 1, fault["name"]
