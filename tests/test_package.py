@@ -4,6 +4,7 @@ import ast
 import builtins
 import doctest
 import inspect
+import itertools
 import pathlib
 import re
 import subprocess
@@ -224,6 +225,7 @@ def test_options_are_keyword_only():
 
 def test_every_fault_is_one_text_of_its_file():
     groups = tomllib.loads(pathlib.Path(__file__).with_name("faults.toml").read_text())
-    for fault in sum((g for g in groups.values() if isinstance(g, list)), []):
+    groups.pop("tests")
+    for fault in itertools.chain(*groups.values()):
         text = (pathlib.Path(cage_jax.__file__).parent / fault["file"]).read_text()
         assert text.count(fault["right"]) == 1, fault["name"]
