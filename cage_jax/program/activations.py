@@ -316,9 +316,10 @@ _ARRAY = object()
 
 
 def split_arrays(args: tuple, kwargs: dict) -> tuple[list[Any], _Static]:
-    """Separates the arrays among arguments from the rest."""
+    """Separates the arrays, or their shapes, among arguments from the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    kinds = [isinstance(a, (jax.Array, np.ndarray, np.generic)) for a in leaves]
+    types = jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct
+    kinds = [isinstance(leaf, types) for leaf in leaves]
     arrays = [leaf for leaf, is_array in zip(leaves, kinds) if is_array]
     rest = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, kinds)]
     return arrays, _Static(structure, tuple(rest))

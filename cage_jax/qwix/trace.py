@@ -21,6 +21,7 @@ from qwix._src.core import qarray
 
 from cage_jax.arrays.jaxprs import called, evaluate, scan_counts, subjaxprs
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.program.activations import split_arrays
 from cage_jax.qwix.quantizer import ROW, How, Step, Use
 
 # The identity; it marks an array that qwix quantizes.
@@ -56,22 +57,13 @@ def quantized_parameters(
     Returns:
       The uses of parameters by qwix, by path, and all parameters by path.
     """
-    leaves, structure = jax.tree.flatten((inputs, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
-    arrays = [leaves[i] for i in places]
-
-    def joined(arrays):
-        every = list(leaves)
-        for i, array in zip(places, arrays):
-            every[i] = array
-        return jax.tree.unflatten(structure, every)
-
+    arrays, static = split_arrays(inputs, kwargs)
     prepare = _prepare_linen if isinstance(model, linen.Module) else _prepare_nnx
     # A unique key in jax's caches: marked traces must not be reused elsewhere.
     key = set_xla_metadata(cage_jax_qwix=str(next(_numbers)))
     with _marking(), key, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # qwix's own
-        call, params, rest = prepare(model, provider, method, arrays, joined)
+        call, params, rest = prepare(model, provider, method, arrays, static)
         program = jax.make_jaxpr(call)(params, rest, arrays)
     paths, leaves, _ = flatten_with_paths(params)
     values: list[Any] = [_Value(path, ()) for path in paths]
@@ -81,16 +73,16 @@ def quantized_parameters(
     return found, dict(zip(paths, leaves))
 
 
-def _prepare_linen(model, provider, method, arrays, joined):
+def _prepare_linen(model, provider, method, arrays, static):
     quantized = qwix.quantize_model(model, provider, methods=(method,))
     rngs = {"params": jax.random.key(0)}
 
     def init(arrays):
-        args, kwargs = joined(arrays)
+        args, kwargs = static.joined(arrays)
         return quantized.init(rngs, *args, method=method, **kwargs)
 
     def call(params, rest, arrays):
-        args, kwargs = joined(arrays)
+        args, kwargs = static.joined(arrays)
         variables = {"params": params, **rest}
         options = {"rngs": rngs, "mutable": DenyList("params"), "method": method}
         quantized.apply(variables, *args, **options, **kwargs)
@@ -99,12 +91,12 @@ def _prepare_linen(model, provider, method, arrays, joined):
     return call, variables.pop("params", {}), variables
 
 
-def _prepare_nnx(model, provider, method, arrays, joined):
+def _prepare_nnx(model, provider, method, arrays, static):
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
 
     def call(params, rest, arrays):
-        args, kwargs = joined(arrays)
+        args, kwargs = static.joined(arrays)
         merged = nnx.merge(graphdef, params, rest)
         # qwix calls the model once.
         qwix.quantize_model(merged, provider, *args, methods=(method,), **kwargs)
