@@ -25,7 +25,7 @@ class Command(NamedTuple):
       example: arguments of an example.
       add_arguments: adds all arguments but MODEL and the common flags to a parser.
       run: runs it; returns the exit code.
-      on_failure: entries of the JSON of an error.
+      failure_fields: entries of the JSON of an error.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Command(NamedTuple):
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Terminal], int]
-    on_failure: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    failure_fields: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 def at_least(least: int) -> Callable[[str], int]:

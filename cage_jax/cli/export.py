@@ -43,8 +43,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
             "the model has no tokenizer; programs that answer in text cannot run it."
         )
     assert target.write is not None
-    if loss := target.loss(model.params):
-        terminal.warn(loss)
+    if lacks := target.lacks(model.params):
+        terminal.warn(lacks)
     with terminal.doing(f"writing {options.out}"):
         try:
             target.write(

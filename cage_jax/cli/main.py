@@ -11,7 +11,6 @@
 
 import argparse
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 
@@ -31,21 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().print_help()
         return 2
     options = parser().parse_args(arguments)
-    # Set before jax looks for devices, to hide its logs from users of the command.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     terminal = Terminal(json=options.json, quiet=options.quiet)
     return run(
         lambda: options.command.run(options, terminal),
         terminal,
         debug=options.debug,
-        more=options.command.on_failure,
+        more=options.command.failure_fields,
         writes="out" in options,
     )
 
 
 def parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands and flags."""
-    whole = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         prog="cage-jax",
         description="Inspects, quantizes, evaluates and exports models on disk.",
         epilog="`cage-jax COMMAND --help` has an example of each.",
@@ -53,18 +50,18 @@ def parser() -> argparse.ArgumentParser:
     versions = (
         f"{name} {importlib.metadata.version(name)}" for name in ("cage_jax", "jax")
     )
-    whole.add_argument("--version", action="version", version=", ".join(versions))
-    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=", ".join(versions))
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        flags = commands.add_parser(
+        subparser = commands.add_parser(
             command.name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             epilog=f"example:\n  cage-jax {command.name} {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        flags.set_defaults(command=command)
-        flags.add_argument(
+        subparser.set_defaults(command=command)
+        subparser.add_argument(
             "model",
             metavar="MODEL",
             help="a transformers folder (floats or compressed-tensors), a GGUF, what "
@@ -76,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
             "--quiet": "hide progress",
             "--debug": "show the traceback of an error",
         }.items():
-            flags.add_argument(flag, action="store_true", help=text)
-        command.add_arguments(flags)
-    return whole
+            subparser.add_argument(flag, action="store_true", help=text)
+        command.add_arguments(subparser)
+    return top
 
 
 if __name__ == "__main__":

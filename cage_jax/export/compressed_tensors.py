@@ -220,7 +220,7 @@ TARGET = Target(
         *("q4_0", "q8_0", "ct_w4a16", "ct_w8a8", "fp8", "mxfp4", "nvfp4"),
         *("int8", "int4", "int3", "int2", "ternary"),
     ),
-    loss=lambda codes: (
+    lacks=lambda codes: (
         "FP4 is decoded as bfloat16, to which all that is not codes is rounded."
         if _has_fp4(codes)
         else ""

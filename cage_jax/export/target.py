@@ -1,8 +1,8 @@
 """Targets: the kinds of files and folders that models are written to and read from.
 
-A new target is a module with a `TARGET`, and its line in `MODULES`. `cage_jax.load`,
-the commands and the table in docs/export.md read this registry. Modules are imported
-when they are used.
+A new target is a module with a `TARGET`, and its line in `MODULES`. `cage_jax.load`
+and the commands read this registry, and a test compares the table in docs/export.md
+with it. The modules are imported when a target is first needed.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Target:
         is never replaced.
       presets: the choices of `cage-jax quantize --weights` that it holds.
       packages: packages that reading needs, in the extra "export".
-      loss: says what the file of the given codes lacks, in a sentence; "" for nothing.
+      lacks: says what the file of the given codes lacks, in a sentence; "" for nothing.
     """
 
     written_by: str
@@ -55,7 +55,7 @@ class Target:
     files: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
     packages: tuple[str, ...] = ("safetensors",)
-    loss: Callable[[Any], str] = lambda codes: ""
+    lacks: Callable[[Any], str] = lambda codes: ""
 
 
 def suffixes() -> list[str]:
