@@ -139,7 +139,7 @@ def test_what_is_no_parameter_is_left_alone():
     x, qwix_rules = np.ones((3, 8), np.float32), [quantizing("int4")]
     for product, text in (
         (lambda w, x: x @ w, "in jnp.matmul, .* Use jnp.einsum"),
-        (lambda w, x: jnp.dot(x, w), "in jnp.dot, which jax may have traced before"),
+        (lambda w, x: jnp.dot(x, w), "in jnp.dot, but not if jax traced that before"),
         (lambda w, x: contracted(w * 2, x), "from it by mul, so CAGE .* Use cage_jax"),
         (lambda w, x: contracted(w[:, :4], x), "computed from it by slice"),
         (

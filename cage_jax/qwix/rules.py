@@ -111,14 +111,13 @@ def _quantizer(uses, like):
     changed = next((use.changed for use in uses if use.steps is None), None)
     if changed is not None and changed.startswith("jnp."):
         return None, (
-            f"qwix quantizes it in {changed}, which jax may have traced before, and "
-            f"then not, so CAGE leaves it alone. Use jnp.einsum, which qwix always "
-            f"sees."
+            f"qwix quantizes it in {changed}, but not if jax traced that before, so "
+            f"CAGE leaves it alone. Use jnp.einsum, which qwix always sees."
         )
     if changed is not None:
         return None, (
-            f"qwix quantizes not it but what is computed from it by {changed}, so CAGE "
-            f"leaves it alone. Use cage_jax.fake_quant in the place of qwix."
+            f"qwix quantizes what is computed from it by {changed}, so CAGE leaves it "
+            f"alone. Use cage_jax.fake_quant instead of qwix."
         )
     if len(set(uses)) > 1:
         return None, (
@@ -141,19 +140,6 @@ def _conflicts(found, quantizers, qwix_rules, params):
         for path in found
         if path not in tiled and _original_residuals(_rule_of(path, qwix_rules))
     ]
-    walking = [
-        path
-        for path, quantizer in quantizers.items()
-        if quantizer is not None and not quantizer.idempotent
-    ]
-    unseen = [
-        path
-        for path, like in params.items()
-        if len(like.shape) > 1
-        and path not in found
-        and (rule := _rule_of(path, qwix_rules)) is not None
-        and rule.weight_qtype is not None
-    ]
     if original:
         yield (
             f"qwix's gradient of what comes before these weights uses the unquantized "
@@ -165,15 +151,28 @@ def _conflicts(found, quantizers, qwix_rules, params):
         yield (
             f"qwix's gradient of what comes before these weights uses the unquantized "
             f"ones, as always for tiles and MX types: {_listed(tiled)}. Use no "
-            f"`tile_size`, or cage_jax.fake_quant in the place of qwix."
+            f"`tile_size`, or use cage_jax.fake_quant instead of qwix."
         )
-    if walking:
+    drifting = [
+        path
+        for path, quantizer in quantizers.items()
+        if quantizer is not None and not quantizer.idempotent
+    ]
+    if drifting:
         yield (
             f"these quantizers are not idempotent, so a long pull moves their grids: "
-            f"{_listed(walking)}. For integers use weight_calibration_method="
+            f"{_listed(drifting)}. For integers use weight_calibration_method="
             f"'absmax,f' with f = 1 + 1 / (2**bits - 2), 1.0714286 for 4 bits, in "
             f"qwix's rule."
         )
+    unseen = [
+        path
+        for path, like in params.items()
+        if len(like.shape) > 1
+        and path not in found
+        and (rule := _rule_of(path, qwix_rules)) is not None
+        and rule.weight_qtype is not None
+    ]
     if unseen:
         yield (
             f"a rule of qwix's matches the module of these parameters, but qwix "
