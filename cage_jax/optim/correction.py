@@ -150,15 +150,7 @@ def correction(
             # Without an optimizer before the correction, the updates are the gradients.
             gradients = updates if gradients is None else gradients
             step = Step(gradients, params, rules, inner_state, extra_args)
-            source = curvature.update(source, step)
-            if errors:
-                # Each parameter waited for the one before, so the last knows.
-                (*_, last) = found.values()
-                errors = lax.cond(
-                    last.is_pulling,
-                    lambda: curvature.weigh(errors, source, step),
-                    lambda: errors,
-                )
+            source, errors = _weighted(curvature, source, step, found)
         measured = state.statistics
         if statistics:
             each = _statistics(parameters, grids, state.statistics.previous_codes)
@@ -235,6 +227,21 @@ def reductions_if(is_pulling, x, quantizer, grid):
         return False, zeros if grid is None else zeros._replace(grid=grid)
 
     return lax.cond(is_pulling, compute, skip)
+
+
+def _weighted(curvature, source, step, found):
+    """Returns the next state of a source of curvature, and the weighted errors."""
+    source = curvature.update(source, step)
+    errors = {path: each.error for path, each in found.items()}
+    if not found:
+        return source, errors
+    # Each parameter waited for the one before, so the last one's condition is for all.
+    (*_, last) = found.values()
+    return source, lax.cond(
+        last.is_pulling,
+        lambda: curvature.weigh(errors, source, step),
+        lambda: errors,
+    )
 
 
 def _pulled(update, factor, error, is_pulling):
