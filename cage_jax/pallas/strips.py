@@ -64,26 +64,23 @@ class Strip(NamedTuple):
 
     def value(self) -> jax.Array:
         """Quantizes and dequantizes the strip, float32."""
-        return self.restored(self.values())
+        return self.dequantized(self.rounding.code_values())
 
-    def values(self) -> jax.Array:
-        """Rounds the strip to the grid, in units of the grid, float32."""
-        return self.rounding.code_values()
-
-    def codes(self, values: jax.Array) -> jax.Array:
-        """Returns the codes of `values`, as `encode` does, int32."""
+    def codes(self, code_values: jax.Array) -> jax.Array:
+        """Returns the codes of code values, as `encode` does, int32."""
         offset = self.rounding.quantizer.format.code_offset
         assert offset is not None  # statistics exist only for such formats
-        return jnp.where(jnp.isnan(values), 0, values - offset).astype(jnp.int32)
+        codes = jnp.where(jnp.isnan(code_values), 0, code_values - offset)
+        return codes.astype(jnp.int32)
 
-    def restored(self, values: jax.Array) -> jax.Array:
-        """Dequantizes the strip from its `values`, float32."""
+    def dequantized(self, code_values: jax.Array) -> jax.Array:
+        """Dequantizes the strip from its code values, float32."""
         quantizer, grid = self.rounding.quantizer, self.rounding.grid
-        shape = values.shape
+        shape = code_values.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
         terms = 1 if scaled_last(quantizer, shape) else TERMS
         rotate = functools.partial(self.rotate, terms=terms)
-        unrotated = unrotated_codes(values, quantizer, grid, rotate)
+        unrotated = unrotated_codes(code_values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = scaled(unrotated, quantizer, grid, like)
         # This keeps NaN even where a maximum or a clip dropped it: what trains on would

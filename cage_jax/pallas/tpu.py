@@ -267,8 +267,8 @@ class _Step:
 
     def _pull(self, i, strip):
         """Steps a strip, with the correction."""
-        values = strip.values()
-        error = strip.x - strip.restored(values)
+        values = strip.rounding.code_values()
+        error = strip.x - strip.dequantized(values)
         if self.measured:
             codes = strip.codes(values)
             flipped = codes != _strip(self.refs.previous, i, self.tiling)
