@@ -10,7 +10,7 @@ a compiler may fold them in one program and not in another.
 
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.scales.asymmetric import MinMax
-from cage_jax.quantizers.scales.kept import Calibrated, Learned
+from cage_jax.quantizers.scales.learned import Calibrated, Learned
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean, Gaussian, ReducedScale
 from cage_jax.quantizers.scales.rule import ScaleRule
 from cage_jax.quantizers.scales.symmetric import Fixed, Percentile, Searched, SignedMax

@@ -1,4 +1,4 @@
-"""Rules that reduce a group to one number, which can be computed in parts."""
+"""AbsMax, AbsMean and Gaussian: a group becomes one number, computed in parts."""
 
 import abc
 import dataclasses

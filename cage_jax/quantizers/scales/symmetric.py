@@ -1,4 +1,4 @@
-"""Other rules without a zero point or an offset."""
+"""Rules without a zero point or an offset, other than those in `reduced.py`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Rules whose grid is kept from one array to the next: learned or calibrated."""
+"""Rules whose grid is found once, and then learned or kept."""
 
 import dataclasses
 import functools
