@@ -213,7 +213,7 @@ def counted(case: Case, usage: Callable[[], dict], jnp_too: bool = True) -> dict
     return found | {
         "kernel units": units(ready),
         # The second pass over a group, where no cache has what the first one read.
-        "read again": float(cut(case, SHAPE).whole),
+        "read again": float(cut(case, SHAPE).group_is_axis),
         "in place": ready.memory_analysis().alias_size_in_bytes / unit,
         "registers": max(each.registers for each in used.values()),
         "spilled": sum(each.spilled for each in used.values()),

@@ -131,9 +131,9 @@ FOR_TPU_ALONE = {
     "an axis of 200 is not a multiple of 128",
     "an axis of 200 is not a multiple of 32",
     "a group of 65536 does not fit",
-    "end with a tile only after 640",
+    "line up with tiles only every 640",
     "160 rows are not whole blocks",
-    "a divisor is for a tensor",
+    "share one divisor per tensor",
 }
 NEITHER = {
     "one divisor for a tensor": ((256, 128), cage.nvfp4(axis=-1)),

@@ -131,23 +131,23 @@ def test_the_gradient_of_a_mask(name, axis, rng):
 
 
 FALLS_BACK = {
-    "one axis alone": ((512,), cage.int4(axis=-1)),
+    "it has only one axis": ((512,), cage.int4(axis=-1)),
     "an axis of 200 is not a multiple of 128": ((256, 200), cage.int4()),
     "an axis of 200 is not a multiple of 32": ((200, 128), cage.int4(axis=-1)),
     "a group of 65536 does not fit": ((2**16, 128), cage.quest(4)),
-    "end with a tile only after 640": (
+    "line up with tiles only every 640": (
         (128, 1280),
         cage.int4(group_size=160, axis=-1),
     ),
     "its groups span several axes": ((256, 128), cage.int4(axis=(0, 1))),
     "its groups span .*s": ((256, 128), cage.int4(axis=None)),
-    "none of the last two axes": ((128, 2, 128), cage.int4(axis=0)),
+    "do not lie along one of the last two axes": ((128, 2, 128), cage.int4(axis=0)),
     "random signs": ((256, 128), dataclasses.replace(cage.quest(4), hadamard_seed=0)),
     "wider than 128": ((256, 128), cage.quest(4, hadamard=256)),
     "its format is nf4": ((256, 128), cage.nf4()),
     "its scale is minmax": ((256, 128), cage.int4(symmetric=False)),
     "160 rows are not whole blocks": ((160, 128), cage.nvfp4(axis=-1)),
-    "a divisor is for a tensor": (
+    "share one divisor per tensor": (
         (1024, 128),
         dataclasses.replace(cage.nvfp4(), group_size=None),
     ),

@@ -51,7 +51,7 @@ def fake_quant_kernels(
     They map `(x, grid, noise)` to the values, and with `masked` also to a mask, int8.
     """
     if grid is not None or noise is not None:
-        return no_kernel("its grid or its noise is given")
+        return no_kernel("kernels do not take a grid or noise")
 
     def kernel(module, tiling):
         return lambda x, grid, noise: module.fake_quant(x, tiling=tiling, masked=masked)
@@ -88,8 +88,9 @@ def adamw_kernels(
     def for_tpu(*array):
         # The step streams seven arrays instead of two or three, so its blocks are
         # smaller.
-        kept = 2 if at_updated else 1
-        tiling = tiling_for_tpu(*array, block_bytes=2**18, kept=kept)
+        tiling = tiling_for_tpu(
+            *array, block_bytes=2**18, floats_per_element=2 if at_updated else 1
+        )
         divided = quantizer.scale_type.has_tensor_divisor
         require(not divided, "it would have to read the whole tensor first")
         if measured:
@@ -101,7 +102,7 @@ def adamw_kernels(
     def for_gpu(*array):
         require(not measured, "it computes no statistics")
         tiling = tiling_for_gpu(*array)
-        twice = at_updated and tiling.whole
+        twice = at_updated and tiling.group_is_axis
         require(not twice, "it would read all four arrays twice")
         return tiling
 
@@ -112,14 +113,14 @@ def adamw_kernels(
 
     when, groups = by_default, quantizer.blocks(shape).by_axis.items()
     plain = quantizer.hadamard is None and not (at_updated or measured)
-    if plain and all(_one_more(size, axis, shape) for axis, size in groups):
+    if plain and all(_takes_one_extra_read(size, axis, shape) for axis, size in groups):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `by_default` asks for.
         when = on_request
     return _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu, when)
 
 
-def _one_more(size, axis, shape):
+def _takes_one_extra_read(size, axis, shape):
     """Tells whether the TPU compiler finds groups by reading an array once more."""
     return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
 
@@ -159,9 +160,9 @@ def product_kernels(
     # With one scale per channel, the compiler moves as little as the kernel. The form
     # that scales sums was not evaluated for several blocks of tokens. 2-bit codes crash
     # the compiler for v4.
-    taken = tiling.group < shape[0] and (scaled or tokens <= tiling.tokens)
-    taken = taken and quantizer.format.code_dtype != jnp.int2
-    return Variants((Variant("tpu", on_tpu, by_default if taken else on_request),))
+    is_faster = tiling.group < shape[0] and (scaled or tokens <= tiling.tokens)
+    is_faster = is_faster and quantizer.format.code_dtype != jnp.int2
+    return Variants((Variant("tpu", on_tpu, by_default if is_faster else on_request),))
 
 
 def _kernels(

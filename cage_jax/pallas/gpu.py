@@ -200,7 +200,10 @@ def _warps(tiling):
 
 
 def _rotation(matrix_ref, tiling):
-    """Returns a function that rotates a strip whose numbers have so many `terms`."""
+    """Returns a function of a strip and `terms` that rotates the strip.
+
+    Each number of the strip is the sum of `terms` bfloat16 numbers.
+    """
     if matrix_ref is None:
         return lambda x, terms: x
     matrix = matrix_ref[...]
@@ -226,7 +229,7 @@ def _strip_of(x_ref, matrix_ref, tiling, exactly):
     def rotated(x):
         return rotate(x.astype(jnp.float32), terms=_terms(x))
 
-    if not tiling.whole:
+    if not tiling.group_is_axis:
 
         def fitted(x):
             wide = x.astype(jnp.float32)

@@ -40,7 +40,8 @@ class Strip(NamedTuple):
       x: the strip itself, float32; None if only its rotated form was kept.
       rounding: the strip in the basis of its quantizer, and the grid of its groups.
       poison: per group, 0, or NaN if an element is not finite.
-      rotate: function that rotates a strip whose numbers have so many `terms`.
+      rotate: function that rotates a strip in which each number is the sum of
+        `terms` bfloat16 numbers.
     """
 
     x: jax.Array | None
@@ -83,8 +84,8 @@ class Strip(NamedTuple):
         unrotated = unrotated_codes(code_values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = scaled(unrotated, quantizer, grid, like)
-        # This keeps NaN even where a maximum or a clip dropped it: what trains on would
-        # otherwise hide that it diverged.
+        # This keeps NaN even where a maximum or a clip dropped it: otherwise training
+        # would go on and hide the divergence.
         return value + quantizer.blocks(shape).spread(self.poison)
 
     def mask(self) -> jax.Array:
@@ -98,7 +99,7 @@ def poison_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def join(
-    found: jax.Array, poison: jax.Array, rotated: jax.Array, tiling: Tiling
+    partial: jax.Array, poison: jax.Array, rotated: jax.Array, tiling: Tiling
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a strip to the reductions of groups that are longer than it.
 
@@ -107,13 +108,13 @@ def join(
     scale, axes = cast(ReducedScale, tiling.quantizer.scale), (tiling.along - 1,)
     sized = times(rotated, tiling.quantizer.basis(rotated.shape).factor)
     part = scale.part(sized, axes, tiling.length)
-    return scale.joined(found, part), poison + poison_of(rotated, axes)
+    return scale.joined(partial, part), poison + poison_of(rotated, axes)
 
 
-def joined_grid(found: jax.Array, tiling: Tiling) -> Grid:
-    """Returns the grid of groups of which all strips are joined."""
+def joined_grid(partial: jax.Array, tiling: Tiling) -> Grid:
+    """Returns the grid of groups whose strips are all joined."""
     quantizer, scale = tiling.quantizer, cast(ReducedScale, tiling.quantizer.scale)
-    return scale.stored(found, tiling.length, quantizer.format, quantizer.scale_type)
+    return scale.stored(partial, tiling.length, quantizer.format, quantizer.scale_type)
 
 
 def place(i: jax.Array, tiling: Tiling) -> tuple:

@@ -63,7 +63,8 @@ class Tiling:
       along: axis of the groups, 1 or 2.
       block: (rows, columns) of a block.
       strip: length of a strip along the axis of the groups.
-      whole: whether a group is all of the axis; a block may then hold less than one.
+      group_is_axis: whether a group is all of the axis; a block may then hold less than
+        one.
       transposed: whether strips are transposed, so that groups lie along their first
         axis.
     """
@@ -73,7 +74,7 @@ class Tiling:
     along: int
     block: tuple[int, int]
     strip: int
-    whole: bool
+    group_is_axis: bool
     transposed: bool
 
     @property
@@ -85,7 +86,7 @@ class Tiling:
     def grid(self) -> tuple[int, int, int, int]:
         """Grid of the kernel: (stack, blocks across groups, reads, blocks along)."""
         blocks = math.ceil(self.shape[3 - self.along] / self.across)
-        reads = 2 if self.whole else 1
+        reads = 2 if self.group_is_axis else 1
         return self.shape[0], blocks, reads, self.length // self.block[self.along - 1]
 
     @property
@@ -104,7 +105,7 @@ class Tiling:
         return self.shape[3 - self.along] % self.across == 0
 
     @property
-    def kept(self) -> tuple[int, int]:
+    def scratch_shape(self) -> tuple[int, int]:
         """Shape of what a kernel keeps of groups that are all of the axis."""
         return _rows_and_columns(self.along, self.length, self.across)
 
@@ -124,15 +125,15 @@ def tiling_for_tpu(
     dtype,
     *,
     block_bytes: int = 2**20,
-    kept: int = 1,
+    floats_per_element: int = 1,
 ) -> Tiling:
     """Divides an array for a TPU.
 
     Args:
       quantizer, shape, dtype: those of the array.
       block_bytes: most bytes in a block of a float32 array.
-      kept: number of float32 numbers that a kernel keeps for each element of groups
-        that are all of an axis.
+      floats_per_element: number of float32 numbers that a kernel keeps for each element
+        of groups that are all of an axis.
 
     Raises:
       NoKernelError: if no kernel suits the array.
@@ -143,10 +144,10 @@ def tiling_for_tpu(
         why = f"an axis of {length} is not a multiple of {least}"
         require(length % least == 0, why)
     length = shape[along - 3]
-    strip, whole = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
+    strip, group_is_axis = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
     across = min(LANES, (rows, columns)[2 - along])
-    fits = 4 * kept * length * across <= _KEPT_BYTES
-    require(fits or not whole, f"a group of {length} does not fit on the chip")
+    fits = 4 * floats_per_element * length * across <= _KEPT_BYTES
+    require(fits or not group_is_axis, f"a group of {length} does not fit on the chip")
     most = max(1, block_bytes // (4 * strip * LANES))
     strips = _largest_divisor(length // strip, most)
     block = _rows_and_columns(along, strips * strip, across)
@@ -156,12 +157,15 @@ def tiling_for_tpu(
     own = dataclasses.replace(
         quantizer,
         axis=-2 if along == 1 or transposed else -1,
-        group_size=None if whole or group == strip else group,
+        group_size=None if group_is_axis or group == strip else group,
     )
     stack = math.prod(shape[:-2])
-    found = Tiling(own, (stack, rows, columns), along, block, strip, whole, transposed)
+    found = Tiling(
+        own, (stack, rows, columns), along, block, strip, group_is_axis, transposed
+    )
     if quantizer.scale_type.has_tensor_divisor:
-        require(not whole, "its groups are an axis, and a divisor is for a tensor")
+        why = "each group is a whole axis, and the scales share one divisor per tensor"
+        require(not group_is_axis, why)
         # An element beyond the array might be the largest.
         require(found.exact, f"{rows} rows are not whole blocks of {across}")
     return found
@@ -171,16 +175,16 @@ def _strip_for_tpu(along, length, group, rotation):
     """Returns the length of a strip, and whether a group is an axis and longer."""
     unit = math.lcm(rotation, _SUBLANES if along == 1 else LANES)
     strip = math.lcm(unit, group)
-    whole = group == length and strip > unit
-    if whole:
+    group_is_axis = group == length and strip > unit
+    if group_is_axis:
         strip = math.gcd(length, max(unit, LANES))
-    why = f"groups of {group} end with a tile only after {strip} elements"
+    why = f"groups of {group} line up with tiles only every {strip} elements"
     require(strip <= _LARGEST_STRIP, why)
     # A row of a strip could otherwise hold several groups.
-    if along == 1 or whole or group % LANES:
+    if along == 1 or group_is_axis or group % LANES:
         most = max(1, _LONG_STRIP // strip)
         strip *= _largest_divisor(length // strip, most)
-    return strip, whole
+    return strip, group_is_axis
 
 
 def _checked(quantizer, shape, dtype):
@@ -196,12 +200,12 @@ def _checked(quantizer, shape, dtype):
         ((quantizer.hadamard or 1) <= widest, f"its rotation is wider than {widest}"),
         (quantizer.hadamard_seed is None, "its rotation has random signs"),
         (quantizer.rounding == "nearest", f"its rounding is {quantizer.rounding}"),
-        (len(shape) >= 2, "it has one axis alone"),
+        (len(shape) >= 2, "it has only one axis"),
     ):
         require(suits, why)
     ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     along = axis - len(shape) + 3
-    require(along > 0, "its groups lie along none of the last two axes")
+    require(along > 0, "its groups do not lie along one of the last two axes")
     return shape[-2:], along, group
 
 
@@ -225,23 +229,25 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     require(unit & (unit - 1) == 0, f"groups of {group} are not a power of two")
     most = _STRIP if along == 2 and group == length else LANES
     strip = min(_power_of_two(length), max(most, unit))
-    whole = group == length and strip < length
-    compiled = whole and along == 1 and rotation == 1
-    require(not compiled, "the compiler reads such columns no more often")
+    group_is_axis = group == length and strip < length
+    compiled = group_is_axis and along == 1 and rotation == 1
+    require(not compiled, "the compiler reads such columns just as few times")
     across = min(_power_of_two(width), max(1, _STRIP // strip))
     require(
         strip * across >= _STRIP // 2 and (along == 2 or across >= _SECTOR),
         f"blocks of {strip} by {across} elements are too small",
     )
     strips = length // strip
-    if not whole:  # so the matrix is read once for several strips
+    if not group_is_axis:  # so the matrix is read once for several strips
         strips = math.gcd(strips, 8) if quantizer.hadamard else 1
     block = _rows_and_columns(along, strips * strip, across)
     own = dataclasses.replace(
         quantizer, axis=along - 3, group_size=None if group >= strip else group
     )
     stack = math.prod(shape[:-2])
-    return Tiling(own, (stack, rows, columns), along, block, strip, whole, False)
+    return Tiling(
+        own, (stack, rows, columns), along, block, strip, group_is_axis, False
+    )
 
 
 def _largest_divisor(n, most):
@@ -303,10 +309,10 @@ def product_tiling(
     require(isinstance(tokens, int), "the number of inputs is not known yet")
     groups, format = quantizer.blocks(shape).by_axis, quantizer.format
     shifted = quantizer.asymmetric or quantizer.scale.has_offset
-    whole = format.code_offset is not None or (
+    has_integer_codes = format.code_offset is not None or (
         isinstance(format, Float) and not shifted
     )
-    require(whole, f"its format is {format}")
+    require(has_integer_codes, f"its format is {format}")
     divided = shifted and quantizer.scale_type.has_tensor_divisor
     require(not divided, "its scales have a divisor, and its codes a zero point")
     group = groups.get(0, 1)

@@ -61,7 +61,7 @@ def fake_quant(x: jax.Array, *, tiling: Tiling, masked: bool) -> Any:
         read = partial(_strip, refs.x, tiling=tiling)
         _quantized(refs, read, write, tiling, keep_rotated=True, **known)
 
-    found = launch("fake_quant", kernel, tiling, inputs, outputs, _kept(tiling))
+    found = launch("fake_quant", kernel, tiling, inputs, outputs, _scratch(tiling))
     each = tuple(found[name].reshape(x.shape) for name in outputs)
     return each if masked else each[0]
 
@@ -105,7 +105,8 @@ def masked_gradient(
       cotangent: an array like the quantized one.
       tiling: the blocks and strips of both.
     """
-    tiling = dataclasses.replace(tiling, whole=False)  # no block depends on another
+    # No block depends on another.
+    tiling = dataclasses.replace(tiling, group_is_axis=False)
 
     def kernel(refs):
         rotate = _rotation(refs, tiling)
@@ -175,10 +176,10 @@ def adamw_step(
         "new_x": written_blocks(x, x.dtype, tiling),
     }
     aliases = {"first": "new_first", "second": "new_second", "x": "new_x"}
-    scratch = _kept(tiling)
+    scratch = _scratch(tiling)
     if at_updated:
-        kept = tiling.kept if tiling.whole else tiling.block
-        scratch = {"rest": pltpu.VMEM(kept, jnp.float32)} | scratch
+        shape = tiling.scratch_shape if tiling.group_is_axis else tiling.block
+        scratch = {"rest": pltpu.VMEM(shape, jnp.float32)} | scratch
     if previous is not None:
         inputs["previous"] = read_blocks(previous, tiling, first=False)
         outputs["codes"] = written_blocks(x, previous.dtype, tiling)
@@ -188,7 +189,7 @@ def adamw_step(
     def kernel(refs):
         count = len(StepNumbers._fields)
         numbers = StepNumbers(*(refs.numbers[i] for i in range(count)))
-        begin = pl.program_id(3) * tiling.strips if tiling.whole else 0
+        begin = pl.program_id(3) * tiling.strips if tiling.group_is_axis else 0
         measured = previous is not None
         _Step(refs, numbers, begin, tiling, adamw, at_updated, measured).run()
 
@@ -203,8 +204,8 @@ def adamw_step(
 class _Step:
     """A step of AdamW on one block, strip by strip; `i` is the index of a strip.
 
-    `refs` has references to all arrays by their names in `adamw_step`. Of a group that
-    is longer than the block, strips are kept from the index `begin` on.
+    `refs` has references to all arrays by their names in `adamw_step`. If a group is
+    longer than the block, its strips are stored from index `begin` on.
     """
 
     refs: Any
@@ -301,7 +302,7 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
     """Calls `then` with the index of each strip and the `Strip`, in the last read.
 
     Args:
-      refs: references to the matrix of the rotation and the memory of `_kept`.
+      refs: references to the matrix of the rotation and the memory of `_scratch`.
       read: returns a strip of the array by its index; called once for each strip.
       then: function of the index and the `Strip`.
       tiling: the blocks.
@@ -310,7 +311,7 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
       known: arguments for the scale rule that it need not compute.
     """
     quantizer, rotate = tiling.quantizer, _rotation(refs, tiling)
-    if not tiling.whole:
+    if not tiling.group_is_axis:
 
         def one(i):
             x = read(i).astype(jnp.float32)
@@ -356,7 +357,7 @@ def _unquantized(refs, read, then, tiling):
 
     The arguments are those of `_quantized`.
     """
-    if not tiling.whole:
+    if not tiling.group_is_axis:
         _each_strip(lambda i: then(i, read(i)), tiling)
         return
     number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
@@ -387,7 +388,10 @@ def _store(ref, i, strip, tiling):
 
 
 def _rotation(refs, tiling):
-    """Returns a function that rotates a strip whose numbers have so many `terms`."""
+    """Returns a function of a strip and `terms` that rotates the strip.
+
+    Each number of the strip is the sum of `terms` bfloat16 numbers.
+    """
 
     def rotate(x, terms=TERMS):
         if refs.matrix is None:
@@ -403,10 +407,10 @@ def _rotation(refs, tiling):
     return rotate
 
 
-def _kept(tiling):
+def _scratch(tiling):
     """Returns the scratch memory for groups that are all of an axis."""
-    if not tiling.whole:
+    if not tiling.group_is_axis:
         return {}
     per_group = pltpu.VMEM(tiling.per_group, jnp.float32)
-    kept = pltpu.VMEM(tiling.kept, jnp.float32)
+    kept = pltpu.VMEM(tiling.scratch_shape, jnp.float32)
     return {"kept": kept, "found": per_group, "poison": per_group}
