@@ -43,7 +43,7 @@ def x(rng, params):
 
 
 def figures(x, scale, low, high):
-    """Error, clipped and dead of integers, in float64."""
+    """Error, clipped and unused of integers, in float64."""
     x = np.float64(x)
     codes = np.clip(np.round(x / scale), low, high)
     beyond = (x / scale > high + 0.5) | (x / scale < low - 0.5)
@@ -91,12 +91,12 @@ def test_the_text(params, x):
     rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(), int8(axis=-1))])
     text = str(report(model, rules, params, x))
     lines = text.splitlines()
-    head = "path shape weight inputs error clipped dead input error clipped dead"
+    head = "path shape weight inputs error clipped unused input error clipped unused"
     assert lines[0].split() == head.split()
     assert (
         len([line for line in lines if line.startswith(("b ", "e ", "s ", "w "))]) == 4
     )
-    assert "- in no product with data" in text and "- as it is" in text
+    assert "- never multiplied with data" in text and "- not quantized" in text
     assert text.endswith(".")
 
 
@@ -143,7 +143,9 @@ def test_rules_that_do_nothing_are_found(params, x):
     finding(found, "nothing is quantized")
     rules = Rules([("w", None, int8(axis=-1)), ("b", None, int8(axis=-1))])
     found = report(model, rules, params, x).findings
-    finding(found, "b: a rule quantizes its input, but it is in no product with data")
+    finding(
+        found, "b: a rule quantizes its input, but it is never multiplied with data"
+    )
     assert not any("nothing is quantized" in line for line in found)
 
 

@@ -99,7 +99,7 @@ def test_scans_within_scans_and_calls():
             [("w",), DATA],
             [stacked, x],
             lambda product: product.paths[0],
-            lambda name, product, x, given: (x + given, x.sum()),
+            lambda name, product, x, grid: (x + grid, x.sum()),
             {"w": more},
         )
 
@@ -122,7 +122,7 @@ def test_what_is_out_of_reach_is_found():
 
     for function, name in ((conditional, "cond"), (loop, "while")):
         found = products_of(function, W, X, origins=[("w",), DATA])
-        assert found and {product.beyond for product in found} == {name}
+        assert found and {product.blocked_by for product in found} == {name}
 
 
 def test_a_program_without_wanted_products_runs_as_it_is():

@@ -266,10 +266,10 @@ def check_reached(rules: Rules, visited: Visited) -> None:
     """Raises if inputs that the rules ask for cannot be quantized."""
     for product in visited.products:
         name = input_path(rules, product)
-        if name is not None and product.beyond is not None:
+        if name is not None and product.blocked_by is not None:
             raise ValueError(
                 f"`{name}`: the input of a product must not be inside of "
-                f"{product.beyond}, where it cannot be replaced; got one. Use "
+                f"{product.blocked_by}, where it cannot be replaced; got one. Use "
                 f"`fake_quant` there, and leave the inputs out of the rule."
             )
     reached = {input_path(rules, product) for product in visited.products}

@@ -230,7 +230,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes, packed, with scales, and of newest tokens kept whole."""
+        """Bytes of packed codes, scales, and the newest tokens, not yet quantized."""
         return self.keys.nbytes + self.values.nbytes
 
     def append(self, keys: jax.Array, values: jax.Array) -> "KVCache":
@@ -247,8 +247,8 @@ class KVCache:
         Raises:
           TypeError: for another dtype than the cache was made for.
           ValueError: for another shape, and for more tokens than there is room for.
-            Under `jit`, where their number is not known, a cache with too many reads as
-            NaN.
+            Under `jit`, where their number is not known, too many tokens raise no
+            error, and `read` returns NaN.
         """
         keys, values = jnp.asarray(keys), jnp.asarray(values)
         _check_arrays(keys, values)
@@ -264,11 +264,11 @@ class KVCache:
 
         Returns:
           Keys and values of the shape and dtype the cache was made for, with zeros
-          after the last token, and the boolean mask of shape (1, length) of the tokens
-          that there are.
+          after the last token, and the boolean mask of shape (1, length) that marks
+          the tokens in the cache.
         """
-        there = jnp.arange(self.length)[None, :] < self.count
-        return _read(self.keys, self.count), _read(self.values, self.count), there
+        present = jnp.arange(self.length)[None, :] < self.count
+        return _read(self.keys, self.count), _read(self.values, self.count), present
 
     def _check_appended(self, keys, values):
         for name, x, stored in (

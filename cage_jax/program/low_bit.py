@@ -23,7 +23,7 @@ def low_bit(
     *,
     implementation: Implementation | None = None,
 ) -> Callable:
-    """Makes `function` take codes in place of parameters and multiply them as such.
+    """Makes `function` take codes in place of parameters and multiply them directly.
 
     Every product of a `QuantizedArray` with data becomes a `low_bit_dot`: in layers of
     any framework, `x @ w`, einsums, tied embeddings, under `jax.jit` and
@@ -85,7 +85,9 @@ def low_bit(
             _Weights(leaf, path) if _is_codes(leaf) else leaf
             for path, leaf in zip(paths, leaves)
         ]
-        rule = functools.partial(_by_codes, rules=rules, implementation=implementation)
+        rule = functools.partial(
+            _evaluate_with_codes, rules=rules, implementation=implementation
+        )
         found = evaluate(program.jaxpr, [*program.consts, *values], rule)
         return jax.tree.unflatten(out, map(_dequantized, found))
 
@@ -103,7 +105,7 @@ class _Weights:
     path: str
 
 
-def _by_codes(eqn, values, *, rules, implementation):
+def _evaluate_with_codes(eqn, values, *, rules, implementation):
     """Computes an equation: products, and new layouts, from codes; others from values.
 
     Calls, checkpoints and scans are entered, in search of products.
@@ -119,7 +121,9 @@ def _by_codes(eqn, values, *, rules, implementation):
             dtype = jnp.dtype(params["new_dtype"])
             if jnp.issubdtype(dtype, jnp.floating):
                 return [_replaced(values[0], dtype=dtype)]
-        rule = functools.partial(_by_codes, rules=rules, implementation=implementation)
+        rule = functools.partial(
+            _evaluate_with_codes, rules=rules, implementation=implementation
+        )
 
         def run(program, values):
             return evaluate(program.jaxpr, [*program.consts, *values], rule)
@@ -131,7 +135,7 @@ def _by_codes(eqn, values, *, rules, implementation):
             rows = constants + carries
             carry, stacks = values[constants:rows], values[rows:]
             values = [*values[:constants], *map(_dequantized, carry)]
-            values += map(_in_layers, stacks)
+            values += map(_prepared_stack, stacks)
             return enter(eqn, values, lambda *args: [*map(_dequantized, run(*args))])
     return unchanged(eqn, [*map(_dequantized, values)])
 
@@ -158,8 +162,8 @@ def _product(params, values, weights_first, rules, implementation):
     return jnp.moveaxis(found, range(-free, 0), range(len(batch), len(batch) + free))
 
 
-def _in_layers(stack):
-    """Returns what a scan takes rows of: codes if each layer has its own scales."""
+def _prepared_stack(stack):
+    """Prepares a stack for a scan: codes if each layer has its own scales."""
     if not isinstance(stack, _Weights):
         return stack
     codes = stack.codes

@@ -26,27 +26,27 @@ from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import rounding
 
-# Findings are reported above these.
-_CLIPPED = 0.01  # fraction of values beyond the grid
-_DEAD = 0.5  # fraction of the levels that no value takes
-_ENOUGH = 16  # values per level, for unused levels to mean something
-_COSTLY = 2  # bits per weight that scales cost
-_MANY = 4096  # weights, for the cost of scales to matter
-_WORSE = 1.5  # error divided by that of normal numbers
+# The limits beyond which something is a finding.
+_MAX_CLIPPED = 0.01  # fraction of values beyond the grid
+_MAX_UNUSED = 0.5  # fraction of the levels that no value takes
+_MIN_VALUES_PER_LEVEL = 16  # values per level, for unused levels to mean something
+_MAX_SCALE_BITS = 2  # bits per weight that scales cost
+_MIN_WEIGHTS = 4096  # weights, for the cost of scales to matter
+_MAX_ERROR_RATIO = 1.5  # error divided by that of normal numbers
 
 
-class Measured(NamedTuple):
+class GridFit(NamedTuple):
     """How well an array fits its grid.
 
     Attributes:
       error: ||x - Q(x)|| / ||x||.
       clipped: fraction of the values beyond the ends of the grid.
-      dead: fraction of the grid's levels that no value takes.
+      unused: fraction of the grid's levels that no value takes.
     """
 
     error: float
     clipped: float
-    dead: float
+    unused: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Input:
 
     product: Product
     quantizer: Quantizer | None
-    measured: Measured | None
+    measured: GridFit | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layer:
     """
 
     weight: Row
-    measured: Measured | None
+    measured: GridFit | None
     inputs: tuple[Input, ...]
 
 
@@ -93,7 +93,7 @@ class ModelReport:
     findings: tuple[str, ...]
 
     def __str__(self) -> str:
-        figures = ("error", "clipped", "dead")
+        figures = ("error", "clipped", "unused")
         of_inputs = ("input error", *figures[1:])
         head = ("path", "shape", "weight", "inputs", *figures, *of_inputs)
         lines = [line for layer in self.layers for line in _lines(layer)]
@@ -159,14 +159,14 @@ def report(
         products.extend(visited.products)
         return visited.records
 
-    found_in = observed(quantized, grids, arrays)
-    records = {path: iter(entries) for path, entries in found_in.items()}
+    records_by_path = observed(quantized, grids, arrays)
+    records = {path: iter(entries) for path, entries in records_by_path.items()}
     inputs: dict[str, list[Input]] = {}
     for product in products:
         path = input_path(rules, product)
         found = Input(product, None, None)
         if path is not None:
-            measured = None if product.beyond else _mean(next(records[path]))
+            measured = None if product.blocked_by else _mean(next(records[path]))
             found = Input(product, rules.match_inputs(path), measured)
         for path in product.paths:
             inputs.setdefault(path, []).append(found)
@@ -194,7 +194,7 @@ def _to_nearest(rules):
 
 
 def _measure(x, quantizer, grid, _=None):
-    """Computes the figures of `Measured` as arrays."""
+    """Computes the figures of `GridFit` as arrays."""
     quantizer = dataclasses.replace(quantizer, rounding="nearest")
     error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
     size = jnp.linalg.norm(x.ravel())
@@ -214,9 +214,9 @@ def _measure(x, quantizer, grid, _=None):
 _measured = jax.jit(_measure, static_argnums=1)
 
 
-def _mean(arrays) -> Measured:
+def _mean(arrays) -> GridFit:
     """Averages figures over the repetitions of a scan, if any."""
-    return Measured(*(float(np.mean(array)) for array in arrays))
+    return GridFit(*(float(np.mean(array)) for array in arrays))
 
 
 # --- words ----------------------------------------------------------------------------
@@ -229,20 +229,20 @@ def _lines(layer):
     if not layer.inputs:
         yield (
             *begin,
-            "- in no product with data",
+            "- never multiplied with data",
             *_figures(layer.measured),
             *_figures(),
         )
     for each in layer.inputs:
-        what = "- as it is" if each.quantizer is None else str(each.quantizer)
-        if each.product.beyond:
-            what = f"- out of reach in {each.product.beyond}"
+        what = "- not quantized" if each.quantizer is None else str(each.quantizer)
+        if each.product.blocked_by:
+            what = f"- out of reach in {each.product.blocked_by}"
         yield (*begin, what, *_figures(layer.measured), *_figures(each.measured))
 
 
 def _figures(measured=None):
     if measured is None:
-        return ("",) * len(Measured._fields)
+        return ("",) * len(GridFit._fields)
     return tuple(f"{part:.3f}" for part in measured)
 
 
@@ -255,9 +255,9 @@ def _findings(layers, rules):
         path, size = layer.weight.path, layer.weight.size
         if rules.match_inputs(path) and not layer.inputs:
             yield (
-                f"{path}: a rule quantizes its input, but it is in no product with "
-                f"data. Check that its layer is called, or leave the quantizer of "
-                f"inputs out."
+                f"{path}: a rule quantizes its input, but it is never multiplied "
+                f"with data. Check that its layer is called, or remove the input "
+                f"quantizer from its rule."
             )
         if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
             yield from _costly(layer.weight)
@@ -269,15 +269,15 @@ def _findings(layers, rules):
 
 
 def _costly(row):
-    if row.size < _MANY:
+    if row.size < _MIN_WEIGHTS:
         return
     more = row.bits_per_weight - row.quantizer.bits
     scales = row.quantizer.blocks(row.shape).scale_shape
-    if more > _COSTLY:
+    if more > _MAX_SCALE_BITS:
         yield (
             f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
-            f"weights share one: {scales} scales for {row.shape} weights. Name the "
-            f"axes of its inputs, such as axis=0 for (in, heads, size) and "
+            f"weights share one: {scales} scales for {row.shape} weights. Set `axis` "
+            f"to the axes of its inputs, such as axis=0 for (in, heads, size) and "
             f"axis=(0, 1, 2) for the kernel of a convolution."
         )
 
@@ -291,7 +291,7 @@ def _across(layer):
         yield (
             f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
             f"but scales are shared along axis {row.quantizer.axis}, so they cannot "
-            f"be taken out of the product. Use axis={first}."
+            f"be factored out of the sum. Use axis={first}."
         )
 
 
@@ -316,25 +316,29 @@ def _misfit(what, quantizer, layer, size):
     if measured is None or not quantizer.has_codes:
         return
     if not math.isfinite(measured.error):
-        yield f"{what}: there are NaNs or infinities. Find where they begin."
+        yield (
+            f"{what}: there are NaNs or infinities. Find the first step or "
+            f"layer that has them."
+        )
         return
-    if measured.error == 0 and round((1 - measured.dead) * quantizer.levels) == 1:
+    if measured.error == 0 and round((1 - measured.unused) * quantizer.levels) == 1:
         yield f"{what}: all values are the same, such as zero."
         return
     usual = math.sqrt(gaussian_error(quantizer))
-    if not measured.error <= _WORSE * usual:
+    if not measured.error <= _MAX_ERROR_RATIO * usual:
         yield (
             f"{what}: the error is {measured.error:.2f} of the norm, where normal "
             f"numbers have {usual:.2f}. A few large values may stretch the grid: use "
             f"groups, a rotation or more bits."
         )
-    if measured.clipped > _CLIPPED:
+    if measured.clipped > _MAX_CLIPPED:
         yield (
             f"{what}: {measured.clipped:.1%} of the values lie beyond the grid. Use a "
             f"wider scale, or calibrate again."
         )
-    if measured.dead > _DEAD and size >= _ENOUGH * quantizer.levels:
+    enough = _MIN_VALUES_PER_LEVEL * quantizer.levels
+    if measured.unused > _MAX_UNUSED and size >= enough:
         yield (
-            f"{what}: {measured.dead:.0%} of the levels are not used. The grid is "
+            f"{what}: {measured.unused:.0%} of the levels are not used. The grid is "
             f"wider than most values: use groups, or a clipped or searched scale."
         )

@@ -39,7 +39,7 @@ class Product(NamedTuple):
       features: the axes of the input that are summed over, ascending; for a convolution
         its channels.
       repeats: lengths of the scans around it, the outermost first.
-      beyond: the name of the operation around it that keeps its input from being
+      blocked_by: the name of the operation around it that keeps its input from being
         replaced, or None.
     """
 
@@ -48,11 +48,11 @@ class Product(NamedTuple):
     shape: tuple[int, ...]
     features: tuple[int, ...]
     repeats: tuple[int, ...] = ()
-    beyond: str | None = None
+    blocked_by: str | None = None
 
 
-# Takes the name, a product, its input and what was given for it; returns the input to
-# use instead, and an array or tree to record.
+# Takes the name, a product, its input and its grid or None; returns the input to use
+# instead, and an array or tree to record.
 Visit = Callable[[str, Product, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -72,9 +72,9 @@ def map_inputs(
     program: ClosedJaxpr,
     origins: Sequence[Origin],
     values: Sequence[Any],
-    wanted: Callable[[Product], str | None],
+    name_of: Callable[[Product], str | None],
     visit: Visit,
-    given: dict[str, Any],
+    grids: dict[str, Any],
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Runs `program` with other inputs in its products.
 
@@ -82,17 +82,17 @@ def map_inputs(
       program: the result of `jax.make_jaxpr`.
       origins: the origins of its inputs.
       values: its inputs.
-      wanted: gives the name of each product whose input is replaced, else None. Named
-        products inside a scan get one entry of `given`, and record one, for each
+      name_of: gives the name of each product whose input is replaced, else None. Named
+        products inside a scan get one entry of `grids`, and record one, for each
         repetition.
-      visit: called for each product that is wanted.
-      given: what `visit` is given, by name.
+      visit: called for each product with a name.
+      grids: passed to `visit`, by name.
 
     Returns:
       The outputs, and the records by name, an entry for each product.
     """
     *outputs, records = _run(
-        program, [*values, given], origins=origins, wanted=wanted, visit=visit
+        program, [*values, grids], origins=origins, name_of=name_of, visit=visit
     )
     return outputs, records
 
@@ -165,7 +165,7 @@ def _out_of_reach(eqn, origins):
         missing = len(origins) - len(jaxpr.invars)
         known = origins[missing:] if missing >= 0 else [DATA] * len(jaxpr.invars)
         _follow(jaxpr, known, found)
-    return [p._replace(beyond=p.beyond or eqn.primitive.name) for p in found]
+    return [p._replace(blocked_by=p.blocked_by or eqn.primitive.name) for p in found]
 
 
 def _join(origins) -> Origin:
@@ -206,33 +206,33 @@ _FEATURES = {
 # --- running with other inputs --------------------------------------------------------
 
 
-def _run(program: ClosedJaxpr, values, *, origins, wanted, visit) -> list[Any]:
+def _run(program: ClosedJaxpr, values, *, origins, name_of, visit) -> list[Any]:
     """Runs a program as `map_inputs` does.
 
-    What is given comes after the values, and the records come after the outputs, so
+    The grids come after the values, and the records come after the outputs, so
     that a scan reads and writes an entry of both in each repetition.
     """
-    *values, given = values
+    *values, grids = values
     records: dict[str, list[Any]] = {}
 
     def rule(eqn, known):
         origins, values = [origin for origin, _ in known], [value for _, value in known]
         products: list[Product] = []
         outputs_origins = _follow_equation(eqn, origins, products)
-        names = {n for p in products if not p.beyond and (n := wanted(p))}
+        names = {n for p in products if not p.blocked_by and (n := name_of(p))}
         found: dict[str, list[Any]] = {}
         if not names:
             outputs = unchanged(eqn, values)
         elif eqn.primitive.name in _FEATURES:
             (product,), (name,) = products, names
             side = origins.index(DATA)  # the other factor is a parameter
-            x, record = visit(name, product, values[side], given.get(name))
+            x, record = visit(name, product, values[side], grids.get(name))
             values[side] = x.astype(values[side].dtype)
             outputs, found = unchanged(eqn, values), {name: [record]}
         else:
             inside = _settled(eqn, origins) if eqn.primitive.name == "scan" else origins
-            run = functools.partial(_run, origins=inside, wanted=wanted, visit=visit)
-            parts = {name: given[name] for name in names if name in given}
+            run = functools.partial(_run, origins=inside, name_of=name_of, visit=visit)
+            parts = {name: grids[name] for name in names if name in grids}
             *outputs, found = enter(eqn, [*values, parts], run)
         for name, entries in found.items():
             records.setdefault(name, []).extend(entries)
