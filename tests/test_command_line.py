@@ -148,7 +148,7 @@ def test_check_sees_one_code(folder, capsys):
     save(model._replace(params=params), folder / "other")
     flags = [folder / "other", "--same-as", folder / "codes", "--json"]
     found = json.loads(printed(capsys, "check", *flags, code=3).out)
-    assert found["differences"] == ["layers/up/kernel: 1 of 16384 codes"]
+    assert found["differences"] == ["layers/up/kernel: 1 of 16384 codes differ"]
 
 
 def test_check_refuses_what_is_not_finite(folder, capsys):
@@ -229,7 +229,7 @@ ERRORS = [
     ),
     (
         ["export", "{codes}", "{strange}", "--overwrite"],
-        "`OUT` must be an export to be replaced; got {strange}: thesis.tex.",
+        "`OUT` must hold only an export to be overwritten; got {strange}: thesis.tex.",
     ),
     (
         ["export", "{codes}", "{strange}", "--overwrite", "--format", "gguf"],
@@ -395,7 +395,7 @@ def test_the_targets_of_a_preset_are_as_the_help_says(tmp_path, capsys, preset):
         error = printed(capsys, "export", codes, out, *flags, code=1 - holds).err
         assert error.startswith("warning: the model has no tokenizer; programs that")
         is_rounded = "fp4" in preset and name == "compressed-tensors"
-        assert ("warning: FP4 is decoded as bfloat16" in error) is is_rounded
+        assert ("warning: Readers decode FP4 as bfloat16" in error) is is_rounded
         if not holds:
             continue
         found = differences(*(by_path(cage.load(each).params) for each in (out, codes)))
@@ -408,5 +408,6 @@ def lost_in_bfloat16(params):
     for path, leaf in sorted(leaves_by_path(params).items()):
         if not path.endswith("kernel"):
             rounded = leaf.astype(jax.numpy.bfloat16).astype(np.float32)
-            lost.append(f"{path}: {np.sum(rounded != leaf)} of {leaf.size} values")
+            count = np.sum(rounded != leaf)
+            lost.append(f"{path}: {count} of {leaf.size} values differ")
     return lost

@@ -381,9 +381,12 @@ def test_quantizers_that_the_format_lacks(tmp_path):
         [
             row(cage.quest(8, hadamard=None), "got midrise8 .*leave it unquantized"),
             row(cage.int4(hadamard=32), "hadamard 32.*rotation cannot be folded"),
-            row(cage.ternary(), "per tensor.*Use that axis: a scale per output"),
-            row(cage.int4(axis=-1), "axis -1.*Use that axis"),
-            row(cage.int4(axis=(-2, -1), group_size=(32, 32)), "Use that axis"),
+            row(cage.ternary(), "per tensor.*Quantize along the inputs, axis=-2"),
+            row(cage.int4(axis=-1), "axis -1.*Quantize along the inputs"),
+            row(
+                cage.int4(axis=(-2, -1), group_size=(32, 32)),
+                "Quantize along the inputs",
+            ),
             row(cage.q4_1(), "with an offset"),
             row(cage.nf4(), "got nf4"),
             row(cage.fp8("e5m2"), "got fp8 e5m2"),

@@ -92,7 +92,7 @@ def test_tensors_that_are_not_of_the_configuration(folder):
         ({f"{module}.weight": np.zeros((128, 64), np.float32)}, "of a scheme"),
         (
             {f"{module}.weight_g_idx": np.zeros(64, np.float32)},
-            "got .*weight_g_idx.* too",
+            "got 1 more, .*weight_g_idx",
         ),
         ({"model.norm.weight": np.zeros(64, np.int32)}, "`model.norm`"),
         ({"model.norm.weight": np.zeros(65, np.float32)}, "`model.norm`"),
@@ -127,14 +127,14 @@ def test_shards_made_to_do_harm(tmp_path):
     (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
     others = {key: file for key, file in places.items() if key != name}
     for changed, message in [
-        (dict.fromkeys(places, "../outside"), "must be named like a file beside it"),
-        (dict.fromkeys(places, str(tmp_path / "outside")), "must be named like a file"),
+        (dict.fromkeys(places, "../outside"), "must be a plain file name"),
+        (dict.fromkeys(places, str(tmp_path / "outside")), "must be a plain file name"),
         (places | {name: "config.json"}, "must be a safetensors file"),
         (places | {name: "missing"}, "must be a file in the folder"),
-        (places | {name: max(places.values())}, "must have the tensors"),
+        (places | {name: max(places.values())}, "must have exactly the tensors"),
         (places | {name: [shard]}, "must have a `weight_map`"),
         (places | {"another": shard}, "1 missing, .'another'"),
-        (others, "must have the tensors"),
+        (others, "must have exactly the tensors"),
         (list(places), "must have a `weight_map`"),
         (None, "must have a `weight_map`"),
     ]:
@@ -183,5 +183,5 @@ def test_a_head_that_is_the_embedding_again(tmp_path):
     assert_same(read(tmp_path / "model").params, tied)
     file.unlink()
     safetensors_files.write(file, stored | {"lm_head.weight": embedding + 1})
-    with pytest.raises(MalformedFileError, match=r"got \['lm_head.weight'\] too"):
+    with pytest.raises(MalformedFileError, match=r"1 more, .*lm_head"):
         read(tmp_path / "model")

@@ -210,7 +210,7 @@ def test_malformed():
         (scale(clip={"class": "AbsMax"}), "`clip` of AbsMax"),
         (changed(scale={"class": "SignedMax"}, format={"class": "Integer"}), "missing"),
         (nested(2), "`rule` must be a rule"),
-        (nested(400), "few levels|`rule` must be"),
+        (nested(400), "nested so deeply|`rule` must be"),
     ]:
         with pytest.raises(MalformedFileError, match=message) as caught:
             quantizer_of(description)

@@ -167,28 +167,28 @@ def test_where_two_models_differ(rng):
     for one, two, expected in [
         (codes, codes, []),
         (other, other, []),
-        (floats, other, ["a: 1 of 2048 values"]),
-        (floats, floats[:4], ["a: shapes (64, 32) and (4, 32)"]),
+        (floats, other, ["a: 1 of 2048 values differ"]),
+        (floats, floats[:4], ["a: the shapes differ: (64, 32) and (4, 32)"]),
         (codes, floats, ["a: codes in one, floats in the other"]),
         (
             codes,
             dataclasses.replace(codes, scale=scale),
-            ["a: 1 of 64 scale"],
+            ["a: 1 of 64 scales differ"],
         ),
         (
             codes,
             dataclasses.replace(codes, scale=codes.scale[:1]),
-            ["a: scale of (2, 32) and (1, 32)"],
+            ["a: scales differ in shape: (2, 32) and (1, 32)"],
         ),
         (
             codes,
             dataclasses.replace(codes, quantizer=rotated),
             ["a: rotated only in one of them"],
         ),
-        (codes, shifted, ["a: zero point only in one of them"]),
+        (codes, shifted, ["a: zero points only in one of them"]),
     ]:
         assert differences({"a": one}, {"a": two}) == expected
-        if "shapes" not in str(expected) and "scale of" not in str(expected):
+        if "shape" not in str(expected):
             assert differences({"a": two}, {"a": one}) == expected
     found = differences({"a": codes, "b": codes}, {"a": codes, "c": codes})
     assert found == ["b: only in one of them", "c: only in one of them"]
@@ -347,13 +347,13 @@ def test_what_no_export_wrote_is_not_replaced(codes, tmp_path):
             (out / name).mkdir()
         else:
             (out / name).write_text("of years")
-        with pytest.raises(FileExistsError, match=f"to be replaced; got .*{name}"):
+        with pytest.raises(FileExistsError, match=f"to be overwritten; got .*{name}"):
             write(codes, CONFIG, out, overwrite=True)
         assert (out / name).exists()
         shutil.rmtree(out)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FileExistsError, match="with a link"):
+    with pytest.raises(FileExistsError, match="link: a link"):
         write(codes, CONFIG, tmp_path / "link", overwrite=True)
     (tmp_path / "elsewhere" / "x").write_text("")
     with pytest.raises(FileExistsError, match="`path` must not be a folder"):

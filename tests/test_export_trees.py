@@ -92,7 +92,7 @@ def test_trees_without_arrays(file):
     for tree in ({}, None, [[]], [None]):
         trees.save(tree, file, overwrite=True)
         assert trees.load(file) == tree
-        with pytest.raises(ValueError, match="`codes` must have an array; got none"):
+        with pytest.raises(ValueError, match="`codes` must contain an array; got none"):
             save_orbax(tree, file.with_suffix(""))
 
 
@@ -376,7 +376,7 @@ def test_malformed(saved, file):
         ),
         ({"bias": entry(shape=[31])}, "it must be float32 of shape"),
         ({"bias": entry(dtype="int32")}, "it must be int32 of shape"),
-        ({"kernel/a": {"kind": "none"}}, "an array must not lie in another"),
+        ({"kernel/a": {"kind": "none"}}, "an array cannot contain another array"),
         ({"3": {"kind": "none", "keys": [3]}}, "a list must have an item for each"),
         ({str(2**60): {"kind": "none", "keys": [2**60]}}, "a list must have an item"),
         ({"a/" * 99: {"kind": "none"}}, "those of the path, at most 64"),
@@ -419,12 +419,12 @@ def test_a_damaged_folder(tmp_path):
     text = description.read_text()
     for changed, message in [
         (text.replace('"1"', '"2"'), "newer version"),
-        (text.replace("[64, 32]", "[32, 32]"), "must be a whole folder"),
-        (text.replace("[64, 32]", "[274877906944, 32]"), "must be a whole folder"),
-        (text.replace('"bits": 4', '"bits": 8'), "other arrays than its"),
-        (text.replace('"kernel"', '"query"'), "other arrays than its"),
-        (text[:-9], "must be a whole folder"),
-        ("[" * 100_000, "must be a whole folder"),
+        (text.replace("[64, 32]", "[32, 32]"), "must be a complete folder"),
+        (text.replace("[64, 32]", "[274877906944, 32]"), "must be a complete folder"),
+        (text.replace('"bits": 4', '"bits": 8'), "arrays that do not match its"),
+        (text.replace('"kernel"', '"query"'), "arrays that do not match its"),
+        (text[:-9], "must be a complete folder"),
+        ("[" * 100_000, "must be a complete folder"),
         ("[]", "must be written by cage_jax"),
         ("{}", "must be written by cage_jax"),
     ]:
@@ -434,5 +434,5 @@ def test_a_damaged_folder(tmp_path):
             trees.load(path)
     description.write_text(text)
     assert_same(trees.load(path), codes)
-    with pytest.raises(MalformedFileError, match="must be a whole folder"):
+    with pytest.raises(MalformedFileError, match="must be a complete folder"):
         trees.load(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cage_jax.cli.terminal import Terminal
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.weight_report import Report, Row
-from cage_jax.export.files import is_free, strangers
+from cage_jax.export.files import is_free, unexpected_files
 from cage_jax.export.loading import load
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
@@ -102,13 +102,13 @@ def check_out(options: argparse.Namespace, *, is_folder: bool) -> None:
             f"name."
         )
     if is_folder:
-        strange = strangers(out)
+        unexpected = unexpected_files(out)
     else:
-        strange = "a folder" if out.is_dir() else ""
-    if strange:
+        unexpected = "a folder" if out.is_dir() else ""
+    if unexpected:
         raise FileExistsError(
-            f"`OUT` must be an export to be replaced; got {options.out}: {strange}. "
-            f"Remove it yourself, or use another name."
+            f"`OUT` must hold only an export to be overwritten; got {options.out}: "
+            f"{unexpected}. Remove it yourself, or use another name."
         )
 
 

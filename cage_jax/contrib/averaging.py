@@ -64,7 +64,7 @@ def averaging(
     """
     remedy = "Use 0.999, or 1.0 for the plain mean."
     check_number("decay", decay, remedy, least=0, most=1)
-    remedy = "Use the step from which on to average."
+    remedy = "Use the step at which averaging starts."
     check_int("start", start, remedy, least=0, or_array=True)
 
     def init(params):
@@ -120,8 +120,8 @@ def averaged(state: Any) -> Any:
     found = nodes_of_type(state, AveragingState)
     if len(found) != 1:
         raise ValueError(
-            f"`state` must have one average; got {len(found)}. Use that of "
-            f"optax.chain(optimizer, averaging())."
+            f"`state` must have one average; got {len(found)}. Pass the state "
+            f"of optax.chain(optimizer, averaging())."
         )
     return found[0].average
 

@@ -43,7 +43,7 @@ def trained_rows(
     Args:
       rules: which parameters are quantized, and how.
       share: fraction of the rows to train, in [0, 1]; the paper uses up to 0.25.
-      every: number of steps between rankings, such as some thousands.
+      every: number of steps between rankings, such as a few thousand.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -65,7 +65,7 @@ def trained_rows(
     Source: EfQAT, arXiv 2411.11038.
     """
     check_number("share", share, "Use 0.25 for a quarter.", least=0, most=1)
-    check_int("every", every, "Use some thousands.", least=1, or_array=True)
+    check_int("every", every, "Use a few thousand.", least=1, or_array=True)
 
     def rank(quantized):
         """Returns a mask of the rows with the largest mean absolute weights."""

@@ -67,17 +67,17 @@ def ewgs(
 
     def apply(path, quantizer, x):
         check_has_codes(quantizer, "ewgs")
-        own = delta
+        leaf_delta = delta
         if isinstance(delta, Mapping):
             if path not in delta:
                 raise ValueError(
                     f"`delta` must have an entry for each quantized parameter; got the "
                     f"paths {list(delta)}. Use ewgs_delta, or one number for all."
                 )
-            own = delta[path]
+            leaf_delta = delta[path]
         found = grid_at(path, params, grid)
         wide = compute_dtype(x.dtype)
-        scaled = _scaled(quantizer, x, found, jnp.asarray(own).astype(wide))
+        scaled = _scaled(quantizer, x, found, jnp.asarray(leaf_delta).astype(wide))
         return fake_quant(scaled, quantizer, grid=found)
 
     return rules.map(apply, params)

@@ -154,9 +154,9 @@ def freezing(
     Args:
       rules: which parameters are quantized, and how; without rotation.
       threshold: a number, or a schedule of the step count such as the paper's, from
-        0.1 to 0.01: `optax.cosine_decay_schedule(0.1, total_steps, alpha=0.1)`. A
-        single oscillation counts `momentum`, so a threshold below that freezes at the
-        first one.
+        0.1 to 0.01: `optax.cosine_decay_schedule(0.1, total_steps, alpha=0.1)`. One
+        oscillation raises the average by `momentum`, so with a lower threshold the
+        first one freezes the weight.
       momentum: rate of both running averages.
 
     Returns:
@@ -198,8 +198,8 @@ def freezing(
                 check_has_codes(quantizer, "freezing")
                 if quantizer.hadamard is not None:
                     raise ValueError(
-                        f"`rules` must give each weight a code of its own for "
-                        f"`freezing`, without a rotation; got {quantizer}. Use "
+                        f"`rules` must not rotate weights for `freezing`, which "
+                        f"needs one code per weight; got {quantizer}. Use "
                         f"hadamard=None."
                     )
                 values[path], _ = values_of(path, quantizer, x, params)

@@ -58,7 +58,7 @@ def binary_relax(
     Source: BinaryRelax, arXiv 1801.06313; its schedule as in torchao.
     """
     check_rules(rules)
-    remedy = "Let it go from 0 to 1."
+    remedy = "Raise it from 0 to 1 during training."
     check_number("relaxation", relaxation, remedy, least=0, most=1, or_array=True)
 
     def relax(path, quantizer, x):
@@ -112,7 +112,7 @@ def parq(
     Source: PARQ, arXiv 2503.15748.
     """
     check_rules(rules)
-    remedy, name = "Let it go from 1 to 0.", "inverse_slope"
+    remedy, name = "Lower it from 1 to 0 during training.", "inverse_slope"
     check_number(name, inverse_slope, remedy, least=0, most=1, or_array=True)
 
     def ramp(path, quantizer, x):
@@ -162,7 +162,7 @@ def parq_schedule(
     Source: PARQ, arXiv 2503.15748; the default is that of torchao.
     """
     check_int("start", start, "Use the step at which to begin.", least=0)
-    check_int("total_steps", total_steps, "End after the start.", least=start + 1)
+    check_int("total_steps", total_steps, "Use a step after `start`.", least=start + 1)
     check_number("steepness", steepness, "The authors' code uses 10.", above=0)
 
     def sigmoid(share):

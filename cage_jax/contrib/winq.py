@@ -115,9 +115,9 @@ def interpolation(
 
     Source: WinQ, arXiv 2605.17471; PV-Tuning, arXiv 2405.14852.
     """
-    remedy = "The paper has 0.4 as the best."
+    remedy = "The paper found 0.4 best."
     check_number("share", share, remedy, least=0, most=1, or_array=True)
-    remedy = "Use the number of steps in between."
+    remedy = "Use the number of steps between interpolations."
     check_int("every", every, remedy, least=1, or_array=True)
 
     def step(before, after, params):
@@ -126,8 +126,8 @@ def interpolation(
 
         def pull(path, quantizer, x, update):
             grid = needed_grid(path, quantizer, params)
-            own = jnp.asarray(share, compute_dtype(x.dtype))
-            return _pull_if(due, x, update, own, quantizer, grid)
+            wide = jnp.asarray(share, compute_dtype(x.dtype))
+            return _pull_if(due, x, update, wide, quantizer, grid)
 
         return pull
 

@@ -28,10 +28,10 @@ def two_point_gradient(
     The gradient is `(L(x + radius u) - L(x - radius u)) / (2 radius) * u` with normal
     `u`. It replaces `jax.value_and_grad(loss)(params)` and takes two forward passes and
     no backward pass. It needs no straight-through rule: a wide enough `radius` crosses
-    the steps of `fake_quant` in the loss. All parameters of real floats take part, also
-    learned grids beside them (`with_grids`), whose smallest scale must exceed the
-    radius; all others get zeros. Points have the dtype of the parameters, `u` is
-    float32 or wider.
+    the steps of `fake_quant` in the loss. All floating-point parameters are perturbed,
+    including learned grids from `with_grids`; the radius must be smaller than their
+    smallest scale. Other parameters get zeros. Points have the dtype of the parameters,
+    `u` is float32 or wider.
 
     Args:
       loss: a function of the parameters, with `fake_quant(params, rules)` inside.
@@ -63,10 +63,10 @@ def two_point_gradient(
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     directions = [
-        jax.random.normal(own, x.shape, compute_dtype(x.dtype))
+        jax.random.normal(leaf_key, x.shape, compute_dtype(x.dtype))
         if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
         else None
-        for x, own in zip(leaves, keys)
+        for x, leaf_key in zip(leaves, keys)
     ]
 
     def at(distance):
@@ -164,8 +164,8 @@ def fogzo(
 
         return loss(rules.map(move, params))
 
-    for own in jax.random.split(key, samples):
-        vectors = _draw_near(guides, norm, beta, own)
+    for sample_key in jax.random.split(key, samples):
+        vectors = _draw_near(guides, norm, beta, sample_key)
         slope = (loss_at(1, vectors) - loss_at(-1, vectors)) / 2
         for path, v in vectors.items():
             total[path] += slope.astype(v.dtype) * v / samples

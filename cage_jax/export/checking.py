@@ -42,7 +42,7 @@ def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[st
     for path in [path for path in one if path in other]:
         ours, theirs = one[path], other[path]
         if ours.shape != theirs.shape:
-            found.append(f"{path}: shapes {ours.shape} and {theirs.shape}")
+            found.append(f"{path}: the shapes differ: {ours.shape} and {theirs.shape}")
         elif isinstance(ours, QuantizedArray) and isinstance(theirs, QuantizedArray):
             found += _different_codes(path, ours, theirs)
         elif isinstance(ours, QuantizedArray) or isinstance(theirs, QuantizedArray):
@@ -57,12 +57,13 @@ def _different_codes(path, ours, theirs):
     found = []
     for name in ("codes", "scale", "zero_point", "offset", "tensor_divisor"):
         parts = [_stored(codes, name) for codes in (ours, theirs)]
-        what = name.replace("_", " ")
+        what = name.replace("_", " ").removesuffix("s") + "s"
         missing = sum(part is None for part in parts)
         if missing:
             found += [f"{path}: {what} only in one of them"] if missing == 1 else []
         elif parts[0].shape != parts[1].shape:
-            found.append(f"{path}: {what} of {parts[0].shape} and {parts[1].shape}")
+            shapes = f"{parts[0].shape} and {parts[1].shape}"
+            found.append(f"{path}: {what} differ in shape: {shapes}")
         else:
             found += _different_values(path, what, *parts)
     if ours.quantizer.hadamard != theirs.quantizer.hadamard:
@@ -81,4 +82,4 @@ def _stored(codes, name):
 def _different_values(path, what, ours, theirs):
     ours, theirs = (np.asarray(part, np.float32) for part in (ours, theirs))
     count = int(np.sum(~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))))
-    return [f"{path}: {count} of {ours.size} {what}"] if count else []
+    return [f"{path}: {count} of {ours.size} {what} differ"] if count else []

@@ -201,7 +201,7 @@ def read(path: Path) -> Model:
     if more:
         raise malformed(
             "the files must have only the tensors of a Llama",
-            f"{more[:3]} too, {len(more)} in all",
+            f"{len(more)} more, such as {more[:3]}",
             "Other models are not read yet.",
         )
     return Model(tree_of(found, config), config, tokenizer_files.read_folder(folder))
@@ -221,7 +221,8 @@ TARGET = Target(
         *("int8", "int4", "int3", "int2", "ternary"),
     ),
     lacks=lambda codes: (
-        "FP4 is decoded as bfloat16, to which all that is not codes is rounded."
+        "Readers decode FP4 as bfloat16, so all unquantized parameters are rounded to "
+        "bfloat16."
         if _has_fp4(codes)
         else ""
     ),

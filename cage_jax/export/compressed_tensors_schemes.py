@@ -144,7 +144,10 @@ def scheme_of(tensor: Tensor, dtype: str) -> Scheme | None:
     if quantizer.hadamard is not None:
         remedy = why_not_folded(tensor.path)
     elif quantizer.blocks(array.shape).axes != (0,):
-        remedy = "Use that axis: a scale per output, or per group of inputs."
+        remedy = (
+            "Quantize along the inputs, axis=-2, with a scale per output or per group "
+            "of inputs."
+        )
     else:
         remedy = "Choose one of those, or leave it unquantized."
         scheme = _scheme_of_codes(array)

@@ -109,7 +109,7 @@ def quantizer_of(description: Any) -> Quantizer:
     try:
         return _built(description, Quantizer)
     except RecursionError as error:
-        rule = "the description of a quantizer must have few levels"
+        rule = "the description of a quantizer must not be nested so deeply"
         raise malformed(rule, error, _REMEDY) from error
 
 

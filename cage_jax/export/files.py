@@ -74,10 +74,10 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
     """
     path = as_path(path)
     _check_free(path, overwrite)
-    if strange := strangers(path):
+    if unexpected := unexpected_files(path):
         raise FileExistsError(
-            f"`path` must be an export to be replaced; got {path}, with {strange}. "
-            f"Remove it yourself, or use another path."
+            f"`path` must hold only an export to be overwritten; got {path}: "
+            f"{unexpected}. Remove it yourself, or use another path."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     name = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
@@ -145,7 +145,9 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
         or any(sign in name for sign in "/\\\0:")
         or not name.isprintable()
     ):
-        raise malformed("a shard must be named like a file beside it", repr(name))
+        raise malformed(
+            "a shard's name must be a plain file name in the same folder", repr(name)
+        )
     path = pathlib.Path(folder) / name
     if len(name) > _MOST_LETTERS or not path.is_file():
         raise malformed(f"{name[:_MOST_LETTERS]} must be a file in the folder", "none")
@@ -166,8 +168,8 @@ def as_path(path: Any) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def strangers(path: pathlib.Path) -> str:
-    """Names what no export can have written at a path; "" if there is nothing."""
+def unexpected_files(path: pathlib.Path) -> str:
+    """Lists what is at a path that no export writes; "" if nothing."""
     if path.is_symlink():
         return "a link"
     if not path.exists():

@@ -126,7 +126,10 @@ def _located(table, cursor, alignment, content):
         if shape[-1] % block or not all(shape):
             cursor.refuse(f"have rows of whole blocks of {block} for {name!r}", shape)
         if offset != expected:
-            cursor.refuse(f"have {name!r} right after the one before", offset)
+            rule = (
+                f"have {name!r} at offset {expected}, right after the tensor before it"
+            )
+            cursor.refuse(rule, offset)
         start = begin + offset
         stop = start + math.prod(shape) // block * block_bytes
         if stop > len(content):

@@ -175,7 +175,7 @@ def _by_id(ids, count):
         if not isinstance(number, int) or not 0 <= number < count:
             raise ValueError(
                 f"`tokenizer` must have tokens below the {count} of `config`; got "
-                f"{number!r} for {text!r}. Give the tokenizer of this model."
+                f"{number!r} for {text!r}. Pass the tokenizer of this model."
             )
         if tokens[number] is not None:
             _unsupported("one token per number", f"{tokens[number]!r}, {text!r}")
@@ -290,13 +290,13 @@ def files_of(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         if key in metadata:
             settings[name] = tokens[token_id(metadata, key, len(tokens))]
             if settings[name] not in ids:
-                _malformed(f"a token in use as {key}", metadata[key])
+                _malformed(f"a used token as {key}", metadata[key])
     adds = {}
     for name, default in (("bos_token", split.adds_bos), ("eos_token", False)):
         adds[name] = _of_type(metadata, f"add_{name}", bool, default)
         settings[f"add_{name}"] = adds[name]
         if adds[name] and name not in settings:
-            _malformed(f"{name}_id where it is added", "none")
+            _malformed(f"{name}_id, because add_{name} is true", "none")
     if "tokenizer.chat_template" in metadata:
         template = metadata["tokenizer.chat_template"]
         if not isinstance(template, str):

@@ -61,13 +61,13 @@ def load(path: Path) -> Model:
         names = sorted(file.name for file in place.iterdir())[:4]
         raise ValueError(
             f"`path` must be the folder of a model, with a config.json; got {place}, "
-            f"which has {names}. Give the folder that holds config.json, or the GGUF "
+            f"which has {names}. Pass the folder that holds config.json, or the GGUF "
             f"itself."
         )
     raise malformed(
         "`path` must be a model",
         f"{place.name}, which is not a well-formed file of {suffixes()}",
-        "Give one of those, or the folder of the model.",
+        "Pass one of those, or the folder of the model.",
     )
 
 

@@ -46,7 +46,9 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
 
     entries, leaves = entries_of(codes)
     if not leaves:
-        raise ValueError("`codes` must have an array; got none. Give what you trained.")
+        raise ValueError(
+            "`codes` must contain an array; got none. Pass the trained parameters."
+        )
     arrays = {}
     for name, leaf in leaves.items():
         if 0 in leaf.shape:
@@ -108,7 +110,7 @@ def load(path: pathlib.Path, shardings: Any = None) -> Any:
             # allocate any shape.
             stored = checkpointer.metadata(path).item_metadata["arrays"].tree
             if _shapes_and_dtypes(stored) != _shapes_and_dtypes(arrays):
-                raise ValueError("other arrays than its description says")
+                raise ValueError("arrays that do not match its description")
         found = restored(arrays=ocp.args.StandardRestore(arrays))["arrays"]
     return tree.build(
         {
@@ -130,7 +132,7 @@ def _as_malformed(path):
         yield
     except Exception as error:  # Orbax raises exceptions of all kinds
         text = (str(error) or repr(error)).strip().splitlines()[0]
-        rule = f"{path.name} must be a whole folder of save_orbax"
+        rule = f"{path.name} must be a complete folder written by save_orbax"
         raise malformed(rule, text) from error
 
 

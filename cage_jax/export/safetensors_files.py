@@ -170,14 +170,15 @@ def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
         isinstance(shard, str) for shard in places.values()
     ):
         raise malformed(
-            f"{name} must have a `weight_map` from tensors to files", "another"
+            f"{name} must have a `weight_map` from tensors to files", "something else"
         )
     arrays: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         found, _ = read(inside(folder, shard))
         arrays |= {name: array for name, array in found.items() if name in places}
         if any(places.get(name) != shard for name in found):
-            raise malformed(f"{shard} must have the tensors of {name}", "others")
+            rule = f"{shard} must have exactly the tensors that {name} lists for it"
+            raise malformed(rule, "other tensors")
     if len(arrays) != len(places):
         missing = [tensor for tensor in places if tensor not in arrays]
         raise malformed(

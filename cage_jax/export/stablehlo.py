@@ -201,8 +201,8 @@ def read_codes(path: Path) -> Any:
         raise malformed(rule, short(said), "Get the file again, or upgrade cage_jax.")
     if description.get("weights") is None:
         raise ValueError(
-            f"the codes must be in a file beside the program to be read; got {folder}, "
-            f"with codes as constants. Export it with weights='arguments'."
+            f"the folder must hold the codes in {WEIGHTS}; got {folder}, whose codes "
+            f"are constants in the program. Export it with weights='arguments'."
         )
     words, _ = read(inside(folder, WEIGHTS))
     tree = Tree(description.get("parameters"))

@@ -19,7 +19,7 @@ NAMES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-_REMEDY = "Give the folder that save_pretrained of the tokenizer wrote."
+_REMEDY = "Pass the folder that save_pretrained of the tokenizer wrote."
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -104,5 +104,5 @@ def _check_vocabulary(content, config):
     if number >= config.vocabulary:
         raise ValueError(
             f"`tokenizer` must have tokens below the {config.vocabulary} of `config`; "
-            f"got {number} for {text!r}. Give the tokenizer of this model."
+            f"got {number} for {text!r}. Pass the tokenizer of this model."
         )

@@ -168,7 +168,9 @@ class Tree:
             for key in inner:
                 node = node.setdefault(key, _Node())
                 if not isinstance(node, _Node):
-                    raise _malformed(path, "an array must not lie in another", keys)
+                    raise _malformed(
+                        path, "an array cannot contain another array", keys
+                    )
             if last in node:
                 raise _malformed(path, "there must be one array for a path", keys)
             node[last] = leaf

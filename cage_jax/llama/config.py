@@ -68,7 +68,7 @@ class LlamaConfig:
             if self.width % self.heads:
                 raise ValueError(
                     f"`heads` must divide the width; got heads={self.heads}, width="
-                    f"{self.width}. Give the `head_size` too, or other heads."
+                    f"{self.width}. Pass the `head_size` too, or other heads."
                 )
             object.__setattr__(self, "head_size", self.width // self.heads)
         check_int("head_size", self.head_size, _REMEDY, least=1, most=_MOST)

@@ -27,7 +27,7 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
     rotations stay, and the file's writer rejects them. The model computes the same up
     to the rounding of floats; codes and scales do not change.
     """
-    found = dict(arrays)
+    result = dict(arrays)
     for path, codes in arrays.items():
         before = path.removesuffix(OUTPUT) + VALUE
         if not (path.endswith(OUTPUT) and isinstance(codes, QuantizedArray)):
@@ -45,10 +45,10 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
             continue
         along_outputs = dataclasses.replace(quantizer, axis=-1, group_size=None)
         rotated = along_outputs.basis(value.shape).rotate(value)
-        found[before] = rotated.astype(value.dtype)
+        result[before] = rotated.astype(value.dtype)
         plain = dataclasses.replace(quantizer, hadamard=None, hadamard_seed=None)
-        found[path] = dataclasses.replace(codes, quantizer=plain)
-    return found
+        result[path] = dataclasses.replace(codes, quantizer=plain)
+    return result
 
 
 def why_not_folded(path: str) -> str:

@@ -49,7 +49,7 @@ def windows(tokens: Any, context: int) -> np.ndarray:
     if context < 2:
         raise ValueError(
             f"`tokens` and `context` must have at least 2 tokens, since the first is "
-            f"not predicted; got {len(tokens)} tokens and context={context}. Give a "
+            f"not predicted; got {len(tokens)} tokens and context={context}. Pass a "
             f"longer text."
         )
     count = len(tokens) // context
@@ -148,7 +148,7 @@ def greedy(
     before = len(tokens)
     if before < 1:
         raise ValueError(
-            f"`tokens` must have at least one token to continue; got {before}. Give "
+            f"`tokens` must have at least one token to continue; got {before}. Pass "
             f"the beginning of the text, or the config's `bos`."
         )
     text = jnp.zeros((1, before + count), jnp.int32)

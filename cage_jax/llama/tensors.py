@@ -144,7 +144,7 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
         if given[path].shape != shape:
             raise ValueError(
                 f"`{path}`: `codes` must have the shapes that `config` says; got "
-                f"{given[path].shape} for {shape}. Give the config of this model."
+                f"{given[path].shape} for {shape}. Pass the config of this model."
             )
     for place, layer, _ in places(config):
         if layer is not None and place.path in given:
@@ -180,7 +180,7 @@ def by_path(tree: Any) -> dict[str, Array]:
             place = f"`{path}`: " if path else ""
             raise TypeError(
                 f"{place}`codes` must be floats and QuantizedArrays; got "
-                f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Give what "
+                f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Pass what "
                 f"quantize(params, rules) returns."
             )
     return dict(zip(paths, leaves))
@@ -278,10 +278,9 @@ def _check_paths(given, expected):
     missing = [path for path in expected if path not in given]
     more = [path for path in given if path not in expected]
     if missing or more:
-        text = f"missing {missing[:3]}" if missing else f"{more[:3]} too many"
-        count = len(missing or more)
+        what, paths = ("missing", missing) if missing else ("unexpected", more)
         raise ValueError(
-            f"the parameters must be those of the config; got {count} "
-            f"{text}{' and others' if count > 3 else ''}. Give the config of this "
-            f"model: its layers, and whether its embedding is tied to the head."
+            f"the parameters must be those of the config; got {len(paths)} {what}, "
+            f"such as {paths[:3]}. Pass the config of this model: its layers, and "
+            f"whether its embedding is tied to the head."
         )

@@ -134,22 +134,22 @@ def diagonal(
             weights = {p: jnp.minimum(h, largest * unit) for p, h in weights.items()}
         # Before the first estimate nothing is known, so errors are not weighted.
         known = state.estimates > 0
-        found, quantizers = {}, step.quantizers
+        weighted, quantizers = {}, step.quantizers
         for path, error in errors.items():
             h = weights[path] / unit
             h = jnp.where(known & jnp.isfinite(h), h, 1.0).astype(error.dtype)
-            found[path] = apply_weights(h, error, quantizers[path])
-        return found
+            weighted[path] = apply_weights(h, error, quantizers[path])
+        return weighted
 
     return Curvature(init, update, weigh)
 
 
-def diagonal_of(kept: Any) -> jax.Array:
+def diagonal_of(estimate: Any) -> jax.Array:
     """Returns a diagonal, computed from its factors if only these are kept."""
-    if not isinstance(kept, Factors):
-        return kept
+    if not isinstance(estimate, Factors):
+        return estimate
     # Otherwise two negative means would have a positive product.
-    rows, columns = (jnp.maximum(means, 0) for means in kept)
+    rows, columns = (jnp.maximum(means, 0) for means in estimate)
     total = jnp.mean(columns, -1)[..., None, None]
     product = rows[..., :, None] * columns[..., None, :]
     return product / jnp.where(total == 0, 1, total)

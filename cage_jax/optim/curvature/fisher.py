@@ -37,7 +37,9 @@ def fisher(examples: int = 1, *, sampled: bool = False, **options: Any) -> Curva
         del key
         gradients, quantizers = step.gradients, step.quantizers
         if sampled:
-            tree = step.extra("sampled_gradients", "at labels drawn by the model")
+            tree = step.extra(
+                "sampled_gradients", "gradients at labels drawn by the model"
+            )
             gradients = step.by_path(tree)
         return {
             path: examples * jnp.square(quantizers[path].basis(g.shape).rotate(g))

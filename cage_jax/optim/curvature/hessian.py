@@ -93,8 +93,8 @@ def probed_diagonal(
     def estimate(step, key):
         signs, bases, quantizers = {}, {}, step.quantizers
         for i, (path, g) in enumerate(step.gradients.items()):
-            own = jax.random.fold_in(key, i)
-            signs[path] = jax.random.rademacher(own, g.shape, jnp.float32)
+            leaf_key = jax.random.fold_in(key, i)
+            signs[path] = jax.random.rademacher(leaf_key, g.shape, jnp.float32)
             bases[path] = quantizers[path].basis(g.shape)
         vectors = {path: bases[path].unrotate(z) for path, z in signs.items()}
         products = product(step, vectors)
@@ -148,4 +148,4 @@ def _check_loss(loss, params):
         raise TypeError(f"{rule}; it raised: {error}. {remedy}") from error
     if getattr(value, "shape", None) != ():
         got = getattr(value, "shape", type(value).__name__)
-        raise TypeError(f"{rule}; got {got} from it. {remedy}")
+        raise TypeError(f"{rule}; it returned {got}. {remedy}")

@@ -93,7 +93,7 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
 
     def weigh(errors, state, step):
         del step
-        found = {}
+        weighted = {}
         for path, e in errors.items():
             left, right = state.left[path], state.right[path]
             norm = jnp.trace(left, axis1=-2, axis2=-1)[..., None, None]
@@ -102,7 +102,7 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
             )
             weight = examples / jnp.where(norm == 0, 1, norm)
             weight = weight / total_weight(decay, state.estimates)
-            found[path] = (both * weight).astype(e.dtype)
-        return found
+            weighted[path] = (both * weight).astype(e.dtype)
+        return weighted
 
     return Curvature(init, update, weigh)

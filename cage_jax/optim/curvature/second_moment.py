@@ -26,9 +26,9 @@ def second_moment(b2: float = 0.999, *, relative: bool = False) -> Curvature:
         states = nodes_of_type(step.inner_state, optax.ScaleByAdamState)
         if len(states) != 1:
             raise ValueError(
-                f"`curvature` second_moment() must follow one optimizer with Adam's "
-                f"second moment; got {len(states)}. Use it in cage_adamw(...), or in "
-                f"decoupled(optax.adamw(lr), ...)."
+                f"`curvature` second_moment() needs exactly one Adam state in the "
+                f"inner optimizer; got {len(states)}. Use it in cage_adamw(...), or "
+                f"in decoupled(optax.adamw(lr), ...)."
             )
         (adam,) = states
         weights = {
@@ -36,10 +36,11 @@ def second_moment(b2: float = 0.999, *, relative: bool = False) -> Curvature:
             for path, v in step.by_path(adam.nu).items()
         }
         unit = mean_of_all(weights) if relative else 1
-        found = {}
+        weighted = {}
         for path, error in errors.items():
             h = weights[path] / unit
-            found[path] = jnp.where(jnp.isfinite(h), h, 1).astype(error.dtype) * error
-        return found
+            h = jnp.where(jnp.isfinite(h), h, 1).astype(error.dtype)
+            weighted[path] = h * error
+        return weighted
 
     return stateless_source(weigh)

@@ -58,13 +58,13 @@ class Step(NamedTuple):
         Raises:
           ValueError: if it was not given.
         """
-        found = self.extra_args.get(name)
-        if found is None:
+        value = self.extra_args.get(name)
+        if value is None:
             raise ValueError(
-                f"`{name}` must be given to `update` for this curvature; got None. Use "
-                f"tx.update(updates, state, params, {name}=...), {what}."
+                f"this curvature needs `{name}`, {what}; got None. Use "
+                f"tx.update(updates, state, params, {name}=...)."
             )
-        return found
+        return value
 
 
 class Curvature(NamedTuple):
