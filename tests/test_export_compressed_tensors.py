@@ -207,16 +207,16 @@ def test_codes_lie_in_the_file_as_they_must(name, tmp_path):
     assert content["dtype"] == content["torch_dtype"] == dtype
     groups = content["quantization_config"]["config_groups"].values()
     unquantized = []
-    for place, layer, array in tensors(codes, CONFIG):
-        module = place.huggingface.format(layer).removesuffix(".weight")
-        if place.path not in cases:
-            expected = np.asarray(array.T if place.is_kernel else array).astype(dtype)
+    for names, layer, array in tensors(codes, CONFIG):
+        module = names.huggingface.format(layer).removesuffix(".weight")
+        if names.path not in cases:
+            expected = np.asarray(array.T if names.is_kernel else array).astype(dtype)
             np.testing.assert_array_equal(
                 stored[f"{module}.weight"], expected, strict=True
             )
-            unquantized += [module] * place.is_kernel
+            unquantized += [module] * names.is_kernel
             continue
-        _, scheme, _ = cases[place.path]
+        _, scheme, _ = cases[names.path]
         check_tensors(module, stored, array, scheme)
         (group,) = (group for group in groups if module in group["targets"])
         said = group["weights"]
@@ -234,13 +234,13 @@ def test_codes_lie_in_the_file_as_they_must(name, tmp_path):
     assert again.config == CONFIG
     assert again.tokenizer == TOKENIZER
     found = leaves_by_path(again.params)
-    for place, array in leaves_by_path(codes).items():
+    for name, array in leaves_by_path(codes).items():
         if isinstance(array, QuantizedArray):
-            _, _, is_preset = cases[place]
-            check_codes(found[place], array, is_preset)
+            _, _, is_preset = cases[name]
+            check_codes(found[name], array, is_preset)
         else:
             rounded = np.asarray(array).astype(dtype).astype(np.float32)
-            np.testing.assert_array_equal(found[place], rounded, strict=True)
+            np.testing.assert_array_equal(found[name], rounded, strict=True)
     params = on_host(again.params)
     compressed_tensors(params, CONFIG, tmp_path / "again", dtype=dtype)
     one, other = (tmp_path / n / "model.safetensors" for n in ("model", "again"))

@@ -18,7 +18,7 @@ from small_llama import (
 import cage_jax as cage
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
-from cage_jax.llama.tensors import PLACES, tensors, tree_of
+from cage_jax.llama.tensors import PARAMETERS, tensors, tree_of
 
 PARAMS = on_host(params_of())
 
@@ -34,7 +34,7 @@ def codes_of(quantizers):
 def found_in(codes, config=CONFIG):
     """Gives the tensors of a tree by path and layer."""
     return {
-        (place.path, layer): array for place, layer, array in tensors(codes, config)
+        (names.path, layer): array for names, layer, array in tensors(codes, config)
     }
 
 
@@ -84,7 +84,7 @@ def test_config_refused():
 
 
 def test_every_parameter_has_a_place():
-    assert set(CONFIG.shapes()) == set(PLACES)
+    assert set(CONFIG.shapes()) == set(PARAMETERS)
 
 
 def test_a_tree_there_and_back():
@@ -121,11 +121,11 @@ def test_layers_apart_are_as_layers_stacked():
     codes = codes_of({"query": cage.int4(group_size=32), "up": cage.int4(axis=None)})
     apart = {name: part for name, part in codes.items() if name != "layers"}
     apart["layers"] = {}
-    for place, layer, array in tensors(codes, CONFIG):
+    for names, layer, array in tensors(codes, CONFIG):
         if layer is not None:
-            _, *names, last = place.path.split("/")
+            _, *inner, last = names.path.split("/")
             node = apart["layers"].setdefault(str(layer), {})
-            for name in names:
+            for name in inner:
                 node = node.setdefault(name, {})
             node[last] = array
     both = zip(tensors(codes, CONFIG), tensors(apart, CONFIG))

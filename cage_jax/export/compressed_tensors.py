@@ -41,7 +41,7 @@ from cage_jax.export.safetensors_files import read_shards, write_shards
 from cage_jax.export.target import Target
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
-from cage_jax.llama.tensors import by_path, places, tensors, tree_of
+from cage_jax.llama.tensors import by_path, expected_tensors, tensors, tree_of
 from cage_jax.quantizers.formats import Float
 
 
@@ -123,9 +123,9 @@ def compressed_tensors(
 
     def named_arrays() -> Iterator[tuple[str, np.ndarray]]:
         for tensor in tensors(codes, config):
-            module = _module(tensor.place, tensor.layer)
+            module = _module(tensor.names, tensor.layer)
             scheme = scheme_of(tensor, dtype)
-            if tensor.place.is_kernel:
+            if tensor.names.is_kernel:
                 schemes[module] = scheme
             for suffix, array in stored_arrays(tensor, scheme, dtype).items():
                 yield f"{module}.{suffix}", array
@@ -151,8 +151,8 @@ def _has_fp4(codes):
     )
 
 
-def _module(place, layer):
-    return place.huggingface.format(layer).removesuffix(".weight")
+def _module(names, layer):
+    return names.huggingface.format(layer).removesuffix(".weight")
 
 
 def read(path: Path) -> Model:
@@ -185,16 +185,16 @@ def read(path: Path) -> Model:
     if both and np.array_equal(arrays[head], arrays[embedding]):
         del arrays[head]
     found = {}
-    for place, layer, shape in places(config):
-        module = _module(place, layer)
+    for names, layer, shape in expected_tensors(config):
+        module = _module(names, layer)
         stored = {
             suffix: arrays.pop(f"{module}.{suffix}")
             for suffix in SUFFIXES
             if f"{module}.{suffix}" in arrays
         }
-        found[place.path, layer] = (
+        found[names.path, layer] = (
             kernel_of(module, stored, shape, schemes)
-            if place.is_kernel
+            if names.is_kernel
             else floats_of(module, stored, shape)
         )
     more = [name for name in arrays if not name.endswith("rotary_emb.inv_freq")]

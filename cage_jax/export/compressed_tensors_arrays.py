@@ -48,7 +48,7 @@ def stored_arrays(
                 f"`{tensor.path}`: `dtype` must hold the values; got {dtype!r}, for "
                 f"{jnp.abs(array).max():g}. Use 'float32'."
             )
-        return {"weight": values.T if tensor.place.is_kernel else values}
+        return {"weight": values.T if tensor.names.is_kernel else values}
     assert scheme is not None
     codes, scale = array.codes.T, np.asarray(array.scale).T
     if scheme == FP8:

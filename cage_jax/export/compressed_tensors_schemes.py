@@ -135,7 +135,7 @@ def scheme_of(tensor: Tensor, dtype: str) -> Scheme | None:
     if not isinstance(array, QuantizedArray):
         return None
     quantizer = array.quantizer
-    if not tensor.place.is_kernel:
+    if not tensor.names.is_kernel:
         raise ValueError(
             f"`{tensor.path}`: only matrices can be codes in compressed-tensors; got "
             f"{quantizer}. Leave it unquantized."

@@ -10,13 +10,13 @@ import numpy as np
 from cage_jax.arrays.checks import check_choice
 from cage_jax.export import tokenizer_files
 from cage_jax.export.files import Path, as_path, malformed, new_file
-from cage_jax.export.gguf_blocks import array_of, form_of, rows_of
+from cage_jax.export.gguf_blocks import array_of, layout_of, rows_of
 from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
 from cage_jax.export.target import Target
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
-from cage_jax.llama.tensors import PLACES, places, tensors, tree_of
+from cage_jax.llama.tensors import PARAMETERS, expected_tensors, tensors, tree_of
 
 FloatDtype = Literal["float32", "float16"]
 
@@ -106,13 +106,13 @@ def gguf(
     path = as_path(path)
     check_choice("float_dtype", float_dtype, get_args(FloatDtype))
     # Two walks over the tensors, so that only one of them is in memory at a time.
-    forms = [
-        form_of(array, place.path_in(layer), _axis(place), float_dtype)
-        for place, layer, array in tensors(codes, config)
+    layouts = [
+        layout_of(array, names.path_in(layer), _axis(names), float_dtype)
+        for names, layer, array in tensors(codes, config)
     ]
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.resolve(tokenizer, config), config)
-    metadata["general.file_type"] = _file_type(forms)
+    metadata["general.file_type"] = _file_type(layouts)
     with new_file(path, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")
         try:
@@ -122,21 +122,21 @@ def gguf(
                     kind = ggml.GGUFValueType.UINT32
                 writer.add_key_value(key, value, kind)
             writer.add_quantization_version(ggml.GGML_QUANT_VERSION)
-            for (place, layer, _), form in zip(places(config), forms):
-                count = form.shape[0] if len(form.shape) > 1 else 1
+            for (names, layer, _), layout in zip(expected_tensors(config), layouts):
+                count = layout.shape[0] if len(layout.shape) > 1 else 1
                 writer.add_tensor_info(
-                    place.gguf.format(layer),
-                    form.shape,
+                    names.gguf.format(layer),
+                    layout.shape,
                     np.dtype(np.float32),  # ignored, because the raw dtype is given
-                    count * form.row_bytes,
-                    ggml.GGMLQuantizationType[form.kind],
+                    count * layout.row_bytes,
+                    ggml.GGMLQuantizationType[layout.kind],
                 )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for (place, layer, array), form in zip(tensors(codes, config), forms):
-                rows = rows_of(array, place.path_in(layer), form, _axis(place))
-                order = _row_order(place, config, back=False)
+            for (names, layer, array), layout in zip(tensors(codes, config), layouts):
+                rows = rows_of(array, names.path_in(layer), layout, _axis(names))
+                order = _row_order(names, config, back=False)
                 writer.write_tensor_data(rows if order is None else rows[order])
         finally:
             writer.close()
@@ -178,8 +178,8 @@ def read(path: Path) -> Model:
     config = _config(metadata, found)
     _check_count(found, config)
     arrays = {
-        (place.path, layer): _array(found, place, layer, shape, config)
-        for place, layer, shape in places(config)
+        (names.path, layer): _array(found, names, layer, shape, config)
+        for names, layer, shape in expected_tensors(config)
     }
     return Model(tree_of(arrays, config), config, files_of(metadata))
 
@@ -203,13 +203,13 @@ def _metadata(config, name):
     }
 
 
-def _file_type(forms):
+def _file_type(layouts):
     """Returns the type of most numbers; llama.cpp shows it, no reader depends on it."""
     import gguf as ggml
 
     counts: dict[str, int] = {}
-    for form in forms:
-        counts[form.kind] = counts.get(form.kind, 0) + math.prod(form.shape)
+    for layout in layouts:
+        counts[layout.kind] = counts.get(layout.kind, 0) + math.prod(layout.shape)
     kind = max(counts, key=counts.__getitem__)
     prefix = "ALL" if kind == "F32" else "MOSTLY"
     return int(ggml.LlamaFileType[f"{prefix}_{kind}"])
@@ -218,20 +218,20 @@ def _file_type(forms):
 # --- both -----------------------------------------------------------------------------
 
 
-def _axis(place):
+def _axis(names):
     """Returns our axis that is the last one in the file."""
-    return -2 if place.is_kernel else -1
+    return -2 if names.is_kernel else -1
 
 
-def _row_order(place, config, *, back):
+def _row_order(names, config, *, back):
     """Returns the new order of rows of queries and keys, or None for other parameters.
 
     llama.cpp rotates neighbouring features, like the original Llama weights; we rotate
     the two halves of a head.
     """
     heads = {"query": config.heads, "key": config.kv_heads}
-    name = place.path.split("/")[1]
-    if not (place.is_kernel and name in heads):
+    name = names.path.split("/")[1]
+    if not (names.is_kernel and name in heads):
         return None
     parts = (-1, 2) if back else (2, -1)
     rows = np.arange(heads[name] * config.head_size)
@@ -270,7 +270,7 @@ def _config(metadata, found):
             head_size=metadata.get("llama.attention.key_length"),
             rope_theta=real("llama.rope.freq_base", 10_000.0),
             norm_epsilon=real("llama.attention.layer_norm_rms_epsilon"),
-            tied=PLACES["head/kernel"].gguf not in found,
+            tied=PARAMETERS["head/kernel"].gguf not in found,
             bos=bos,
             eos=eos,
         )
@@ -291,31 +291,33 @@ def _config(metadata, found):
 
 
 def _check_count(found, config):
-    count = sum(1 for _ in places(config))
+    count = sum(1 for _ in expected_tensors(config))
     if len(found) == count:
         return
-    names = {place.gguf.partition(".{}.")[2] or place.gguf for place in PLACES.values()}
-    others = [name for name in found if not name.endswith(tuple(names))]
+    endings = tuple(
+        names.gguf.partition(".{}.")[2] or names.gguf for names in PARAMETERS.values()
+    )
+    others = [name for name in found if not name.endswith(endings)]
     _refuse(
         f"have {count} tensors for a Llama of {config.layers} layers",
         f"{len(found)}, {f'with {others[:3]}' if others else 'of known names'}",
     )
 
 
-def _array(found, place, layer, shape, config):
+def _array(found, names, layer, shape, config):
     """Reads a tensor, with the rows in our order."""
-    name = place.gguf.format(layer)
-    shape = shape[::-1] if place.is_kernel else shape
+    name = names.gguf.format(layer)
+    shape = shape[::-1] if names.is_kernel else shape
     if name not in found:
         _refuse(f"have {name}", "none")
     stored = found[name]
     if stored.shape != shape:
         _refuse(f"have the shape {shape} for {name}", stored.shape)
-    order = _row_order(place, config, back=True)
+    order = _row_order(names, config, back=True)
     if order is not None:
         rows = stored.data.reshape(len(order), -1)[order]
         stored = stored._replace(data=rows.ravel())
-    return array_of(stored, _axis(place))
+    return array_of(stored, _axis(names))
 
 
 def _refuse(rule, got) -> NoReturn:

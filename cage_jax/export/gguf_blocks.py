@@ -24,7 +24,7 @@ _FLOATS = {
 _NAMES = {"float32": "F32", "float16": "F16"}
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """Layout of an array in a file.
 
     Attributes:
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     row_bytes: int
 
 
-def form_of(array: Array, path: str, axis: int, float_dtype: str) -> Form:
+def layout_of(array: Array, path: str, axis: int, float_dtype: str) -> Layout:
     """Finds the layout in which to write codes or floats.
 
     Args:
@@ -53,7 +53,7 @@ def form_of(array: Array, path: str, axis: int, float_dtype: str) -> Form:
     shape = array.shape[::-1] if axis == -2 else array.shape
     if not isinstance(array, QuantizedArray):
         kind = "F32" if len(shape) == 1 else _NAMES[float_dtype]
-        return Form(kind, shape, shape[-1] * _FLOATS[kind].itemsize)
+        return Layout(kind, shape, shape[-1] * _FLOATS[kind].itemsize)
     kind = _kind(array, axis)
     if kind is None:
         if len(shape) == 1:
@@ -70,7 +70,7 @@ def form_of(array: Array, path: str, axis: int, float_dtype: str) -> Form:
             f"it unquantized."
         )
     block_bytes = _PRESETS[kind]().storage_bits((_BLOCK, 1)) // 8
-    return Form(kind, shape, shape[-1] // _BLOCK * block_bytes)
+    return Layout(kind, shape, shape[-1] // _BLOCK * block_bytes)
 
 
 def _kind(array, axis):
@@ -93,10 +93,10 @@ def _kind(array, axis):
     return "Q4_0" if format.bits <= 4 else "Q8_0"
 
 
-def rows_of(array: Array, path: str, form: Form, axis: int) -> np.ndarray:
+def rows_of(array: Array, path: str, layout: Layout, axis: int) -> np.ndarray:
     """Returns the bytes of an array in a file, uint8 of shape (rows, bytes of a row).
 
-    The arguments are those of `form_of`, and its result.
+    Takes the arguments of `layout_of`, and its result as `layout`.
 
     Raises:
       ValueError: if floats are too large for float16.
@@ -108,7 +108,7 @@ def rows_of(array: Array, path: str, form: Form, axis: int) -> np.ndarray:
     if not isinstance(array, QuantizedArray):
         values = np.atleast_2d(turned(np.asarray(array)))
         with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(values, _FLOATS[form.kind])
+            stored = np.ascontiguousarray(values, _FLOATS[layout.kind])
         if (np.isinf(stored) & np.isfinite(values)).any():
             raise ValueError(
                 f"`{path}`: floats must be within the range of {stored.dtype}; got "
@@ -116,7 +116,7 @@ def rows_of(array: Array, path: str, form: Form, axis: int) -> np.ndarray:
             )
         return stored.view(np.uint8)
     codes = turned(array.codes)
-    if form.kind == "Q8_0":
+    if layout.kind == "Q8_0":
         body = np.asarray(codes.astype(jnp.int8)).view(np.uint8)
     else:
         body = np.asarray(_packed(codes))
@@ -167,8 +167,8 @@ def _codes_of(stored, axis, turned):
     quantizer = _PRESETS[stored.kind](axis=axis)
     blocks = stored.data.reshape(rows, length // _BLOCK, -1)
 
-    def half(place):
-        part = np.ascontiguousarray(blocks[..., place : place + 2])
+    def half(begin):
+        part = np.ascontiguousarray(blocks[..., begin : begin + 2])
         return turned(part.view("<f2")[..., 0])
 
     if stored.kind == "Q8_0":

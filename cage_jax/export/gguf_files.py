@@ -110,10 +110,10 @@ def _located(table, cursor, alignment, content):
     """Locates the tensors of the table, which follow it one after another."""
     from gguf import GGML_QUANT_SIZES
 
-    def padded(place):
-        return -(-place // alignment) * alignment
+    def padded(position):
+        return -(-position // alignment) * alignment
 
-    begin, expected = padded(cursor.place), 0
+    begin, expected = padded(cursor.position), 0
     tensors: dict[str, Stored] = {}
     for name, number, shape, offset in table:
         if name in tensors:
@@ -147,13 +147,13 @@ class _Cursor:
     def __init__(self, content, name):
         self.view = memoryview(content)
         self.name = name
-        self.place = 0
+        self.position = 0
 
     def take(self, size):
-        stop = self.place + size
+        stop = self.position + size
         if stop > len(self.view):
             self._end(stop)
-        part, self.place = self.view[self.place : stop], stop
+        part, self.position = self.view[self.position : stop], stop
         return part
 
     def number(self, code):
@@ -162,8 +162,8 @@ class _Cursor:
     def count(self, size):
         """Reads a count of items of `size` bytes; raises if the file is too short."""
         count = self.number("Q")
-        if count * size > len(self.view) - self.place:
-            self._end(self.place + count * size)
+        if count * size > len(self.view) - self.position:
+            self._end(self.position + count * size)
         return count
 
     def entries(self):
@@ -180,18 +180,18 @@ class _Cursor:
 
     def texts(self, count):
         """Reads `count` texts like `text`, in a loop that is fast for millions."""
-        view, place, end = self.view, self.place, len(self.view)
+        view, position, end = self.view, self.position, len(self.view)
         length_at = struct.Struct("<Q").unpack_from
         found = []
         for _ in range(count):
-            start = place + 8
+            start = position + 8
             if start > end:
                 self._end(start)
-            place = start + length_at(view, place)[0]
-            if place > end:
-                self._end(place)
-            found.append(str(view[start:place], "utf-8"))
-        self.place = place
+            position = start + length_at(view, position)[0]
+            if position > end:
+                self._end(position)
+            found.append(str(view[start:position], "utf-8"))
+        self.position = position
         return found
 
     def value(self, kind):

@@ -51,22 +51,22 @@ def load(path: Path) -> Model:
       >>> params["kernel"].codes.dtype
       dtype(int4)
     """
-    place = find(path) or _from_hub(path)
+    location = find(path) or _from_hub(path)
     for target in targets().values():
-        if target.recognises(place):
+        if target.recognises(location):
             for package in target.packages:
-                check_installed(package, f"reading {place.name}")
-            return target.read(place)
-    if place.is_dir():
-        names = sorted(file.name for file in place.iterdir())[:4]
+                check_installed(package, f"reading {location.name}")
+            return target.read(location)
+    if location.is_dir():
+        names = sorted(file.name for file in location.iterdir())[:4]
         raise ValueError(
-            f"`path` must be the folder of a model, with a config.json; got {place}, "
-            f"which has {names}. Pass the folder that holds config.json, or the GGUF "
-            f"itself."
+            f"`path` must be the folder of a model, with a config.json; got "
+            f"{location}, which has {names}. Pass the folder that holds config.json, "
+            f"or the GGUF itself."
         )
     raise malformed(
         "`path` must be a model",
-        f"{place.name}, which is not a well-formed file of {suffixes()}",
+        f"{location.name}, which is not a well-formed file of {suffixes()}",
         "Pass one of those, or the folder of the model.",
     )
 
@@ -78,14 +78,14 @@ def find(path: Path) -> pathlib.Path | None:
       FileNotFoundError: if the path does not exist and cannot be a name on the hub.
       TypeError: if `path` is not a path.
     """
-    place = as_path(path)
-    if place.exists():
-        return place
+    location = as_path(path)
+    if location.exists():
+        return location
     if (
         not isinstance(path, str)
         or not _ON_THE_HUB.fullmatch(path)
-        or place.suffix in (*_SUFFIXES, *suffixes())
-        or place.parent.exists()
+        or location.suffix in (*_SUFFIXES, *suffixes())
+        or location.parent.exists()
     ):
         raise FileNotFoundError(
             f"`path` must be a file or a folder; got {str(path)!r}, which does not "

@@ -20,7 +20,7 @@ from cage_jax.llama.folding import Array, folded
 from cage_jax.llama.loaded import Model
 
 
-class Place(NamedTuple):
+class ParameterNames(NamedTuple):
     """The names of a parameter in our tree and in files.
 
     Attributes:
@@ -51,17 +51,19 @@ class Place(NamedTuple):
 
 
 def _of_layer(path, huggingface, gguf):
-    return Place(
+    return ParameterNames(
         f"layers/{path}",
         f"model.layers.{{}}.{huggingface}.weight",
         f"blk.{{}}.{gguf}.weight",
     )
 
 
-PLACES = {
-    place.path: place
-    for place in (
-        Place("embedding/embedding", "model.embed_tokens.weight", "token_embd.weight"),
+PARAMETERS = {
+    names.path: names
+    for names in (
+        ParameterNames(
+            "embedding/embedding", "model.embed_tokens.weight", "token_embd.weight"
+        ),
         _of_layer("attention_norm/scale", "input_layernorm", "attn_norm"),
         _of_layer("query/kernel", "self_attn.q_proj", "attn_q"),
         _of_layer("key/kernel", "self_attn.k_proj", "attn_k"),
@@ -71,8 +73,8 @@ PLACES = {
         _of_layer("gate/kernel", "mlp.gate_proj", "ffn_gate"),
         _of_layer("up/kernel", "mlp.up_proj", "ffn_up"),
         _of_layer("down/kernel", "mlp.down_proj", "ffn_down"),
-        Place("norm/scale", "model.norm.weight", "output_norm.weight"),
-        Place("head/kernel", "lm_head.weight", "output.weight"),
+        ParameterNames("norm/scale", "model.norm.weight", "output_norm.weight"),
+        ParameterNames("head/kernel", "lm_head.weight", "output.weight"),
     )
 }
 
@@ -81,37 +83,37 @@ class Tensor(NamedTuple):
     """One tensor of a file, in our layout (in, out).
 
     Attributes:
-      place: the parameter that the tensor is, or is one layer of.
+      names: the names of its parameter.
       layer: number of the layer, or None.
       array: floats, or codes with a quantizer for this array alone.
     """
 
-    place: Place
+    names: ParameterNames
     layer: int | None
     array: Array
 
     @property
     def path(self) -> str:
         """Path with the layer's number, such as "layers/3/query/kernel"."""
-        return self.place.path_in(self.layer)
+        return self.names.path_in(self.layer)
 
 
-def places(
+def expected_tensors(
     config: LlamaConfig,
-) -> Iterator[tuple[Place, int | None, tuple[int, ...]]]:
-    """Yields the place, layer and shape (in, out) of each tensor, layer by layer."""
+) -> Iterator[tuple[ParameterNames, int | None, tuple[int, ...]]]:
+    """Yields the names, layer and shape (in, out) of each tensor, layer by layer."""
     shapes = config.shapes()
     for path in shapes:
-        if not PLACES[path].in_layers:
-            yield PLACES[path], None, shapes[path]
+        if not PARAMETERS[path].in_layers:
+            yield PARAMETERS[path], None, shapes[path]
     for layer in range(config.layers):
         for path in shapes:
-            if PLACES[path].in_layers:
-                yield PLACES[path], layer, shapes[path][1:]
+            if PARAMETERS[path].in_layers:
+                yield PARAMETERS[path], layer, shapes[path][1:]
 
 
 def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
-    """Yields the parameters one by one, in the order of `places`.
+    """Yields the parameters one by one, in the order of `expected_tensors`.
 
     Rotations are folded into the preceding weights where possible, see
     `cage_jax.llama.folding`.
@@ -134,11 +136,11 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
         )
     given = folded(by_path(codes), config)
     expected = {}
-    for place, layer, shape in places(config):
-        if layer is not None and place.path in given:
-            expected[place.path] = (config.layers, *shape)
+    for names, layer, shape in expected_tensors(config):
+        if layer is not None and names.path in given:
+            expected[names.path] = (config.layers, *shape)
         else:
-            expected[place.path_in(layer)] = shape
+            expected[names.path_in(layer)] = shape
     _check_paths(given, expected)
     for path, shape in expected.items():
         if given[path].shape != shape:
@@ -146,13 +148,13 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
                 f"`{path}`: `codes` must have the shapes that `config` says; got "
                 f"{given[path].shape} for {shape}. Pass the config of this model."
             )
-    for place, layer, _ in places(config):
-        if layer is not None and place.path in given:
-            array = layer_of(given[place.path], layer)
+    for names, layer, _ in expected_tensors(config):
+        if layer is not None and names.path in given:
+            array = layer_of(given[names.path], layer)
         else:
-            array = given[place.path_in(layer)]
-        _check_finite(place.path_in(layer), array)
-        yield Tensor(place, layer, array)
+            array = given[names.path_in(layer)]
+        _check_finite(names.path_in(layer), array)
+        yield Tensor(names, layer, array)
 
 
 def _check_finite(path, array):
@@ -177,9 +179,9 @@ def by_path(tree: Any) -> dict[str, Array]:
         if not isinstance(leaf, QuantizedArray) and not (
             hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         ):
-            place = f"`{path}`: " if path else ""
+            prefix = f"`{path}`: " if path else ""
             raise TypeError(
-                f"{place}`codes` must be floats and QuantizedArrays; got "
+                f"{prefix}`codes` must be floats and QuantizedArrays; got "
                 f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Pass what "
                 f"quantize(params, rules) returns."
             )
@@ -220,7 +222,7 @@ def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) 
     """Builds the tree of parameters from the arrays of a file.
 
     Args:
-      found: the arrays, (in, out), by path in `PLACES` and layer.
+      found: the arrays, (in, out), by path in `PARAMETERS` and layer.
       config: the model's dimensions.
 
     Returns:
@@ -231,10 +233,10 @@ def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) 
       ValueError: if parameters are missing, unexpected or of another shape.
     """
     expected = {
-        place.path_in(layer): ((place.path, layer), shape)
-        for place, layer, shape in places(config)
+        names.path_in(layer): ((names.path, layer), shape)
+        for names, layer, shape in expected_tensors(config)
     }
-    _check_paths({PLACES[path].path_in(layer) for path, layer in found}, expected)
+    _check_paths({PARAMETERS[path].path_in(layer) for path, layer in found}, expected)
     for path, (key, shape) in expected.items():
         if found[key].shape != shape:
             raise ValueError(
@@ -244,7 +246,7 @@ def tree_of(found: Mapping[tuple[str, int | None], Array], config: LlamaConfig) 
     return nested(
         {
             path: stacked([found[path, layer] for layer in range(config.layers)])
-            if PLACES[path].in_layers
+            if PARAMETERS[path].in_layers
             else found[path, None]
             for path in config.shapes()
         }

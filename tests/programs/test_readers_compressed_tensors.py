@@ -131,9 +131,9 @@ def logits_of(model):
 
 
 def named(tree):
-    for place, layer, array in tensors(tree, CONFIG):
-        name = place.huggingface.format(layer).removesuffix(".weight")
-        yield name, array, place.is_kernel
+    for names, layer, array in tensors(tree, CONFIG):
+        name = names.huggingface.format(layer).removesuffix(".weight")
+        yield name, array, names.is_kernel
 
 
 # --- what others read -----------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_folder_of_floats_that_transformers_wrote(dtype, tied, size, tmp_path)
     assert found.config == config
     assert found.tokenizer == {}
     theirs = model.state_dict()
-    for place, layer, array in tensors(found.params, config):
+    for names, layer, array in tensors(found.params, config):
         assert array.dtype == jnp.float32
-        expected = theirs[place.huggingface.format(layer)].float().numpy()
-        np.testing.assert_array_equal(array.T if place.is_kernel else array, expected)
+        expected = theirs[names.huggingface.format(layer)].float().numpy()
+        np.testing.assert_array_equal(array.T if names.is_kernel else array, expected)

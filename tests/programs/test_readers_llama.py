@@ -37,9 +37,9 @@ def test_logits_are_those_of_transformers(params, tied):
         transformers.LlamaConfig(**config.to_huggingface())
     ).eval()
     named = {}
-    for place, layer, array in tensors(params, config):
-        array = np.array(array.T if place.is_kernel else array)
-        named[place.huggingface.format(layer)] = torch.from_numpy(array)
+    for names, layer, array in tensors(params, config):
+        array = np.array(array.T if names.is_kernel else array)
+        named[names.huggingface.format(layer)] = torch.from_numpy(array)
     missing, unexpected = oracle.load_state_dict(named, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
     oracle.tie_weights()
