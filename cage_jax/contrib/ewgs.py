@@ -95,10 +95,10 @@ def _scaled_forward(quantizer, x, grid, delta):
 
 def _scaled_backward(quantizer: Quantizer, saved, cotangent):
     x, grid, delta = saved
-    found, basis = rounding(x, quantizer, grid), quantizer.basis(x.shape)
+    rounded, basis = rounding(x, quantizer, grid), quantizer.basis(x.shape)
     low, high = quantizer.format.low, quantizer.format.high
-    position = clamp(found.position(), low, high)
-    distance = (position - found.code_values()) / (high - low)
+    position = clamp(rounded.position(), low, high)
+    distance = (position - rounded.code_values()) / (high - low)
     extra = basis.unrotate(delta * jnp.abs(basis.rotate(cotangent)) * distance)
     gradient = (cotangent.astype(extra.dtype) + extra).astype(cotangent.dtype)
     return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(delta)

@@ -109,8 +109,8 @@ def lotion(
 
 def _variance_slope(x, quantizer, grid):
     """Computes the derivative of the rounding variance for each rotated weight."""
-    found, format = rounding(x, quantizer, grid), quantizer.format
-    position = clamp(found.position(), format.low, format.high)
+    rounded, format = rounding(x, quantizer, grid), quantizer.format
+    position = clamp(rounded.position(), format.low, format.high)
     below, above = format.neighbours(position)
     slope = jnp.where(position == below, 0.0, below + above - 2 * position)
-    return slope * quantizer.blocks(x.shape).spread(found.grid.step)
+    return slope * quantizer.blocks(x.shape).spread(rounded.grid.step)

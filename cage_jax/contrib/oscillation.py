@@ -188,8 +188,8 @@ def freezing(
     def values_of(path, quantizer, x, params):
         x = x.astype(compute_dtype(x.dtype))
         grid = needed_grid(path, quantizer, params)
-        found = rounding(jax.lax.stop_gradient(x), quantizer, grid)
-        return found.code_values(), found.grid
+        rounded = rounding(jax.lax.stop_gradient(x), quantizer, grid)
+        return rounded.code_values(), rounded.grid
 
     def init(quantized, params):
         values = {}

@@ -125,8 +125,8 @@ def parq(
 
 
 def _ramped(x, quantizer, grid, inverse_slope):
-    found, format = rounding(x, quantizer, grid), quantizer.format
-    position = found.position()
+    rounded, format = rounding(x, quantizer, grid), quantizer.format
+    position = rounded.position()
     slope = jnp.asarray(inverse_slope, position.dtype)
     within = clamp(position, format.low, format.high)
     below, above = format.neighbours(within)
@@ -134,7 +134,7 @@ def _ramped(x, quantizer, grid, inverse_slope):
     steep = (within - center) / jnp.where(slope > 0, slope, 1.0)
     ramped = jnp.clip(center + steep, below, above)
     values = jnp.where(slope > 0, ramped, format.round(position))
-    return jnp.where(slope < 1, dequantized(values, quantizer, found.grid, x), x)
+    return jnp.where(slope < 1, dequantized(values, quantizer, rounded.grid, x), x)
 
 
 def parq_schedule(

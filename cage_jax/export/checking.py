@@ -13,21 +13,21 @@ def problems(path: str, leaf: Array) -> list[str]:
     """Lists the problems of a parameter, one sentence each."""
     if not isinstance(leaf, QuantizedArray):
         return _not_finite(path, "the values", leaf)
-    found = []
+    sentences = []
     for name in ("scale", "offset", "tensor_divisor"):
         part = getattr(leaf, name)
         if part is not None:
-            found += _not_finite(path, f"the {name.replace('_', ' ')}s", part)
+            sentences += _not_finite(path, f"the {name.replace('_', ' ')}s", part)
     format = leaf.quantizer.format
     values = np.asarray(format.decode(leaf.codes, jnp.float32))
     if values.size and not np.isfinite(values).all():
-        found.append(f"`{path}`: codes must be numbers; got NaN")
+        sentences.append(f"`{path}`: codes must be numbers; got NaN")
     elif values.size and not format.low <= values.min() <= values.max() <= format.high:
-        found.append(
+        sentences.append(
             f"`{path}`: codes must be from {format.low:g} to {format.high:g}; got "
             f"{values.min():g} to {values.max():g}"
         )
-    return found
+    return sentences
 
 
 def _not_finite(path, what, array):

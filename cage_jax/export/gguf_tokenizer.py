@@ -84,10 +84,10 @@ def metadata_of(tokenizer: Mapping[str, bytes], config: LlamaConfig) -> dict[str
     """
     if not tokenizer:
         # llama.cpp loads "no_vocab" without a vocabulary and takes tokens by number.
-        found: dict[str, Any] = {f"{_PREFIX}model": "no_vocab"}
+        metadata: dict[str, Any] = {f"{_PREFIX}model": "no_vocab"}
         if config.bos is not None:
-            found[_ID_KEYS["bos_token"]] = config.bos
-        return found | _ends(config.eos)
+            metadata[_ID_KEYS["bos_token"]] = config.bos
+        return metadata | _ends(config.eos)
     content = parsed(tokenizer, "tokenizer.json")
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -382,10 +382,10 @@ def _post_processor(settings, adds, ids):
 
 
 def _texts(metadata, name):
-    found = metadata.get(f"{_PREFIX}{name}")
-    if not isinstance(found, list):
-        _malformed(f"a list of texts as {_PREFIX}{name}", type(found).__name__)
-    return found
+    texts = metadata.get(f"{_PREFIX}{name}")
+    if not isinstance(texts, list):
+        _malformed(f"a list of texts as {_PREFIX}{name}", type(texts).__name__)
+    return texts
 
 
 def _of_type(metadata, name, kind, default):

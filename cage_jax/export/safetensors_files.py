@@ -51,19 +51,19 @@ def write(
     Raises:
       TypeError: if the format lacks the dtype of an array, such as int4.
     """
-    found = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    for name, array in found.items():
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    for name, array in contiguous.items():
         if array.dtype not in _NAMES:
             raise TypeError(
                 f"`{name}`: an array must have a dtype that safetensors has; got "
                 f"{array.dtype}. Pack its codes into bytes first."
             )
     # Sorted by width, so that each array begins at a multiple of its width.
-    order = sorted(found, key=lambda name: (-found[name].itemsize, name))
+    order = sorted(contiguous, key=lambda name: (-contiguous[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
-        array, begin = found[name], end
+        array, begin = contiguous[name], end
         end += array.nbytes
         header[name] = {
             "dtype": _NAMES[array.dtype],
@@ -75,7 +75,7 @@ def write(
     with pathlib.Path(path).open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for name in order:
-            file.write(found[name].tobytes())
+            file.write(contiguous[name].tobytes())
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -174,9 +174,9 @@ def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
         )
     arrays: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
-        found, _ = read(inside(folder, shard))
-        arrays |= {name: array for name, array in found.items() if name in places}
-        if any(places.get(name) != shard for name in found):
+        in_shard, _ = read(inside(folder, shard))
+        arrays |= {name: array for name, array in in_shard.items() if name in places}
+        if any(places.get(name) != shard for name in in_shard):
             rule = f"{shard} must have exactly the tensors that {name} lists for it"
             raise malformed(rule, "other tensors")
     if len(arrays) != len(places):

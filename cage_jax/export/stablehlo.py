@@ -151,8 +151,8 @@ def stablehlo(
 
     def of_constants(*arguments):
         # Keeps the compiler from folding these into the larger dequantized constants.
-        kept = lax.optimization_barrier(jax.tree.map(jnp.asarray, words))
-        return of_words(kept, *arguments)
+        constants = lax.optimization_barrier(jax.tree.map(jnp.asarray, words))
+        return of_words(constants, *arguments)
 
     specs = _specs(tuple(arguments), shapes)
     export = jax.export.export(
@@ -206,15 +206,15 @@ def read_codes(path: Path) -> Any:
         )
     words, _ = read(inside(folder, WEIGHTS))
     tree = Tree(description.get("parameters"))
-    found = {}
+    leaves = {}
     for path, like in tree.like.items():
         for name, (part, format) in _parts(path, like).items():
             dtype, shape = _stored_dtype(part.dtype), part.shape
             if format is not None:
                 dtype, shape = np.uint8, (-(-math.prod(shape) * format.bits // 8),)
             check_array(name, words.get(name), dtype, shape)
-        found[path] = jax.tree.map(jnp.asarray, _unpacked(words, path, like))
-    return tree.build(found)
+        leaves[path] = jax.tree.map(jnp.asarray, _unpacked(words, path, like))
+    return tree.build(leaves)
 
 
 def _specs(arguments, shapes):
@@ -228,9 +228,9 @@ def _specs(arguments, shapes):
             return specs
     except (AttributeError, TypeError, ValueError) as error:
         reason = str(error)
-    found = [leaf.shape for leaf in jax.tree.leaves(arguments)]
+    actual = [leaf.shape for leaf in jax.tree.leaves(arguments)]
     raise ValueError(
-        f"`shapes` must fit the shapes of `arguments`, {found}; got {shapes!r} "
+        f"`shapes` must fit the shapes of `arguments`, {actual}; got {shapes!r} "
         f"({reason}). Use 'b, ...' for a first axis of any length."
     )
 
@@ -285,16 +285,16 @@ def _stored_dtype(dtype):
 
 def _unpacked(words, path, like):
     """Restores a parameter from its stored arrays, in a program or outside of one."""
-    found = []
+    parts = []
     for name, (part, format) in _parts(path, like).items():
         stored = words[name]
         if format is not None:
             numbers = unpack_bits(stored, format.bits, math.prod(part.shape))
             stored = format.from_index(numbers).reshape(part.shape)
-        found.append(stored if stored.dtype == part.dtype else stored.view(part.dtype))
+        parts.append(stored if stored.dtype == part.dtype else stored.view(part.dtype))
     if not isinstance(like, QuantizedArray):
-        return found[0]
-    return dataclasses.replace(like, **dict(zip(parts_of(like), found)))
+        return parts[0]
+    return dataclasses.replace(like, **dict(zip(parts_of(like), parts)))
 
 
 TARGET = Target(

@@ -190,13 +190,13 @@ class _Node(dict):
 def _plain(node):
     if not isinstance(node, _Node):
         return node
-    found = {key: _plain(part) for key, part in node.items()}
-    if not any(isinstance(key, int) for key in found):
-        return found
-    if found.keys() != set(range(len(found))):
+    items = {key: _plain(part) for key, part in node.items()}
+    if not any(isinstance(key, int) for key in items):
+        return items
+    if items.keys() != set(range(len(items))):
         rule = "a list must have an item for each number from 0 on"
-        raise malformed(rule, short(sorted(found, key=str)))
-    return [found[place] for place in range(len(found))]
+        raise malformed(rule, short(sorted(items, key=str)))
+    return [items[number] for number in range(len(items))]
 
 
 def _placed(like, sharding):

@@ -118,9 +118,9 @@ def diagonal(
                 path: jax.tree.map(partial(average, decay), before, reduced(new[path]))
                 for path, before in state.diagonal.items()
             }
-            found = {path: diagonal_of(mean) for path, mean in means.items()}
-            within = clamp_diagonals(found, largest, relative)
-            changed = {path: found[path] != h for path, h in within.items()}
+            diagonals = {path: diagonal_of(mean) for path, mean in means.items()}
+            within = clamp_diagonals(diagonals, largest, relative)
+            changed = {path: diagonals[path] != h for path, h in within.items()}
             return state.estimates + 1, means, mean_of_all(changed)
 
         return advance(state, estimated, period, start)
