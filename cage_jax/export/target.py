@@ -38,7 +38,7 @@ class Target:
         raises ValueError for what the target cannot hold. None if only Python programs
         can write it.
       suffix: ending of a file, such as ".gguf"; "" for a folder.
-      files: names in a folder, as patterns such as "*.json"; a folder with other files
+      files: names in a folder, as patterns such as `*.json`; a folder with other files
         is never replaced.
       presets: the choices of `cage-jax quantize --weights` that it holds.
       packages: packages that reading needs, in the extra "export".
