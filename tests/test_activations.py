@@ -405,7 +405,7 @@ def test_inputs_that_cannot_be_quantized(params, x):
 
     stochastic = cage.Quantizer(Integer(8), axis=-1, rounding="stochastic")
     where = "`w/inputs`: `inputs` "
-    beyond = "`w`: the input of a product must not be inside of custom_vjp_call"
+    beyond = "`w`: a product whose input is quantized must not be inside custom_vjp"
     table = [
         (
             call("bias", PER_TOKEN),
@@ -418,7 +418,7 @@ def test_inputs_that_cannot_be_quantized(params, x):
         (call("w", cage.lsq(8)), where + "of this weight must be calib.*learned"),
         (call("w", stochastic), where + "must be rounded"),
         (call("w", PER_TOKEN, custom), beyond),
-        (call("w", PER_TOKEN, conditional), "inside of cond"),
+        (call("w", PER_TOKEN, conditional), "inside cond"),
         (lambda: quantize_input(x[0], (0,), int8(axis=0), None), r"of shape \(8,\)"),
     ]
     assert_raises([(call, ValueError, text) for call, text in table])

@@ -476,7 +476,7 @@ def test_what_is_no_parameter_is_updated_where_parameters_are_rounded(x):
 
 
 NOT_QUANTIZED = "`rules` quantize inputs, but `model` does not"
-OTHERWISE = "`rules` quantize other inputs"
+OTHERWISE = "`rules` do not quantize the same inputs"
 
 
 def test_a_model_whose_inputs_are_not_quantized_as_asked(x, rng):
@@ -697,7 +697,7 @@ def test_bad_arguments(rng):
         (
             lambda: cage_flax.conv_general_dilated(STATIC),
             ValueError,
-            "`inputs` must have a scale that is found in each input",
+            "`inputs` must have a scale that is computed from each input",
         ),
         (
             lambda: quantize_activations(lambda x: x, RULES),

@@ -138,13 +138,19 @@ def carried(w, x):
 def test_what_is_no_parameter_is_left_alone():
     x, qwix_rules = np.ones((3, 8), np.float32), [quantizing("int4")]
     for product, text in (
-        (lambda w, x: x @ w, "in jnp.matmul, .* Use jnp.einsum"),
-        (lambda w, x: jnp.dot(x, w), "in jnp.dot, but not if jax traced that before"),
-        (lambda w, x: contracted(w * 2, x), "from it by mul, so CAGE .* Use cage_jax"),
-        (lambda w, x: contracted(w[:, :4], x), "computed from it by slice"),
+        (lambda w, x: x @ w, "in jnp.matmul. .* Use jnp.einsum"),
+        (
+            lambda w, x: jnp.dot(x, w),
+            "in jnp.dot. If jax has cached a trace of jnp.dot",
+        ),
+        (
+            lambda w, x: contracted(w * 2, x),
+            "mul computes from it, so CAGE .* Use cage",
+        ),
+        (lambda w, x: contracted(w[:, :4], x), "an array that slice computes from it"),
         (
             both_ways,
-            "in several ways, .* axis 0 and .* axis 1, so CAGE leaves it alone. Give",
+            "in several ways, .* axis 0 and .* axis 1, so CAGE leaves it alone. Let",
         ),
     ):
         rules, texts = rules_and_warnings(Own(product), qwix_rules, x)
@@ -164,7 +170,7 @@ def test_sparse_weights_are_left_alone():
     x = np.ones((3, 8), np.float32)
     rules, texts = rules_and_warnings(Own(contracted), [rule], x)
     assert rules.match("w") is None
-    assert re.search("`w`: .* computed from it by .* CAGE leaves it alone", texts[0])
+    assert re.search("`w`: .* computes from it, so CAGE leaves it alone", texts[0])
 
 
 # --- what is said of qwix -------------------------------------------------------------

@@ -96,7 +96,7 @@ def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
             f"parameters, such as those of Linen, use cage_jax.fake_quant."
         )
     check_rules(rules)
-    if text := _why_inputs_are_not(model, rules):
+    if text := _why_inputs_unquantized(model, rules):
         warnings.warn(text, stacklevel=2)
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
@@ -190,12 +190,12 @@ def report(
     function, state = _of_parameters(function, state)
     params = {"params": state, "grids": grids} if grids else state
     found = report_of_function(function, rules, params, *args, **kwargs)
-    if text := _why_inputs_are_not(model, rules):
+    if text := _why_inputs_unquantized(model, rules):
         found = dataclasses.replace(found, findings=(*found.findings, text))
     return found
 
 
-def _why_inputs_are_not(model, rules):
+def _why_inputs_unquantized(model, rules):
     """Explains why a model does not quantize its inputs as `rules` say, or None."""
 
     def inputs(rules):
@@ -216,8 +216,8 @@ def _why_inputs_are_not(model, rules):
         )
     if all(inputs(each) != inputs(rules) for each in theirs):
         return (
-            "`rules` quantize other inputs than the rules that `model` was quantized "
-            "with, which it keeps. Quantize the original model with `rules`."
+            "`rules` do not quantize the same inputs as the rules that `model` was "
+            "quantized with; it keeps those. Quantize the original model with `rules`."
         )
     return None
 

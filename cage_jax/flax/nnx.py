@@ -126,8 +126,8 @@ def _call_with_state(graphdef, method, state, *args, **kwargs):
     if [path for path, _ in flat] != [path for path, _ in nnx.to_flat_state(state)]:
         raise ValueError(
             "`model` must keep its variables in a call; got one that adds or removes "
-            "some. Call the model as it was once before it is quantized, or its "
-            "init_cache."
+            "some. Call the unquantized model once, or its init_cache, before you "
+            "quantize it."
         )
     after = [variable.get_value() for _, variable in flat]
     # `nnx.remat` and the like give even the parameters that they only read new tracers.

@@ -23,8 +23,9 @@ class _QuantizedProduct:
             )
         if self.inputs.scale.needs_grid:
             raise ValueError(
-                f"`inputs` must have a scale that is found in each input; got "
-                f"{self.inputs}. Use calibrate(model, rules, ...) for others."
+                f"`inputs` must have a scale that is computed from each input; got "
+                f"{self.inputs}. Use calibrate(model, rules, ...) for calibrated or "
+                f"learned scales."
             )
 
 

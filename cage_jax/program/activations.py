@@ -162,7 +162,7 @@ def calibrate(
         seen = now
     if seen is None:
         raise ValueError(
-            "`batches` must have a batch to calibrate with; got none. Give a list of "
+            "`batches` must have a batch to calibrate with; got none. Pass a list of "
             "tuples of arguments."
         )
     if not seen:
@@ -268,9 +268,9 @@ def check_reached(rules: Rules, visited: Visited) -> None:
         name = input_path(rules, product)
         if name is not None and product.blocked_by is not None:
             raise ValueError(
-                f"`{name}`: the input of a product must not be inside of "
-                f"{product.blocked_by}, where it cannot be replaced; got one. Use "
-                f"`fake_quant` there, and leave the inputs out of the rule."
+                f"`{name}`: a product whose input is quantized must not be inside "
+                f"{product.blocked_by}, where its input cannot be replaced. Use "
+                f"`fake_quant` there, and remove the input quantizer from its rule."
             )
     reached = {input_path(rules, product) for product in visited.products}
     for rule in rules:
@@ -282,8 +282,8 @@ def check_reached(rules: Rules, visited: Visited) -> None:
         elif not reached.intersection(own):
             raise ValueError(
                 f"`{own[0]}`: a parameter whose inputs are quantized must multiply "
-                f"data; got one that does not, from the rule {rule.pattern!r}. Leave "
-                f"the quantizer of inputs out of that rule."
+                f"data; got one that does not, from the rule {rule.pattern!r}. Remove "
+                f"the input quantizer from that rule."
             )
 
 

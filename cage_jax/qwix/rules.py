@@ -68,10 +68,10 @@ def rules(
     """
     _check_arguments(model, qwix_rules, inputs, kwargs)
     provider = qwix.QtProvider(qwix_rules)
-    found, params = quantized_parameters(model, provider, method, inputs, kwargs)
+    uses, params = quantized_parameters(model, provider, method, inputs, kwargs)
     quantizers: dict[str, QwixQuantizer | None] = {}
-    for path in (path for path in params if path in found):
-        quantizers[path], problem = _quantizer(found[path], params[path])
+    for path in (path for path in params if path in uses):
+        quantizers[path], problem = _quantizer(uses[path], params[path])
         if problem is not None:
             warnings.warn(f"`{path}`: {problem}", stacklevel=2)
     if not quantizers:
@@ -81,7 +81,7 @@ def rules(
             f"Match their paths without the last part, set `weight_qtype`, and use the "
             f"layers of flax or jnp.einsum; qwix does not see `x @ w`."
         )
-    for text in _conflicts(found, quantizers, qwix_rules, params):
+    for text in _conflicts(uses, quantizers, qwix_rules, params):
         warnings.warn(text, stacklevel=2)
     return Rules([(re.escape(path), each) for path, each in quantizers.items()])
 
@@ -90,7 +90,7 @@ def _check_arguments(model, qwix_rules, inputs, kwargs):
     if not isinstance(model, (linen.Module, nnx.Module)):
         raise TypeError(
             f"`model` must be an NNX or a Linen module; got {type(model).__name__}. "
-            f"Give the module itself, not its variables."
+            f"Pass the module itself, not its variables."
         )
     if not isinstance(qwix_rules, (list, tuple)) or not all(
         isinstance(rule, qwix.QuantizationRule) for rule in qwix_rules
@@ -101,7 +101,7 @@ def _check_arguments(model, qwix_rules, inputs, kwargs):
         )
     if not inputs and not kwargs:
         raise ValueError(
-            "`inputs` must be those of the model; got none. Give what the model is "
+            "`inputs` must be those of the model; got none. Pass what the model is "
             "called with; shapes are enough."
         )
 
@@ -111,46 +111,48 @@ def _quantizer(uses, like):
     changed = next((use.changed for use in uses if use.steps is None), None)
     if changed is not None and changed.startswith("jnp."):
         return None, (
-            f"qwix quantizes it in {changed}, but not if jax traced that before, so "
-            f"CAGE leaves it alone. Use jnp.einsum, which qwix always sees."
+            f"qwix quantizes it in {changed}. If jax has cached a trace of {changed}, "
+            f"qwix does not see it, so CAGE leaves it alone. Use jnp.einsum, which "
+            f"qwix always sees."
         )
     if changed is not None:
         return None, (
-            f"qwix quantizes what is computed from it by {changed}, so CAGE leaves it "
-            f"alone. Use cage_jax.fake_quant instead of qwix."
+            f"qwix quantizes an array that {changed} computes from it, so CAGE leaves "
+            f"it alone. Use cage_jax.fake_quant instead of qwix."
         )
     if len(set(uses)) > 1:
         return None, (
             f"qwix quantizes it in several ways, "
             f"{' and '.join(sorted({str(use.how) for use in uses}))}, so CAGE leaves "
-            f"it alone. Give what shares it one rule of qwix's, and one orientation."
+            f"it alone. Let everything that shares it match one qwix rule, and use it "
+            f"in one orientation."
         )
     return QwixQuantizer(use=uses[0], dtype=np.dtype(like.dtype)), None
 
 
-def _conflicts(found, quantizers, qwix_rules, params):
+def _conflicts(uses, quantizers, qwix_rules, params):
     """Yields a warning for each way in which training with qwix conflicts with CAGE."""
     tiled = [
         path
-        for path, (use, *_) in found.items()
+        for path, (use, *_) in uses.items()
         if use.how.tiles or use.how.name in ("mxfp8", "mxfp4", "nvfp4")
     ]
     original = [
         path
-        for path in found
+        for path in uses
         if path not in tiled and _original_residuals(_rule_of(path, qwix_rules))
     ]
     if original:
         yield (
-            f"qwix's gradient of what comes before these weights uses the unquantized "
-            f"ones, so it is not that of the loss at the quantized weights: "
-            f"{_listed(original)}. Use additional_qt_config="
+            f"in the backward pass qwix multiplies by the unquantized values of these "
+            f"weights, so earlier layers do not get the gradient of the loss at the "
+            f"quantized weights: {_listed(original)}. Use additional_qt_config="
             f"{{'use_original_residuals': False}} in qwix's rule."
         )
     if tiled:
         yield (
-            f"qwix's gradient of what comes before these weights uses the unquantized "
-            f"ones, as always for tiles and MX types: {_listed(tiled)}. Use no "
+            f"in the backward pass qwix multiplies by the unquantized values of these "
+            f"weights, as always for tiles and MX types: {_listed(tiled)}. Use no "
             f"`tile_size`, or use cage_jax.fake_quant instead of qwix."
         )
     drifting = [
@@ -169,7 +171,7 @@ def _conflicts(found, quantizers, qwix_rules, params):
         path
         for path, like in params.items()
         if len(like.shape) > 1
-        and path not in found
+        and path not in uses
         and (rule := _rule_of(path, qwix_rules)) is not None
         and rule.weight_qtype is not None
     ]

@@ -114,13 +114,15 @@ def _marking() -> Iterator[None]:
 
     def calibrate(array, how):
         if threading.get_ident() == thread:
-            own = How(
+            how_of_array = How(
                 how.qtype,
                 how.calibration_method,
                 tuple(how.channelwise_axes),
                 tuple(how.tiled_axes.items()),
             )
-            array = _quantized_p.bind(array, how=own, batch=(), caller=_jitted_caller())
+            array = _quantized_p.bind(
+                array, how=how_of_array, batch=(), caller=_jitted_caller()
+            )
         return original(array, how)
 
     qarray.calibrate = calibrate
