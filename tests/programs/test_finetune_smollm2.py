@@ -69,7 +69,10 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     for row in found["targets"].values():
         assert abs(row["difference"]) < example.AGREEMENT + 2 * row["error"]
         assert row["error"] < 0.01
-        assert 1 < row["QAT"] < 400 and 1 < row["PTQ"] < 400
+        # The weights are random and the steps few, so that 4 bits cost some percent.
+        # The text is the source of the example, and its perplexity changes with it.
+        most = 1.1 * found["base"]
+        assert 1 < row["QAT"] < most and 1 < row["PTQ"] < most
     assert (folder / "out" / "q4_0.gguf").is_file()
     assert (folder / "out" / "ct_w4a16" / "model.safetensors").is_file()
     # A finished run is not touched, and with --resume it is not trained again.
