@@ -9,9 +9,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from cage_jax.core.choose_rotation import choose_rotation
 from cage_jax.core.grids import with_grids
-from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import (
     QuantizedArray,
     dequantize,
@@ -101,6 +99,8 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 
 if TYPE_CHECKING:
+    from cage_jax.core.choose_rotation import choose_rotation
+    from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.loading import load
     from cage_jax.program.activations import calibrate, quantize_activations
     from cage_jax.program.low_bit import low_bit
@@ -108,8 +108,10 @@ if TYPE_CHECKING:
 # Imported where they are first used, because they take time.
 _FUNCTIONS = {
     "calibrate": "program.activations",
+    "choose_rotation": "core.choose_rotation",
     "load": "export.loading",
     "low_bit": "program.low_bit",
+    "low_bit_dot": "core.low_bit_dot",
     "quantize_activations": "program.activations",
 }
 # The same for public modules, some of which need an extra and say which.
