@@ -1,4 +1,8 @@
-"""A Llama to train, export and evaluate: its dimensions, the model, its tensors."""
+"""A Llama to train, export and evaluate.
+
+`config` has its dimensions, `model` computes its logits, `tensors` knows its parameters
+by the names of files, and `perplexity` evaluates it.
+"""
 
 import importlib
 

@@ -1,1 +1,5 @@
-"""Quantization of one array: formats, scale types, scale rules, presets, rounding."""
+"""Quantization of one array.
+
+A `Quantizer` is a format, a scale rule, a scale type and the axes of its groups.
+`presets` makes the usual ones, `registry` lists them, and `rounding` applies one.
+"""
