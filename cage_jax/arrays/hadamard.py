@@ -32,7 +32,10 @@ def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
     Returns:
       An array like `x`.
     """
-    return across_shards(lambda x: _of_blocks(x, block, axis), x, {axis: block})
+    of_blocks = functools.partial(_of_blocks, block=block, axis=axis)
+    if jax.typeof(x).sharding.mesh.empty:
+        return of_blocks(x)
+    return across_shards(of_blocks, x, {axis: block})
 
 
 def _of_blocks(x, block, axis):

@@ -84,12 +84,17 @@ def needed_grid(
 def check_grid_given(quantizer: Quantizer, grid: Grid | None) -> None:
     """Raises if a learned or calibrated grid is not given."""
     if quantizer.scale.needs_grid and grid is None:
-        kind = "learned" if quantizer.scale.learned else "calibrated"
-        raise ValueError(
-            f"`grid` must be given for a {kind} scale; got None, quantizer "
-            f"{quantizer}. Use variables = with_grids(params, rules) in place of the "
-            f"parameters; for the inputs of a model, calibrate(model, rules, ...)."
-        )
+        raise missing_grid(quantizer)
+
+
+def missing_grid(quantizer: Quantizer) -> ValueError:
+    """Returns the error for a learned or calibrated grid that is not given."""
+    kind = "learned" if quantizer.scale.learned else "calibrated"
+    return ValueError(
+        f"`grid` must be given for a {kind} scale; got None, quantizer {quantizer}. "
+        f"Use variables = with_grids(params, rules) in place of the parameters; for "
+        f"the inputs of a model, calibrate(model, rules, ...)."
+    )
 
 
 def check_grid(grid: Grid, quantizer: Quantizer, blocks: Blocks) -> None:

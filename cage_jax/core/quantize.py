@@ -16,7 +16,7 @@ from jax import lax
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
-from cage_jax.core.grids import check_grid, check_grid_given, grid_at
+from cage_jax.core.grids import check_grid, grid_at, missing_grid
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules
 from cage_jax.core.straight_through import straight_through
@@ -378,9 +378,10 @@ def _checked(x, quantizer, grid, key, rounds=True):
             f"{_ALLOWED_FLOATS}, or leave it unquantized."
         )
     blocks = quantizer.blocks(x.shape)
-    check_grid_given(quantizer, grid)
     if grid is not None:
         check_grid(grid, quantizer, blocks)
+    elif quantizer.scale.needs_grid:
+        raise missing_grid(quantizer)
     if rounds and key is None and quantizer.rounding == "stochastic":
         raise ValueError(
             f"`key` must be given for stochastic rounding; got None, quantizer "

@@ -70,7 +70,7 @@ class Rounding:
         """Converts to units of the grid, in which the values of the format lie."""
         spread, factor = self._spread, self._factor
         if self.rounding_grid is None:
-            position = divide(self._from_offset(), spread(self.grid.step / factor))
+            position = divide(self._from_offset(), spread(self._step / factor))
             # This changes no value, but lets compilers divide and round in one pass.
             position = uncontracted(position)
         else:
@@ -105,7 +105,7 @@ class Rounding:
         if self.rounding_grid is not None:
             position = self.position()
             return lax.eq(clamp(position, *ends), position)
-        x, step = self._from_offset(), times(self.grid.step, 1 / self._factor)
+        x, step = self._from_offset(), times(self._step, 1 / self._factor)
         zero = self.grid.zero_point
         if ends[0] == -ends[1] and zero is None:
             return lax.le(lax.abs(x), spread(lax.abs(times(step, ends[1]))))
@@ -120,6 +120,10 @@ class Rounding:
         if offset is None:
             return self.rotated
         return self.rotated - self._spread(offset / self._factor)
+
+    @functools.cached_property
+    def _step(self):
+        return self.grid.step
 
     @property
     def _spread(self):
@@ -156,10 +160,9 @@ def fit(
         grid = grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
         return Rounding(rotated, grid, None, quantizer)
     sized = times(rotated, quantizer.basis(rotated.shape).factor)
-
-    def fitted(scale_type):
-        return scale.fit_groups(sized, blocks, quantizer.format, scale_type, **known)
-
+    fitted: Callable[..., Grid] = functools.partial(
+        scale.fit_groups, sized, blocks, quantizer.format, **known
+    )
     found, rounding_grid = fitted(quantizer.scale_type), None
     if quantizer.scale_type.rounds_by is not None:
         rounding_grid = fitted(quantizer.scale_type.rounds_by)
