@@ -18,9 +18,9 @@ def test_damaged_arrays_of_a_folder(tmp_path):
     save_orbax({"kernel": codes}, path)
     for part in (path / "arrays").rglob("d/*"):
         part.write_bytes(part.read_bytes()[:-8])
-    own_process.run(load_what_is_no_whole_folder, path)
+    own_process.run(load_an_incomplete_folder, path)
 
 
-def load_what_is_no_whole_folder(path):
-    with pytest.raises(MalformedFileError, match="must be a whole folder"):
+def load_an_incomplete_folder(path):
+    with pytest.raises(MalformedFileError, match="must be a complete folder"):
         trees.load(path)
