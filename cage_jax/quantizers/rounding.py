@@ -58,7 +58,8 @@ class Rounding:
     def code_values(self, noise: jax.Array | None = None) -> jax.Array:
         """Rounds to values of the format, the nearest ones if there is no `noise`."""
         if not self.quantizer.has_codes:
-            return self.rotated * 0  # each value is the offset of its own grid
+            # `fit` made each quantized value the offset, the value of code value 0.
+            return self.rotated * 0
         format, position = self.quantizer.format, self.position()
         if noise is None:
             return format.round(position)
@@ -114,12 +115,10 @@ class Rounding:
         return lax.le(low, x) & lax.le(x, high)
 
     def _from_offset(self):
-        offset = (
-            self.grid if self.rounding_grid is None else self.rounding_grid
-        ).offset
-        if offset is None:
+        grid = self.grid if self.rounding_grid is None else self.rounding_grid
+        if grid.offset is None:
             return self.rotated
-        return self.rotated - self._spread(offset / self._factor)
+        return self.rotated - self._spread(grid.offset / self._factor)
 
     @functools.cached_property
     def _step(self):
