@@ -9,6 +9,7 @@ side by side; each is reduced with the others masked. So nothing is copied, and 
 done in one read with the operations around it.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,27 @@ _ROWS = 8
 # The groups in one tile. Each masks the tile once more, and by the compiler's own
 # estimate of cycles, eight take longer than the copies.
 _MOST_GROUPS = 4
+
+
+def stored_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the axes of an array in the order in which a TPU stores it.
+
+    Tiles lie along the last two of them. A TPU chooses the two that tiles fill best, by
+    default the last two, so that transposing to this order moves nothing.
+    """
+    axes = range(len(shape))
+    if len(shape) < 2:
+        return tuple(axes)
+
+    def stored(pair):
+        lengths = [*shape]
+        for axis, unit in zip(pair, (LANES, _ROWS)):
+            lengths[axis] = math.ceil(lengths[axis] / unit) * unit
+        return math.prod(lengths)
+
+    columns, rows = min(itertools.permutations(reversed(axes), 2), key=stored)
+    others = (axis for axis in axes if axis not in (rows, columns))
+    return *others, rows, columns
 
 
 def tile_pieces(

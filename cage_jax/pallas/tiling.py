@@ -12,7 +12,7 @@ import math
 
 import jax.numpy as jnp
 
-from cage_jax.arrays.tile_order import LANES
+from cage_jax.arrays.tile_order import LANES, stored_order
 from cage_jax.quantizers.formats import Float, Format, Integer, MidRise
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Narrow
@@ -67,6 +67,7 @@ class Tiling:
         one.
       transposed: whether strips are transposed, so that groups lie along their first
         axis.
+      order: axes of the array, in the order of the shape.
     """
 
     quantizer: Quantizer
@@ -76,6 +77,7 @@ class Tiling:
     strip: int
     group_is_axis: bool
     transposed: bool
+    order: tuple[int, ...]
 
     @property
     def strips(self) -> int:
@@ -87,7 +89,8 @@ class Tiling:
         """Grid of the kernel: (stack, blocks across groups, reads, blocks along)."""
         blocks = math.ceil(self.shape[3 - self.along] / self.across)
         reads = 2 if self.group_is_axis else 1
-        return self.shape[0], blocks, reads, self.length // self.block[self.along - 1]
+        along = math.ceil(self.length / self.block[self.along - 1])
+        return self.shape[0], blocks, reads, along
 
     @property
     def length(self) -> int:
@@ -100,14 +103,10 @@ class Tiling:
         return self.block[2 - self.along]
 
     @property
-    def exact(self) -> bool:
-        """Whether no block reaches beyond the array."""
-        return self.shape[3 - self.along] % self.across == 0
-
-    @property
     def scratch_shape(self) -> tuple[int, int]:
         """Shape of what a kernel keeps of groups that are all of the axis."""
-        return _rows_and_columns(self.along, self.length, self.across)
+        kept = self.grid[3] * self.strips * self.strip
+        return _rows_and_columns(self.along, kept, self.across)
 
     @property
     def per_group(self) -> tuple[int, int]:
@@ -138,37 +137,33 @@ def tiling_for_tpu(
     Raises:
       NoKernelError: if no kernel suits the array.
     """
-    (rows, columns), along, group = _checked(quantizer, shape, dtype)
-    # With any other shape the compiler may use another layout, and copy the array.
-    for length, least in ((columns, LANES), (rows, _SUBLANES)):
-        why = f"an axis of {length} is not a multiple of {least}"
-        require(length % least == 0, why)
-    length = shape[along - 3]
+    order = stored_order(shape)
+    matrix, along, group = _checked(quantizer, shape, dtype, order)
+    length, width = matrix[along - 1], matrix[2 - along]
     strip, group_is_axis = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
-    across = min(LANES, (rows, columns)[2 - along])
-    fits = 4 * floats_per_element * length * across <= _KEPT_BYTES
+    transposed = along == 2 and group % LANES != 0 and not group_is_axis
+    # Blocks consist of whole tiles and may reach beyond the array.
+    across = LANES if along == 1 or transposed else min(LANES, _rounded_up(width))
+    kept = 4 * floats_per_element * _rounded_up(length, strip) * across
+    fits = kept <= _KEPT_BYTES
     require(fits or not group_is_axis, f"a group of {length} does not fit on the chip")
     most = max(1, block_bytes // (4 * strip * LANES))
-    strips = _largest_divisor(length // strip, most)
+    strips = _largest_divisor(math.ceil(length / strip), most)
     block = _rows_and_columns(along, strips * strip, across)
-    transposed = along == 2 and group % LANES != 0
-    if transposed:
-        require(across == LANES, f"short groups need {LANES} rows; there are {rows}")
     own = dataclasses.replace(
         quantizer,
         axis=-2 if along == 1 or transposed else -1,
         group_size=None if group_is_axis or group == strip else group,
     )
-    stack = math.prod(shape[:-2])
-    found = Tiling(
-        own, (stack, rows, columns), along, block, strip, group_is_axis, transposed
-    )
     if quantizer.scale_type.has_tensor_divisor:
         why = "each group is a whole axis, and the scales share one divisor per tensor"
         require(not group_is_axis, why)
-        # An element beyond the array might be the largest.
-        require(found.exact, f"{rows} rows are not whole blocks of {across}")
-    return found
+        why = "its scales share one divisor per tensor, whose parts are not neighbours"
+        require({*order[-2:]} == {*range(len(shape))[-2:]}, why)
+    stack = math.prod(shape[axis] for axis in order[:-2])
+    return Tiling(
+        own, (stack, *matrix), along, block, strip, group_is_axis, transposed, order
+    )
 
 
 def _strip_for_tpu(along, length, group, rotation):
@@ -177,18 +172,18 @@ def _strip_for_tpu(along, length, group, rotation):
     strip = math.lcm(unit, group)
     group_is_axis = group == length and strip > unit
     if group_is_axis:
-        strip = math.gcd(length, max(unit, LANES))
+        strip = max(unit, math.gcd(length, LANES))
     why = f"groups of {group} line up with tiles only every {strip} elements"
     require(strip <= _LARGEST_STRIP, why)
     # A row of a strip could otherwise hold several groups.
     if along == 1 or group_is_axis or group % LANES:
         most = max(1, _LONG_STRIP // strip)
-        strip *= _largest_divisor(length // strip, most)
+        strip *= _largest_divisor(math.ceil(length / strip), most)
     return strip, group_is_axis
 
 
-def _checked(quantizer, shape, dtype):
-    """Returns the last two axes, and the place and length of groups, if they suit."""
+def _checked(quantizer, shape, dtype, order):
+    """Returns the last two axes in an order, and the place and length of groups."""
     format, scale, scale_type = quantizer.format, quantizer.scale, quantizer.scale_type
     widest = _LARGEST_ROTATION
     for suits, why in (
@@ -204,9 +199,10 @@ def _checked(quantizer, shape, dtype):
     ):
         require(suits, why)
     ((axis, group),) = quantizer.blocks(shape).by_axis.items()
-    along = axis - len(shape) + 3
+    along = order.index(axis) - len(shape) + 3
     require(along > 0, "its groups do not lie along one of the last two axes")
-    return shape[-2:], along, group
+    rows, columns = (shape[axis] for axis in order[-2:])
+    return (rows, columns), along, group
 
 
 def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiling:
@@ -220,7 +216,8 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     Raises:
       NoKernelError: if no kernel suits the array.
     """
-    (rows, columns), along, group = _checked(quantizer, shape, dtype)
+    order = tuple(range(len(shape)))
+    (rows, columns), along, group = _checked(quantizer, shape, dtype, order)
     divided = quantizer.scale_type.has_tensor_divisor
     require(not divided, "its scales have one divisor for a tensor")
     length, width = (rows, columns) if along == 1 else (columns, rows)
@@ -246,13 +243,17 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     )
     stack = math.prod(shape[:-2])
     return Tiling(
-        own, (stack, rows, columns), along, block, strip, group_is_axis, False
+        own, (stack, rows, columns), along, block, strip, group_is_axis, False, order
     )
 
 
 def _largest_divisor(n, most):
     """Returns the largest divisor of `n` that is at most `most`."""
     return max(divisor for divisor in range(1, most + 1) if n % divisor == 0)
+
+
+def _rounded_up(n, unit=_SUBLANES):
+    return math.ceil(n / unit) * unit
 
 
 def _power_of_two(n):

@@ -21,6 +21,7 @@ from cage_jax.pallas.tiling import Tiling
 from cage_jax.pallas.tpu_launch import (
     Operand,
     launch,
+    like,
     one_per_block,
     read_blocks,
     written_blocks,
@@ -58,11 +59,11 @@ def fake_quant(x: jax.Array, *, tiling: Tiling, masked: bool) -> Any:
             if masked:
                 _store(refs.mask, i, strip.mask(), tiling)
 
-        read = partial(_strip, refs.x, tiling=tiling)
+        read = partial(_filled, refs.x, tiling=tiling)
         _quantized(refs, read, write, tiling, keep_rotated=True, **known)
 
     found = launch("fake_quant", kernel, tiling, inputs, outputs, _scratch(tiling))
-    each = tuple(found[name].reshape(x.shape) for name in outputs)
+    each = tuple(like(x, found[name], tiling) for name in outputs)
     return each if masked else each[0]
 
 
@@ -78,7 +79,7 @@ def _largest_bounds(x, tiling):
             refs.largest[...] = jnp.zeros(refs.largest.shape, jnp.float32)
 
         def one(i):
-            rotated = rotate(_strip(refs.x, i, tiling).astype(jnp.float32))
+            rotated = rotate(_filled(refs.x, i, tiling))
             sized = times(rotated, quantizer.basis(rotated.shape).factor)
             bounds = quantizer.blocks(sized.shape).reduce(quantizer.scale.bounds, sized)
             largest = largest_of(bounds, (0, 1))
@@ -114,7 +115,7 @@ def masked_gradient(
 
         def one(i):
             passing = _strip(refs.mask, i, tiling).astype(jnp.float32)
-            gradient = rotate(_strip(refs.cotangent, i, tiling).astype(jnp.float32))
+            gradient = rotate(_filled(refs.cotangent, i, tiling))
             gradient = rotate(jnp.where(passing != 0, gradient, 0)) * square
             _store(refs.gradient, i, gradient, tiling)
 
@@ -126,7 +127,7 @@ def masked_gradient(
     }
     outputs = {"gradient": written_blocks(cotangent, cotangent.dtype, tiling)}
     found = launch("masked_gradient", kernel, tiling, inputs, outputs)
-    return found["gradient"].reshape(cotangent.shape)
+    return like(cotangent, found["gradient"], tiling)
 
 
 # --- a step of AdamW ------------------------------------------------------------------
@@ -194,10 +195,9 @@ def adamw_step(
         _Step(refs, numbers, begin, tiling, adamw, at_updated, measured).run()
 
     found = launch("adamw_step", kernel, tiling, inputs, outputs, scratch, aliases)
-    after = [array.reshape(x.shape) for name, array in found.items() if name != "sums"]
-    if previous is None:
-        return tuple(after)
-    return *after, jnp.sum(found["sums"], axis=(0, 1))[:4, 0]
+    sums = found.pop("sums", None)
+    after = tuple(like(x, array, tiling) for array in found.values())
+    return after if sums is None else (*after, jnp.sum(sums, axis=(0, 1))[:4, 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Step:
 
     def _read(self, i):
         """Returns a strip of the parameter that the error is computed from."""
-        x = _strip(self.refs.x, i, self.tiling)
+        x = _filled(self.refs.x, i, self.tiling)
         if not self.at_updated:
             return x
         update = self._update(i, x)
@@ -249,7 +249,7 @@ class _Step:
         # apart with each step.
         here = self.begin + i
         _store(self.refs.rest, here, update - (updated - x), self.tiling)
-        return updated
+        return _within(updated, i, self.tiling)
 
     def _update(self, i, x):
         """Returns the update of a strip and stores the strip's moments."""
@@ -263,7 +263,7 @@ class _Step:
         _store(refs.new_first, i, first, tiling)
         _store(refs.new_second, i, second, tiling)
         if self.measured:
-            self._add(2, jnp.square(update))
+            self._add(2, i, jnp.square(update))
         return update
 
     def _pull(self, i, strip):
@@ -274,9 +274,9 @@ class _Step:
             codes = strip.codes(values)
             flipped = codes != _strip(self.refs.previous, i, self.tiling)
             _store(self.refs.codes, i, codes, self.tiling)
-            self._add(0, jnp.square(error))
-            self._add(1, jnp.square(strip.x))
-            self._add(3, jnp.where(flipped, 1.0, 0.0))
+            self._add(0, i, jnp.square(error))
+            self._add(1, i, jnp.square(strip.x))
+            self._add(3, i, jnp.where(flipped, 1.0, 0.0))
             error = jnp.where(self.numbers.pull != 0, error, 0)
         self._write(i, strip.x, self.numbers.pull * error)
 
@@ -288,9 +288,9 @@ class _Step:
             rest = self._update(i, x)
         _store(self.refs.new_x, i, x + (rest + correction), self.tiling)
 
-    def _add(self, row, part):
-        """Adds the sum of an array to a row of the sums."""
-        sums = self.refs.sums
+    def _add(self, row, i, part):
+        """Adds the sum of what comes from a strip to a row of the sums."""
+        sums, part = self.refs.sums, _within(part, i, self.tiling)
         rows = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         sums[...] += jnp.where(rows == row, jnp.sum(part, keepdims=True), 0)
 
@@ -314,7 +314,7 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
     if not tiling.group_is_axis:
 
         def one(i):
-            x = read(i).astype(jnp.float32)
+            x = read(i)
             then(i, Strip.fitted(x, rotate(x), rotate, quantizer, **known))
 
         _each_strip(one, tiling)
@@ -323,7 +323,7 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
     number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
 
     def find(i, carry):
-        x = read(i).astype(jnp.float32)
+        x = read(i)
         rotated = rotate(x)
         _store(refs.kept, begin + i, rotated if keep_rotated else x, tiling)
         found, poison = carry
@@ -375,6 +375,26 @@ def _each_strip(act, tiling):
     # A loop, and not the whole block at once, whose values would spill from registers
     # and, on v4 and v5, run out of memory.
     lax.fori_loop(0, tiling.strips, lambda i, carry: act(i) or carry, 0)
+
+
+def _filled(ref, i, tiling):
+    """Returns a strip, float32, with zeros beyond the array: no rule counts those."""
+    return _within(_strip(ref, i, tiling).astype(jnp.float32), i, tiling)
+
+
+def _within(strip, i, tiling):
+    """Returns what comes from a strip, with zeros where that is beyond the array."""
+    along, across = tiling.along - 1, 2 - tiling.along
+    start = pl.program_id(3) * tiling.block[along] + i * tiling.strip
+    left = {along: tiling.length - start}
+    left[across] = tiling.shape[across + 1] - pl.program_id(1) * tiling.across
+    for axis, count in left.items():
+        if tiling.shape[axis + 1] % tiling.block[axis]:
+            place = lax.broadcasted_iota(
+                jnp.int32, strip.shape, 1 - axis if tiling.transposed else axis
+            )
+            strip = jnp.where(place < count, strip, 0)
+    return strip
 
 
 def _strip(ref, i, tiling):

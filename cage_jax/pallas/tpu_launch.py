@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -29,7 +30,8 @@ class Operand(NamedTuple):
 
 def read_blocks(array: jax.Array, tiling: Tiling, *, first: bool = True) -> Operand:
     """Returns an array in blocks, which the kernel uses in its first or last read."""
-    return Operand(array.reshape(tiling.shape), _blocks(tiling, first))
+    stored = array.transpose(tiling.order).reshape(tiling.shape)
+    return Operand(stored, _blocks(tiling, first))
 
 
 def written_blocks(
@@ -37,6 +39,12 @@ def written_blocks(
 ) -> Operand:
     """Returns a result like `x`, which the kernel writes in its first or last read."""
     return Operand(result_like(x, tiling.shape, dtype), _blocks(tiling, first))
+
+
+def like(x: jax.Array, written: jax.Array, tiling: Tiling) -> jax.Array:
+    """Returns what was written in blocks in the shape of `x`."""
+    stored = written.reshape([x.shape[axis] for axis in tiling.order])
+    return stored.transpose(np.argsort(tiling.order))
 
 
 def one_per_block(x: jax.Array, tiling: Tiling) -> Operand:
