@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import cage_jax as cage
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.dispatch import on_request
 from cage_jax.optim.statistics import codes_of
 from cage_jax.pallas import candidates, tiling, tpu
@@ -233,13 +233,26 @@ def error_and_codes(quantizer):
     )
 
 
-def check_kernel(name, axis, at_updated, measured, rng, shape=None):
+def assert_rounded(found, expected, dtype, sure=1 - 1e-9):
+    """Float32 is near what is expected, but for a few; bfloat16 is that, rounded."""
+    assert found.dtype == dtype
+    if dtype == jnp.bfloat16:
+        assert np.mean(found == expected.astype(dtype)) > 0.99
+    else:
+        off = np.abs(found - expected)
+        assert np.mean(off < 2e-6 + 1e-6 * np.abs(expected)) > sure
+
+
+def check_kernel(
+    name, axis, at_updated, measured, rng, shape=None, dtypes=(jnp.float32,) * 2
+):
     """Compares a kernel of several blocks along a group and across, and of a stack."""
+    dtypes = Dtypes(*map(jnp.dtype, dtypes))
     quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
     shape = shape or ((2, 256, 128) if axis == -2 else (2, 128, 256))
-    cut = tiling.tiling_for_tpu(quantizer, shape, jnp.float32, block_bytes=2**16)
-    gradient, first, second, x = rng.normal(size=(4, *shape)).astype(np.float32)
-    second = np.abs(second)
+    cut = tiling.tiling_for_tpu(quantizer, shape, dtypes.x, block_bytes=2**16)
+    gradient, first, second, x = rng.normal(size=(4, *shape)).astype(dtypes.x)
+    first, second = first.astype(dtypes.first), np.abs(second)
     previous = rng.integers(-7, 8, shape).astype(np.int8) if measured else None
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
     step = jax.jit(
@@ -247,26 +260,38 @@ def check_kernel(name, axis, at_updated, measured, rng, shape=None):
             tpu.adamw_step, tiling=cut, adamw=adamw, at_updated=at_updated
         )
     )
-    m = 0.1 * np.float64(gradient) + 0.9 * first
-    v = 0.05 * np.float64(gradient) ** 2 + 0.95 * second
-    update = -1e-2 * (m / 0.3 / (np.sqrt(v / 0.2) + 1e-8) + 0.1 * x)
-    point = np.float32(x + update if at_updated else x)
+
+    def of(dtype, number):
+        return float(dtype.type(number))
+
+    def wide(numbers):
+        return of(dtypes.update, numbers)
+
+    b1, b2 = of(dtypes.first, 0.9), of(dtypes.x, 0.95)
+    g, first_before, second_before, before = map(
+        np.float64, (gradient, first, second, x)
+    )
+    m = of(dtypes.x, 1 - 0.9) * g + b1 * first_before
+    v = of(dtypes.x, 1 - 0.95) * g**2 + b2 * second_before
+    update = m / wide(0.3) / (np.sqrt(v / of(dtypes.x, 0.2)) + 1e-8)
+    update = -wide(1e-2) * (update + of(dtypes.x, 0.1) * before)
+    point = np.float32((before + update).astype(dtypes.x) if at_updated else x)
     error, expected_codes = error_and_codes(quantizer)(point)
     error = np.float64(error)
     # One at a tie may go to the other level, and with it all that it is rotated with.
     sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
     for pull in (0.0, -0.05):
-        numbers = StepNumbers(*map(np.float32, (1e-2, pull, 0.3, 0.2)))
+        numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
+        numbers = numbers.rounded(dtypes)
         arrays = jax.tree.map(
             jnp.asarray, (gradient, first, second, x, numbers, previous)
         )
         params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
         with pltpu.force_tpu_interpret_mode(params):
             new_first, new_second, after, *rest = step(*arrays)
-        for ours, expected in ((new_first, m), (new_second, v)):
-            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-        near = np.abs(after - (x + update + pull * error)) < 2e-6
-        assert near.mean() > sure
+        for ours, expected, dtype in zip((new_first, new_second), (m, v), dtypes[::-1]):
+            assert_rounded(ours, expected, dtype)
+        assert_rounded(after, before + update + pull * error, dtypes.x, sure)
         assert len(rest) == (2 if measured else 0)
         if measured:
             codes, sums = map(np.asarray, rest)
@@ -292,6 +317,47 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array(
     check_kernel(name, -1, at_updated, measured, rng, shape)
 
 
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_the_kernel_in_bfloat16(first, rng):
+    check_kernel("groups", -1, False, True, rng, None, ("bfloat16", first))
+    check_kernel("channels", -2, True, False, rng, None, ("bfloat16", first))
+
+
+@pytest.mark.parametrize("changes", [{}, {"placement": "post_step"}], ids=str)
+def test_a_step_in_bfloat16_is_that_of_the_transformation(changes, params):
+    """But for roundings in between, of which a TPU makes none in either form."""
+    params = {"groups": params["groups"].astype(jnp.bfloat16), "bias": params["bias"]}
+    tx = cage.cage_adamw(1e-2, FEW, 5.0, **changes)
+    fused, unfused = forms(tx)
+    state = run([unfused] * 20, tx, params)[1]
+    for mu_dtype in ("bfloat16", "float32"):
+        adam, *others = state[0]
+        adam = adam._replace(mu=optax.tree.cast(adam.mu, jnp.dtype(mu_dtype)))
+        before = (adam, *others), state[1]
+        gradient = gradients(params, 20)
+        found, expected = (step(gradient, before, params) for step in (fused, unfused))
+        chex.assert_trees_all_equal_dtypes(found[0], expected[0])
+        # Three bits of eight for each rounding of a moment, one for that of a weight.
+        assert_near(found[1][0][0].nu, expected[1][0][0].nu, 2**-7)
+        assert_near(found[0], expected[0], 2**-8)
+
+
+def test_a_dtype_without_a_fused_form(params):
+    tx, x = optimizer(FEW, mask=None), params["groups"]
+    for dtype, gradient, why in (
+        ("float16", "float16", "a dtype other than float32 or bfloat16"),
+        ("bfloat16", "float32", "a gradient or second moment of another dtype"),
+    ):
+        params = {"groups": x.astype(dtype)}
+        with pytest.raises(ValueError, match=f"{why} has no fused form"):
+            tx.fused_step(
+                {"groups": x.astype(gradient)},
+                tx.init(params),
+                params,
+                implementation="pallas",
+            )
+
+
 def test_statistics_need_integers():
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
@@ -305,14 +371,15 @@ def test_statistics_need_integers():
 def test_a_step_that_gains_too_little_is_run_by_name_alone():
     adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
-    def by_name(quantizer, at_updated=False):
-        shape, dtype = (512, 512), jnp.float32
+    def by_name(quantizer, at_updated=False, dtype=jnp.float32):
+        shape = 512, 512
         options = {"at_updated": at_updated, "measured": False}
         found = adamw_kernels(quantizer, shape, dtype, dtype, adamw, **options).found
         return {each.platform for each in found if each.when is on_request}
 
     assert by_name(cage.int8()) == {"tpu"}  # there is no kernel for GPU
     assert by_name(cage.int8(), at_updated=True) == set()
+    assert by_name(cage.int8(), dtype=jnp.bfloat16) == set()
     assert by_name(cage.quest(4)) == by_name(cage.int4(group_size=32)) == {"cuda"}
 
 
@@ -326,6 +393,7 @@ def test_the_arithmetic_of_a_step_is_that_of_optax(rng):
     options = {"b1": 0.8, "b2": 0.9, "eps": 0.3, "eps_root": 0.2, "weight_decay": 0.4}
     x, *gradients = rng.normal(size=(3, 64)).astype(np.float32)
     tx, fused = optax.adamw(0.1, **options), AdamW(**options)
+    step_of = jax.jit(functools.partial(fused.step, dtypes=Dtypes(x.dtype, x.dtype)))
     state = tx.init(x)
     first = second = np.zeros_like(x)
     for step, gradient in enumerate(gradients, 1):
@@ -335,7 +403,7 @@ def test_the_arithmetic_of_a_step_is_that_of_optax(rng):
             first_correction=np.float32(1 - 0.8**step),
             second_correction=np.float32(1 - 0.9**step),
         )
-        first, second, update = jax.jit(fused.step)(gradient, first, second, x, numbers)
+        first, second, update = step_of(gradient, first, second, x, numbers)
         expected, state = jax.jit(tx.update)(gradient, state, x)
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(first, state[0].mu, rtol=1e-5, atol=1e-7)

@@ -31,14 +31,15 @@ for case in cases:
     found = kernels.counted(case, "v5e", "pallas")
     assert found["kernels"] == case.kernels, case
     kernel.append([found["units"] / case.least, found["in place"] - case.in_place])
-for shape, quantizer in (
-    ((64, 1536, 576), cage.quest(4)),
-    ((64, 576, 576), cage.int4(axis=-1)),
-    ((32, 960, 2560), GROUPS),
+for shape, quantizer, dtype in (
+    ((64, 1536, 576), cage.quest(4), "float32"),
+    ((64, 576, 576), cage.int4(axis=-1), "float32"),
+    ((32, 960, 2560), GROUPS, "bfloat16"),
 ):
-    x = kernels.array(shape, "float32", "v5e")
+    x = kernels.array(shape, dtype, "v5e")
     program = kernels.lowered(kernels.Case(quantizer, "step"), x, "pallas").compile()
-    kernel.append([hlo.moved(program.as_text()).memory / x.size / 4 / 7, 0])
+    units = hlo.moved(program.as_text()).memory / x.size / x.dtype.itemsize
+    kernel.append([units / 7, 0])
 product = low_bit.counted(low_bit.CASES[3], "v5e", "codes")["units"]
 x = kernels.array((65536, 4096), "float32", "v5e")
 groups = jax.jit(lambda x: cage.fake_quant(x, GROUPS, implementation="xla"))

@@ -12,7 +12,7 @@ from kernel_oracle import check_kernel, rotate
 from test_pallas_tpu import FALLS_BACK, QUANTIZERS
 
 import cage_jax as cage
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.pallas import candidates, gpu, tiling
 from cage_jax.quantizers.formats import Float
 from cage_jax.quantizers.scales import Gaussian
@@ -79,36 +79,49 @@ def test_the_gradient_of_a_mask(rng):
 ADAMW = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 ROWS = cage.int4(group_size=32, axis=-1)
 STEPS = [
-    (cage.quest(4), (2, 384, 32), False),
-    (ROWS, (64, 128), False),
-    (ROWS, (64, 128), True),
+    (cage.quest(4), (2, 384, 32), False, "float32"),
+    (ROWS, (64, 128), False, "float32"),
+    (ROWS, (64, 128), True, "float32"),
+    (ROWS, (64, 128), True, "bfloat16"),
 ]
 
 
-@pytest.mark.parametrize("quantizer, shape, at_updated", STEPS)
-def test_a_step(quantizer, shape, at_updated, rng):
-    gradient, first, second, x = rng.standard_normal((4, *shape)).astype(np.float32)
+@pytest.mark.parametrize("quantizer, shape, at_updated, dtype", STEPS)
+def test_a_step(quantizer, shape, at_updated, dtype, rng):
+    dtype = jnp.dtype(dtype)
+    gradient, first, second, x = rng.standard_normal((4, *shape)).astype(dtype)
     second = np.abs(second)
+    arrays = gradient, first, second, x
     kernel = partial(
         gpu.adamw_step,
-        tiling=tiling.tiling_for_gpu(quantizer, shape, jnp.float32),
+        tiling=tiling.tiling_for_gpu(quantizer, shape, dtype),
         adamw=ADAMW,
         at_updated=at_updated,
         interpret=True,
     )
     step = jax.jit(kernel)
     error = jax.jit(partial(cage.quantization_error, quantizer=quantizer))
-    m = 0.1 * np.float64(gradient) + 0.9 * first
-    v = 0.05 * np.float64(gradient) ** 2 + 0.95 * second
-    base = -1e-2 * (m / 0.3 / (np.sqrt(v / 0.2) + 1e-8) + 0.1 * x)
-    error_at = np.float64(error(np.float32(x + base if at_updated else x)))
+
+    def of(number):
+        return float(dtype.type(number))
+
+    gradient, first, second, before = map(np.float64, (gradient, first, second, x))
+    m = of(1 - 0.9) * gradient + of(0.9) * first
+    v = of(1 - 0.95) * gradient**2 + of(0.95) * second
+    base = m / of(0.3) / (np.sqrt(v / of(0.2)) + 1e-8)
+    base = -of(1e-2) * (base + of(0.1) * before)
+    error_at = error(np.float32((before + base).astype(dtype) if at_updated else x))
+    # Near what is expected; bfloat16 is at most half a step away, as it is rounded.
+    rounding = 2.0**-8 if dtype == jnp.bfloat16 else 0
     for pull in (0.0, -0.05):
-        numbers = StepNumbers(*map(np.float32, (1e-2, pull, 0.3, 0.2)))
-        found = step(gradient, first, second, x, numbers)
+        numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
+        numbers = numbers.rounded(Dtypes(dtype, dtype))
+        found = [np.float64(each) for each in step(*arrays, numbers)]
         for ours, expected in zip(found[:2], (m, v)):
-            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(ours, expected, rtol=1e-5 + rounding, atol=1e-6)
         # One at a tie may go to the other level, and all that it is rotated with.
-        near = np.abs(found[2] - (x + base + pull * error_at)) < 2e-6
+        expected = before + base + pull * np.float64(error_at)
+        near = np.abs(found[2] - expected) < 2e-6 + rounding * np.abs(expected)
         sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
         assert near.mean() > sure, f"pull {pull}"
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -22,12 +23,40 @@ class StepNumbers(NamedTuple):
     first_correction: jax.Array
     second_correction: jax.Array
 
+    def rounded(self, dtypes: "Dtypes") -> "StepNumbers":
+        """Rounds the numbers to the dtypes of the arrays that Optax takes them to."""
+        return StepNumbers(
+            _rounded(self.rate, dtypes.update),
+            self.pull,
+            _rounded(self.first_correction, dtypes.update),
+            _rounded(self.second_correction, dtypes.x),
+        )
+
+
+class Dtypes(NamedTuple):
+    """The dtypes of the arrays of a parameter, each float32 or bfloat16.
+
+    Attributes:
+      x: that of the parameter, its gradient and the second moment.
+      first: that of the first moment.
+    """
+
+    x: jnp.dtype
+    first: jnp.dtype
+
+    @property
+    def update(self) -> jnp.dtype:
+        """The dtype of the update."""
+        return jnp.promote_types(self.x, self.first)
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
     """The hyperparameters of AdamW, and its step.
 
-    The arithmetic is that of `optax.adamw`, operation by operation.
+    The arithmetic is that of `optax.adamw`, operation by operation, as a compiler for
+    TPU does it: numbers are rounded to the dtypes of arrays, and results once they are
+    stored, but what is between is float32.
     """
 
     b1: float
@@ -43,25 +72,40 @@ class AdamW:
         second: jax.Array,
         x: jax.Array,
         numbers: StepNumbers,
+        dtypes: Dtypes,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Computes the update of one step and the moments after it.
 
         Args:
-          gradient: the gradient, float32 like all arrays here except `first`.
-          first: the first moment, float32 or bfloat16.
+          gradient: the gradient, float32 or bfloat16 like all arrays here.
+          first: the first moment.
           second: the second moment.
           x: the parameter.
-          numbers: the numbers of this step.
+          numbers: the numbers of this step, rounded.
+          dtypes: the dtypes of the arrays, which may have been cast to float32.
 
         Returns:
-          The first moment, the second moment and the update.
+          The first moment, the second moment and the update, float32.
         """
-        # Compilers do the same to Optax's code: b1 is rounded to the dtype of the
-        # moment, but the product is not.
-        decay = float(first.dtype.type(self.b1))
-        new_first = (1 - self.b1) * gradient + decay * first.astype(x.dtype)
-        new_second = (1 - self.b2) * (gradient * gradient) + self.b2 * second
-        size = lax.sqrt(new_second / numbers.second_correction + self.eps_root)
-        direction = (new_first / numbers.first_correction) / (size + self.eps)
-        update = -numbers.rate * (direction + self.weight_decay * x)
-        return new_first.astype(first.dtype), new_second, update
+        gradient, first, second, x = (
+            array.astype(jnp.float32) for array in (gradient, first, second, x)
+        )
+
+        def rounded(number, dtype=dtypes.x):
+            return float(dtype.type(number))
+
+        b1, b2 = rounded(self.b1, dtypes.first), rounded(self.b2)
+        eps, eps_root = rounded(self.eps), rounded(self.eps_root)
+        new_first = rounded(1 - self.b1) * gradient + b1 * first
+        new_second = rounded(1 - self.b2) * (gradient * gradient) + b2 * second
+        size = lax.sqrt(new_second / numbers.second_correction + eps_root)
+        direction = (new_first / numbers.first_correction) / (size + eps)
+        decay = rounded(self.weight_decay) * x
+        return new_first, new_second, -numbers.rate * (direction + decay)
+
+
+def _rounded(number, dtype):
+    if number.dtype == dtype:
+        return number
+    limits = jnp.finfo(dtype)
+    return lax.reduce_precision(number, limits.nexp, limits.nmant)

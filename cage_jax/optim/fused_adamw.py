@@ -17,7 +17,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.dispatch import (
     Implementation,
     check_implementation,
@@ -34,6 +34,8 @@ from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
 from cage_jax.pallas.candidates import adamw_kernels
 from cage_jax.quantizers.rounding import error_elementwise
+
+_DTYPES = {jnp.dtype("float32"), jnp.dtype("bfloat16")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +87,10 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         values once and writes the moments and values once. Everything else is computed
         as in `update`. The following have no fused form and fall back to `update`:
         `nesterov`, `freeze_scale`, `curvature` and a weight decay that is an array;
-        parameters, gradients and second moments other than float32; scales of a whole
-        tensor; quantizers for which `fake_quant` has no kernel; and, with `statistics`,
-        formats other than integers and mid-rise ones.
+        parameters other than float32 and bfloat16, and gradients and second moments
+        of another dtype; scales of a whole tensor; quantizers for which `fake_quant`
+        has no kernel; and, with `statistics`, formats other than integers and mid-rise
+        ones.
 
         Args:
           gradients: a tree like `params`.
@@ -223,7 +226,8 @@ def _why_not_fused(options, cage_state, arrays, grid, shards):
         "`freeze_scale`": cage_state.grids is not None,
         "`curvature`": cage_state.curvature is not None,
         "a learned grid": grid is not None,
-        "a dtype other than float32": dtypes != {jnp.dtype("float32")},
+        "a dtype other than float32 or bfloat16": not dtypes <= _DTYPES,
+        "a gradient or second moment of another dtype": len(dtypes) > 1,
         "a moment or gradient on other shards": shards is not None and len(specs) > 1,
     }
     found = [what for what, is_so in reasons.items() if is_so]
@@ -232,6 +236,8 @@ def _why_not_fused(options, cage_state, arrays, grid, shards):
 
 def _step_on_shards(step, shards, arrays, codes, numbers):
     """Runs `step`, on each device for its own part if there are shards."""
+    _, first, _, x = arrays
+    numbers = numbers.rounded(Dtypes(x.dtype, first.dtype))
     if shards is None:
         return step(*arrays, numbers, codes)
 
@@ -296,14 +302,17 @@ def _step_without_kernel(
     quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes
 ):
     """Computes the step of `pallas.tpu.adamw_step` without a kernel."""
-    first, second, update = adamw.step(gradient, first, second, x, numbers)
-    point = x + update if at_updated else x
+    dtypes = Dtypes(x.dtype, first.dtype)
+    *moments, update = adamw.step(gradient, first, second, x, numbers, dtypes)
+    wide = x.astype(update.dtype)
+    point = (wide + update).astype(x.dtype).astype(wide.dtype) if at_updated else wide
     # Compilers do not know the pull, so they keep the condition on it.
     pulls = numbers.pull != 0
     is_pulling, reductions = reductions_if(pulls, point, quantizer, None)
     error = error_elementwise(point, quantizer, reductions)
     pull = numbers.pull * jnp.where(is_pulling, error, 0)
-    after = first, second, x + (update + pull)
+    after = *moments, wide + (update + pull)
+    after = tuple(a.astype(old.dtype) for a, old in zip(after, (first, second, x)))
     if codes is None:
         return after
     *sums, codes = parameter_statistics(quantizer, point, update, None, codes)

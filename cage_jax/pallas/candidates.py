@@ -112,6 +112,7 @@ def adamw_kernels(
 
     when, groups = by_default, quantizer.blocks(shape).by_axis.items()
     plain = quantizer.hadamard is None and not (at_updated or measured)
+    plain = plain and dtype == jnp.float32
     if plain and all(_takes_one_extra_read(size, axis, shape) for axis, size in groups):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `by_default` asks for.

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.jaxprs import called, evaluate, unchanged
 from cage_jax.pallas.strips import (
     TERMS,
@@ -105,7 +105,7 @@ def adamw_step(
     There are no statistics, so `previous` is None. With `at_updated`, each strip must
     hold whole groups.
     """
-    exactly = _exactly(interpret)
+    exactly, dtypes = _exactly(interpret), Dtypes(x.dtype, first.dtype)
 
     def kernel(
         gradient_ref, first_ref, second_ref, x_ref, numbers_ref, matrix_ref, *written
@@ -115,16 +115,18 @@ def adamw_step(
 
         def step(error_of):
             def after(gradient, first, second, x):
-                *moments, update = adamw.step(gradient, first, second, x, numbers)
-                error = error_of(x + update if at_updated else x)
-                return *moments, x + (update + numbers.pull * error)
+                arrays = gradient, first, second, x
+                *moments, update = adamw.step(*arrays, numbers, dtypes)
+                wide = x.astype(jnp.float32)
+                error = error_of((wide + update).astype(x.dtype) if at_updated else x)
+                return *moments, wide + (update + numbers.pull * error)
 
             _each(exactly(after), read, written, tiling)
 
         @pl.when(numbers.pull != 0)
         def _():
             strip_of = _strip_of(x_ref, matrix_ref, tiling, exactly)
-            step(lambda x: x - strip_of(x).value())
+            step(lambda x: x.astype(jnp.float32) - strip_of(x).value())
 
         @pl.when(numbers.pull == 0)
         def _():

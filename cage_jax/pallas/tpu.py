@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import TERMS, Strip, join, joined_grid, place, product
@@ -243,7 +243,7 @@ class _Step:
         if not self.at_updated:
             return x
         update = self._update(i, x)
-        updated = x + update
+        updated = (x + update).astype(self.refs.x.dtype).astype(jnp.float32)
         # Store what rounding took away from the update. Then everything is added to
         # `x` at once, as by `apply_updates`; otherwise the two forms would drift
         # apart with each step.
@@ -257,8 +257,9 @@ class _Step:
         gradient, first, second = (
             _strip(ref, i, tiling) for ref in (refs.gradient, refs.first, refs.second)
         )
+        dtypes = Dtypes(refs.x.dtype, refs.first.dtype)
         first, second, update = self.adamw.step(
-            gradient, first, second, x, self.numbers
+            gradient, first, second, x, self.numbers, dtypes
         )
         _store(refs.new_first, i, first, tiling)
         _store(refs.new_second, i, second, tiling)
