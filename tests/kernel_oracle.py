@@ -33,12 +33,18 @@ class Oracle:
         format = quantizer.format
         stored = self._scales(groups, quantizer)
         step = out_of_groups(np.broadcast_to(stored, groups.shape), axis, x.shape)
-        position = rotated / step
+        zero = 0.0
+        if isinstance(quantizer.scale, scales.MinMax):
+            lowest = np.minimum(groups.min(-1, keepdims=True), 0)
+            zero = np.round(format.low - lowest / stored)
+            zero = np.clip(zero, format.low, format.high)
+            zero = out_of_groups(np.broadcast_to(zero, groups.shape), axis, x.shape)
+        position = rotated / step + zero
         levels = format.values
         middles = (levels[1:] + levels[:-1]) / 2
         index = np.searchsorted(middles, position)
         self.margin = np.abs(position[..., None] - middles).min(-1)
-        self.values = rotate(levels[index] * step, quantizer)
+        self.values = rotate((levels[index] - zero) * step, quantizer)
         self.step = step
         slack = format.edge if quantizer.gradient == "trust" else 0
         low, high = format.low - slack, format.high + slack
@@ -51,6 +57,9 @@ class Oracle:
         size = np.abs(groups)
         if isinstance(rule, scales.AbsMax):
             scale = size.max(-1) * rule.clip / ((format.high - format.low) / 2)
+        elif isinstance(rule, scales.MinMax):
+            ends = np.maximum(groups.max(-1), 0), np.minimum(groups.min(-1), 0)
+            scale = (ends[0] - ends[1]) / (format.high - format.low)
         elif isinstance(rule, scales.AbsMean):
             scale = size.mean(-1) / format.values[format.values > 0][0]
         else:

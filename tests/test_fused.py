@@ -199,6 +199,7 @@ QUANTIZERS = {
     "channels": cage.quest(4),
     "channels without a rotation": cage.int8(),
     "groups": cage.int4(group_size=32),
+    "zero points": cage.int4(group_size=32, symmetric=False),
     "groups in a rotation": cage.int4(group_size=64, hadamard=128),
 }
 
@@ -214,6 +215,7 @@ EACH = [
     ("groups", -2, True, True),
     ("channels", -2, True, False),
     ("groups", -1, False, True),
+    ("zero points", -2, True, True),
 ]
 # Blocks reach beyond these along the groups, and across in the last case.
 BEYOND = [
@@ -380,6 +382,10 @@ def test_a_step_that_gains_too_little_is_run_by_name_alone():
     assert by_name(cage.int8()) == {"tpu"}  # there is no kernel for GPU
     assert by_name(cage.int8(), at_updated=True) == set()
     assert by_name(cage.int8(), dtype=jnp.bfloat16) == set()
+    rows = cage.int4(axis=-1, group_size=128)
+    # The compiler reads once for each end of a range.
+    ranges = cage.int4(axis=-1, group_size=128, symmetric=False)
+    assert by_name(rows) == {"tpu", "cuda"} and by_name(ranges) == {"cuda"}
     assert by_name(cage.quest(4)) == by_name(cage.int4(group_size=32)) == {"cuda"}
 
 

@@ -35,6 +35,7 @@ for shape, quantizer, dtype in (
     ((64, 1536, 576), cage.quest(4), "float32"),
     ((64, 576, 576), cage.int4(axis=-1), "float32"),
     ((32, 960, 2560), GROUPS, "bfloat16"),
+    ((32, 960, 2560), cage.int4(group_size=32, symmetric=False), "float32"),
 ):
     x = kernels.array(shape, dtype, "v5e")
     program = kernels.lowered(kernels.Case(quantizer, "step"), x, "pallas").compile()

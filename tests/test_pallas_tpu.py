@@ -35,6 +35,9 @@ QUANTIZERS = {
         group_size=64,
         scale_type=scale_types.Float8(tensor_divisor=False),
     ),
+    "zero points": cage.int4(symmetric=False, group_size=32, gradient="clip"),
+    "zero point": cage.int8(symmetric=False),
+    "zero points in a rotation": cage.int8(symmetric=False, hadamard=64),
     "nvfp4": cage.nvfp4(),
     "nvfp4 in a rotation": dataclasses.replace(cage.nvfp4(), hadamard=128),
 }
@@ -58,6 +61,9 @@ CASES = [
     ("nvfp4", -2, (3, 256, 128)),
     ("nvfp4", -1, (256, 384)),
     ("nvfp4 in a rotation", -2, (256, 128)),
+    ("zero points", -1, (128, 256)),
+    ("zero point", -2, (384, 128)),
+    ("zero points in a rotation", -1, (128, 192)),
     # Blocks that reach beyond the array, along its groups or across or both.
     ("quest 64", -1, (40, 576)),
     ("int4 channel", -2, (40, 200)),
@@ -153,7 +159,7 @@ FALLS_BACK = {
     "random signs": ((256, 128), dataclasses.replace(cage.quest(4), hadamard_seed=0)),
     "wider than 128": ((256, 128), cage.quest(4, hadamard=256)),
     "its format is nf4": ((256, 128), cage.nf4()),
-    "its scale is minmax": ((256, 128), cage.int4(symmetric=False)),
+    "its scale is minmax with an offset": ((256, 128), cage.q4_1()),
     "share one divisor per tensor": (
         (1024, 128),
         dataclasses.replace(cage.nvfp4(), group_size=None),

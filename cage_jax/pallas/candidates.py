@@ -110,19 +110,23 @@ def adamw_kernels(
             module.adamw_step, tiling=tiling, adamw=adamw, at_updated=at_updated
         )
 
-    when, groups = by_default, quantizer.blocks(shape).by_axis.items()
+    when = by_default
     plain = quantizer.hadamard is None and not (at_updated or measured)
     plain = plain and dtype == jnp.float32
-    if plain and all(_takes_one_extra_read(size, axis, shape) for axis, size in groups):
+    if plain and _takes_one_extra_read(quantizer, shape):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `by_default` asks for.
         when = on_request
     return _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu, when)
 
 
-def _takes_one_extra_read(size, axis, shape):
-    """Tells whether the TPU compiler finds groups by reading an array once more."""
-    return size == shape[axis] or (axis == len(shape) - 1 and size % LANES == 0)
+def _takes_one_extra_read(quantizer, shape):
+    """Tells whether the TPU compiler finds grids by reading an array once more."""
+    return all(
+        size == shape[axis]
+        or (axis == len(shape) - 1 and size % LANES == 0 and not quantizer.asymmetric)
+        for axis, size in quantizer.blocks(shape).by_axis.items()
+    )
 
 
 def product_kernels(

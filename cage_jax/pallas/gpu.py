@@ -19,8 +19,8 @@ from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.jaxprs import called, evaluate, unchanged
 from cage_jax.pallas.strips import (
     TERMS,
+    Joined,
     Strip,
-    join,
     joined_grid,
     place,
     product,
@@ -239,19 +239,18 @@ def _strip_of(x_ref, matrix_ref, tiling, exactly):
 
         return fitted
 
-    def joined(x, found, poison):
-        return join(found, poison, rotated(x), tiling)
+    def joined(x, found):
+        return found.with_strip(rotated(x), tiling)
 
-    def one(i, carry):
-        return exactly(joined)(x_ref[place(i, tiling)], *carry)
+    def one(i, found):
+        return exactly(joined)(x_ref[place(i, tiling)], found)
 
-    zeros = jnp.zeros(tiling.per_group, jnp.float32)
-    found, poison = lax.fori_loop(0, tiling.strips, one, (zeros, zeros))
-    grid = exactly(partial(joined_grid, tiling=tiling))(found)
+    whole = lax.fori_loop(0, tiling.strips, one, Joined.of_nothing(tiling))
+    grid = exactly(partial(joined_grid, tiling=tiling))(whole.parts)
 
     def strip(x):
         rounding = Rounding(rotated(x), grid, None, tiling.quantizer)
-        return Strip(x.astype(jnp.float32), rounding, poison, rotate)
+        return Strip(x.astype(jnp.float32), rounding, whole.poison, rotate)
 
     return strip
 

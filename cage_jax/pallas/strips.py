@@ -6,8 +6,8 @@ products wrong by 4e-3, so it is split into three terms, whose sum is exact. A r
 value is one term.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from cage_jax.arrays.exact import times
 from cage_jax.arrays.hadamard import hadamard_matrix
-from cage_jax.pallas.tiling import Tiling
+from cage_jax.pallas.tiling import PartedScale, Tiling
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import (
@@ -28,7 +28,6 @@ from cage_jax.quantizers.rounding import (
     scaled_last,
     unrotated_codes,
 )
-from cage_jax.quantizers.scales import ReducedScale
 
 TERMS = 3  # a float32 (24 bits of mantissa) is the sum of three bfloat16 (8 bits each)
 
@@ -80,7 +79,7 @@ class Strip(NamedTuple):
         shape = code_values.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
         terms = 1 if scaled_last(quantizer, shape) else TERMS
-        rotate = functools.partial(self.rotate, terms=terms)
+        rotate = partial(self.rotate, terms=terms)
         unrotated = unrotated_codes(code_values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         value = scaled(unrotated, quantizer, grid, like)
@@ -98,23 +97,45 @@ def poison_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x - x, axis=axes, keepdims=True)
 
 
-def join(
-    partial: jax.Array, poison: jax.Array, rotated: jax.Array, tiling: Tiling
-) -> tuple[jax.Array, jax.Array]:
-    """Adds a strip to the reductions of groups that are longer than it.
+class Joined(NamedTuple):
+    """The reductions of groups that are longer than a strip.
 
     All strips together do to a group what `fit` does to a whole one.
+
+    Attributes:
+      parts: what the scale rule makes of the strips so far, one number per group or
+        several.
+      poison: as in `Strip`.
     """
-    scale, axes = cast(ReducedScale, tiling.quantizer.scale), (tiling.along - 1,)
+
+    parts: Any
+    poison: jax.Array
+
+    @classmethod
+    def of_nothing(cls, tiling: Tiling) -> "Joined":
+        """Returns the reductions before the first strip."""
+        zeros = jnp.zeros(tiling.per_group, jnp.float32)
+        group = jax.ShapeDtypeStruct(tiling.scratch_shape, jnp.float32)
+        numbers = jax.eval_shape(partial(_part, tiling=tiling), group)
+        return cls(jax.tree.map(lambda _: zeros, numbers), zeros)
+
+    def with_strip(self, rotated: jax.Array, tiling: Tiling) -> "Joined":
+        """Adds a strip, in the basis."""
+        scale = cast(PartedScale, tiling.quantizer.scale)
+        joined = scale.joined(self.parts, _part(rotated, tiling))
+        return Joined(joined, self.poison + poison_of(rotated, (tiling.along - 1,)))
+
+
+def _part(rotated, tiling):
+    scale = cast(PartedScale, tiling.quantizer.scale)
     sized = times(rotated, tiling.quantizer.basis(rotated.shape).factor)
-    part = scale.part(sized, axes, tiling.length)
-    return scale.joined(partial, part), poison + poison_of(rotated, axes)
+    return scale.part(sized, (tiling.along - 1,), tiling.length)
 
 
-def joined_grid(partial: jax.Array, tiling: Tiling) -> Grid:
+def joined_grid(whole: Any, tiling: Tiling) -> Grid:
     """Returns the grid of groups whose strips are all joined."""
-    quantizer, scale = tiling.quantizer, cast(ReducedScale, tiling.quantizer.scale)
-    return scale.stored(partial, tiling.length, quantizer.format, quantizer.scale_type)
+    quantizer, scale = tiling.quantizer, cast(PartedScale, tiling.quantizer.scale)
+    return scale.stored(whole, tiling.length, quantizer.format, quantizer.scale_type)
 
 
 def place(i: jax.Array, tiling: Tiling) -> tuple:

@@ -16,7 +16,7 @@ from cage_jax.arrays.tile_order import LANES, stored_order
 from cage_jax.quantizers.formats import Float, Format, Integer, MidRise
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Narrow
-from cage_jax.quantizers.scales import ReducedScale
+from cage_jax.quantizers.scales import MinMax, ReducedScale
 
 # Rows of a tile of 8-bit masks, which have the highest tiles.
 _SUBLANES = 32
@@ -37,6 +37,10 @@ _SECTOR = 16
 _CODES_BYTES = 2**20
 _INPUTS_BYTES = 2**23
 _OUTPUTS_BYTES = 2**21
+
+
+# Rules whose groups may be longer than a strip.
+PartedScale = ReducedScale | MinMax
 
 
 class NoKernelError(Exception):
@@ -159,6 +163,7 @@ def tiling_for_tpu(
         why = "each group is a whole axis, and the scales share one divisor per tensor"
         require(not group_is_axis, why)
         why = "its scales share one divisor per tensor, whose parts are not neighbours"
+        require(not quantizer.asymmetric, "its scales have a divisor and a zero point")
         require({*order[-2:]} == {*range(len(shape))[-2:]}, why)
     stack = math.prod(shape[axis] for axis in order[:-2])
     return Tiling(
@@ -189,7 +194,8 @@ def _checked(quantizer, shape, dtype, order):
     for suits, why in (
         (dtype in (jnp.float32, jnp.bfloat16), f"its dtype is {jnp.dtype(dtype)}"),
         (isinstance(format, Integer | MidRise | Float), f"its format is {format}"),
-        (isinstance(scale, ReducedScale), f"its scale is {scale}"),
+        (isinstance(scale, PartedScale), f"its scale is {scale}"),
+        (not scale.has_offset, f"its scale is {scale}"),
         (not isinstance(scale_type, Narrow), f"it has {scale_type}"),
         (isinstance(quantizer.axis, int), "its groups span several axes"),
         ((quantizer.hadamard or 1) <= widest, f"its rotation is wider than {widest}"),

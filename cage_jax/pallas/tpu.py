@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.exact import times
 from cage_jax.arrays.tile_order import LANES
-from cage_jax.pallas.strips import TERMS, Strip, join, joined_grid, place, product
+from cage_jax.pallas.strips import TERMS, Joined, Strip, joined_grid, place, product
 from cage_jax.pallas.tiling import Tiling
 from cage_jax.pallas.tpu_launch import (
     Operand,
@@ -323,12 +323,17 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
 
     number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
 
-    def find(i, carry):
+    joined, structure = jax.tree.flatten(Joined.of_nothing(tiling))
+    joined_refs = [getattr(refs, f"joined_{number}") for number in range(len(joined))]
+
+    def find(i, found):
         x = read(i)
         rotated = rotate(x)
         _store(refs.kept, begin + i, rotated if keep_rotated else x, tiling)
-        found, poison = carry
-        return join(found, poison, rotated, tiling)
+        return found.with_strip(rotated, tiling)
+
+    def so_far():
+        return jax.tree.unflatten(structure, [ref[...] for ref in joined_refs])
 
     def use(i, grid, poison):
         kept = _strip(refs.kept, begin + i, tiling)
@@ -340,17 +345,18 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
     def _():
         @pl.when(begin == 0)
         def _():
-            refs.found[...] = jnp.zeros(tiling.per_group, jnp.float32)
-            refs.poison[...] = jnp.zeros(tiling.per_group, jnp.float32)
+            for ref, nothing in zip(joined_refs, joined):
+                ref[...] = nothing
 
-        start = refs.found[...], refs.poison[...]
-        refs.found[...], refs.poison[...] = lax.fori_loop(0, tiling.strips, find, start)
+        found = lax.fori_loop(0, tiling.strips, find, so_far())
+        for ref, number in zip(joined_refs, jax.tree.leaves(found)):
+            ref[...] = number
 
     @pl.when(number == 1)
     def _():
-        poison = refs.poison[...]
-        grid = joined_grid(refs.found[...], tiling)
-        _each_strip(partial(use, grid=grid, poison=poison), tiling)
+        whole = so_far()
+        grid = joined_grid(whole.parts, tiling)
+        _each_strip(partial(use, grid=grid, poison=whole.poison), tiling)
 
 
 def _unquantized(refs, read, then, tiling):
@@ -433,5 +439,8 @@ def _scratch(tiling):
     if not tiling.group_is_axis:
         return {}
     per_group = pltpu.VMEM(tiling.per_group, jnp.float32)
-    kept = pltpu.VMEM(tiling.scratch_shape, jnp.float32)
-    return {"kept": kept, "found": per_group, "poison": per_group}
+    joined = jax.tree.leaves(jax.eval_shape(partial(Joined.of_nothing, tiling)))
+    return {
+        "kept": pltpu.VMEM(tiling.scratch_shape, jnp.float32),
+        **{f"joined_{number}": per_group for number in range(len(joined))},
+    }

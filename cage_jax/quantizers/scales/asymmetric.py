@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+from jax import lax
 
 from cage_jax.arrays.exact import clamp, divide
 from cage_jax.quantizers.formats import Integer
@@ -51,11 +52,23 @@ class MinMax(ScaleRule):
     def ignores_zeros(self):  # type: ignore[override]
         return self.zero_point
 
-    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+    def part(self, x, axes, count=None):
+        """Computes the ends of a part of each group, the upper one first."""
         # The range of a float offset need not hold zero.
         initial = 0 if self.zero_point else None
         top = jnp.max(infinite_if_nan(x), axis=axes, keepdims=True, initial=initial)
-        bottom = jnp.min(x, axis=axes, keepdims=True, initial=initial)
+        return top, jnp.min(x, axis=axes, keepdims=True, initial=initial)
+
+    def joined(self, one, other):
+        """Combines the ends of two parts."""
+        return lax.max(one[0], other[0]), lax.min(one[1], other[1])
+
+    def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        return self.stored(self.part(x, axes), None, format, scale_type, tensor_axes)
+
+    def stored(self, whole, count, format, scale_type=FULL, tensor_axes=()):
+        """Returns the grid of groups whose ends are known."""
+        top, bottom = whole
         end = 2 * format.half_range
         # Where the difference overflows, take the difference of the quotients.
         wide = jnp.isfinite(top) & jnp.isfinite(bottom) & jnp.isinf(top - bottom)
@@ -71,7 +84,7 @@ class MinMax(ScaleRule):
         if scale_type.dtype is not None:
             largest = float(jnp.finfo(scale_type.dtype).max)
             offset = jnp.clip(bottom, -largest, largest).astype(scale_type.dtype)
-        offset = jnp.where(jnp.isfinite(bottom), offset.astype(x.dtype), jnp.nan)
+        offset = jnp.where(jnp.isfinite(bottom), offset.astype(bottom.dtype), jnp.nan)
         return stored._replace(offset=offset)
 
     def clips(self, format):
