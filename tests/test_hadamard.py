@@ -95,6 +95,27 @@ def test_both_ways_agree(rng):
         )
 
 
+def test_a_product_before_it_changes_no_bit(rng):
+    # A compiler must not contract the sums with the product that they add up.
+    pairs = {
+        (block, axis): [normal(rng, 512, 512) for _ in range(2)]
+        for block in (32, 128, 256)
+        for axis in (0, 1)
+    }
+
+    @jax.jit
+    def of_products(pairs):
+        return {key: transform(a * b, *key) for key, (a, b) in pairs.items()}
+
+    @jax.jit
+    def of_arrays(arrays):
+        return {key: transform(x, *key) for key, x in arrays.items()}
+
+    separate = of_arrays({key: a * b for key, (a, b) in pairs.items()})
+    for key, found in of_products(pairs).items():
+        np.testing.assert_array_equal(found, separate[key], f"block, axis: {key}")
+
+
 def test_is_its_own_transpose(rng):
     x, y = normal(rng, 16, 3), normal(rng, 16, 3)
 

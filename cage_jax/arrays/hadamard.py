@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from cage_jax.arrays.sharding import across_shards
 
-_NEAR = 32
+# XLA for CPU computes an array in the loop that sums slices of it, anew for each,
+# unless there are this many.
+_FAR = 16
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
@@ -21,8 +23,8 @@ def transform(x: jax.Array, block: int, axis: int) -> jax.Array:
 
     The matrix is Sylvester's. Multiplied by `block**-0.5`, the transform is a rotation
     that is its own inverse and transpose. Without the factor it is exact for small
-    integers, such as codes. It begins with a product of matrices, because a compiler
-    could contract a sum with the product that `x` comes from.
+    integers, such as codes. It begins with a product, by a matrix or by signs, because
+    a compiler could contract a sum with the product that `x` comes from.
 
     Args:
       x: any float array.
@@ -58,28 +60,37 @@ def _by_factors(x, axis):
     """Multiplies by the Kronecker factors of the matrix, also Hadamard matrices."""
     before, block, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     stages = block.bit_length() - 1
-    first, second = 2 ** (stages // 2), 2 ** (stages - stages // 2)
-    if math.prod(after) < second:  # too few columns: small matrices are slow
+    far, near = 2 ** (stages - stages // 2), 2 ** (stages // 2)
+    if math.prod(after) < near:  # too few columns: small matrices are slow
         return jnp.moveaxis(_of_last_axis(jnp.moveaxis(x, axis, -1)), -1, axis)
-    x = x.reshape(*before, first, second, *after)
-    x = _matrix_times(_matrix_times(x, axis), axis + 1)
+    x = x.reshape(*before, far, near, *after)
+    # Near rows first: the product of far rows takes near rows and columns as one axis,
+    # and a loop that computes `x` along such an axis is not vectorized.
+    x = _matrix_times(_matrix_times(x, axis + 1), axis)
     return x.reshape(*before, block, *after)
 
 
 def _of_last_axis(x):
-    """Multiplies near elements by a matrix, then adds up far rows with their signs."""
+    """Adds up far rows with their signs, then multiplies near elements by a matrix."""
     block = x.shape[-1]
-    near = min(block, max(_NEAR, block // 4))
+    near = block // _FAR if block >= 8 * _FAR else block
     far = block // near
     rows = x.reshape(*x.shape[:-1], far, near)
-    rows = _times_matrix(rows, rows.ndim - 1)
-    axis = rows.ndim - 2
-    signs = hadamard_matrix(far).astype(x.dtype).reshape(far, *[1] * axis, far, 1)
+    if far > 1:
+        rows = _signed_sums(rows, rows.ndim - 2)
+    return _times_matrix(rows, rows.ndim - 1).reshape(x.shape)
+
+
+def _signed_sums(x, axis):
+    """Multiplies `axis` by the matrix, as sums of slices."""
+    length = x.shape[axis]
+    signs = hadamard_matrix(length).astype(x.dtype)
+    signs = signs.reshape(length, *[1] * axis, length, *[1] * (x.ndim - axis - 1))
     terms = (
-        lax.mul(lax.slice_in_dim(rows, i, i + 1, axis=axis), signs[i])
-        for i in range(far)
+        lax.mul(lax.slice_in_dim(x, i, i + 1, axis=axis), signs[i])
+        for i in range(length)
     )
-    return functools.reduce(lax.add, terms).reshape(x.shape)
+    return functools.reduce(lax.add, terms)
 
 
 def _times_matrix(x, axis):
