@@ -180,7 +180,7 @@ def test_the_dose_stays_the_same(name, rng):
     rules = cage.Rules([(".*", cage.int4(group_size=8))])
     shapes = {"v": (16, 4), "w": (2, 8, 3)}
     source = SOURCES[name]()
-    state = source.init({k: jnp.zeros(shape) for k, shape in shapes.items()})
+    state = source.init({k: (cage.int4(), jnp.zeros(s)) for k, s in shapes.items()})
 
     @jax.jit
     def weights_of(params, state):
@@ -384,7 +384,7 @@ def test_what_has_no_codes_or_no_grid_is_refused():
 
     def weigh(source, quantizer):
         step = Step(params, params, cage.Rules([("w", quantizer)]), None, {})
-        source.weigh(params, source.update(source.init(params), step), step)
+        source.weigh(params, source.update(source.init(step.quantized), step), step)
 
     assert_raises(
         (partial(weigh, source(), quantizer), ValueError, rf"^`w`: .*{text}.*\. Use ")

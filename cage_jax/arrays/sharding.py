@@ -31,6 +31,14 @@ def across_shards(function: Callable, x: jax.Array, sizes: Mapping[int, int]) ->
         return jax.sharding.auto_axes(function, out_sharding=out)(x)
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """Returns an array whole on each device, if its shards are explicit."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*[None] * x.ndim)))
+
+
 class Shards(NamedTuple):
     """An array's explicit sharding.
 

@@ -17,7 +17,7 @@ from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.curvature.source import Curvature, Step
+from cage_jax.optim.curvature.source import Curvature, Step, is_near
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     check_strength,
@@ -118,12 +118,11 @@ def correction(
         if statistics:
             _check_codes("statistics", quantized)
         _warn_of_rules(rules, params, quantized)
-        arrays = {path: x for path, (_, x) in quantized.items()}
         return CageState(
             cage_count=jnp.zeros([], jnp.int32),
             grids=_unknown_grids(quantized) if freeze_scale else None,
             statistics=initial_statistics(quantized) if statistics else None,
-            curvature=curvature and curvature.init(arrays),
+            curvature=curvature and curvature.init(quantized),
         )
 
     def update(
@@ -149,7 +148,8 @@ def correction(
         if curvature is not None:
             # Without an optimizer before the correction, the updates are the gradients.
             gradients = updates if gradients is None else gradients
-            step = Step(gradients, params, rules, inner_state, extra_args)
+            near = is_near(strength, count)
+            step = Step(gradients, params, rules, inner_state, extra_args, near)
             source, errors = _weighted(curvature, source, step, found)
         measured = state.statistics
         if statistics:
@@ -235,6 +235,8 @@ def _weighted(curvature, source, step, found):
     errors = {path: each.error for path, each in found.items()}
     if not found:
         return source, errors
+    if curvature.is_elementwise:
+        return source, curvature.weigh(errors, source, step)
     # Each parameter waited for the one before, so the last one's condition is for all.
     (*_, last) = found.values()
     return source, lax.cond(

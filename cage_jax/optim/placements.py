@@ -3,7 +3,8 @@
 Where the correction goes::
 
     coupled      gradient -> (+ lambda e) -> optimizer -> -learning rate -> update
-                 optax.chain(cage(rules, strength), optax.sgd(lr))
+                 chain(cage(rules, learning_rate=lr, total_steps=n), optax.adam(lr))
+                 chain(cage(rules, strength), optax.sgd(lr))
 
     decoupled    gradient -> optimizer -> (+ lambda e) -> -learning rate -> update
                  decoupled(optax.adamw(lr), rules, learning_rate=lr, total_steps=n)
@@ -36,8 +37,10 @@ from cage_jax.optim.schedules import (
 
 def cage(
     rules: Rules,
-    strength: ScalarOrSchedule,
+    strength: ScalarOrSchedule | None = None,
     *,
+    learning_rate: ScalarOrSchedule | None = None,
+    total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool = False,
@@ -49,6 +52,12 @@ def cage(
     learning rate this transformation is wrong and cannot detect it. For a ready-made
     optimizer use `decoupled` or `post_step`, for AdamW `cage_adamw`.
 
+    Adam and its relatives divide the pull by the root of mean squared gradients. Before
+    them, give `learning_rate` and `total_steps`: the pull is then the recommended one,
+    multiplied by that root, and there is nothing to tune. Before an optimizer that does
+    not divide, such as SGD, give a `strength`; strengths and doses are there those of
+    `decoupled`.
+
     The error is computed in float32 and the updates keep their dtype. While the
     strength is 0 no scale is computed and nothing is rotated (except under `jax.vmap`
     of the state, or with `statistics`), and the updates pass through unchanged, to the
@@ -56,10 +65,16 @@ def cage(
 
     Args:
       rules: which parameters are quantized, and how.
-      strength: lambda, a number or a schedule of the step count.
+      strength: lambda, a number or a schedule of the step count; None for the
+        recommended pull before Adam.
+      learning_rate: in place of `strength`, that of the optimizer, a number or a
+        schedule.
+      total_steps: in place of `strength`, the length of the training in optimizer
+        steps. The pull is that of `recommended(..., coupled=True)`.
       curvature: a source from `cage_jax.curvature` that weights the error; None for no
-        weighting, the published form. A source that needs more than gradients gets it
-        through `update`, such as `obj_fn=loss`.
+        weighting, the published form, or with `total_steps` for the recommended one. A
+        source that needs more than gradients gets it through `update`, such as
+        `obj_fn=loss`.
       freeze_scale: keep the grid of each parameter as it is when the pull begins, so
         that a quantizer that is not idempotent does not drift. Use the same grids in
         the forward pass and for the shipped codes: `fake_quant(params, rules,
@@ -71,8 +86,9 @@ def cage(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments of the wrong kind, and for a strength that
-        is negative or NaN; in `update` without `params`.
+      TypeError, ValueError: for arguments of the wrong kind, for a strength that is
+        negative or NaN, for a `strength` that comes with a learning rate, a number of
+        steps, or both missing; in `update` without `params`.
 
     Example:
       >>> import cage_jax as cage
@@ -86,8 +102,34 @@ def cage(
       >>> updates["kernel"].ravel().tolist()
       [-0.0, -0.0, -0.125]
 
-    Source: CAGE, arXiv 2510.18784, the coupled form.
+      Before Adam, with nothing to tune:
+
+      >>> tx = optax.chain(
+      ...     cage.cage(rules, learning_rate=1e-3, total_steps=1000), optax.adam(1e-3))
+
+    Source: CAGE, arXiv 2510.18784, the coupled form; the multiplication by the root
+    before Adam is our own, see benchmarks/README.md.
     """
+    if (learning_rate is None) != (total_steps is None):
+        given, missing = "learning_rate", "total_steps"
+        if learning_rate is None:
+            given, missing = missing, given
+        raise TypeError(
+            f"`{missing}` must come with `{given}`; got `{given}` alone. Use "
+            f"cage(rules, learning_rate=lr, total_steps=n) before Adam, or a strength "
+            f"before SGD."
+        )
+    if learning_rate is not None:
+        check_learning_rate(learning_rate)
+        if curvature is not None:
+            raise ValueError(
+                "`curvature` must be None if `total_steps` is given, because the pull "
+                "is scaled for Adam by the recommended one; got a source. Leave one of "
+                "them out."
+            )
+    strength, curvature = resolve_strength(
+        learning_rate, strength, total_steps, curvature, coupled=True
+    )
     return correction(
         rules,
         strength,

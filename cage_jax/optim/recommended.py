@@ -21,28 +21,32 @@ def recommended(
     total_steps: int,
     dose: float = 0.7,
     silence: float = 0.5,
+    coupled: bool = False,
 ) -> dict[str, Any]:
     """Returns a strength and a curvature to begin with, with nothing to tune.
 
     The strength rises with the cube of the steps after the silence. It is set by a dose
     rather than a peak, so that it suits any learning rate and number of steps. The
-    pull is strongest where squares of gradients are large, by rows and columns, and at
-    most three times the mean. This takes 4 bytes for each row and each column, and no
-    further gradients. No step moves a weight beyond its grid point, and no strength is
-    above 15. So the dose is smaller for a handful of steps and for the small learning
-    rates of fine-tuning, where the full dose would need a pull larger than the steps.
-    After `total_steps` the strength keeps its last value. Use it with the decoupled
-    placements; the coupled one has no dose under Adam.
+    pull is strongest where squares of gradients are large, by input and by output of
+    each matrix, and at most three times the mean. This needs no further gradients, and
+    takes 8 bytes for each input and each output. Gradients are read at every tenth
+    step, from 100 steps before the pull begins. No step moves a weight beyond its grid
+    point, and no strength is above 15. So the dose is smaller for a handful of steps
+    and for the small learning rates of fine-tuning, where the full dose would need a
+    pull larger than the steps. After `total_steps` the strength keeps its last value.
 
     Args:
       learning_rate: the optimizer's, a number or a schedule.
       total_steps: length of the training in optimizer steps.
       dose: as in `ramp_to_dose`, if a strength of 15 at the end is enough to reach it.
       silence: the fraction of training without correction, in [0, 1).
+      coupled: whether the pull goes before an optimizer that divides by the root of
+        mean squared gradients, such as Adam. It is then multiplied by that root, and
+        comes out of the division as strong as behind the optimizer.
 
     Returns:
       A dict of the arguments `strength` and `curvature` for `cage_adamw`, `cage_sgd`,
-      `decoupled` and `post_step`.
+      `decoupled` and `post_step`; with `coupled`, for `cage`.
 
     Raises:
       TypeError, ValueError: as in `ramp_to_dose`.
@@ -71,15 +75,17 @@ def recommended(
 
     return {
         "strength": strength,
-        "curvature": fisher(relative=True, factored=True, largest=_LARGEST),
+        "curvature": fisher(factored=True, largest=_LARGEST, times_root=coupled),
     }
 
 
 def resolve_strength(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None,
     strength: ScalarOrSchedule | None,
     total_steps: int | None,
     curvature: Curvature | None,
+    *,
+    coupled: bool = False,
 ) -> tuple[ScalarOrSchedule, Curvature | None]:
     """Returns the given strength and curvature, or else the recommended ones."""
     if strength is not None:
@@ -89,7 +95,7 @@ def resolve_strength(
                 f"{strength!r}. Leave one of them out."
             )
         return strength, curvature
-    if total_steps is None:
+    if total_steps is None or learning_rate is None:
         raise TypeError(
             "`total_steps` must be given if `strength` is not; got neither. Use the "
             "number of optimizer steps, for the recommended strength."
@@ -101,7 +107,7 @@ def resolve_strength(
             "optax.inject_hyperparams is the value of one step. Use "
             "**recommended(learning_rate, total_steps) in place of `total_steps`."
         )
-    found = recommended(learning_rate, total_steps)
+    found = recommended(learning_rate, total_steps, coupled=coupled)
     total = dose(learning_rate, found["strength"], total_steps)
     if total < _LEAST_DOSE:
         warnings.warn(

@@ -139,11 +139,11 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
     check_number("decay", decay, "Use 0.99.", least=0, below=1)
     check_number("floor", floor, "Use 0.1.", least=0)
 
-    def init(params):
+    def init(quantized):
         return FlipsState(
             jnp.zeros([], jnp.int32),
-            {path: jnp.zeros_like(x, jnp.int8) for path, x in params.items()},
-            {path: jnp.zeros_like(x, jnp.float32) for path, x in params.items()},
+            {path: jnp.zeros_like(x, jnp.int8) for path, (_, x) in quantized.items()},
+            {path: jnp.zeros_like(x, "float32") for path, (_, x) in quantized.items()},
         )
 
     def update(state, step):

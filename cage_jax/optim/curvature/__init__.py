@@ -6,7 +6,8 @@ gradient is `H e`, with strength 1 and nothing to tune. Pass a source to a corre
 `curvature=`.
 """
 
-from cage_jax.optim.curvature.diagonal import DiagonalState, Factors, diagonal
+from cage_jax.optim.curvature.diagonal import DiagonalState, diagonal
+from cage_jax.optim.curvature.factored import FactoredState
 from cage_jax.optim.curvature.fisher import fisher
 from cage_jax.optim.curvature.hessian import gauss_newton, hessian, hutchinson
 from cage_jax.optim.curvature.kronecker import KroneckerState, kronecker
@@ -21,7 +22,7 @@ from cage_jax.optim.curvature.source import (
 __all__ = [
     "Curvature",
     "DiagonalState",
-    "Factors",
+    "FactoredState",
     "KroneckerState",
     "Step",
     "apply_weights",

@@ -52,8 +52,8 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
     check_averaging(decay, period)
     check_int("examples", examples, "Use 1.", least=1)
 
-    def init(params):
-        for path, x in params.items():
+    def init(quantized):
+        for path, (_, x) in quantized.items():
             if x.ndim < 2:
                 raise ValueError(
                     f"`{path}`: a parameter must have two axes or more for Kronecker "
@@ -62,7 +62,7 @@ def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Cur
         left, right = (
             {
                 path: jnp.zeros((*x.shape[:-2], *[x.shape[axis]] * 2), jnp.float32)
-                for path, x in params.items()
+                for path, (_, x) in quantized.items()
             }
             for axis in (-2, -1)
         )

@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.core.rules import Rules
+from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.quantizers.quantizer import Quantizer
 
 Arrays = Mapping[str, jax.Array]
+Quantized = Mapping[str, tuple[Quantizer, jax.Array]]
+
+# Steps before the pull from which on it is near.
+_NEAR = 100
 
 
 class Step(NamedTuple):
@@ -21,6 +26,7 @@ class Step(NamedTuple):
       rules: which parameters are quantized, and how.
       inner_state: the state of the optimizer before the correction, or None.
       extra_args: the other arguments of `update`, such as `obj_fn`.
+      is_near: whether the pull is on, or begins within 100 steps, a boolean scalar.
     """
 
     tree: Any
@@ -28,6 +34,7 @@ class Step(NamedTuple):
     rules: Rules
     inner_state: Any
     extra_args: dict[str, Any]
+    is_near: jax.Array | bool = True
 
     @property
     def gradients(self) -> dict[str, jax.Array]:
@@ -35,10 +42,14 @@ class Step(NamedTuple):
         return self.by_path(self.tree)
 
     @property
+    def quantized(self) -> Quantized:
+        """Quantizers and parameters by path, of the quantized parameters."""
+        return self.rules.quantized(self.params)
+
+    @property
     def quantizers(self) -> dict[str, Quantizer]:
         """Quantizers of the quantized parameters, by path."""
-        quantized = self.rules.quantized(self.params)
-        return {path: quantizer for path, (quantizer, _) in quantized.items()}
+        return {path: quantizer for path, (quantizer, _) in self.quantized.items()}
 
     def by_path(self, tree: Any) -> dict[str, jax.Array]:
         """Returns the leaves of `tree` at the paths of the quantized parameters."""
@@ -71,15 +82,25 @@ class Curvature(NamedTuple):
     """A source of curvature; an Optax optimizer has the first two of its functions.
 
     Attributes:
-      init: maps arrays by path to the state of the source.
+      init: maps quantizers and arrays by path to the state of the source.
       update: maps the state and a `Step` to the next state, once a step.
       weigh: maps errors by path, the state and the `Step` to weighted errors, along
-        which the weights are pulled.
+        which the weights are pulled. It is computed only while the pull is on.
+      is_elementwise: whether `weigh` only multiplies errors by weights that are known.
+        It is then computed at every step, in one pass with the optimizer.
     """
 
-    init: Callable[[dict[str, jax.Array]], Any]
+    init: Callable[[Quantized], Any]
     update: Callable[[Any, Step], Any]
     weigh: Callable[[dict[str, jax.Array], Any, Step], dict[str, jax.Array]]
+    is_elementwise: bool = False
+
+
+def is_near(strength: ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """Returns whether the strength is positive at a step or will be 100 steps later."""
+    now, soon = (jnp.asarray(value_at(strength, n)) for n in (count, count + _NEAR))
+    # A number is made to depend on the count: compilers would fold a condition.
+    return ((now != 0) | (soon != 0)) & (count >= 0)
 
 
 def stateless_source(

@@ -1,0 +1,354 @@
+"""Means of squared gradients by input and by output: the recommended curvature.
+
+The squared gradients of a matrix are close to the product of a column and a row. These
+two vectors are far less noisy than single entries and take next to no memory. They are
+bounded as vectors, and their product is computed where it multiplies the error, so no
+array of weights is ever stored. The product is constant within each block of a
+rotation, so that it can be applied without rotating the error.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.sharding import replicated
+from cage_jax.optim.curvature.averages import average, check_averaging, total_weight
+from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
+
+_ROUNDS = 4
+
+Rows = dict[str, dict[str, jax.Array]]
+
+
+class Factors(NamedTuple):
+    """Two arrays whose product has the shape of a parameter.
+
+    The inputs of a matrix are the axes that share a scale, such as -2 of a Dense
+    kernel, and its outputs are its other axes. Each matrix of a stack has its own.
+
+    Attributes:
+      inputs: one number for each input, with a size of 1 along the outputs.
+      outputs: one number for each output, with a size of 1 along the inputs.
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
+
+
+class FactoredState(NamedTuple):
+    """Averages of squared gradients and the weights computed from them.
+
+    Vectors of the same length are the rows of one array. Compilers take long over many
+    small arrays, and over many rows at constant places, so the places are kept too.
+
+    Attributes:
+      steps: the number of steps done with the pull on or near, int32.
+      estimates: the number of gradients averaged, int32.
+      rows: the rows of the "inputs" and "outputs" of each parameter, int32, by path.
+      means: the averages, float32, before they are debiased.
+      weights: the weights, float32, before their product is bounded.
+      roots: the roots of the debiased averages, float32; None unless the source
+        multiplies by them.
+    """
+
+    steps: jax.Array
+    estimates: jax.Array
+    rows: Rows
+    means: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...]
+    roots: tuple[jax.Array, ...] | None
+
+
+def factored(
+    gradients_of: Callable[[Step], Arrays],
+    *,
+    decay: float = 0.9,
+    period: int = 10,
+    largest: float = 3.0,
+    times_root: bool = False,
+) -> Curvature:
+    """Creates a source from means of squared gradients by input and by output.
+
+    The weights of a matrix are the product of three numbers: its mean, relative to that
+    of all quantized weights, at most `largest`; the mean of each input and of each
+    output, relative to that of the matrix, at most the root of `largest`. The product
+    is at most `largest`. The total pull stays nearly the same, and moves to where the
+    curvature is. Gradients are read only while the pull is on or near (see `Step`), and
+    errors are not weighted before the first one is read.
+
+    Args:
+      gradients_of: maps a `Step` to gradients by path.
+      decay: the decay of the exponential average, which is debiased.
+      period: the number of steps from one gradient that is read to the next.
+      largest: the upper bound of a weight.
+      times_root: whether to multiply by the root of the mean squared gradient, too. An
+        optimizer after the correction that divides by it, such as Adam, then leaves
+        the pull as it would be behind the optimizer.
+
+    Returns:
+      A source with a `FactoredState`: 8 bytes for each input and each output of a
+      matrix, or 12 with `times_root`.
+
+    Raises:
+      TypeError, ValueError: for arguments out of range; in `update` for a state of
+        another source.
+    """
+    check_averaging(decay, period)
+    check_number("largest", largest, "Use 3.0.", above=1)
+
+    def init(quantized):
+        groups = _groups(quantized)
+        # Made from the parameters, so that they vary along the same axes of a mesh.
+        zeros = {path: jnp.zeros_like(x) for path, (_, x) in quantized.items()}
+        means = tuple(group.mean_squares(zeros) for group in groups)
+        return FactoredState(
+            steps=jnp.zeros([], jnp.int32),
+            estimates=jnp.zeros([], jnp.int32),
+            rows=_rows(groups),
+            means=means,
+            weights=jax.tree.map(jnp.ones_like, means),
+            # Nothing is pulled before it is known what the optimizer divides by.
+            roots=jax.tree.map(jnp.zeros_like, means) if times_root else None,
+        )
+
+    def update(state, step):
+        _check_state(state)
+
+        def read():
+            groups, gradients = _groups(step.quantized), gradients_of(step)
+            means = tuple(
+                average(decay, before, group.mean_squares(gradients))
+                for group, before in zip(groups, state.means, strict=True)
+            )
+            estimates, roots = state.estimates + 1, None
+            if times_root:
+                known = total_weight(decay, estimates)
+                roots = tuple(
+                    group.roots(vectors / known)
+                    for group, vectors in zip(groups, means)
+                )
+            unit = _unit(groups, means, largest)
+            weights = tuple(
+                group.weights(vectors, unit, largest)
+                for group, vectors in zip(groups, means)
+            )
+            return estimates, state.rows, means, weights, roots
+
+        near = jnp.asarray(step.is_near)
+        due = near & (state.steps % period == 0)
+        rest = lax.cond(due, read, lambda: tuple(state[1:]))
+        return FactoredState(state.steps + near.astype(jnp.int32), *rest)
+
+    def weigh(errors, state, step):
+        weights, roots = (
+            vectors and factors_of(vectors, state.rows, step.quantized)
+            for vectors in (state.weights, state.roots)
+        )
+        weighted = {}
+        for path, error in errors.items():
+            weight = jnp.minimum(jnp.multiply(*weights[path]), largest)
+            if roots is not None:
+                weight = weight * jnp.multiply(*roots[path])
+            weighted[path] = weight.astype(error.dtype) * error
+        return weighted
+
+    return Curvature(init, update, weigh, is_elementwise=True)
+
+
+def factors_of(
+    vectors: tuple[jax.Array, ...], rows: Rows, quantized: Quantized
+) -> dict[str, Factors]:
+    """Returns the factors of each parameter by path.
+
+    Args:
+      vectors: a field of a `FactoredState`, such as its weights.
+      rows: the rows in that state.
+      quantized: quantizers and parameters by path.
+    """
+    found: dict[str, dict[str, jax.Array]] = {path: {} for path in quantized}
+    for group, array in zip(_groups(quantized), vectors, strict=True):
+        for path, kind, over, *_ in group.members:
+            row = lax.dynamic_index_in_dim(array, rows[path][kind], keepdims=False)
+            found[path][kind] = jnp.expand_dims(row, over)
+    return {path: Factors(**each) for path, each in found.items()}
+
+
+# --- the vectors of one shape ---------------------------------------------------------
+
+
+class _Vector(NamedTuple):
+    """The inputs or the outputs of a parameter.
+
+    Attributes:
+      path: path of the parameter.
+      kind: "inputs" or "outputs".
+      over: the axes of the parameter that it is the mean over.
+      length: the number of entries that it is the mean over.
+      size: the number of entries of a matrix.
+    """
+
+    path: str
+    kind: str
+    over: tuple[int, ...]
+    length: int
+    size: int
+
+
+class _Shape(NamedTuple):
+    """What all vectors of a group share.
+
+    Attributes:
+      lengths: shape of the vector: that of the parameter without the axes in `over`.
+      stack: the number of axes that are those of a stack of matrices.
+      rotated: the rotated axis and the length of its blocks, or None.
+      varying: the axes of a mesh along which it differs, inside a `shard_map`.
+    """
+
+    lengths: tuple[int, ...]
+    stack: int
+    rotated: tuple[int, int] | None
+    varying: frozenset[str]
+
+
+class _Group(NamedTuple):
+    """The vectors of one shape, the rows of an array of shape (vectors, *lengths)."""
+
+    shape: _Shape
+    members: list[_Vector]
+
+    def each(self, field: str) -> jax.Array:
+        """Returns a number of each vector, float32, in the shape of `mean`."""
+        numbers = np.asarray([getattr(vector, field) for vector in self.members])
+        ones = [1] * len(self.shape.lengths)
+        return jnp.asarray(numbers.reshape(-1, *ones), jnp.float32)
+
+    @property
+    def is_input(self) -> np.ndarray:
+        """Whether each vector has inputs, in the shape of `mean`."""
+        kinds = np.asarray([vector.kind == "inputs" for vector in self.members])
+        return kinds.reshape(-1, *[1] * len(self.shape.lengths))
+
+    def mean_squares(self, gradients: Arrays) -> jax.Array:
+        """Computes the mean squares, constant within each block of a rotation.
+
+        They are NaN without a gradient.
+        """
+        sums = []
+        for path, kind, over, *_ in self.members:
+            if path not in gradients:
+                sums.append(jnp.full(self.shape.lengths, jnp.nan, jnp.float32))
+                continue
+            g = gradients[path]
+            if kind == "outputs":
+                # A CPU would store the squares if both sums of a matrix shared them.
+                g = lax.optimization_barrier(g)
+            squares = jnp.square(g.astype(jnp.float32))
+            sums.append(replicated(jnp.sum(squares, over)))
+        means = jnp.stack(sums) / self.each("length")
+        if self.shape.rotated is None:
+            return means
+        axis, block = self.shape.rotated
+        before, after = means.shape[: axis + 1], means.shape[axis + 2 :]
+        blocks = means.reshape(*before, -1, block, *after)
+        constant = jnp.mean(blocks, axis + 2, keepdims=True)
+        return jnp.broadcast_to(constant, blocks.shape).reshape(means.shape)
+
+    def mean(self, vectors: jax.Array) -> jax.Array:
+        """Computes the mean of each vector, with its axes kept."""
+        axes = range(1 + self.shape.stack, vectors.ndim)
+        return jnp.mean(vectors, axes, keepdims=True)
+
+    def relative(self, vectors: jax.Array) -> jax.Array:
+        """Scales vectors to a mean of 1; all are 1 if nothing is known."""
+        mean = self.mean(vectors)
+        return jnp.where(mean > 0, vectors / mean, 1)
+
+    def weights(self, means: jax.Array, unit: jax.Array, largest: float) -> jax.Array:
+        """Computes the factors of the weights, before their product is bounded."""
+        mean = self.mean(means)
+        bounded = self.relative(jnp.minimum(means, mean * math.sqrt(largest)))
+        return jnp.where(self.is_input, bounded * _level(mean, unit, largest), bounded)
+
+    def roots(self, means: jax.Array) -> jax.Array:
+        """Computes the factors of the root of mean squares."""
+        return jnp.sqrt(jnp.where(self.is_input, means, self.relative(means)))
+
+
+def _groups(quantized: Quantized) -> list[_Group]:
+    """Returns the vectors of all parameters, in groups of one shape."""
+    groups: dict[_Shape, _Group] = {}
+    for path, (quantizer, x) in quantized.items():
+        blocks, basis = quantizer.blocks(x.shape), quantizer.basis(x.shape)
+        matrix = blocks.tensor_axes
+        inputs = tuple(axis for axis in matrix if axis in blocks.axes)
+        if inputs in ((), matrix):  # all have one scale, or the quantizer has none
+            inputs = matrix[:-1]
+        outputs = tuple(axis for axis in matrix if axis not in inputs)
+        for kind, over in (("inputs", outputs), ("outputs", inputs)):
+            kept = [axis for axis in range(x.ndim) if axis not in over]
+            rotated = None
+            if basis.block is not None and basis.axis in kept:
+                rotated = kept.index(basis.axis), basis.block
+            shape = _Shape(
+                lengths=tuple(x.shape[axis] for axis in kept),
+                stack=matrix[0],
+                rotated=rotated,
+                varying=jax.typeof(x).manual_axis_type.varying,
+            )
+            length, size = (
+                math.prod(x.shape[axis] for axis in axes) for axes in (over, matrix)
+            )
+            vector = _Vector(path, kind, over, length, size)
+            groups.setdefault(shape, _Group(shape, [])).members.append(vector)
+    return list(groups.values())
+
+
+def _rows(groups):
+    rows: dict[str, dict[str, jax.Array]] = {}
+    for group in groups:
+        for i, vector in enumerate(group.members):
+            rows.setdefault(vector.path, {})[vector.kind] = jnp.int32(i)
+    return rows
+
+
+def _level(mean, unit, largest):
+    return jnp.where(unit > 0, jnp.minimum(mean / unit, largest), 1)
+
+
+def _unit(groups, means, largest):
+    """Finds the number to divide levels by, so that once bounded their mean is 1.
+
+    The mean is over all weights, inside a `shard_map` over those of all devices.
+    """
+    levels = [group.mean(vectors) for group, vectors in zip(groups, means)]
+
+    def mean_of_all(level_of):
+        total = count = jnp.float32(0)
+        for group, level in zip(groups, levels):
+            # Each matrix counts twice, with its inputs and with its outputs.
+            sizes = jnp.broadcast_to(group.each("size"), level.shape)
+            both = jnp.sum(sizes * level_of(level)), jnp.sum(sizes)
+            part, size = lax.psum(both, tuple(group.shape.varying))
+            total, count = total + part, count + size
+        return total / count
+
+    unit = mean_of_all(lambda level: level)
+    for _ in range(_ROUNDS):  # bounding lowers the mean, by less in each round
+        unit = unit * mean_of_all(lambda level, unit=unit: _level(level, unit, largest))
+    return unit
+
+
+def _check_state(state):
+    if not isinstance(state, FactoredState):
+        raise ValueError(
+            f"`state` must have the curvature of fisher(factored=True), which the "
+            f"recommended pull uses; got a {type(state).__name__}, of another source "
+            f"or an older version. To go on from there, replace it by the curvature in "
+            f"tx.init(params)."
+        )

@@ -1,0 +1,182 @@
+"""The recommended curvature: means of squared gradients by input and by output."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax.tree_utils import tree_get
+
+import cage_jax as cage
+from cage_jax import curvature
+
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+# By name: the quantizer, the shape, the axes of inputs and of outputs, and the length
+# of the blocks of inputs that a rotation makes alike.
+PARAMETERS = {
+    "kernel": (cage.int4(group_size=8), (16, 8), (0,), (1,), 1),
+    "transposed": (cage.int4(axis=-1), (6, 16), (1,), (0,), 1),
+    "stack": (cage.int4(), (3, 16, 8), (1,), (2,), 1),
+    "query": (cage.int4(axis=0), (8, 2, 4), (0,), (1, 2), 1),
+    "out": (cage.int4(axis=(0, 1)), (2, 4, 8), (0, 1), (2,), 1),
+    "whole": (cage.int4(axis=None), (4, 8), (0,), (1,), 1),
+    "vector": (cage.int4(axis=-1), (12,), (), (0,), 1),
+    "rotated": (cage.quest(4, hadamard=8), (32, 8), (0,), (1,), 8),
+}
+
+
+def rules_of(names=PARAMETERS):
+    return cage.Rules([(f"^{name}$", PARAMETERS[name][0]) for name in names])
+
+
+RULES = rules_of()
+
+
+def random_tree(rng, names=tuple(PARAMETERS), sizes=None):
+    """Arrays whose rows and columns differ in size, and so do the arrays."""
+    found = {}
+    for name in names:
+        shape = PARAMETERS[name][1]
+        scale = np.exp(rng.normal())
+        for axis in range(len(shape)):
+            along = [-1 if i == axis else 1 for i in range(len(shape))]
+            scale = scale * np.exp(rng.normal(size=shape[axis])).reshape(along)
+        found[name] = np.float32(scale * rng.normal(size=shape))
+    return found
+
+
+def relative(x, axes):
+    mean = x.mean(axes, keepdims=True)
+    return x / mean
+
+
+def factors_in_float64(gradients, decay, largest):
+    """The weights and roots of each parameter from its gradients, in float64."""
+    inputs, outputs, levels, sizes = {}, {}, {}, {}
+    unit = 1 - decay ** len(gradients)
+    for name in gradients[0]:
+        _, shape, ins, outs, block = PARAMETERS[name]
+        mean = 0.0
+        for gradient in gradients:
+            mean = decay * mean + (1 - decay) * np.square(np.float64(gradient[name]))
+        mean = mean / unit
+        by_input = mean.mean(outs, keepdims=True)
+        if block > 1:
+            parts = by_input.reshape(-1, block, 1).mean(1, keepdims=True)
+            by_input = np.repeat(parts, block, 1).reshape(by_input.shape)
+        inputs[name], outputs[name] = by_input, mean.mean(ins, keepdims=True)
+        levels[name] = mean.mean(ins + outs, keepdims=True)
+        sizes[name] = math.prod(shape) / levels[name].size
+    count = sum(math.prod(each[1]) for each in PARAMETERS.values())
+
+    def scaled(levels):
+        total = sum(np.sum(sizes[name] * level) for name, level in levels.items())
+        return {name: level * count / total for name, level in levels.items()}
+
+    bounded = scaled(levels)
+    for _ in range(4):
+        bounded = scaled({n: np.minimum(x, largest) for n, x in bounded.items()})
+    weights, roots = {}, {}
+    for name, (_, _, ins, outs, _) in PARAMETERS.items():
+        parts = []
+        for vector, axes in ((inputs[name], ins), (outputs[name], outs)):
+            most = np.sqrt(largest) * vector.mean(axes, keepdims=True)
+            parts.append(relative(np.minimum(vector, most), axes))
+        level = np.minimum(bounded[name], largest)
+        weights[name] = np.minimum(level * parts[0] * parts[1], largest)
+        roots[name] = np.sqrt(inputs[name] * relative(outputs[name], outs))
+    return weights, roots
+
+
+def errors_of(params):
+    return {
+        name: np.float64(x) - np.float64(cage.fake_quant(x, PARAMETERS[name][0]))
+        for name, x in params.items()
+    }
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_pull_is_that_of_the_formula(rng, coupled):
+    """Also for stacks, kernels of three axes, vectors and rotations."""
+    params, gradients = random_tree(rng), [random_tree(rng) for _ in range(5)]
+    options = {"decay": 0.5, "period": 2, "largest": 2.0}
+    source = curvature.fisher(factored=True, times_root=coupled, **options)
+    tx = cage.cage(RULES, 0.5, curvature=source)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+    assert tree_get(state, "estimates") == 3
+    weights, roots = factors_in_float64(gradients[::2], 0.5, 2.0)
+    for name, error in errors_of(params).items():
+        pull = 0.5 * weights[name] * error * (roots[name] if coupled else 1)
+        expected = np.float64(gradients[-1][name]) + pull
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            updates[name] / scale, expected / scale, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+def test_gradients_are_read_only_while_the_pull_is_near():
+    """Every tenth step, from 100 steps before the strength is positive."""
+    rules = cage.Rules([("w", cage.int4())])
+    source = curvature.fisher(factored=True)
+    strength = cage.silence_then_constant(250, 1.0, silence=0.5)
+    tx = cage.cage(rules, strength, curvature=source)
+    params = {"w": jnp.ones((4, 2))}
+
+    def step(state, _):
+        _, state = tx.update({"w": jnp.ones((4, 2))}, state, params)
+        return state, state.curvature.estimates
+
+    scan = jax.jit(lambda state: jax.lax.scan(step, state, length=60))
+    _, estimates = scan(tx.init(params))
+    np.testing.assert_array_equal(estimates, np.maximum(0, np.arange(60) - 15) // 10)
+
+
+def test_before_the_first_gradient_errors_are_not_weighted(rng):
+    params = random_tree(rng)
+    source = curvature.fisher(factored=True)
+    state = source.init(RULES.quantized(params))
+    step = curvature.Step(params, params, RULES, None, {}, is_near=jnp.array(False))
+    errors = {name: jnp.ones_like(x) for name, x in params.items()}
+    weighted = source.weigh(errors, source.update(state, step), step)
+    for name, error in errors.items():
+        np.testing.assert_array_equal(weighted[name], error, err_msg=name)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("explicit", [False, True])
+def test_vectors_of_shards_are_those_of_one_device(rng, explicit):
+    names = ["kernel", "stack", "query", "rotated"]
+    params, gradient = random_tree(rng, names), random_tree(rng, names)
+    tx = cage.cage_adamw(
+        0.1, rules_of(names), 1.0, curvature=curvature.fisher(factored=True, period=2)
+    )
+
+    @jax.jit
+    def step(params, state, gradient):
+        return tx.update(gradient, state, params)
+
+    expected, _ = step(params, tx.init(params), gradient)
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind,) * 2)
+    specs = {
+        "kernel": jax.P("rows", "columns"),
+        "stack": jax.P(None, "rows", "columns"),
+        "query": jax.P("rows", "columns"),
+        "rotated": jax.P("rows", "columns"),
+    }
+
+    def placed(tree):
+        return {
+            name: jax.device_put(x, jax.NamedSharding(mesh, specs[name]))
+            for name, x in tree.items()
+        }
+
+    with jax.set_mesh(mesh):
+        params, gradient = placed(params), placed(gradient)
+        state = jax.jit(tx.init)(params)
+        found, state = step(params, state, gradient)
+    for name in names:
+        np.testing.assert_allclose(found[name], expected[name], **CLOSE, err_msg=name)
