@@ -253,9 +253,7 @@ def check_inside_shard_map(more, kind, rng):
         return (optax.apply_updates(weights, updates), state), None
 
     def train(weights):
-        # What is counted differs by device only from the first step on.
-        begun, _ = step((weights, tx.init(weights)))
-        (weights, _), _ = jax.lax.scan(step, begun, length=3)
+        (weights, _), _ = jax.lax.scan(step, (weights, tx.init(weights)), length=4)
         return weights
 
     weights = {name: weight_for("both", rng) for name in names}

@@ -67,13 +67,20 @@ def test_passes_over_an_array_stand_in_a_branch(
     "strength", [1.0, cage.silence_then_ramp(100)], ids=["constant", "ramp"]
 )
 @pytest.mark.parametrize(
-    "quantizer", [cage.int4(group_size=128), cage.quest(4)], ids=str
+    ("quantizer", "statistics"),
+    [
+        (cage.int4(group_size=128), False),
+        (cage.quest(4), False),
+        (cage.int4(group_size=128), True),
+        (cage.quest(4), 10),
+    ],
+    ids=str,
 )
-def test_one_parameter_at_a_time_is_in_memory(quantizer, strength):
+def test_one_parameter_at_a_time_is_in_memory(quantizer, statistics, strength):
     shape = (1024, 512)
     bytes_each = 4 * shape[0] * shape[1]
     rules = cage.Rules([(".*", quantizer)])
-    tx = cage.cage_adamw(1e-3, rules, strength)
+    tx = cage.cage_adamw(1e-3, rules, strength, statistics=statistics)
 
     def step(gradients, params, state):  # in the order of what it donates
         updates, state = tx.update(gradients, state, params)

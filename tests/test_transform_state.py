@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import train
+from jax.extend.core import jaxprs_in_params
 from optax.tree_utils import tree_get
 from oracles import absmax_round, absmax_scale
 
@@ -276,6 +277,96 @@ def test_statistics_of_frozen_grids(x64, start):
     np.testing.assert_allclose(
         tree_get(states[-1], "relative_error_max"), relative, rtol=1e-6
     )
+
+
+def test_statistics_of_every_fourth_step_and_of_the_first_pull(x64, start):
+    params, gradients = start
+    lr, strength = table(LEARNING_RATE), table(STRENGTH)
+
+    def run(statistics):
+        options = {"learning_rate": lr, "strength": strength, "statistics": statistics}
+        tx = cage.decoupled(optax.sgd(lr), RULES, **options)
+        trajectory, states = train(tx, params, gradients)
+        found = [tree_get(state, "statistics") for state in states]
+        return jax.device_get((trajectory, found))
+
+    trajectory, every = run(True)
+    same, some = run(4)
+    chex.assert_trees_all_close(same, trajectory, **FLOAT64)
+    seen = [params, *trajectory[:-1]]
+    last = params  # the parameters when codes were last measured
+    for count, (found, full) in enumerate(zip(some, every)):
+        assert found.correction_strength == STRENGTH[count]
+        if count not in (0, 2, 4):  # it begins to pull in step 2
+            kept = some[count - 1]._replace(correction_strength=STRENGTH[count])
+            chex.assert_trees_all_equal(found, kept)
+            continue
+        now, before = (codes(x["kernel"]) for x in (seen[count], last))
+        flipped = np.float32(np.mean(now != before))
+        expected = full._replace(codes_flipped=flipped)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+        last = seen[count]
+    assert some[4].codes_flipped != every[4].codes_flipped
+    norms = [np.linalg.norm(x["kernel"]) for x in seen]
+    np.testing.assert_allclose(some[5].reference_norm, norms[2], rtol=1e-6)
+    drift = norms[4] / norms[2] - 1
+    np.testing.assert_allclose(some[5].norm_drift, drift, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", [cage.int4(group_size=8), cage.quest(4)], ids=str)
+def test_nothing_is_measured_outside_of_a_branch(quantizer):
+    params = {"kernel": jnp.ones((128, 4))}
+    tx = cage.cage_sgd(
+        0.1, cage.Rules([(".*", quantizer)]), cage.silence_then_ramp(9), statistics=2
+    )
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    work = {"round", "floor", "reduce_max", "dot_general", "reduce_sum"}
+
+    def measured(jaxpr, in_branches):
+        found = [eqn for eqn in equations(jaxpr, in_branches) if eqn.invars]
+        names = {eqn.primitive.name for eqn in found if eqn.invars[0].aval.size > 4}
+        return work & names
+
+    assert measured(jaxpr, in_branches=True) >= {"reduce_sum"}
+    assert measured(jaxpr, in_branches=False) == set()
+
+
+def equations(jaxpr, in_branches, inside=False):
+    """All equations, inside conditional branches or outside of them."""
+    for equation in jaxpr.eqns:
+        if inside == in_branches:
+            yield equation
+        branch = inside or equation.primitive.name == "cond"
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner, in_branches, branch)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_period_goes_on_from_a_state_and_counts_the_steps_of_multisteps(start):
+    params, gradients = jax.tree.map(jnp.float32, start)
+    tx = cage.cage_sgd(0.1, RULES, table(STRENGTH), statistics=3)
+    _, states = train(tx, params, gradients)
+    # Without and with a period the state is the same.
+    state, x = cage.cage_sgd(0.1, RULES, 1.0, statistics=True).init(params), params
+    update = jax.jit(tx.update)
+    for gradient, expected in zip(gradients, states):
+        # As restored from a file.
+        state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state)
+        updates, state = update(gradient, state, x)
+        x = optax.apply_updates(x, updates)
+        chex.assert_trees_all_equal(state, expected)
+    twice = [gradient for gradient in gradients for _ in range(2)]
+    _, many = train(optax.MultiSteps(tx, 2), params, twice)
+    for found, expected in zip(many[1::2], states):
+        chex.assert_trees_all_close(found.inner_opt_state, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "error"), [(0, ValueError), (2.5, TypeError), ("10", TypeError)]
+)
+def test_a_period_that_is_none(statistics, error):
+    with pytest.raises(error, match=r"`statistics` must be .* Use True for every step"):
+        cage.cage_adamw(0.1, RULES, 1.0, statistics=statistics)
 
 
 def test_statistics_of_zeros_are_finite():

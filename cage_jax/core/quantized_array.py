@@ -219,14 +219,6 @@ class QuantizedArray:
         )
 
     @property
-    def byte_dtype(self) -> np.dtype:
-        """A dtype of one byte that holds the codes."""
-        dtype = self.codes.dtype
-        if jnp.issubdtype(dtype, jnp.floating):
-            return np.dtype(jnp.float8_e4m3fn) if self.bits < 8 else dtype
-        return np.dtype(np.int8)
-
-    @property
     def _wide(self):
         return compute_dtype(self.dtype)
 

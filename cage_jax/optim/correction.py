@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.exact import compute_dtype, divide
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
@@ -29,7 +29,9 @@ from cage_jax.optim.statistics import (
     ParameterStatistics,
     combine,
     initial_statistics,
+    is_measured,
     parameter_statistics,
+    steps_between,
 )
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
@@ -76,6 +78,7 @@ class _Error(NamedTuple):
     error: jax.Array
     grid: Grid
     is_pulling: jax.Array
+    update: jax.Array
 
 
 def correction(
@@ -86,7 +89,7 @@ def correction(
     at_updated: bool,
     curvature: Curvature | None,
     freeze_scale: bool,
-    statistics: bool,
+    statistics: bool | int,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `step_size(count) * strength * (x - Q(x))` to the updates.
 
@@ -105,6 +108,7 @@ def correction(
       parameters that a fused step has already stepped, which `update` cannot see.
     """
     _check_arguments(rules, strength, curvature)
+    period = steps_between(statistics)
     needed = {
         "grids": freeze_scale,
         "statistics": statistics,
@@ -141,7 +145,14 @@ def correction(
         strength_now = value_at(strength, count)
         factor = step_size(count) * strength_now
         parameters = _parameters(rules, params, updates, grids, at_updated)
-        found = _errors(parameters, strength_now, count)
+        measured, each = state.statistics, {}
+        if period:
+            measures = is_measured(period, count, strength_now, measured)
+            measures, found, each = _errors_and_statistics(
+                parameters, strength_now, count, measures, measured.previous_codes
+            )
+        else:
+            found = _errors(parameters, strength_now, count)
         errors = {path: each.error for path, each in found.items()}
         if freeze_scale:
             grids = grids | {path: each.grid for path, each in found.items()}
@@ -151,17 +162,20 @@ def correction(
             near = is_near(strength, count)
             step = Step(gradients, params, rules, inner_state, extra_args, near)
             source, errors = _weighted(curvature, source, step, found)
-        measured = state.statistics
-        if statistics:
-            each = _statistics(parameters, grids, state.statistics.previous_codes)
-            each |= fused_statistics or {}
-            weighted = errors.values() if curvature is not None else ()
-            measured = combine(each, strength_now, factor, state.statistics, weighted)
+        if period:
+            for path, one in (fused_statistics or {}).items():
+                # A fused step measures in every step; compilers drop a known choice.
+                new, old = one.codes, measured.previous_codes[path]
+                codes = jnp.where(measures | (period == 1), new, old)
+                each[path] = one._replace(codes=codes)
+            weighted = list(errors.values()) if curvature is not None else ()
+            measured = combine(measures, each, strength_now, factor, measured, weighted)
 
         def correct(path, quantizer, x, update):
             if path not in found:
                 return update
-            return _pulled(update, factor, errors[path], found[path].is_pulling)
+            _, _, is_pulling, update = found[path]
+            return _pulled(update, factor, errors[path], is_pulling)
 
         updates = rules.map(correct, params, updates)
         count = optax.safe_increment(count)
@@ -195,15 +209,54 @@ def _errors(parameters, strength, count):
     # With a constant strength, compilers would fold a condition without the count.
     is_pulling = (strength != 0) & (count >= 0)
     found = {}
-    for path, (quantizer, x, _, grid) in parameters.items():
+    for path, (quantizer, x, update, grid) in parameters.items():
         is_pulling, reductions = reductions_if(is_pulling, x, quantizer, grid)
         error = error_elementwise(x, quantizer, reductions)
-        found[path] = _Error(error, reductions.grid, is_pulling)
+        found[path] = _Error(error, reductions.grid, is_pulling, update)
     return found
 
 
-@functools.partial(jax.jit, static_argnames="quantizer")
-def reductions_if(is_pulling, x, quantizer, grid):
+def _errors_and_statistics(parameters, strength, count, measures, previous_codes):
+    """Returns whether the step is measured, all errors, and `ParameterStatistics`.
+
+    Both share the rounding of a parameter. Each step waits for the one before, as in
+    `reductions_if`, also the update: it is needed in memory for its norm.
+    """
+    is_pulling = (strength != 0) & (count >= 0)
+    found, statistics = {}, {}
+    for path, (quantizer, x, update, grid) in parameters.items():
+        needed = is_pulling | measures
+        done, reductions = reductions_if(needed, x, quantizer, grid, with_codes=True)
+        update = _after(done == needed, update)
+        measured, statistics[path] = parameter_statistics(
+            measures & done, quantizer, x, update, reductions, previous_codes[path]
+        )
+        is_pulling &= done & (measured == measures)
+        measures = measured
+        kept = reductions.grid
+        if grid is not None:  # a silent step freezes no grid
+            kept = jax.tree.map(functools.partial(jnp.where, is_pulling), kept, grid)
+        error = error_elementwise(x, quantizer, reductions)
+        found[path] = _Error(error, kept, is_pulling, update)
+    return measures, found, statistics
+
+
+@jax.jit
+def _after(done, update):
+    """Returns an update; a CPU computes it once, and not before `done` is known.
+
+    XLA computes a division once for all who need it, and everything else again for each
+    of them. `done` is always true, which no compiler knows, and dividing by 1 is exact.
+    """
+
+    def divided(done, update):
+        return divide(update, jnp.where(done, 1, 2).astype(update.dtype))
+
+    return lax.platform_dependent(done, update, cpu=divided, default=lambda _, u: u)
+
+
+@functools.partial(jax.jit, static_argnames=("quantizer", "with_codes"))
+def reductions_if(is_pulling, x, quantizer, grid, with_codes=False):
     """Computes `error_reductions` if `is_pulling`, else zeros and the given grid.
 
     While silent, no extra pass over an array is made. Reductions and rotations are
@@ -216,10 +269,12 @@ def reductions_if(is_pulling, x, quantizer, grid):
     """
 
     def compute():
-        return True, error_reductions(x, quantizer, grid)
+        return True, error_reductions(x, quantizer, grid, with_codes)
 
     def skip():
-        shapes = jax.eval_shape(lambda x: error_reductions(x, quantizer, grid), x)
+        shapes = jax.eval_shape(
+            lambda x: error_reductions(x, quantizer, grid, with_codes), x
+        )
         # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
         zeros = jax.tree.map(
             lambda s: lax.full_like(x, 0, s.dtype, s.shape, s.sharding), shapes
@@ -250,18 +305,6 @@ def _pulled(update, factor, error, is_pulling):
     """Adds the pull of CAGE (arXiv 2510.18784) to an update: u + factor * e."""
     pulled = update.astype(error.dtype) + jnp.asarray(factor, error.dtype) * error
     return jnp.where(is_pulling, pulled.astype(update.dtype), update)
-
-
-def _statistics(parameters, grids, previous_codes):
-    """Returns the `ParameterStatistics` of each parameter, by path."""
-    found = {}
-    for path, (quantizer, x, update, grid) in parameters.items():
-        if grids is not None and not quantizer.scale.needs_grid:
-            grid = grids[path]  # frozen in this step, perhaps
-        found[path] = parameter_statistics(
-            quantizer, x, update, grid, previous_codes[path]
-        )
-    return found
 
 
 def check_params(params: Any) -> None:

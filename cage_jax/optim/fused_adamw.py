@@ -84,7 +84,8 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         results agree except in the last places. On a TPU, each large quantized
         parameter is one kernel if it is on one device, inside of a `shard_map`, or on
         explicit shards of whole groups. The kernel reads the gradient, moments and
-        values once and writes the moments and values once. Everything else is computed
+        values once and writes the moments and values once. With `statistics` it
+        measures in every step, whatever the period. Everything else is computed
         as in `update`. The following have no fused form and fall back to `update`:
         `nesterov`, `freeze_scale`, `curvature` and a weight decay that is an array;
         parameters other than float32 and bfloat16, and gradients and second moments
@@ -308,12 +309,17 @@ def _step_without_kernel(
     point = (wide + update).astype(x.dtype).astype(wide.dtype) if at_updated else wide
     # Compilers do not know the pull, so they keep the condition on it.
     pulls = numbers.pull != 0
-    is_pulling, reductions = reductions_if(pulls, point, quantizer, None)
+    measured = codes is not None
+    is_pulling, reductions = reductions_if(
+        pulls | measured, point, quantizer, None, with_codes=measured
+    )
     error = error_elementwise(point, quantizer, reductions)
-    pull = numbers.pull * jnp.where(is_pulling, error, 0)
+    pull = numbers.pull * jnp.where(is_pulling & pulls, error, 0)
     after = *moments, wide + (update + pull)
     after = tuple(a.astype(old.dtype) for a, old in zip(after, (first, second, x)))
     if codes is None:
         return after
-    *sums, codes = parameter_statistics(quantizer, point, update, None, codes)
+    _, (*sums, codes) = parameter_statistics(
+        True, quantizer, point, update, reductions, codes
+    )
     return *after, codes, jnp.stack(sums)

@@ -34,7 +34,7 @@ def cage_adamw(
     placement: Placement = "decoupled",
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
-    statistics: bool = False,
+    statistics: bool | int = False,
 ) -> FusedAdamW:
     """Creates AdamW with the decoupled CAGE correction, the paper's default.
 
@@ -131,7 +131,7 @@ def cage_sgd(
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
-    statistics: bool = False,
+    statistics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Creates SGD with the decoupled CAGE correction, which stays out of the momentum.
 

@@ -43,7 +43,7 @@ def cage(
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
-    statistics: bool = False,
+    statistics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `strength * (x - Q(x))` to the updates: the coupled CAGE correction.
 
@@ -60,8 +60,8 @@ def cage(
 
     The error is computed in float32 and the updates keep their dtype. While the
     strength is 0 no scale is computed and nothing is rotated (except under `jax.vmap`
-    of the state, or with `statistics`), and the updates pass through unchanged, to the
-    bit.
+    of the state, or in a step that `statistics` measures), and the updates pass through
+    unchanged, to the bit.
 
     Args:
       rules: which parameters are quantized, and how.
@@ -80,7 +80,10 @@ def cage(
         the forward pass and for the shipped codes: `fake_quant(params, rules,
         grid=grids)` and `quantize(params, rules, grid=grids)` with
         `grids = tree_get(state, "grids")`.
-      statistics: keep `CageStatistics` in the state; then every step quantizes.
+      statistics: keep `CageStatistics` in the state. True measures every step, a
+        number `n` every n-th step and the one in which the pull begins; in between,
+        the state keeps the last numbers. A measured step quantizes, even while the
+        strength is 0. Codes take one byte a parameter.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -150,7 +153,7 @@ def decoupled(
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
-    statistics: bool = False,
+    statistics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the decoupled CAGE correction to any ready-made optimizer.
 
@@ -215,7 +218,7 @@ def post_step(
     total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
-    statistics: bool = False,
+    statistics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds CAGE to any ready-made optimizer, in the order of the authors' PyTorch code.
 

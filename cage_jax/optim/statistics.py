@@ -1,35 +1,49 @@
-"""Statistics of the correction at a step: errors, flipped codes, drift of norms."""
+"""Statistics of the correction at a step: errors, flipped codes, drift of norms.
+
+They are measured every n-th step, and in the step in which the pull begins, whose norm
+is the reference of the drift. In between nothing is measured, and the state keeps the
+numbers of the last time.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.core.quantize import quantization_error, quantize
+from cage_jax.arrays.checks import check_int
+from cage_jax.arrays.exact import uncontracted
+from cage_jax.core.quantize import quantize
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.rounding import (
+    ErrorReductions,
+    bytes_of_codes,
+    error_elementwise,
+    fit_grid,
+)
+
+_AT_ONCE = 8  # numbers that one pass adds up
 
 
 class CageStatistics(NamedTuple):
-    """Statistics of the last step: float32 scalars, except for `previous_codes`.
+    """Statistics of the last measured step: float32 scalars, but for `previous_codes`.
 
     Read them with `optax.tree_utils.tree_get(state, "codes_flipped")`.
 
     Attributes:
-      correction_strength: lambda.
+      correction_strength: lambda at the last step, measured or not.
       relative_error_mean: mean of ||e|| / ||x|| over the quantized parameters.
       relative_error_max: maximum of ||e|| / ||x|| over the quantized parameters.
       correction_ratio: norm of the correction divided by the norm of the update that it
         is added to, over all quantized parameters; 0 while silent.
-      codes_flipped: fraction of the codes that differ from the step before.
+      codes_flipped: fraction of the codes that differ from the last measured step.
       norm_drift: relative change of the parameters' norm since the pull began.
       reference_norm: the norm when the pull began.
-      previous_codes: the codes at this step by path, int8, one byte each.
+      previous_codes: the codes at that step by path, int8, one byte each.
     """
 
     correction_strength: jax.Array
@@ -49,7 +63,7 @@ class ParameterStatistics(NamedTuple):
       error: the sum of squares of its quantization error, a float32 scalar.
       norm: the sum of squares of the parameter where the error is taken.
       update: the sum of squares of its update before the correction.
-      flipped: the number of codes that differ from the step before.
+      flipped: the number of codes that differ from the last measured step.
       codes: the codes at this step, int8, one byte each.
     """
 
@@ -64,53 +78,96 @@ def initial_statistics(
     quantized: Mapping[str, tuple[Quantizer, jax.Array]],
 ) -> CageStatistics:
     """Returns the initial statistics of the given parameters."""
-    zero = jnp.zeros([], jnp.float32)
-    return CageStatistics(
-        *(zero,) * 6,
-        reference_norm=_root([squares(x) for _, x in quantized.values()]),
-        previous_codes={
-            path: codes_of(x, quantizer, fit_grid(x, quantizer))
-            for path, (quantizer, x) in quantized.items()
-        },
-    )
+    norm = _root([squares(x) for _, x in quantized.values()])
+    # Made from the norm, so that in a `shard_map` they vary as later numbers do. Each
+    # is an array of its own, which can be donated.
+    zeros = [lax.full_like(norm, 0) for _ in range(5)]
+    codes = {
+        path: codes_of(x, quantizer, fit_grid(x, quantizer))
+        for path, (quantizer, x) in quantized.items()
+    }
+    return CageStatistics._make([jnp.zeros([], jnp.float32), *zeros, norm, codes])
+
+
+def steps_between(statistics: bool | int) -> int:
+    """Returns how many steps there are from one measured step to the next; 0 for never.
+
+    Raises:
+      TypeError, ValueError: for anything but True, False and a positive int.
+    """
+    if not isinstance(statistics, bool):
+        remedy = "Use True for every step, False for none, 10 for every tenth."
+        check_int("statistics", statistics, remedy, least=1)
+    return int(statistics)
+
+
+def is_measured(
+    period: int, count: jax.Array, strength: Any, before: CageStatistics
+) -> jax.Array:
+    """Returns whether a step is measured: every n-th one, and where the pull begins."""
+    begins = (strength != 0) & (before.correction_strength == 0)
+    # Compilers would fold a condition that holds in every step.
+    return ((count % period == 0) | begins) & (count >= 0)
 
 
 def parameter_statistics(
+    is_measured: jax.typing.ArrayLike,
     quantizer: Quantizer,
     x: jax.Array,
     update: jax.Array,
-    grid: Grid | None,
+    reductions: ErrorReductions,
     previous: jax.Array,
-) -> ParameterStatistics:
-    """Computes the statistics of one parameter.
+) -> tuple[jax.Array, ParameterStatistics]:
+    """Computes the statistics of one parameter if `is_measured`, else zeros.
 
     Args:
+      is_measured: whether to compute them.
       quantizer: the parameter's quantizer.
       x: the parameter where the error is taken.
       update: the parameter's update, before the correction.
-      grid: as in `quantize`.
-      previous: the codes at the step before.
+      reductions: of the error at `x`, with codes.
+      previous: the codes at the last measured step; they are kept in between.
+
+    Returns:
+      `is_measured`, for what comes next to wait for, and the statistics.
     """
-    codes = codes_of(x, quantizer, grid)
-    return ParameterStatistics(
-        squares(quantization_error(x, quantizer, grid=grid)),
-        squares(x),
-        squares(update),
-        jnp.sum(codes != previous, dtype=jnp.float32),
-        codes,
+    codes = reductions.code_bytes
+    assert codes is not None
+
+    def sums():
+        error = error_elementwise(x, quantizer, reductions).astype(jnp.float32)
+        flipped = (codes != previous).astype(jnp.float32)
+        blocks = quantizer.blocks(x.shape)
+        return (
+            _total(jnp.square(error), blocks),
+            squares(x),
+            squares(update),
+            _total(flipped, blocks),
+        )
+
+    def zeros():
+        # Made from `x`, so that in a `shard_map` they vary along the same mesh axes.
+        return (lax.full_like(x, 0, jnp.float32, ()),) * 4
+
+    done, found = lax.cond(
+        is_measured, lambda: (True, sums()), lambda: (False, zeros())
     )
+    # Codes are not a result of the branches, which would have to copy them.
+    return done, ParameterStatistics._make([*found, jnp.where(done, codes, previous)])
 
 
 def combine(
+    is_measured: jax.Array,
     each: Mapping[str, ParameterStatistics],
     strength: jax.Array | float,
     factor: jax.Array | float,
     before: CageStatistics,
-    weighted: Iterable[jax.Array] = (),
+    weighted: Sequence[jax.Array] = (),
 ) -> CageStatistics:
     """Combines the statistics of all parameters into those of a step.
 
     Args:
+      is_measured: whether the step is measured; if not, the numbers of `before` stay.
       each: the statistics of each parameter, by path.
       strength: lambda.
       factor: what the errors were multiplied by.
@@ -123,12 +180,18 @@ def combine(
     norm = _root(one.norm for one in parts)
     began = before.correction_strength != 0
     reference = jnp.where(began, before.reference_norm, norm)
-    errors = [squares(error) for error in weighted] or [one.error for one in parts]
+    errors = [one.error for one in parts]
+    if weighted:
+        errors = lax.cond(
+            is_measured,
+            lambda: [squares(error) for error in weighted],
+            lambda: errors,
+        )
     correction = jnp.abs(jnp.float32(factor)) * _root(errors)
     flipped = sum((one.flipped for one in parts), start=jnp.zeros([], jnp.float32))
     total = sum(one.codes.size for one in parts)
-    codes = {path: one.codes for path, one in each.items()}
-    return CageStatistics(
+    codes = before.previous_codes | {path: one.codes for path, one in each.items()}
+    measured = CageStatistics(
         correction_strength=jnp.float32(strength),
         relative_error_mean=jnp.mean(relative),
         relative_error_max=jnp.max(relative),
@@ -136,20 +199,49 @@ def combine(
         codes_flipped=flipped / max(total, 1),
         norm_drift=_ratio(norm - reference, reference),
         reference_norm=reference,
-        previous_codes={**before.previous_codes, **codes},
+        previous_codes=codes,
     )
+    kept = before._replace(
+        correction_strength=measured.correction_strength, previous_codes=codes
+    )
+    return jax.tree.map(functools.partial(jnp.where, is_measured), measured, kept)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def codes_of(x: jax.Array, quantizer: Quantizer, grid: Grid | None) -> jax.Array:
     """Returns the codes of the nearest values, int8, one byte each, for comparison."""
-    codes = quantize(x, dataclasses.replace(quantizer, rounding="nearest"), grid=grid)
-    return lax.bitcast_convert_type(codes.codes.astype(codes.byte_dtype), jnp.int8)
+    quantizer = dataclasses.replace(quantizer, rounding="nearest")
+    return bytes_of_codes(quantize(x, quantizer, grid=grid).codes)
 
 
 def squares(x: jax.Array) -> jax.Array:
     """Returns the sum of the squares, float32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+def _total(x, blocks):
+    """Returns the sum of an array that is computed only for it.
+
+    XLA for CPU writes such an array to memory before it adds it up. So each group is
+    first added up in part by the loop that computes it, and an eighth is written.
+    """
+    split = {axis: n for axis, n in blocks.by_axis.items() if n != blocks.shape[axis]}
+
+    def of_group(x, axes):
+        for axis, place in zip(blocks.axes, axes):
+            if axis in split and x.shape[place] % _AT_ONCE == 0:
+                sizes = list(x.shape)
+                sizes[place : place + 1] = _AT_ONCE, x.shape[place] // _AT_ONCE
+                parts = x.reshape(sizes)
+                x = sum(
+                    lax.index_in_dim(parts, i, place, keepdims=False)
+                    for i in range(_AT_ONCE)
+                )
+                break
+        # This changes no value, but its limits keep the sum below out of that loop.
+        return jnp.sum(uncontracted(x), axes, keepdims=True)
+
+    return jnp.sum(blocks.reduce(of_group, x))
 
 
 def _ratio(part, whole):

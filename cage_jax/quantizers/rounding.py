@@ -274,24 +274,44 @@ class ErrorReductions(NamedTuple):
       rounding_grid: as in `Rounding`.
       unrotated_codes: with a rotation, the code values rotated back, not yet scaled, in
         the narrowest dtype that is exact; otherwise None.
+      code_bytes: the codes, int8, one byte each, if they were asked for.
     """
 
     grid: Grid
     rounding_grid: Grid | None
     unrotated_codes: jax.Array | None
+    code_bytes: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 3))
 def error_reductions(
-    x: jax.Array, quantizer: Quantizer, grid: Grid | None = None
+    x: jax.Array,
+    quantizer: Quantizer,
+    grid: Grid | None = None,
+    with_codes: bool = False,
 ) -> ErrorReductions:
     """Computes the part of `x - fake_quant(x)` that is not elementwise in `x`."""
-    found, codes = rounding(lax.stop_gradient(x), quantizer, grid), None
+    found, codes, code_bytes = (
+        rounding(lax.stop_gradient(x), quantizer, grid),
+        None,
+        None,
+    )
+    if with_codes:
+        code_bytes = bytes_of_codes(quantizer.format.encode(found.code_values()))
     if quantizer.hadamard is not None:
         codes = unrotated_codes(found.code_values(), quantizer, found.grid)
         if step := _narrow_step(quantizer, x.shape):
             codes = (codes / step).astype(_NARROW)
-    return ErrorReductions(found.grid, found.rounding_grid, codes)
+    return ErrorReductions(found.grid, found.rounding_grid, codes, code_bytes)
+
+
+def bytes_of_codes(codes: jax.Array) -> jax.Array:
+    """Returns codes in one byte each, int8; equal codes have equal bytes."""
+    if not jnp.issubdtype(codes.dtype, jnp.floating):
+        return codes.astype(jnp.int8)
+    narrow = jnp.finfo(codes.dtype).bits < 8
+    wide = jnp.float8_e4m3fn if narrow else codes.dtype
+    return lax.bitcast_convert_type(codes.astype(wide), jnp.int8)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -299,10 +319,14 @@ def error_elementwise(
     x: jax.Array, quantizer: Quantizer, reductions: ErrorReductions
 ) -> jax.Array:
     """Computes `x - fake_quant(x)` elementwise from its `error_reductions`."""
-    x, (grid, rounding_grid, codes) = lax.stop_gradient((x, reductions))
+    x, (grid, rounding_grid, codes, code_bytes) = lax.stop_gradient((x, reductions))
     if codes is None:
-        found = Rounding(x, grid, rounding_grid, quantizer)
-        codes = unrotated_codes(found.code_values(), quantizer, grid)
+        if code_bytes is not None and quantizer.format.code_offset is not None:
+            values = quantizer.format.decode(code_bytes, x.dtype)  # not rounded again
+        else:
+            found = Rounding(x, grid, rounding_grid, quantizer)
+            values = found.code_values()
+        codes = unrotated_codes(values, quantizer, grid)
     elif step := _narrow_step(quantizer, x.shape):
         codes = codes.astype(x.dtype) * step
     # Written as `x - x * (code / t)` with `t = x / step`, XLA for GPU would make one
