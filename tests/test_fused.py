@@ -31,6 +31,7 @@ RULES = cage.Rules(
     ]
 )
 STEPS = 100
+ADAMW = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -256,10 +257,9 @@ def check_kernel(
     gradient, first, second, x = rng.normal(size=(4, *shape)).astype(dtypes.x)
     first, second = first.astype(dtypes.first), np.abs(second)
     previous = rng.integers(-7, 8, shape).astype(np.int8) if measured else None
-    adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
     step = jax.jit(
         functools.partial(
-            tpu.adamw_step, tiling=cut, adamw=adamw, at_updated=at_updated
+            tpu.adamw_step, tiling=cut, adamw=ADAMW, at_updated=at_updated
         )
     )
 
@@ -319,6 +319,17 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array(
     check_kernel(name, -1, at_updated, measured, rng, shape)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_kernel_of_groups_that_do_not_fit_on_the_chip(measured, rng, monkeypatch):
+    monkeypatch.setattr(tiling, "_KEPT_BYTES", 2**14)
+    check_kernel("channels", -2, False, measured, rng)
+    twice = {"at_updated": True, "measured": False}
+    like = QUANTIZERS["channels"], (256, 128), jnp.float32, jnp.float32, ADAMW
+    found = adamw_kernels(*like, **twice)
+    assert not found.found
+    assert "does not fit on the chip" in dict(found.missing)["tpu"]
+
+
 @pytest.mark.parametrize("first", ["bfloat16", "float32"])
 def test_the_kernel_in_bfloat16(first, rng):
     check_kernel("groups", -1, False, True, rng, None, ("bfloat16", first))
@@ -361,22 +372,20 @@ def test_a_dtype_without_a_fused_form(params):
 
 
 def test_statistics_need_integers():
-    adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
     def found(measured):
-        like = cage.mxfp4(), (256, 256), jnp.float32, jnp.float32, adamw
+        like = cage.mxfp4(), (256, 256), jnp.float32, jnp.float32, ADAMW
         return adamw_kernels(*like, at_updated=False, measured=measured).found
 
     assert found(False) and not found(True)
 
 
 def test_a_step_that_gains_too_little_is_run_by_name_alone():
-    adamw = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 
     def by_name(quantizer, at_updated=False, dtype=jnp.float32):
         shape = 512, 512
         options = {"at_updated": at_updated, "measured": False}
-        found = adamw_kernels(quantizer, shape, dtype, dtype, adamw, **options).found
+        found = adamw_kernels(quantizer, shape, dtype, dtype, ADAMW, **options).found
         return {each.platform for each in found if each.when is on_request}
 
     assert by_name(cage.int8()) == {"tpu"}  # there is no kernel for GPU

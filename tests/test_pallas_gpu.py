@@ -143,7 +143,7 @@ def test_steps_that_no_kernel_is_for():
 
 
 FOR_TPU_ALONE = {
-    "a group of 65536 does not fit",
+    "65536 does not fit on the chip, and is not",
     "line up with tiles only every 640",
     "share one divisor per tensor",
     "whose parts are not neighbours",
@@ -205,7 +205,7 @@ def test_it_is_in_a_program_for_cuda_that_names_it(axis):
 
 ONE_ALONE = {
     "tpu": ((1024, 128), cage.int4()),
-    "cuda": ((2**16, 128), cage.quest(4)),
+    "cuda": ((128, 2048), cage.int4(axis=-1, group_size=1024)),
 }
 
 

@@ -106,6 +106,21 @@ def test_values_and_masks(name, axis, shape, rng):
     check(name, axis, shape, rng)
 
 
+@pytest.mark.parametrize(
+    "name, axis, shape", [("quest", -2, (2, 384, 200)), ("quest 64", -1, (40, 576))]
+)
+def test_groups_that_do_not_fit_on_the_chip(name, axis, shape, rng, monkeypatch):
+    monkeypatch.setattr(tiling, "_KEPT_BYTES", 2**14)
+    check(name, axis, shape, rng)
+
+
+def test_long_rows_are_kept_in_lower_blocks():
+    quantizer = cage.quest(4, axis=-1)
+    cut = tiling.tiling_for_tpu(quantizer, (256, 28672), jnp.float32)
+    assert cut.kept and cut.block[0] == 64
+    assert np.prod(cut.scratch_shape) * 4 <= 2**23
+
+
 def test_bfloat16(rng):
     check("quest", -2, (256, 128), rng, jnp.bfloat16)
 
@@ -147,7 +162,7 @@ def test_the_gradient_of_a_mask(name, axis, rng):
 
 FALLS_BACK = {
     "it has only one axis": ((512,), cage.int4(axis=-1)),
-    "a group of 65536 does not fit": ((2**16, 128), cage.quest(4)),
+    "65536 does not fit on the chip, and is not": ((2**16, 128), cage.int8()),
     "line up with tiles only every 640": (
         (128, 1280),
         cage.int4(group_size=160, axis=-1),

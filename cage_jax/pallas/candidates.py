@@ -91,6 +91,8 @@ def adamw_kernels(
         tiling = tiling_for_tpu(
             *array, block_bytes=2**18, floats_per_element=2 if at_updated else 1
         )
+        why = f"a group of {tiling.length} does not fit on the chip"
+        require(tiling.kept or not at_updated, why)
         divided = quantizer.scale_type.has_tensor_divisor
         require(not divided, "it would have to read the whole tensor first")
         if measured:

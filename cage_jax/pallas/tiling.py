@@ -72,6 +72,8 @@ class Tiling:
       transposed: whether strips are transposed, so that groups lie along their first
         axis.
       order: axes of the array, in the order of the shape.
+      kept: whether groups that are all of the axis fit on the chip; otherwise the last
+        read reads them from memory again.
     """
 
     quantizer: Quantizer
@@ -82,6 +84,7 @@ class Tiling:
     group_is_axis: bool
     transposed: bool
     order: tuple[int, ...]
+    kept: bool
 
     @property
     def strips(self) -> int:
@@ -147,11 +150,16 @@ def tiling_for_tpu(
     strip, group_is_axis = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
     transposed = along == 2 and group % LANES != 0 and not group_is_axis
     # Blocks consist of whole tiles and may reach beyond the array.
-    across = LANES if along == 1 or transposed else min(LANES, _rounded_up(width))
-    kept = 4 * floats_per_element * _rounded_up(length, strip) * across
-    fits = kept <= _KEPT_BYTES
-    require(fits or not group_is_axis, f"a group of {length} does not fit on the chip")
-    most = max(1, block_bytes // (4 * strip * LANES))
+    least = LANES if along == 1 or transposed else _SUBLANES
+    across = max(least, min(LANES, _rounded_up(width)))
+    kept = not group_is_axis
+    if group_is_axis:
+        most = _KEPT_BYTES // (4 * floats_per_element * _rounded_up(length, strip))
+        kept = most >= least
+        why = f"a group of {length} does not fit on the chip, and is not rotated"
+        require(kept or quantizer.hadamard is not None, why)
+        across = max(least, min(across, most // least * least))
+    most = max(1, block_bytes // (4 * strip * across))
     strips = _largest_divisor(math.ceil(length / strip), most)
     block = _rows_and_columns(along, strips * strip, across)
     own = dataclasses.replace(
@@ -166,8 +174,9 @@ def tiling_for_tpu(
         require(not quantizer.asymmetric, "its scales have a divisor and a zero point")
         require({*order[-2:]} == {*range(len(shape))[-2:]}, why)
     stack = math.prod(shape[axis] for axis in order[:-2])
+    stored = stack, *matrix
     return Tiling(
-        own, (stack, *matrix), along, block, strip, group_is_axis, transposed, order
+        own, stored, along, block, strip, group_is_axis, transposed, order, kept
     )
 
 
@@ -248,9 +257,8 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
         quantizer, axis=along - 3, group_size=None if group >= strip else group
     )
     stack = math.prod(shape[:-2])
-    return Tiling(
-        own, (stack, rows, columns), along, block, strip, group_is_axis, False, order
-    )
+    stored = stack, rows, columns
+    return Tiling(own, stored, along, block, strip, group_is_axis, False, order, False)
 
 
 def _largest_divisor(n, most):

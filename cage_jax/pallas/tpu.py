@@ -1,5 +1,7 @@
 """Kernels for TPU, each of which reads an array once and writes its results once.
 
+Only groups that do not fit on the chip are read twice.
+
 The arithmetic on a strip is in `strips`.
 """
 
@@ -329,17 +331,18 @@ def _quantized(refs, read, then, tiling, *, keep_rotated, **known):
     def find(i, found):
         x = read(i)
         rotated = rotate(x)
-        _store(refs.kept, begin + i, rotated if keep_rotated else x, tiling)
+        if tiling.kept:
+            _store(refs.kept, begin + i, rotated if keep_rotated else x, tiling)
         return found.with_strip(rotated, tiling)
 
     def so_far():
         return jax.tree.unflatten(structure, [ref[...] for ref in joined_refs])
 
     def use(i, grid, poison):
-        kept = _strip(refs.kept, begin + i, tiling)
-        rotated = kept if keep_rotated else rotate(kept)
+        x = _strip(refs.kept, begin + i, tiling) if tiling.kept else read(i)
+        rotated = x if tiling.kept and keep_rotated else rotate(x)
         rounding = Rounding(rotated, grid, None, quantizer)
-        then(i, Strip(None if keep_rotated else kept, rounding, poison, rotate))
+        then(i, Strip(None if keep_rotated else x, rounding, poison, rotate))
 
     @pl.when(number == 0)
     def _():
@@ -369,13 +372,15 @@ def _unquantized(refs, read, then, tiling):
         return
     number, begin = pl.program_id(2), pl.program_id(3) * tiling.strips
 
-    @pl.when(number == 0)
-    def _():
-        _each_strip(lambda i: _store(refs.kept, begin + i, read(i), tiling), tiling)
+    def keep(i):
+        _store(refs.kept, begin + i, read(i), tiling)
 
-    @pl.when(number == 1)
-    def _():
-        _each_strip(lambda i: then(i, _strip(refs.kept, begin + i, tiling)), tiling)
+    def use(i):
+        then(i, _strip(refs.kept, begin + i, tiling) if tiling.kept else read(i))
+
+    if tiling.kept:
+        pl.when(number == 0)(partial(_each_strip, keep, tiling))
+    pl.when(number == 1)(partial(_each_strip, use, tiling))
 
 
 def _each_strip(act, tiling):
@@ -440,7 +445,7 @@ def _scratch(tiling):
         return {}
     per_group = pltpu.VMEM(tiling.per_group, jnp.float32)
     joined = jax.tree.leaves(jax.eval_shape(partial(Joined.of_nothing, tiling)))
-    return {
-        "kept": pltpu.VMEM(tiling.scratch_shape, jnp.float32),
-        **{f"joined_{number}": per_group for number in range(len(joined))},
-    }
+    scratch = {f"joined_{number}": per_group for number in range(len(joined))}
+    if tiling.kept:
+        scratch["kept"] = pltpu.VMEM(tiling.scratch_shape, jnp.float32)
+    return scratch

@@ -60,10 +60,10 @@ def _blocks(tiling, first):
     reads, last_block = tiling.grid[2], tiling.grid[3] - 1
 
     def index(stack, across, read, along):
-        if first:
+        if first and tiling.kept:
             # Later reads stay at the last block, so nothing is moved again.
             along = jnp.where(read == 0, along, last_block)
-        else:
+        elif not first:
             along = jnp.where(read == reads - 1, along, 0)
         return (stack, along, across) if tiling.along == 1 else (stack, across, along)
 
