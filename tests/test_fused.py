@@ -127,6 +127,18 @@ def test_a_hundred_steps_are_those_of_the_transformation(params, changes):
     check_hundred_steps(params, changes)
 
 
+def test_with_a_period_the_state_keeps_the_last_statistics(params):
+    params = {name: params[name] for name in ("groups", "bias")}
+    fused, unfused = forms(tx := optimizer(FEW, statistics=4, mask=None))
+    expected = run([unfused] * 7, tx, params)
+    found = run([fused] * 7, tx, params)  # measured in steps 0 and 4
+    assert_near(found, expected)
+    kept = found[1][1].statistics
+    chex.assert_trees_all_equal(kept, run([fused] * 5, tx, params)[1][1].statistics)
+    last = fused(gradients(params, 9), found[1], found[0])[1][1].statistics
+    chex.assert_trees_all_equal(last, kept)
+
+
 PLAIN = {
     "nesterov": {"nesterov": True},
     "freeze_scale": {"freeze_scale": True},

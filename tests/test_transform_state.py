@@ -64,8 +64,9 @@ def quest_rounded(x, scale):
     return (np.clip(np.floor(x / scale), -4, 3) + 0.5) * scale
 
 
+@pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("placement", ["decoupled", "post_step"])
-def test_frozen_grid_is_that_of_the_first_pull(x64, placement, start):
+def test_frozen_grid_is_that_of_the_first_pull(x64, placement, statistics, start):
     params, gradients = start
     lr, strength = table(LEARNING_RATE), table(STRENGTH)
     tx = getattr(cage, placement)(
@@ -74,6 +75,7 @@ def test_frozen_grid_is_that_of_the_first_pull(x64, placement, start):
         learning_rate=lr,
         strength=strength,
         freeze_scale=True,
+        statistics=statistics,
     )
     trajectory, states = train(tx, params, gradients)
     x, scale = params["kernel"], np.zeros((1, 3))
