@@ -16,6 +16,8 @@ from cases import assert_raises
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.presets import int4
+from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scale_types import FULL as FULL_SCALE
 from cage_jax.quantizers.scale_types import PowerOfTwo
 from cage_jax.quantizers.scales import (
@@ -234,6 +236,41 @@ def test_several_axes(rng):
             rtol=ROUNDING,
             custom_message=str(rule),
         )
+
+
+def test_large_groups(rng):
+    # A CPU joins parts of groups first if an array is large.
+    x = rng.standard_normal((512, 1024)).astype(np.float32)
+    faults = {(3, 900): np.nan, (200, 5): np.inf, (300, 64): -np.nan, (301, 1): -np.inf}
+    for place, value in faults.items():
+        x[place] = value
+    quantizers = {
+        "groups of the last axis": int4(group_size=128, axis=-1),
+        "groups of the first axis": int4(group_size=64, axis=0),
+        "rows": int4(axis=-1),
+        "columns": int4(axis=0),
+        "the array": int4(axis=None),
+    }
+
+    @jax.jit
+    def fitted(x):
+        return {name: fit_grid(x, each).scale for name, each in quantizers.items()}
+
+    for large in (x, np.nan_to_num(x, posinf=7, neginf=-9)):
+        found = fitted(large)
+        for name, quantizer in quantizers.items():
+            blocks = quantizer.blocks(x.shape)
+            parts = np.abs(np.float64(large)).reshape(
+                blocks.scale_shape[0],
+                -1,
+                blocks.scale_shape[1],
+                1024 // blocks.scale_shape[1],
+            )
+            largest = parts.max((1, 3))  # NumPy keeps NaN
+            expected = np.where(
+                np.isfinite(largest), np.float32(largest) / np.float32(7), np.nan
+            )
+            np.testing.assert_array_equal(found[name], expected, name)
 
 
 def test_float64(rng, x64):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
 from cage_jax.arrays.sharding import across_shards
@@ -17,6 +18,9 @@ from cage_jax.arrays.tile_order import (
     spread_in_tiles,
     tile_pieces,
 )
+
+# A power of two. With 16 slices of an array, XLA for CPU would store the array first.
+FOLDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,12 @@ class Blocks:
         return x
 
     def reduce(
-        self, function: Callable, x: jax.Array, *, ignores_zeros: bool = False
+        self,
+        function: Callable,
+        x: jax.Array,
+        *,
+        ignores_zeros: bool = False,
+        joined: Callable | None = None,
     ) -> Any:
         """Reduces each group to one number, or to a tree of numbers.
 
@@ -111,13 +120,16 @@ class Blocks:
           x: an array of `shape`.
           ignores_zeros: whether adding zeros to a group leaves the result of `function`
             unchanged; a TPU then has a faster form.
+          joined: makes one value of two, elementwise, such that `function` is the same
+            of a group as of its values joined in any order; a CPU then has a faster
+            form. None if there is no such operation.
 
         Returns:
           Arrays of `scale_shape`.
         """
 
-        def whole(x):
-            split, places = self.split(x), self._places
+        def whole(x, prepare=lambda split: split):
+            split, places = prepare(self.split(x)), self._places
             found = function(split, self.split_axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
 
@@ -126,14 +138,21 @@ class Blocks:
                 return whole(x)
             return across_shards(whole, x, self._split)
 
-        if not ignores_zeros:
-            return default(x)
-        tiled = functools.partial(reduce_in_tiles, function)
-        return self._or_tiled(default, tiled, x)
+        variants: tuple[Variant, ...] = ()
+        if ignores_zeros:
+            variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
+        if joined is not None and self._is_large and self._folded is not None:
+            # XLA for CPU stores what it reduces, so this leaves less to reduce.
+            fold = functools.partial(fold_axis, joined, axis=self._folded)
+            variants += (
+                Variant("cpu", lambda x: whole(x, fold), if_divided(pieces=1)),
+            )
+        return dispatch(default, Variants(variants), x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
         """Repeats the number of each group, of `scale_shape`, for all its elements."""
-        return self._or_tiled(self._repeat, spread_in_tiles, per_group)
+        variants = Variants(self._in_tiles(spread_in_tiles, per_group))
+        return dispatch(self._repeat, variants, per_group)
 
     def _repeat(self, per_group):
         per_group = jnp.expand_dims(per_group, self._places)
@@ -145,22 +164,37 @@ class Blocks:
             found = found.reshape(*self.shape[: axis + 1], *found.shape[axis + 2 :])
         return found
 
-    def _or_tiled(self, default, tiled, x):
-        """Computes `default(x)`, or `tiled` on a TPU if groups are parts of tiles."""
-        if not self._may_be_tiled:
-            return default(x)
+    def _in_tiles(self, form, x) -> tuple[Variant, ...]:
+        """Returns the form for a TPU if groups are parts of tiles."""
+        may_be = self._is_large and len(self.axes) == 1 and not self.rotated
+        if not (may_be and self._split):
+            return ()
         ((axis, size),) = self._split.items()
         axis -= len(self.shape)
         pieces = tile_pieces(self.shape, axis, size, jax.typeof(x).sharding)
         if not pieces:
-            return default(x)
-        form = functools.partial(tiled, axis=axis, size=size)
-        variant = Variant("tpu", form, if_divided(pieces))
-        return dispatch(default, Variants((variant,)), x)
+            return ()
+        form = functools.partial(form, axis=axis, size=size)
+        return (Variant("tpu", form, if_divided(pieces)),)
 
     @functools.cached_property
-    def _may_be_tiled(self):
-        """Whether an array is worth a TPU form; symbolic shapes have no size yet."""
+    def _is_large(self):
+        """Whether an array is worth another form; symbolic shapes have no size yet."""
         known = all(isinstance(length, int) for length in self.shape)
-        large = known and math.prod(self.shape) >= SMALLEST
-        return large and bool(self._split) and len(self.axes) == 1 and not self.rotated
+        return known and math.prod(self.shape) >= SMALLEST
+
+    @functools.cached_property
+    def _folded(self):
+        """The axis of a split array to fold, or None if groups are too short."""
+        for axis, size in zip(self.split_axes, self.sizes):
+            if size % FOLDS == 0 and size >= FOLDS**2:
+                return axis
+        return None
+
+
+def fold_axis(joined: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Joins an eighth of an axis with the other eighths, element by element."""
+    parts = lax.split(x, [x.shape[axis] // FOLDS] * FOLDS, axis)
+    while len(parts) > 1:
+        parts = [joined(one, other) for one, other in zip(parts[::2], parts[1::2])]
+    return parts[0]

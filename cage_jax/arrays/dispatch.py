@@ -18,7 +18,8 @@ from jax.interpreters import ad, batching, mlir
 from cage_jax.arrays.checks import check_choice
 
 Implementation = Literal["xla", "pallas"]
-Platform = Literal["tpu", "cuda"]
+Platform = Literal["tpu", "cuda", "cpu"]
+WITH_KERNELS: tuple[Platform, ...] = ("tpu", "cuda")
 
 
 class Variant(NamedTuple):
@@ -51,9 +52,7 @@ class Variants(NamedTuple):
 
 def no_kernel(reason: str) -> Variants:
     """Returns no variants, with the reason why no platform has a kernel."""
-    return Variants(
-        missing=tuple((platform, reason) for platform in get_args(Platform))
-    )
+    return Variants(missing=tuple((platform, reason) for platform in WITH_KERNELS))
 
 
 def by_default(devices: int, implementation: Implementation | None) -> bool:

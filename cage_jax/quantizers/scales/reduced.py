@@ -4,6 +4,8 @@ import abc
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,13 @@ from cage_jax.quantizers.scales.rule import ScaleRule
 
 @dataclasses.dataclass(frozen=True)
 class ReducedScale(ScaleRule):
-    """A rule that reduces a group to one number, which can be computed in parts."""
+    """A rule that reduces a group to one number, which can be computed in parts.
+
+    Attributes:
+      joined_values: makes one value of two with the same number, to the bit, or None.
+    """
+
+    joined_values: ClassVar[Callable | None] = None
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
@@ -61,8 +69,13 @@ class ReducedScale(ScaleRule):
     def fit_groups(self, x, blocks, format, scale_type, largest=None):
         count, axes = blocks.count, blocks.tensor_axes
         part = functools.partial(self.part, count=count)
-        whole = blocks.reduce(part, x, ignores_zeros=True)
+        whole = blocks.reduce(part, x, ignores_zeros=True, joined=self.joined_values)
         return self.stored(whole, count, format, scale_type, axes, largest)
+
+
+def larger_magnitude(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns the larger magnitude of each two; NaN if one of them is NaN."""
+    return lax.max(lax.abs(one), lax.abs(other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +86,8 @@ class AbsMax(ReducedScale):
 
     def __post_init__(self):
         check_number("clip", self.clip, "Use 1.0 to keep all values in range.", above=0)
+
+    joined_values = staticmethod(larger_magnitude)
 
     def part(self, x, axes, count):
         return largest_magnitude(x, axes)
