@@ -289,11 +289,16 @@ def test_a_stack_is_quantized_like_its_layers(rng):
 
     for found in stacked(jnp.asarray(np.stack(layers))):
         for name in names:
-            # A batched rotation and a batched mean may sum in another order.
+            # A batched rotation and a batched mean may sum in another order. A value
+            # differs by as large a part of itself as the scale: some are above 100.
             sums = isinstance(quantizer_of[name].scale, (Gaussian, AbsMean))
             tolerance = 40 * EPS if sums else 0
             np.testing.assert_allclose(
-                found[name], expected[name], rtol=0, atol=tolerance, err_msg=name
+                found[name],
+                expected[name],
+                rtol=tolerance,
+                atol=tolerance,
+                err_msg=name,
             )
 
 
