@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.dispatch import on_request
+from cage_jax.arrays.factors import Factors
 from cage_jax.optim.statistics import codes_of
 from cage_jax.pallas import candidates, tiling, tpu
 from cage_jax.pallas.candidates import adamw_kernels
@@ -122,7 +123,15 @@ def check_hundred_steps(params, changes):
     assert moved > 0.05
 
 
-@pytest.mark.parametrize("changes", [{}, {"statistics": True, "mask": None}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"statistics": True, "mask": None},
+        {"curvature": cage.curvature.fisher(factored=True)},
+    ],
+    ids=["plain", "statistics", "weights"],
+)
 def test_a_hundred_steps_are_those_of_the_transformation(params, changes):
     check_hundred_steps(params, changes)
 
@@ -143,6 +152,11 @@ PLAIN = {
     "nesterov": {"nesterov": True},
     "freeze_scale": {"freeze_scale": True},
     "an array": {"weight_decay": jnp.float32(0.1)},
+    "`curvature`": {"curvature": cage.curvature.second_moment()},
+    "`curvature` with `statistics`": {
+        "curvature": cage.curvature.fisher(factored=True),
+        "statistics": True,
+    },
 }
 
 
@@ -259,7 +273,14 @@ def assert_rounded(found, expected, dtype, sure=1 - 1e-9):
 
 
 def check_kernel(
-    name, axis, at_updated, measured, rng, shape=None, dtypes=(jnp.float32,) * 2
+    name,
+    axis,
+    at_updated,
+    measured,
+    rng,
+    shape=None,
+    dtypes=(jnp.float32,) * 2,
+    weighted=False,
 ):
     """Compares a kernel of several blocks along a group and across, and of a stack."""
     dtypes = Dtypes(*map(jnp.dtype, dtypes))
@@ -294,11 +315,19 @@ def check_kernel(
     error = np.float64(error)
     # One at a tie may go to the other level, and with it all that it is rotated with.
     sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
+    weights = None
+    if weighted:
+        factors = [
+            rng.uniform(0.1, 2, [1 if i == over else n for i, n in enumerate(shape)])
+            for over in (len(shape) - 3 - axis, len(shape) + axis)
+        ]
+        weights = Factors(*map(jnp.float32, factors), largest=1.5)
+        error = np.minimum(np.float64(factors[0]) * factors[1], 1.5) * error
     for pull in (0.0, -0.05):
         numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
         numbers = numbers.rounded(dtypes)
         arrays = jax.tree.map(
-            jnp.asarray, (gradient, first, second, x, numbers, previous)
+            jnp.asarray, (gradient, first, second, x, numbers, previous, weights)
         )
         params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
         with pltpu.force_tpu_interpret_mode(params):
@@ -329,6 +358,22 @@ def test_no_kernel_adds_up_what_lies_beyond_the_array(
     launch = tpu.launch
     monkeypatch.setattr(tpu, "launch", lambda *args: launch(*args[:6]))
     check_kernel(name, -1, at_updated, measured, rng, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "at_updated", "shape"),
+    [
+        ("channels", -2, True, (2, 256, 128)),
+        ("groups", -1, False, (2, 128, 256)),
+        # Beyond the array both ways, and stored with its axes in another order.
+        ("channels without a rotation", -1, False, (2, 72, 576)),
+        ("groups in a rotation", -2, False, (256, 72)),
+    ],
+)
+def test_the_kernel_with_weights(name, axis, at_updated, shape, rng, monkeypatch):
+    launch = tpu.launch
+    monkeypatch.setattr(tpu, "launch", lambda *args: launch(*args[:6]))
+    check_kernel(name, axis, at_updated, False, rng, shape, weighted=True)
 
 
 @pytest.mark.parametrize("measured", [False, True])

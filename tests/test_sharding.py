@@ -443,13 +443,14 @@ ON_SHARDS = {
 CUT_SHARDS = ["a group is cut", "a tensor is cut", "a channel is cut"]
 
 
-def check_kernels_on_shards(names, rng, compared):
+def check_kernels_on_shards(names, rng, compared, **options):
     """Finds the kernels in a program for TPU, and compares what it finds without them.
 
     Args:
       names: of weights.
       rng: of NumPy.
       compared: whether values are compared with those of whole weights.
+      **options: of `cage_adamw`.
     """
     cases = {name: ON_SHARDS[name] for name in names}
     rules = cage.Rules(
@@ -458,7 +459,7 @@ def check_kernels_on_shards(names, rng, compared):
             for name, (quantizer, *_) in cases.items()
         ]
     )
-    tx = cage.cage_adamw(1e-2, rules, 5.0, statistics=True)
+    tx = cage.cage_adamw(1e-2, rules, 5.0, **options)
 
     @jax.jit
     def run(params, state):
@@ -496,5 +497,6 @@ def check_kernels_on_shards(names, rng, compared):
 
 
 def test_a_kernel_runs_on_each_explicit_shard(rng, small_arrays_too):
-    check_kernels_on_shards(["rows", "columns", "both", "nowhere"], rng, compared=True)
-    check_kernels_on_shards(CUT_SHARDS, rng, compared=False)
+    names = ["rows", "columns", "both", "nowhere"]
+    check_kernels_on_shards(names, rng, compared=True, statistics=True)
+    check_kernels_on_shards(CUT_SHARDS, rng, compared=False, statistics=True)

@@ -56,6 +56,20 @@ class CageState(NamedTuple):
     curvature: Any = None
 
 
+class Fused(NamedTuple):
+    """What a fused step has done, of which `update` sees the other parameters alone.
+
+    Attributes:
+      statistics: those of the parameters that it stepped, by path.
+      step: the step of all parameters, and
+      source: the state of the source of curvature after it; None without `curvature`.
+    """
+
+    statistics: Mapping[str, ParameterStatistics]
+    step: Step | None
+    source: Any
+
+
 class _Parameter(NamedTuple):
     """A quantized parameter at one step.
 
@@ -104,8 +118,7 @@ def correction(
 
     Returns:
       A transformation. Its `update` takes three more arguments: the `gradients` and the
-      `inner_state` of an optimizer before it, and `fused_statistics` by path of
-      parameters that a fused step has already stepped, which `update` cannot see.
+      `inner_state` of an optimizer before it, and what was `fused`, if anything.
     """
     _check_arguments(rules, strength, curvature)
     period = steps_between(statistics)
@@ -136,7 +149,7 @@ def correction(
         *,
         gradients=None,
         inner_state=None,
-        fused_statistics: Mapping[str, ParameterStatistics] | None = None,
+        fused: Fused | None = None,
         **extra_args,
     ):
         check_params(params)
@@ -157,13 +170,16 @@ def correction(
         if freeze_scale:
             grids = grids | {path: each.grid for path, each in found.items()}
         if curvature is not None:
-            # Without an optimizer before the correction, the updates are the gradients.
-            gradients = updates if gradients is None else gradients
-            near = is_near(strength, count)
-            step = Step(gradients, params, rules, inner_state, extra_args, near)
-            source, errors = _weighted(curvature, source, step, found)
+            if fused is None:
+                # Without an optimizer before it, the updates are the gradients.
+                gradients = updates if gradients is None else gradients
+                near = is_near(strength, count)
+                step = Step(gradients, params, rules, inner_state, extra_args, near)
+                fused = Fused({}, step, curvature.update(source, step))
+            source = fused.source
+            errors = _weighted(curvature, source, fused.step, found)
         if period:
-            for path, one in (fused_statistics or {}).items():
+            for path, one in (fused.statistics if fused else {}).items():
                 # A fused step measures in every step; compilers drop a known choice.
                 new, old = one.codes, measured.previous_codes[path]
                 codes = jnp.where(measures | (period == 1), new, old)
@@ -285,16 +301,15 @@ def reductions_if(is_pulling, x, quantizer, grid, with_codes=False):
 
 
 def _weighted(curvature, source, step, found):
-    """Returns the next state of a source of curvature, and the weighted errors."""
-    source = curvature.update(source, step)
+    """Returns the weighted errors."""
     errors = {path: each.error for path, each in found.items()}
     if not found:
-        return source, errors
+        return errors
     if curvature.is_elementwise:
-        return source, curvature.weigh(errors, source, step)
+        return curvature.weigh(errors, source, step)
     # Each parameter waited for the one before, so the last one's condition is for all.
     (*_, last) = found.values()
-    return source, lax.cond(
+    return lax.cond(
         last.is_pulling,
         lambda: curvature.weigh(errors, source, step),
         lambda: errors,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
@@ -29,7 +30,8 @@ from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.core.grids import grid_at
 from cage_jax.core.rules import Rules
-from cage_jax.optim.correction import CageState, reductions_if
+from cage_jax.optim.correction import CageState, Fused, reductions_if
+from cage_jax.optim.curvature.source import Curvature, Step, is_near
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
 from cage_jax.pallas.candidates import adamw_kernels
@@ -49,6 +51,7 @@ class FusedOptions:
       adamw: AdamW's other numbers, or None if an option has no fused form.
       mask: which parameters decay, as in `optax.adamw`.
       at_updated: whether the error is taken at the updated weights, as in `post_step`.
+      curvature: the source that weights the error, or None.
     """
 
     rules: Rules
@@ -57,6 +60,7 @@ class FusedOptions:
     adamw: AdamW | None
     mask: Any | Callable | None
     at_updated: bool
+    curvature: Curvature | None
 
 
 class FusedAdamW(optax.GradientTransformationExtraArgs):
@@ -87,7 +91,8 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         values once and writes the moments and values once. With `statistics` it
         measures in every step, whatever the period. Everything else is computed
         as in `update`. The following have no fused form and fall back to `update`:
-        `nesterov`, `freeze_scale`, `curvature` and a weight decay that is an array;
+        `nesterov`, `freeze_scale` and a weight decay that is an array; a `curvature`
+        other than the recommended one or `fisher(factored=True)`, or with `statistics`;
         parameters other than float32 and bfloat16, and gradients and second moments
         of another dtype; scales of a whole tensor; quantizers for which `fake_quant`
         has no kernel; and, with `statistics`, formats other than integers and mid-rise
@@ -145,14 +150,27 @@ def _step(kernel_steps, tx, gradients, state, params):
         leaves = structure.flatten_up_to(tree)
         return structure.unflatten(map(new.get, paths, leaves))
 
-    numbers = _step_numbers(tx.options, state) if kernel_steps else None
+    if not kernel_steps:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+    numbers, curvature = _step_numbers(tx.options, state), tx.options.curvature
+    step, source, weights = None, None, {}
+    if curvature is not None:
+        rules, strength = tx.options.rules, tx.options.strength
+        near = is_near(strength, cage_state.cage_count)
+        step = Step(gradients, params, rules, state[0], {}, near)
+        source = curvature.update(cage_state.curvature, step)
+        weights = curvature.weights(source, step.quantized)
     trees = gradients, adam.mu, adam.nu, params
     arrays = dict(zip(paths, zip(*map(structure.flatten_up_to, trees))))
     stepped = {
-        path: step(
-            arrays[path], statistics and statistics.previous_codes[path], numbers
+        path: kernel_step(
+            arrays[path],
+            numbers,
+            statistics and statistics.previous_codes[path],
+            weights.get(path),
         )
-        for path, step in kernel_steps.items()
+        for path, kernel_step in kernel_steps.items()
     }
     measured = {}
     if statistics is not None:
@@ -165,7 +183,7 @@ def _step(kernel_steps, tx, gradients, state, params):
     )
     rest = (adam._replace(mu=mu, nu=nu), *others), cage_state
     updates, ((adam, *others), cage_state) = tx.update(
-        gradients, rest, params, fused_statistics=measured
+        gradients, rest, params, fused=Fused(measured, step, source)
     )
     params = optax.apply_updates(params, updates)
     mu, nu, params = (
@@ -202,6 +220,7 @@ def _kernel_steps(options, gradients, state, params, implementation):
                 adamw,
                 at_updated=options.at_updated,
                 measured=cage_state.statistics is not None,
+                weighted=options.curvature is not None,
             )
         if kernels.found:
             step = partial(
@@ -219,13 +238,14 @@ def _kernel_steps(options, gradients, state, params, implementation):
 
 def _why_not_fused(options, cage_state, arrays, grid, shards):
     """Says why a step has no fused form, whatever the quantizer, or returns None."""
-    gradient, _, second, x = arrays
+    (gradient, _, second, x), curvature = arrays, options.curvature
     dtypes = {gradient.dtype, second.dtype, x.dtype}
     specs = {jax.typeof(array).sharding.spec for array in arrays}
     reasons = {
         "`nesterov`, or a weight decay in an array,": options.adamw is None,
         "`freeze_scale`": cage_state.grids is not None,
-        "`curvature`": cage_state.curvature is not None,
+        "`curvature`": curvature is not None and curvature.weights is None,
+        "`curvature` with `statistics`": None not in (curvature, cage_state.statistics),
         "a learned grid": grid is not None,
         "a dtype other than float32 or bfloat16": not dtypes <= _DTYPES,
         "a gradient or second moment of another dtype": len(dtypes) > 1,
@@ -235,27 +255,37 @@ def _why_not_fused(options, cage_state, arrays, grid, shards):
     return f"{found[0]} has no fused form" if found else None
 
 
-def _step_on_shards(step, shards, arrays, codes, numbers):
+def _step_on_shards(step, shards, arrays, numbers, codes, weights):
     """Runs `step`, on each device for its own part if there are shards."""
     _, first, _, x = arrays
     numbers = numbers.rounded(Dtypes(x.dtype, first.dtype))
     if shards is None:
-        return step(*arrays, numbers, codes)
+        return step(*arrays, numbers, codes, weights)
 
-    def local(arrays, codes, numbers):
-        found = step(*arrays, numbers, codes)
+    def local(arrays, numbers, codes, weights):
+        found = step(*arrays, numbers, codes, weights)
         if codes is None:
             return found
         *after, sums = found
         return *after, lax.psum(sums, jax.tree.leaves(tuple(shards.spec)))
 
     spec = shards.spec
+
+    def spec_of(factor):
+        return P(*(name if n > 1 else None for name, n in zip(spec, factor.shape)))
+
+    specs = jax.tree.map(spec_of, weights)
+    weights = jax.tree.map(
+        lambda factor, spec: reshard(factor, NamedSharding(shards.mesh, spec)),
+        weights,
+        specs,
+    )
     return jax.shard_map(
         local,
         mesh=shards.mesh,
-        in_specs=(spec, spec, P()),
+        in_specs=(spec, P(), spec, specs),
         out_specs=(spec,) * 3 if codes is None else (*(spec,) * 4, P()),
-    )(arrays, codes, numbers)
+    )(arrays, numbers, codes, weights)
 
 
 def _decays(mask, params):
@@ -300,7 +330,7 @@ def _check_state(state):
 
 
 def _step_without_kernel(
-    quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes
+    quantizer, adamw, at_updated, gradient, first, second, x, numbers, codes, weights
 ):
     """Computes the step of `pallas.tpu.adamw_step` without a kernel."""
     dtypes = Dtypes(x.dtype, first.dtype)
@@ -314,6 +344,8 @@ def _step_without_kernel(
         pulls | measured, point, quantizer, None, with_codes=measured
     )
     error = error_elementwise(point, quantizer, reductions)
+    if weights is not None:
+        error = weights.product() * error
     pull = numbers.pull * jnp.where(is_pulling & pulls, error, 0)
     after = *moments, wide + (update + pull)
     after = tuple(a.astype(old.dtype) for a, old in zip(after, (first, second, x)))

@@ -116,7 +116,13 @@ def cage_adamw(
     return with_fused_step(
         transformation,
         FusedOptions(
-            rules, strength, learning_rate, fused, mask, placement == "post_step"
+            rules,
+            strength,
+            learning_rate,
+            fused,
+            mask,
+            placement == "post_step",
+            curvature,
         ),
     )
 

@@ -79,7 +79,8 @@ def adamw_kernels(
     adamw: AdamW,
     *,
     at_updated: bool,
-    measured: bool,
+    measured: bool = False,
+    weighted: bool = False,
 ) -> Variants:
     """Returns the kernels for a step of AdamW, with the signature in `pallas.tpu`."""
     if moment_dtype not in (jnp.float32, jnp.bfloat16):
@@ -91,6 +92,8 @@ def adamw_kernels(
         tiling = tiling_for_tpu(
             *array, block_bytes=2**18, floats_per_element=2 if at_updated else 1
         )
+        matrix = {*tiling.order[-2:]} == {*range(len(shape))[-2:]}
+        require(matrix or not weighted, "its weights are not vectors as it is stored")
         why = f"a group of {tiling.length} does not fit on the chip"
         require(tiling.kept or not at_updated, why)
         divided = quantizer.scale_type.has_tensor_divisor
@@ -102,6 +105,7 @@ def adamw_kernels(
 
     def for_gpu(*array):
         require(not measured, "it computes no statistics")
+        require(not weighted, "it does not weight errors")
         tiling = tiling_for_gpu(*array)
         twice = at_updated and tiling.group_is_axis
         require(not twice, "it would read all four arrays twice")

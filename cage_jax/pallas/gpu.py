@@ -94,6 +94,7 @@ def adamw_step(
     x: jax.Array,
     numbers: StepNumbers,
     previous: None = None,
+    weights: None = None,
     *,
     tiling: Tiling,
     adamw: AdamW,
@@ -102,8 +103,8 @@ def adamw_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes a step of AdamW with the pull to the grid, as `tpu.adamw_step` does.
 
-    There are no statistics, so `previous` is None. With `at_updated`, each strip must
-    hold whole groups.
+    There are no statistics and no weights. With `at_updated`, each strip must hold
+    whole groups.
     """
     exactly, dtypes = _exactly(interpret), Dtypes(x.dtype, first.dtype)
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.exact import times
+from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import TERMS, Joined, Strip, joined_grid, place, product
 from cage_jax.pallas.tiling import Tiling
@@ -26,6 +27,7 @@ from cage_jax.pallas.tpu_launch import (
     like,
     one_per_block,
     read_blocks,
+    read_vector,
     written_blocks,
 )
 from cage_jax.quantizers.basis import Basis
@@ -141,7 +143,8 @@ def adamw_step(
     second: jax.Array,
     x: jax.Array,
     numbers: StepNumbers,
-    previous: jax.Array | None,
+    previous: jax.Array | None = None,
+    weights: Factors | None = None,
     *,
     tiling: Tiling,
     adamw: AdamW,
@@ -155,6 +158,8 @@ def adamw_step(
       numbers: the numbers of this step.
       previous: the codes at the step before, int8, for statistics; None for no
         statistics.
+      weights: weights of the error, or None. Statistics are those of the error without
+        them.
       tiling: the blocks and strips of all arrays.
       adamw: the optimizer.
       at_updated: whether the error is that of the updated parameter.
@@ -173,6 +178,9 @@ def adamw_step(
     # The moments move in the read that finds the update, once for each block.
     for name, array in (("gradient", gradient), ("first", first), ("second", second)):
         inputs[name] = read_blocks(array, tiling, first=at_updated)
+    if weights is not None:
+        inputs["along"] = read_vector(weights.inputs, tiling, along=True)
+        inputs["across"] = read_vector(weights.outputs, tiling, along=False)
     outputs = {
         "new_first": written_blocks(x, first.dtype, tiling, first=at_updated),
         "new_second": written_blocks(x, second.dtype, tiling, first=at_updated),
@@ -194,7 +202,9 @@ def adamw_step(
         numbers = StepNumbers(*(refs.numbers[i] for i in range(count)))
         begin = pl.program_id(3) * tiling.strips if tiling.group_is_axis else 0
         measured = previous is not None
-        _Step(refs, numbers, begin, tiling, adamw, at_updated, measured).run()
+        largest = None if weights is None else weights.largest
+        options = tiling, adamw, at_updated, measured, largest
+        _Step(refs, numbers, begin, *options).run()
 
     found = launch("adamw_step", kernel, tiling, inputs, outputs, scratch, aliases)
     sums = found.pop("sums", None)
@@ -207,7 +217,8 @@ class _Step:
     """A step of AdamW on one block, strip by strip; `i` is the index of a strip.
 
     `refs` has references to all arrays by their names in `adamw_step`. If a group is
-    longer than the block, its strips are stored from index `begin` on.
+    longer than the block, its strips are stored from index `begin` on. `largest` is the
+    bound of the weights of the error, or None without weights.
     """
 
     refs: Any
@@ -217,6 +228,7 @@ class _Step:
     adamw: AdamW
     at_updated: bool
     measured: bool
+    largest: float | None
 
     def run(self):
         """Steps all strips, with the error only if it is needed."""
@@ -281,7 +293,17 @@ class _Step:
             self._add(1, i, jnp.square(strip.x))
             self._add(3, i, jnp.where(flipped, 1.0, 0.0))
             error = jnp.where(self.numbers.pull != 0, error, 0)
-        self._write(i, strip.x, self.numbers.pull * error)
+        self._write(i, strip.x, self.numbers.pull * self._weighted(i, error))
+
+    def _weighted(self, i, error):
+        """Weights the error of a strip, if there are weights."""
+        if self.largest is None:
+            return error
+        along, across = self.refs.along[pl.ds(i, 1)], self.refs.across[...]
+        is_upright = self.tiling.along == 1 or self.tiling.transposed
+        column, row = (along, across) if is_upright else (across, along)
+        column = jnp.broadcast_to(column, (row.size, column.size)).T
+        return jnp.minimum(column * row, self.largest) * error
 
     def _write(self, i, x, correction):
         """Stores a strip after the step; `x` is what `_read` returned."""

@@ -41,6 +41,29 @@ def written_blocks(
     return Operand(result_like(x, tiling.shape, dtype), _blocks(tiling, first))
 
 
+def read_vector(vector: jax.Array, tiling: Tiling, *, along: bool) -> Operand:
+    """Returns numbers along the groups or across them, in blocks with the array's.
+
+    Along the groups a block has a row for each strip, across them it is one row.
+
+    Args:
+      vector: an array like the kernel's, but of size 1 along the other axis.
+      tiling: the blocks.
+      along: whether the numbers lie along the groups.
+    """
+    stack, across, _, blocks = tiling.grid
+    rows, columns = (tiling.strips, tiling.strip) if along else (1, tiling.across)
+    shape = stack, blocks if along else across, rows, columns
+    vector = vector.transpose(tiling.order).reshape(stack, -1)
+    beyond = math.prod(shape[1:]) - vector.shape[1]
+    vector = jnp.pad(vector, ((0, 0), (0, beyond)))
+
+    def index(stack, across, read, block):
+        return stack, block if along else across, 0, 0
+
+    return Operand(vector.reshape(shape), pl.BlockSpec((None, None, *shape[2:]), index))
+
+
 def like(x: jax.Array, written: jax.Array, tiling: Tiling) -> jax.Array:
     """Returns what was written in blocks in the shape of `x`."""
     stored = written.reshape([x.shape[axis] for axis in tiling.order])

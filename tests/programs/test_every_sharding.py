@@ -15,6 +15,8 @@ from test_sharding import (
     check_what_a_step_sends,
 )
 
+import cage_jax as cage
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 each_mesh = pytest.mark.parametrize("kind", [EXPLICIT, AUTO], ids=str)
 
@@ -71,4 +73,9 @@ def test_a_step_sends_scales_and_statistics(name, options, kind, rng):
 
 
 def test_where_pieces_are_cut_the_values_are_those_of_the_whole(rng, small_arrays_too):
-    check_kernels_on_shards(CUT_SHARDS, rng, compared=True)
+    check_kernels_on_shards(CUT_SHARDS, rng, compared=True, statistics=True)
+
+
+def test_a_kernel_weights_errors_on_each_explicit_shard(rng, small_arrays_too):
+    weights = cage.curvature.fisher(factored=True)
+    check_kernels_on_shards(["rows", "both"], rng, compared=True, curvature=weights)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.sharding import replicated
 from cage_jax.optim.curvature.averages import average, check_averaging, total_weight
 from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
@@ -24,21 +25,6 @@ from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
 _ROUNDS = 4
 
 Rows = dict[str, dict[str, jax.Array]]
-
-
-class Factors(NamedTuple):
-    """Two arrays whose product has the shape of a parameter.
-
-    The inputs of a matrix are the axes that share a scale, such as -2 of a Dense
-    kernel, and its outputs are its other axes. Each matrix of a stack has its own.
-
-    Attributes:
-      inputs: one number for each input, with a size of 1 along the outputs.
-      outputs: one number for each output, with a size of 1 along the inputs.
-    """
-
-    inputs: jax.Array
-    outputs: jax.Array
 
 
 class FactoredState(NamedTuple):
@@ -146,23 +132,34 @@ def factored(
         return FactoredState(state.steps + near.astype(jnp.int32), *rest)
 
     def weigh(errors, state, step):
-        weights, roots = (
-            vectors and factors_of(vectors, state.rows, step.quantized)
-            for vectors in (state.weights, state.roots)
-        )
+        weights, roots = weights_of(state, step.quantized), None
+        if times_root:
+            roots = factors_of(state.roots, state.rows, step.quantized)
         weighted = {}
         for path, error in errors.items():
-            weight = jnp.minimum(jnp.multiply(*weights[path]), largest)
+            weight = weights[path].product()
             if roots is not None:
-                weight = weight * jnp.multiply(*roots[path])
+                weight = weight * roots[path].product()
             weighted[path] = weight.astype(error.dtype) * error
         return weighted
 
-    return Curvature(init, update, weigh, is_elementwise=True)
+    def weights_of(state, quantized):
+        return factors_of(state.weights, state.rows, quantized, largest)
+
+    return Curvature(
+        init,
+        update,
+        weigh,
+        is_elementwise=True,
+        weights=None if times_root else weights_of,
+    )
 
 
 def factors_of(
-    vectors: tuple[jax.Array, ...], rows: Rows, quantized: Quantized
+    vectors: tuple[jax.Array, ...],
+    rows: Rows,
+    quantized: Quantized,
+    largest: float = math.inf,
 ) -> dict[str, Factors]:
     """Returns the factors of each parameter by path.
 
@@ -170,13 +167,14 @@ def factors_of(
       vectors: a field of a `FactoredState`, such as its weights.
       rows: the rows in that state.
       quantized: quantizers and parameters by path.
+      largest: the upper bound of the product.
     """
     found: dict[str, dict[str, jax.Array]] = {path: {} for path in quantized}
     for group, array in zip(_groups(quantized), vectors, strict=True):
         for path, kind, over, *_ in group.members:
             row = lax.dynamic_index_in_dim(array, rows[path][kind], keepdims=False)
             found[path][kind] = jnp.expand_dims(row, over)
-    return {path: Factors(**each) for path, each in found.items()}
+    return {path: Factors(**each, largest=largest) for path, each in found.items()}
 
 
 # --- the vectors of one shape ---------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.factors import Factors
 from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.quantizers.quantizer import Quantizer
@@ -88,12 +89,15 @@ class Curvature(NamedTuple):
         which the weights are pulled. It is computed only while the pull is on.
       is_elementwise: whether `weigh` only multiplies errors by weights that are known.
         It is then computed at every step, in one pass with the optimizer.
+      weights: maps the state, quantizers and arrays by path to those weights by path,
+        where each is a product of two vectors; otherwise None.
     """
 
     init: Callable[[Quantized], Any]
     update: Callable[[Any, Step], Any]
     weigh: Callable[[dict[str, jax.Array], Any, Step], dict[str, jax.Array]]
     is_elementwise: bool = False
+    weights: Callable[[Any, Quantized], dict[str, Factors]] | None = None
 
 
 def is_near(strength: ScalarOrSchedule, count: jax.Array) -> jax.Array:
