@@ -42,6 +42,7 @@ CASES = {
     INT4: Case(cage.int4(group_size=128, axis=-1), "int4", 4),
     "int4, group 128, first axis": Case(cage.int4(group_size=128, axis=0), "int4"),
     "int8, group 128, last axis": Case(cage.int8(group_size=128, axis=-1), "int8", 8),
+    "int8, rows": Case(cage.int8(axis=-1), "int8"),
     "mxfp4, last axis": Case(cage.mxfp4(axis=-1), "mxfp4"),
     "mxfp8, last axis": Case(cage.mxfp8(axis=-1), "mxfp8"),
     "nvfp4, last axis": Case(cage.nvfp4(axis=-1), "nvfp4"),
@@ -49,7 +50,8 @@ CASES = {
     "int4 with a zero point, group 128, last axis": Case(
         cage.int4(group_size=128, axis=-1, symmetric=False)
     ),
-    "quest(4), group 128, first axis": Case(cage.quest(4, axis=0)),
+    "quest(4), rotated along the first axis": Case(cage.quest(4, axis=0)),
+    "quest(4), rotated along the last axis": Case(cage.quest(4, axis=-1)),
 }
 
 
@@ -81,7 +83,7 @@ def qwix(case: Case, x: np.ndarray) -> Callable[[], jax.Array]:
     how = qarray.HowToQuantize(
         qtype=case.qwix if case.qwix in _QWIX_NAMES else getattr(jnp, case.qwix),
         channelwise_axes=[1 - axis],
-        tiled_axes={axis: quantizer.group_size},
+        tiled_axes={axis: quantizer.group_size} if quantizer.group_size else {},
     )
     run = jax.jit(lambda array: qarray.dequantize(qarray.quantize(array, how)))
     array = jnp.asarray(x)
