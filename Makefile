@@ -91,9 +91,10 @@ format: $(call stamp,test$(comma)lint)
 
 bench: $(call stamp,test$(comma)oracles)
 	@echo "[bench] the machine should have nothing else to do"
-	@for name in import_time quantizers optimizer_step train_step curvature_cost layers sharding kills effect; do \
+	@for name in import_time quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
+	@$(BIN)/python benchmarks/train_step.py --size 30m --window
 	@$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -107,6 +107,22 @@ def median_ratio(times: Mapping[str, list[float]], name: str, base: str) -> floa
     return statistics.median(a / b for a, b in zip(times[name], times[base]))
 
 
+def ratios_in_period(
+    times: Mapping[str, list[float]], name: str, base: str, period: int
+) -> list[float]:
+    """`median_ratio` of each step of a period, for steps that are not alike.
+
+    A median over all rounds would hide what only every tenth step does. The mean of
+    these is the ratio of a whole period, and their maximum that of its slowest step.
+    """
+    return [
+        median_ratio(
+            {each: times[each][place::period] for each in (name, base)}, name, base
+        )
+        for place in range(period)
+    ]
+
+
 def target(text: str, measured: float, bound: float, form: str = ".2f") -> dict:
     """Whether `measured` is at most `bound`, for the record."""
     return {

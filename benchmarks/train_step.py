@@ -32,6 +32,14 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A4 CAGE, active": ("cage", {}),
     "W4A4 KV4 CAGE, active": ("cage", {"kv_bits": 4}),
 }
+# What is timed with --window.
+WINDOW_STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "W4A8 STE": ("trunk", {}),
+    "W4A8 CAGE, recommended, active": ("cage", {"recommended": True}),
+}
+WINDOW = {"batch": 1, "microbatch": 1, "sequence": 512, "dtype": "float32", "a_bits": 8}
+# The recommended gradients are read at every tenth step.
+PERIOD = 10
 # What is compiled: the model of 8 layers, its parameters never made.
 COMPILED = {
     name: STEPS[name]
@@ -45,8 +53,10 @@ class Settings:
 
     size: Literal["demo", "30m", "100m"] = "demo"
     """Size of the model; the sizes of the paper are for a large GPU or a TPU."""
+    window: bool = False
+    """Steps of one window of 512 tokens in float32, W4A8, with recommended CAGE."""
     rounds: int = 30
-    """Timed steps of each kind."""
+    """Timed steps of each kind; with --window rounded up to tens."""
     tiny: bool = False
     """Two steps of the smallest model, to see that it works; nothing is written."""
 
@@ -88,6 +98,28 @@ def compile_seconds(size: str, kind: str, changes: dict[str, Any]) -> float:
     return time.perf_counter() - start
 
 
+def step_times(
+    size: str,
+    steps: dict[str, tuple[str, dict[str, Any]]],
+    rounds: int,
+    warmup: int,
+    **shared: Any,
+) -> tuple[train_lm.Settings, dict[str, list[float]]]:
+    """Seconds of each step of each kind, and the settings that they share."""
+    functions = {}
+    for name, (kind, changes) in steps.items():
+        # So many steps that the pull is not even near while "silent" is timed.
+        asked = train_lm.Settings(
+            size=size, steps=100 * (rounds + warmup), devices=1, **shared, **changes
+        )
+        experiment = train_lm.Experiment(asked.resolved())
+        segment = next(each for each in experiment.segments if each.name == kind)
+        last = experiment.settings.steps - rounds - warmup - 1
+        functions[name] = _stepper(experiment, segment, last if "active" in name else 0)
+    times = measurement.interleaved(functions, rounds, warmup)
+    return experiment.settings, times
+
+
 def measure(
     size: str, rounds: int, warmup: int = 3, deep: str = "100m", compiles: int = 7
 ) -> dict[str, Any]:
@@ -100,17 +132,7 @@ def measure(
       deep: size of the model whose steps are compiled.
       compiles: compilations of each kind.
     """
-    functions = {}
-    for name, (kind, changes) in STEPS.items():
-        # So many steps that the silence does not end while "silent" is timed.
-        asked = train_lm.Settings(
-            size=size, steps=10 * (rounds + warmup) + 10, devices=1, **changes
-        )
-        experiment = train_lm.Experiment(asked.resolved())
-        segment = next(each for each in experiment.segments if each.name == kind)
-        last = experiment.settings.steps - rounds - warmup - 1
-        functions[name] = _stepper(experiment, segment, last if "active" in name else 0)
-    times = measurement.interleaved(functions, rounds, warmup)
+    settings, times = step_times(size, STEPS, rounds, warmup)
     compiling: dict[str, list[float]] = {name: [] for name in COMPILED}
     for _ in range(compiles):
         for name, (kind, changes) in COMPILED.items():
@@ -119,57 +141,89 @@ def measure(
     def ratio(name, base):
         return measurement.median_ratio(times, name, base)
 
-    settings = experiment.settings
+    record = _record(name_of(size), settings, times, "W4A4 STE", ratio, compiling)
+    record["targets"] = [
+        measurement.target(
+            "CAGE, active, to STE", ratio("W4A4 CAGE, active", "W4A4 STE"), 1.06
+        ),
+        measurement.target(
+            "CAGE, active, to full precision",
+            ratio("W4A4 CAGE, active", "full precision"),
+            1.35,
+        ),
+        measurement.target(
+            "compiling 8 layers with everything, to full precision",
+            measurement.median_ratio(
+                compiling, "W4A4 KV4 CAGE, active", "full precision"
+            ),
+            1.5,
+        ),
+    ]
+    return record
+
+
+def measure_window(size: str, rounds: int, warmup: int = 2) -> dict[str, Any]:
+    """As `measure`, of one window and with recommended CAGE; nothing is compiled.
+
+    Ratios are means of the ten steps of a period, of which one reads the gradients.
+    """
+    settings, times = step_times(size, WINDOW_STEPS, rounds, warmup, **WINDOW)
+
+    def ratio(name, base):
+        ratios = measurement.ratios_in_period(times, name, base, PERIOD)
+        return statistics.mean(ratios)
+
+    name = name_of(size, window=True)
+    record = _record(name, settings, times, "W4A8 STE", ratio, {})
+    to_ste = ratio("W4A8 CAGE, recommended, active", "W4A8 STE")
+    text = "CAGE, recommended, active, to STE"
+    record["targets"] = [measurement.target(text, to_ste, 1.05)]
+    return record
+
+
+def _record(name, settings, times, ste, ratio, compiling):
+    """All that is written to JSON, without targets."""
+    rounds = len(times[ste])
     return {
-        "name": name_of(size),
+        "name": name,
         "benchmark": "train_step",
-        "title": f"A train step of the {size} model, {settings.batch} x "
+        "title": f"A train step of the {settings.size} model, {settings.batch} x "
         f"{settings.sequence} bytes",
         "environment": measurement.environment(),
-        "settings": {"size": size, "rounds": rounds, "warmup": warmup},
+        "settings": {
+            "size": settings.size,
+            "rounds": rounds,
+            "tokens": settings.batch * settings.sequence,
+        },
         "device": jax.devices()[0].device_kind,
         "figures": {
             name: {
                 "seconds": statistics.median(times[name]),
-                "to STE": ratio(name, "W4A4 STE"),
-                "to full precision": ratio(name, "full precision"),
+                "to STE": ratio(name, ste),
+                "to full precision": ratio(name, "full precision")
+                if "full precision" in times
+                else None,
                 "compile": statistics.median(compiling[name])
                 if name in compiling
                 else None,
             }
-            for name in STEPS
+            for name in times
         },
         "seconds": times,
         "compile seconds": compiling,
-        "targets": [
-            measurement.target(
-                "CAGE, active, to STE", ratio("W4A4 CAGE, active", "W4A4 STE"), 1.06
-            ),
-            measurement.target(
-                "CAGE, active, to full precision",
-                ratio("W4A4 CAGE, active", "full precision"),
-                1.35,
-            ),
-            measurement.target(
-                "compiling 8 layers with everything, to full precision",
-                measurement.median_ratio(
-                    compiling, "W4A4 KV4 CAGE, active", "full precision"
-                ),
-                1.5,
-            ),
-        ],
     }
 
 
-def name_of(size: str) -> str:
+def name_of(size: str, window: bool = False) -> str:
     """Returns the name of a record."""
-    return "train_step" if size == "demo" else f"train_step_{size}"
+    parts = ["train_step", *([size] if size != "demo" else [])]
+    return "_".join(parts + ["window"] * window)
 
 
 def table(record: dict[str, Any]) -> Rows:
     """The table of a record; the MFU is of bfloat16, on chips that are known."""
     size = SIZES[record["settings"]["size"]]
-    tokens = size.batch * size.sequence
+    tokens = record["settings"].get("tokens", size.batch * size.sequence)
     operations = tokens * utilization.operations(size, vocabulary=256)
     peak = utilization.peak_of(record.get("device", ""))
     cells = [
@@ -179,7 +233,7 @@ def table(record: dict[str, Any]) -> Rows:
             f"{tokens / each['seconds']:,.0f}",
             f"{operations / each['seconds'] / peak:.1%}" if peak else "",
             f"{each['to STE']:.2f}",
-            f"{each['to full precision']:.2f}",
+            f"{each['to full precision']:.2f}" if each["to full precision"] else "",
             f"{each['compile']:.1f}" if each.get("compile") else "",
         ]
         for name, each in record["figures"].items()
@@ -192,11 +246,15 @@ def main() -> int:
     """Runs the program; the exit status."""
     console = Console()
     settings = tyro.cli(Settings, description=__doc__)
-    console.print(
-        "Times train steps in turns, then compiles: about ten minutes.", highlight=False
-    )
-    if settings.tiny:
+    what = "for some minutes" if settings.window else "then compiles: ten minutes"
+    console.print(f"Times train steps in turns, {what}.", highlight=False)
+    if settings.tiny and settings.window:
+        record = measure_window("tiny", PERIOD, 1)
+    elif settings.tiny:
         record = measure("tiny", 2, 1, deep="tiny", compiles=1)
+    elif settings.window:
+        periods = -(-settings.rounds // PERIOD)
+        record = measure_window(settings.size, PERIOD * periods)
     else:
         record = measure(settings.size, settings.rounds)
     measurement.finish(record, table(record), console, keep=not settings.tiny)

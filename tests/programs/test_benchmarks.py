@@ -1,7 +1,6 @@
 """The benchmarks: formulas and records, never timings."""
 
 import json
-import math
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -15,8 +14,6 @@ import jax.numpy as jnp
 import layers
 import measurement
 import numpy as np
-import optax
-import optimizer_step
 import presets
 import pytest
 import quantizers
@@ -25,8 +22,6 @@ import tables
 import train_step
 import utilization
 from rich.console import Console
-
-import cage_jax as cage
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
@@ -211,68 +206,6 @@ def test_the_record_of_images(monkeypatch, rng):
     assert rows.header == ["train loss", "ResNet W4A4", "ViT W2A2"]
 
 
-# --- optimizer step -------------------------------------------------------------------
-
-
-def test_the_sizes_are_what_they_are_called():
-    for size, millions in (("10M", 10), ("100M", 100)):
-        shapes = optimizer_step.shapes(size)
-        count = sum(math.prod(shape) for shape in shapes.values())
-        assert 0.95 < count / 1e6 / millions < 1.05
-        assert all(rows % 128 == 0 for rows, _ in shapes.values())
-
-
-def test_both_phases_are_what_they_are_called():
-    tx = optimizer_step.optimizers()["int4"]
-    adamw = optimizer_step.optimizers()["AdamW"]
-    params = optimizer_step.random_tree("tiny", 0.02, seed=0)
-    gradients = optimizer_step.random_tree("tiny", 1e-3, seed=1)
-    plain, _ = jax.jit(adamw.update)(gradients, adamw.init(params), params)
-
-    update = jax.jit(tx.update)
-
-    def updates_at(count):
-        state = optax.tree_utils.tree_set(tx.init(params), cage_count=jnp.int32(count))
-        return update(gradients, state, params)[0]
-
-    name = "0/up/kernel"
-    np.testing.assert_array_equal(updates_at(0)[name], plain[name])
-    x = np.float64(params[name])
-    groups = x.reshape(-1, 128, x.shape[-1])
-    scale = np.abs(groups).max(1, keepdims=True) / 7
-    error = (groups - np.round(groups / scale) * scale).reshape(x.shape)
-    expected = np.float64(plain[name]) - 1e-3 * 10 * error
-    ours = updates_at(optimizer_step.SILENT_STEPS)[name]
-    # Float32; ties between two levels do not occur in normal numbers.
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-8)
-
-
-def test_pytorch_makes_the_same_correction():
-    torch = pytest.importorskip("torch")
-    x = optimizer_step.random_tree("tiny", 0.02, seed=0)["0/up/kernel"]
-    theirs = torch.from_numpy(np.array(x))
-    hadamard = optimizer_step.torch_hadamard(128)
-    for name, error in (
-        ("int4", optimizer_step.torch_int4_error(theirs)),
-        ("quest", optimizer_step.torch_quest_error(theirs, hadamard)),
-    ):
-        ours = cage.quantization_error(x, optimizer_step.QUANTIZERS[name])
-        # The rotation sums 128 float32 numbers of 0.02 in another order.
-        np.testing.assert_allclose(ours, error.numpy(), atol=1e-7, err_msg=name)
-
-
-def test_the_record_of_steps():
-    pytest.importorskip("torch")
-    figure = optimizer_step.measure("tiny", rounds=2)
-    names = [row["step"] for row in figure["steps"]]
-    assert "cage_jax, quest, active" in names and "torch, AdamW fused" in names
-    found = optimizer_step.record_of([figure])
-    assert len(found["targets"]) == 6
-    for each in found["targets"]:
-        assert each["met"] == (each["measured"] <= each["bound"])
-    check_rows(optimizer_step.table(json.loads(json.dumps(found))))
-
-
 # --- quantizers -----------------------------------------------------------------------
 
 
@@ -349,6 +282,32 @@ def test_the_record_of_train_steps(monkeypatch):
     ratios = {t["text"]: t["measured"] for t in made["targets"]}
     assert made["compile seconds"]["W4A4 KV4 CAGE, active"] == [5]
     assert ratios["compiling 8 layers with everything, to full precision"] == 5 / 4
+
+
+def test_the_record_of_one_window(monkeypatch):
+    asked = []
+
+    def step_of(experiment, segment, step):
+        asked.append((experiment, segment, step))
+        return lambda: None
+
+    monkeypatch.setattr(train_step, "_stepper", step_of)
+    made = train_step.measure_window("tiny", rounds=10, warmup=1)
+    for (experiment, segment, step), name in zip(asked, train_step.WINDOW_STEPS):
+        settings = experiment.settings
+        assert (settings.batch, settings.sequence, settings.a_bits) == (1, 512, 8)
+        assert settings.recommended == ("recommended" in name)
+        assert (segment.name == "cage") == ("CAGE" in name)
+        # Gradients are read from 100 steps before the pull begins.
+        begins = settings.silence * settings.steps
+        assert step > begins if "active" in name else step + 11 < begins - 100
+    (target,) = made["targets"]
+    assert target["measured"] == made["figures"][name]["to STE"]
+    rows = train_step.table(json.loads(json.dumps(made)))
+    assert [cells[0] for cells in rows.cells] == list(train_step.WINDOW_STEPS)
+    check_rows(rows)
+    seconds = made["figures"][name]["seconds"]
+    assert rows.cells[-1][2] == f"{512 / seconds:,.0f}"
 
 
 def test_the_peak_of_a_chip():
@@ -451,8 +410,6 @@ def test_the_programs_say_what_is_wrong(monkeypatch, capsys):
         (import_time, ["--rounds", "2"], "`--rounds` must be at least 3"),
         (quantizers, ["--rounds", "2"], "`--rounds` must be at least 3"),
         (quantizers, ["--size", "100"], "`--size` must be a multiple of 128"),
-        (optimizer_step, ["--sizes", "1T"], "`--sizes` must be among"),
-        (optimizer_step, ["--rounds", "0"], "`--rounds` must be at least 3"),
     ):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         assert module.main() == 2, text
