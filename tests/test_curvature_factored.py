@@ -2,6 +2,7 @@
 
 import math
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +181,26 @@ def test_vectors_of_shards_are_those_of_one_device(rng, explicit):
         found, state = step(params, state, gradient)
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], **CLOSE, err_msg=name)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_devices_send_vectors_and_only_where_gradients_are_read():
+    """Outside of a branch the published form has the same sums over devices."""
+    kind = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind,) * 2)
+    sharding = jax.NamedSharding(mesh, jax.P("rows", "columns"))
+    params = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding)}
+    rules = cage.Rules([("kernel", cage.int4(group_size=8))])
+    sent = []
+    for options in ({"strength": 1.0}, {"total_steps": 1000}):
+        tx = cage.cage_adamw(0.1, rules, **options)
+        state = jax.eval_shape(tx.init, params)
+        step = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p))
+        text = step.lower(params, state, params).compile().as_text()
+        entry = text[text.index("\nENTRY") :]
+        sent.append((entry.count(" all-reduce("), hlo.moved(text).collectives))
+    assert [outside for outside, _ in sent] == [0, 0]
+    assert not sent[0][1]
+    # Each device sends its part of both vectors, and a few numbers for their means.
+    assert set(sent[1][1]) <= {"all-reduce", "all-gather"}
+    assert 0 < sum(sent[1][1].values()) <= 4 * (64 + 32 + 32)
