@@ -73,6 +73,7 @@ CASES = [
     ("quest", -2, (256, 72)),
     ("int8 absmean", -2, (128, 100)),
     ("mxfp4", -1, (128, 33, 32)),
+    ("int4 channel", 0, (192, 32, 32)),
 ]
 
 SHAPES = {-2: (256, 128), -1: (128, 256)}
@@ -104,6 +105,32 @@ def check(name, axis, shape, rng, dtype="float32"):
 @pytest.mark.parametrize("name, axis, shape", CASES)
 def test_values_and_masks(name, axis, shape, rng):
     check(name, axis, shape, rng)
+
+
+MERGED = [
+    ((0, 1), None, (3, 64, 192)),
+    ((1, 0), (None, 2), (4, 64, 128)),
+    ((1, 2), None, (2, 3, 32, 128)),
+]
+
+
+@pytest.mark.parametrize("axes, group_size, shape", MERGED)
+def test_axes_that_share_a_scale_are_one(axes, group_size, shape, rng):
+    """Compares a kernel with float64 on the array with these axes merged."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    quantizer = cage.int4(axis=axes, group_size=group_size)
+    cut = tiling.tiling_for_tpu(quantizer, shape, x.dtype)
+    kernel = interpreted(partial(tpu.fake_quant, tiling=cut, masked=False), x)
+    both = np.sort(axes)
+    shared = [group_size[axes.index(i)] if group_size else None for i in both]
+    sizes = [size or shape[i] for i, size in zip(both, shared)]
+    split = [n for i, n in enumerate(shape) if i not in both]
+    split.insert(both[0], -1)
+    split.insert(both[0] + 1, np.prod(sizes))
+    groups = np.float64(x).reshape(split)
+    step = np.abs(groups).max(both[0] + 1, keepdims=True) / 7
+    expected = (np.round(groups / step) * step).reshape(shape)
+    np.testing.assert_allclose(kernel(x), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +194,15 @@ FALLS_BACK = {
         (128, 1280),
         cage.int4(group_size=160, axis=-1),
     ),
-    "its groups span several axes": ((256, 128), cage.int4(axis=(0, 1))),
-    "its groups span .*s": ((256, 128), cage.int4(axis=None)),
-    "do not lie along one of the last two axes": ((128, 8, 128), cage.int4(axis=0)),
+    "span all axes": ((256, 128), cage.int4(axis=(0, 1))),
+    "its groups span all axes": ((256, 128), cage.int4(axis=None)),
+    "cut along one of": (
+        (4, 64, 128),
+        cage.int4(axis=(0, 1), group_size=(2, 32)),
+    ),
+    "cut along one of the": ((4, 4, 64, 128), cage.int4(axis=(0, 2))),
+    "would move it to other tiles": ((4, 4, 20, 128), cage.int4(axis=(1, 2))),
+    "along axis 0, and neighbours along 1 and 2": ((128, 8, 128), cage.int4(axis=0)),
     "whose parts are not neighbours": ((128, 3, 32), cage.nvfp4(axis=-1)),
     "random signs": ((256, 128), dataclasses.replace(cage.quest(4), hadamard_seed=0)),
     "wider than 128": ((256, 128), cage.quest(4, hadamard=256)),

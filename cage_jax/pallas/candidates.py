@@ -92,7 +92,7 @@ def adamw_kernels(
         tiling = tiling_for_tpu(
             *array, block_bytes=2**18, floats_per_element=2 if at_updated else 1
         )
-        matrix = {*tiling.order[-2:]} == {*range(len(shape))[-2:]}
+        matrix = {*tiling.order[-2:]} == {*range(len(tiling.merged))[-2:]}
         require(matrix or not weighted, "its weights are not vectors as it is stored")
         why = f"a group of {tiling.length} does not fit on the chip"
         require(tiling.kept or not at_updated, why)

@@ -71,7 +71,8 @@ class Tiling:
         one.
       transposed: whether strips are transposed, so that groups lie along their first
         axis.
-      order: axes of the array, in the order of the shape.
+      merged: shape of the array with all axes that share a scale merged into one.
+      order: the axes of that, in the order of `shape`.
       kept: whether groups that are all of the axis fit on the chip; otherwise the last
         read reads them from memory again.
     """
@@ -83,6 +84,7 @@ class Tiling:
     strip: int
     group_is_axis: bool
     transposed: bool
+    merged: tuple[int, ...]
     order: tuple[int, ...]
     kept: bool
 
@@ -144,8 +146,12 @@ def tiling_for_tpu(
     Raises:
       NoKernelError: if no kernel suits the array.
     """
-    order = stored_order(shape)
-    matrix, along, group = _checked(quantizer, shape, dtype, order)
+    merged, own = _merged(quantizer, shape)
+    why = f"merging its axes {quantizer.axis} would move it to other tiles"
+    require(merged == shape or _merge_whole_tiles(merged, shape), why)
+    order = stored_order(merged)
+    rows, columns, along, group = _checked(own, merged, dtype, order)
+    matrix = rows, columns
     length, width = matrix[along - 1], matrix[2 - along]
     strip, group_is_axis = _strip_for_tpu(along, length, group, quantizer.hadamard or 1)
     transposed = along == 2 and group % LANES != 0 and not group_is_axis
@@ -163,7 +169,7 @@ def tiling_for_tpu(
     strips = _largest_divisor(math.ceil(length / strip), most)
     block = _rows_and_columns(along, strips * strip, across)
     own = dataclasses.replace(
-        quantizer,
+        own,
         axis=-2 if along == 1 or transposed else -1,
         group_size=None if group_is_axis or group == strip else group,
     )
@@ -172,11 +178,39 @@ def tiling_for_tpu(
         require(not group_is_axis, why)
         why = "its scales share one divisor per tensor, whose parts are not neighbours"
         require(not quantizer.asymmetric, "its scales have a divisor and a zero point")
-        require({*order[-2:]} == {*range(len(shape))[-2:]}, why)
-    stack = math.prod(shape[axis] for axis in order[:-2])
-    stored = stack, *matrix
-    return Tiling(
-        own, stored, along, block, strip, group_is_axis, transposed, order, kept
+        require({*order[-2:]} == {*range(len(merged))[-2:]}, why)
+    stack = math.prod(merged[axis] for axis in order[:-2])
+    stored, places = (stack, rows, columns), (strip, group_is_axis, transposed)
+    return Tiling(own, stored, along, block, *places, merged, order, kept)
+
+
+def _merged(quantizer, shape):
+    """Merges neighbouring axes that share a scale; returns a shape and its quantizer.
+
+    A group must be whole along all of them but the first.
+    """
+    if not isinstance(quantizer.axis, tuple):
+        return shape, quantizer
+    groups = quantizer.blocks(shape).by_axis
+    first, *others = groups
+    after = first + len(groups)
+    neighbours = [*groups] == [*range(first, after)]
+    whole = neighbours and all(groups[axis] == shape[axis] for axis in others)
+    require(whole, f"its groups are cut along one of the axes {quantizer.axis}")
+    require(len(groups) < len(shape), "its groups span all axes")
+    merged = *shape[:first], math.prod(shape[first:after]), *shape[after:]
+    size = math.prod(groups.values())
+    return merged, dataclasses.replace(quantizer, axis=first, group_size=size)
+
+
+def _merge_whole_tiles(merged, shape):
+    """Tells whether a TPU stores an array as it would store it with merged axes."""
+    plain = tuple(range(len(shape)))
+    return (
+        stored_order(shape) == plain
+        and stored_order(merged) == plain[: len(merged)]
+        and merged[-1] == shape[-1]
+        and shape[-2] % _SUBLANES == 0
     )
 
 
@@ -206,7 +240,7 @@ def _checked(quantizer, shape, dtype, order):
         (isinstance(scale, PartedScale), f"its scale is {scale}"),
         (not scale.has_offset, f"its scale is {scale}"),
         (not isinstance(scale_type, Narrow), f"it has {scale_type}"),
-        (isinstance(quantizer.axis, int), "its groups span several axes"),
+        (isinstance(quantizer.axis, int), "its groups span all axes"),
         ((quantizer.hadamard or 1) <= widest, f"its rotation is wider than {widest}"),
         (quantizer.hadamard_seed is None, "its rotation has random signs"),
         (quantizer.rounding == "nearest", f"its rounding is {quantizer.rounding}"),
@@ -215,9 +249,10 @@ def _checked(quantizer, shape, dtype, order):
         require(suits, why)
     ((axis, group),) = quantizer.blocks(shape).by_axis.items()
     along = order.index(axis) - len(shape) + 3
-    require(along > 0, "its groups do not lie along one of the last two axes")
-    rows, columns = (shape[axis] for axis in order[-2:])
-    return (rows, columns), along, group
+    row, column = order[-2:]
+    why = f"its groups lie along axis {axis}, and neighbours along {row} and {column}"
+    require(along > 0, why)
+    return shape[row], shape[column], along, group
 
 
 def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tiling:
@@ -231,8 +266,9 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     Raises:
       NoKernelError: if no kernel suits the array.
     """
-    order = tuple(range(len(shape)))
-    (rows, columns), along, group = _checked(quantizer, shape, dtype, order)
+    merged, quantizer = _merged(quantizer, shape)
+    order = tuple(range(len(merged)))
+    rows, columns, along, group = _checked(quantizer, merged, dtype, order)
     divided = quantizer.scale_type.has_tensor_divisor
     require(not divided, "its scales have one divisor for a tensor")
     length, width = (rows, columns) if along == 1 else (columns, rows)
@@ -256,9 +292,9 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
     own = dataclasses.replace(
         quantizer, axis=along - 3, group_size=None if group >= strip else group
     )
-    stack = math.prod(shape[:-2])
-    stored = stack, rows, columns
-    return Tiling(own, stored, along, block, strip, group_is_axis, False, order, False)
+    stack = math.prod(merged[:-2])
+    stored, places = (stack, rows, columns), (strip, group_is_axis, False)
+    return Tiling(own, stored, along, block, *places, merged, order, False)
 
 
 def _largest_divisor(n, most):

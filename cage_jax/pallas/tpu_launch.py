@@ -30,7 +30,8 @@ class Operand(NamedTuple):
 
 def read_blocks(array: jax.Array, tiling: Tiling, *, first: bool = True) -> Operand:
     """Returns an array in blocks, which the kernel uses in its first or last read."""
-    stored = array.transpose(tiling.order).reshape(tiling.shape)
+    stored = array.reshape(tiling.merged).transpose(tiling.order)
+    stored = stored.reshape(tiling.shape)
     return Operand(stored, _blocks(tiling, first))
 
 
@@ -54,7 +55,9 @@ def read_vector(vector: jax.Array, tiling: Tiling, *, along: bool) -> Operand:
     stack, across, _, blocks = tiling.grid
     rows, columns = (tiling.strips, tiling.strip) if along else (1, tiling.across)
     shape = stack, blocks if along else across, rows, columns
-    vector = vector.transpose(tiling.order).reshape(stack, -1)
+    other = tiling.order[-tiling.along if along else tiling.along - 3]
+    merged = [1 if axis == other else n for axis, n in enumerate(tiling.merged)]
+    vector = vector.reshape(merged).transpose(tiling.order).reshape(stack, -1)
     beyond = math.prod(shape[1:]) - vector.shape[1]
     vector = jnp.pad(vector, ((0, 0), (0, beyond)))
 
@@ -66,8 +69,8 @@ def read_vector(vector: jax.Array, tiling: Tiling, *, along: bool) -> Operand:
 
 def like(x: jax.Array, written: jax.Array, tiling: Tiling) -> jax.Array:
     """Returns what was written in blocks in the shape of `x`."""
-    stored = written.reshape([x.shape[axis] for axis in tiling.order])
-    return stored.transpose(np.argsort(tiling.order))
+    stored = written.reshape([tiling.merged[axis] for axis in tiling.order])
+    return stored.transpose(np.argsort(tiling.order)).reshape(x.shape)
 
 
 def one_per_block(x: jax.Array, tiling: Tiling) -> Operand:
