@@ -120,9 +120,7 @@ HUTCHINSON, GAUSS_NEWTON, QUARTER = "hutchinson", "gauss_newton", ", 1/4 of the 
 SOURCES: dict[str, Source] = {
     "second_moment": Source(partial(curvature.second_moment, 0.95), has_period=False),
     "fisher, relative": Source(partial(curvature.fisher, relative=True)),
-    "fisher, recommended": Source(
-        partial(curvature.fisher, relative=True, factored=True, largest=3.0)
-    ),
+    "fisher, recommended": Source(partial(curvature.fisher, factored=True)),
     "fisher, sampled": Source(
         partial(curvature.fisher, sampled=True, relative=True), extra=sampled_gradients
     ),
