@@ -204,3 +204,36 @@ def test_devices_send_vectors_and_only_where_gradients_are_read():
     # Each device sends its part of both vectors, and a few numbers for their means.
     assert set(sent[1][1]) <= {"all-reduce", "all-gather"}
     assert 0 < sum(sent[1][1].values()) <= 4 * (64 + 32 + 32)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_inside_shard_map_the_mean_is_over_all_devices(rng):
+    """Also if parameters vary along different axes, or along none."""
+    specs = {
+        "first": jax.P("a", None, None),
+        "second": jax.P("b", None, None),
+        "both": jax.P(("a", "b"), None, None),
+        "copied": jax.P(),
+    }
+    shapes = {"first": (4, 8, 4), "second": (2, 8, 4), "both": (8, 8, 4)}
+    rules = cage.Rules([(".*", cage.int4())])
+    source = curvature.fisher(factored=True)
+    gradients = {
+        name: np.float32(np.exp(2 * rng.normal()) * rng.normal(size=shape))
+        for name, shape in (shapes | {"copied": (8, 4)}).items()
+    }
+
+    def weights(gradients):
+        state = source.init(rules.quantized(gradients))
+        near = jnp.array(True)
+        step = curvature.Step(gradients, gradients, rules, None, {}, is_near=near)
+        ones = jax.tree.map(jnp.ones_like, gradients)
+        return source.weigh(ones, source.update(state, step), step)
+
+    expected = jax.jit(weights)(gradients)
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    mapped = jax.shard_map(weights, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    found = jax.jit(mapped)(gradients)
+    for name in specs:
+        np.testing.assert_allclose(found[name], expected[name], **CLOSE, err_msg=name)

@@ -119,17 +119,16 @@ def factored(
                     group.roots(vectors / known)
                     for group, vectors in zip(groups, means)
                 )
-            unit = _unit(groups, means, largest)
-            weights = tuple(
-                group.weights(vectors, unit, largest)
-                for group, vectors in zip(groups, means)
+            weights = _weights(groups, means, largest)
+            return state._replace(
+                estimates=estimates, means=means, weights=weights, roots=roots
             )
-            return estimates, state.rows, means, weights, roots
 
         near = jnp.asarray(step.is_near)
         due = near & (state.steps % period == 0)
-        rest = lax.cond(due, read, lambda: tuple(state[1:]))
-        return FactoredState(state.steps + near.astype(jnp.int32), *rest)
+        steps = state.steps + near.astype(jnp.int32)
+        rest = lax.cond(due, read, lambda: state)
+        return rest._replace(steps=steps, rows=state.rows)
 
     def weigh(errors, state, step):
         weights, roots = weights_of(state, step.quantized), None
@@ -197,6 +196,10 @@ class _Vector(NamedTuple):
     length: int
     size: int
 
+    @property
+    def is_input(self) -> bool:
+        return self.kind == "inputs"
+
 
 class _Shape(NamedTuple):
     """What all vectors of a group share.
@@ -220,17 +223,15 @@ class _Group(NamedTuple):
     shape: _Shape
     members: list[_Vector]
 
-    def each(self, field: str) -> jax.Array:
-        """Returns a number of each vector, float32, in the shape of `mean`."""
+    def each(self, field: str) -> np.ndarray:
+        """Returns a number of each vector, in the shape of `mean`."""
         numbers = np.asarray([getattr(vector, field) for vector in self.members])
-        ones = [1] * len(self.shape.lengths)
-        return jnp.asarray(numbers.reshape(-1, *ones), jnp.float32)
+        return numbers.reshape(-1, *[1] * len(self.shape.lengths))
 
-    @property
-    def is_input(self) -> np.ndarray:
-        """Whether each vector has inputs, in the shape of `mean`."""
-        kinds = np.asarray([vector.kind == "inputs" for vector in self.members])
-        return kinds.reshape(-1, *[1] * len(self.shape.lengths))
+    def of_matrices(self, field: str) -> np.ndarray:
+        """Returns a number of each vector, for each matrix of a stack."""
+        stack = math.prod(self.shape.lengths[: self.shape.stack])
+        return np.repeat(self.each(field), stack)
 
     def mean_squares(self, gradients: Arrays) -> jax.Array:
         """Computes the mean squares, constant within each block of a rotation.
@@ -248,7 +249,7 @@ class _Group(NamedTuple):
                 g = lax.optimization_barrier(g)
             squares = jnp.square(g.astype(jnp.float32))
             sums.append(replicated(jnp.sum(squares, over)))
-        means = jnp.stack(sums) / self.each("length")
+        means = jnp.stack(sums) / np.float32(self.each("length"))
         if self.shape.rotated is None:
             return means
         axis, block = self.shape.rotated
@@ -262,20 +263,11 @@ class _Group(NamedTuple):
         axes = range(1 + self.shape.stack, vectors.ndim)
         return jnp.mean(vectors, axes, keepdims=True)
 
-    def relative(self, vectors: jax.Array) -> jax.Array:
-        """Scales vectors to a mean of 1; all are 1 if nothing is known."""
-        mean = self.mean(vectors)
-        return jnp.where(mean > 0, vectors / mean, 1)
-
-    def weights(self, means: jax.Array, unit: jax.Array, largest: float) -> jax.Array:
-        """Computes the factors of the weights, before their product is bounded."""
-        mean = self.mean(means)
-        bounded = self.relative(jnp.minimum(means, mean * math.sqrt(largest)))
-        return jnp.where(self.is_input, bounded * _level(mean, unit, largest), bounded)
-
     def roots(self, means: jax.Array) -> jax.Array:
         """Computes the factors of the root of mean squares."""
-        return jnp.sqrt(jnp.where(self.is_input, means, self.relative(means)))
+        mean = self.mean(means)
+        relative = jnp.where(mean > 0, means / mean, 1)
+        return jnp.sqrt(jnp.where(self.each("is_input"), means, relative))
 
 
 def _groups(quantized: Quantized) -> list[_Group]:
@@ -315,31 +307,69 @@ def _rows(groups):
     return rows
 
 
-def _level(mean, unit, largest):
-    return jnp.where(unit > 0, jnp.minimum(mean / unit, largest), 1)
+def _weights(groups, means, largest):
+    """Computes the factors of the weights, before their product is bounded.
+
+    Compilers take long over many small kernels, so the numbers of all matrices are
+    computed as one array.
+    """
+    levels = [group.mean(vectors) for group, vectors in zip(groups, means)]
+    # Vectors of zeros, of which nothing is known, become constant.
+    bounded = [
+        jnp.minimum(vectors, level * math.sqrt(largest)) + jnp.finfo(jnp.float32).tiny
+        for vectors, level in zip(means, levels)
+    ]
+    mean = _flat([group.mean(vectors) for group, vectors in zip(groups, bounded)])
+    is_input = np.concatenate([group.of_matrices("is_input") for group in groups])
+    level = _flat(levels)
+    level = _level(level, _unit(groups, level, largest), largest)
+    factors = _split(jnp.where(is_input, level, 1) / mean, levels)
+    weights = []
+    for group, vectors, factor in zip(groups, bounded, factors):
+        # The devices of the other axes know the same number.
+        if others := _varying(groups) - group.shape.varying:
+            factor = lax.pmax(factor, tuple(others))
+        weights.append(vectors * factor)
+    return tuple(weights)
 
 
-def _unit(groups, means, largest):
+def _varying(groups):
+    return frozenset().union(*(group.shape.varying for group in groups))
+
+
+def _flat(arrays):
+    return jnp.concatenate([array.ravel() for array in arrays])
+
+
+def _split(flat, arrays):
+    """Returns what `_flat` made of arrays of these shapes."""
+    parts = jnp.split(flat, np.cumsum([array.size for array in arrays])[:-1])
+    return [part.reshape(array.shape) for part, array in zip(parts, arrays)]
+
+
+def _level(level, unit, largest):
+    return jnp.where(unit > 0, jnp.minimum(level / unit, largest), 1)
+
+
+def _unit(groups, level, largest):
     """Finds the number to divide levels by, so that once bounded their mean is 1.
 
     The mean is over all weights, inside a `shard_map` over those of all devices.
     """
-    levels = [group.mean(vectors) for group, vectors in zip(groups, means)]
+    # Each matrix counts twice, with its inputs and with its outputs. Along the axes of
+    # the others, the devices have copies of a parameter.
+    axes = _varying(groups)
+    copies = [math.prod(map(lax.axis_size, axes - g.shape.varying)) for g in groups]
+    sizes = [group.of_matrices("size") / n for group, n in zip(groups, copies)]
+    size = np.float32(np.concatenate(sizes))
+    total = size.sum() * math.prod(map(lax.axis_size, axes))
 
-    def mean_of_all(level_of):
-        total = count = jnp.float32(0)
-        for group, level in zip(groups, levels):
-            # Each matrix counts twice, with its inputs and with its outputs.
-            sizes = jnp.broadcast_to(group.each("size"), level.shape)
-            both = jnp.sum(sizes * level_of(level)), jnp.sum(sizes)
-            part, size = lax.psum(both, tuple(group.shape.varying))
-            total, count = total + part, count + size
-        return total / count
+    def next_unit(i, unit):
+        # Bounding, from the second round on, lowers the mean, by less in each.
+        bounded = _level(level, unit, jnp.where(i > 0, largest, jnp.inf))
+        return unit * lax.psum(jnp.sum(size / total * bounded), tuple(axes))
 
-    unit = mean_of_all(lambda level: level)
-    for _ in range(_ROUNDS):  # bounding lowers the mean, by less in each round
-        unit = unit * mean_of_all(lambda level, unit=unit: _level(level, unit, largest))
-    return unit
+    return lax.fori_loop(0, 1 + _ROUNDS, next_unit, jnp.float32(1))
 
 
 def _check_state(state):
