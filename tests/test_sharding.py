@@ -1,7 +1,6 @@
 """Sharded parameters: the same values, stable types, and no gathered weight.
 
-Each placement of shards is checked here once; programs/test_every_sharding.py crosses
-them with all quantizers, both kinds of mesh and all options.
+Each placement is checked once; programs/test_every_sharding.py crosses all with all.
 """
 
 import dataclasses
@@ -323,14 +322,13 @@ def check_what_a_step_sends(name, options, kind, rng):
         weights = jax.device_put(weights, shardings)
         program = step.lower(weights, jax.jit(tx.init)(weights)).compile()
     # The scales of columns whose rows are on several devices, four bytes each.
-    split = [w for w in weights.values() if w.sharding.spec[-2] is not None]
-    split = [] if name == "group" else split
+    split = [w for w in weights.values() if w.sharding.spec[-2] and name != "group"]
     shards = [w.sharding.shard_shape(w.shape) for w in split]
     columns = sum(4 * math.prod(shard) // shard[-2] for shard in shards)
     # They are found for `fake_quant` and for CAGE, of statistics for error and codes.
     times = 4 if "measured" in options else 2
-    # Four norms and a count, along one axis of the mesh and then along the other.
-    numbers = 2 * 5 * len(weights) if "measured" in options else 0
+    # Four norms and a count, along both axes of the mesh.
+    numbers = 2 * 5 * len(weights) * ("measured" in options)
     if not split and not numbers:
         assert nothing_is_sent(program)
         return
