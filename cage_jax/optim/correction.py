@@ -104,6 +104,7 @@ def correction(
     curvature: Curvature | None,
     freeze_scale: bool,
     statistics: bool | int,
+    is_read_often: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `step_size(count) * strength * (x - Q(x))` to the updates.
 
@@ -115,6 +116,7 @@ def correction(
       curvature: as in `cage`.
       freeze_scale: as in `cage`.
       statistics: as in `cage`.
+      is_read_often: whether what follows reads an update several times, as Adam does.
 
     Returns:
       A transformation. Its `update` takes three more arguments: the `gradients` and the
@@ -191,7 +193,8 @@ def correction(
             if path not in found:
                 return update
             _, _, is_pulling, update = found[path]
-            return _pulled(update, factor, errors[path], is_pulling)
+            update = _pulled(update, factor, errors[path], is_pulling)
+            return _after(count >= 0, update) if is_read_often else update
 
         updates = rules.map(correct, params, updates)
         count = optax.safe_increment(count)

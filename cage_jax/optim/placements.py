@@ -141,6 +141,7 @@ def cage(
         curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
+        is_read_often=total_steps is not None,
     )
 
 
