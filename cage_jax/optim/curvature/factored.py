@@ -245,8 +245,7 @@ class _Group(NamedTuple):
                 continue
             g = gradients[path]
             if kind == "outputs":
-                # A CPU would store the squares if both sums of a matrix shared them.
-                g = lax.optimization_barrier(g)
+                g = _read_again(g)
             squares = jnp.square(g.astype(jnp.float32))
             sums.append(replicated(jnp.sum(squares, over)))
         means = jnp.stack(sums) / np.float32(self.each("length"))
@@ -268,6 +267,11 @@ class _Group(NamedTuple):
         mean = self.mean(means)
         relative = jnp.where(mean > 0, means / mean, 1)
         return jnp.sqrt(jnp.where(self.each("is_input"), means, relative))
+
+
+def _read_again(g):
+    """Returns `g`; a CPU would store its squares if two sums shared them."""
+    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
 
 
 def _groups(quantized: Quantized) -> list[_Group]:
