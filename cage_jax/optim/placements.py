@@ -54,9 +54,9 @@ def cage(
 
     Adam and its relatives divide the pull by the root of mean squared gradients. Before
     them, give `learning_rate` and `total_steps`: the pull is then the recommended one,
-    multiplied by that root, and there is nothing to tune. Before an optimizer that does
-    not divide, such as SGD, give a `strength`; strengths and doses are there those of
-    `decoupled`.
+    multiplied by that root, and there is nothing to tune. Parameters whose gradients
+    are 0 are not pulled then. Before an optimizer that does not divide, such as SGD,
+    give a `strength`; strengths and doses are there those of `decoupled`.
 
     The error is computed in float32 and the updates keep their dtype. While the
     strength is 0 no scale is computed and nothing is rotated (except under `jax.vmap`

@@ -104,10 +104,11 @@ def factored(
         )
 
     def update(state, step):
-        _check_state(state)
+        groups = _groups(step.quantized)
+        _check_state(state, groups)
 
         def read():
-            groups, gradients = _groups(step.quantized), gradients_of(step)
+            gradients = gradients_of(step)
             means = tuple(
                 average(decay, before, group.mean_squares(gradients))
                 for group, before in zip(groups, state.means, strict=True)
@@ -376,11 +377,17 @@ def _unit(groups, level, largest):
     return lax.fori_loop(0, 1 + _ROUNDS, next_unit, jnp.float32(1))
 
 
-def _check_state(state):
+def _check_state(state, groups):
+    got = ""
     if not isinstance(state, FactoredState):
+        got = f"a {type(state).__name__}, of another source or an older version"
+    elif [vectors.shape for vectors in state.means] != [
+        (len(group.members), *group.shape.lengths) for group in groups
+    ]:
+        got = f"one for {', '.join(state.rows)}, of other rules or shapes"
+    if got:
         raise ValueError(
-            f"`state` must have the curvature of fisher(factored=True), which the "
-            f"recommended pull uses; got a {type(state).__name__}, of another source "
-            f"or an older version. To go on from there, replace it by the curvature in "
-            f"tx.init(params)."
+            f"`state` must have the curvature of these parameters by "
+            f"fisher(factored=True), which the recommended pull uses; got {got}. To go "
+            f"on from there, replace it by the curvature in tx.init(params)."
         )
