@@ -163,7 +163,7 @@ def measure(
 
 
 def measure_window(size: str, rounds: int, warmup: int = 2) -> dict[str, Any]:
-    """As `measure`, of one window and with recommended CAGE; nothing is compiled.
+    """Measures steps of one window with recommended CAGE, and compiles nothing else.
 
     Ratios are means of the ten steps of a period, of which one reads the gradients.
     """

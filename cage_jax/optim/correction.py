@@ -57,12 +57,13 @@ class CageState(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What a fused step has done, of which `update` sees the other parameters alone.
+    """What a fused step has done before `update` steps the other parameters.
 
     Attributes:
-      statistics: those of the parameters that it stepped, by path.
-      step: the step of all parameters, and
-      source: the state of the source of curvature after it; None without `curvature`.
+      statistics: statistics of the parameters that it stepped, by path.
+      step: what the source of curvature was given, for all parameters; None without
+        `curvature`.
+      source: the state of that source after the step; None without `curvature`.
     """
 
     statistics: Mapping[str, ParameterStatistics]

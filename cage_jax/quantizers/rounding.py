@@ -291,11 +291,8 @@ def error_reductions(
     with_codes: bool = False,
 ) -> ErrorReductions:
     """Computes the part of `x - fake_quant(x)` that is not elementwise in `x`."""
-    found, codes, code_bytes = (
-        rounding(lax.stop_gradient(x), quantizer, grid),
-        None,
-        None,
-    )
+    found = rounding(lax.stop_gradient(x), quantizer, grid)
+    codes = code_bytes = None
     if with_codes:
         code_bytes = bytes_of_codes(quantizer.format.encode(found.code_values()))
     if quantizer.hadamard is not None:

@@ -22,6 +22,7 @@ from cage_jax.arrays.sharding import replicated
 from cage_jax.optim.curvature.averages import average, check_averaging, total_weight
 from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
 
+# Scaling raises levels above their bound again, by less in each round.
 _ROUNDS = 4
 
 Rows = dict[str, dict[str, jax.Array]]
