@@ -302,7 +302,8 @@ class Experiment:
         trunk = taught("trunk", 0, branch, optimizer=plain)
         ste = taught("ste", branch, steps, optimizer=plain, parent=trunk, averages=True)
         pull = taught("cage", branch, steps, optimizer=pulled, parent=trunk)
-        needed = {name: [self._rival(name, taught)] for name in RIVALS} | {
+        rivals = [name for name in RIVALS if name in self.settings.arms]
+        needed = {name: [self._rival(name, taught)] for name in rivals} | {
             "full": [full],
             "ptq": [full],
             "ste": [trunk, ste],

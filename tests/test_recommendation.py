@@ -1,5 +1,8 @@
 """The recommended strength and curvature: dose, bounds and cost."""
 
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,7 @@ def test_no_step_of_what_is_recommended_goes_beyond_the_grid(steps):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
 @pytest.mark.parametrize(("peak", "strongest"), [(1e-2, 4.11), (1e-4, 15.0)])
 def test_what_is_recommended_is_never_strong(peak, strongest):
     """A small learning rate does not get its dose by a pull beyond all measure."""
@@ -57,3 +61,25 @@ def test_what_is_recommended_has_its_dose_and_costs_two_vectors(rng):
     for _ in range(100):
         params, state = step(params, state)
     assert tree_get(state, "estimates") == 10
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_dose_far_below_what_was_asked_is_warned_of():
+    """The oracle sums the ramp after a silence of a half, up to a strength of 15."""
+    counts = np.arange(1000)
+    ramp = np.maximum((counts + 1) / 500 - 1, 0) ** 3
+    for floor, warns in ((0.0, True), (0.1, False)):
+        rate = optax.cosine_decay_schedule(1e-3, 1000, alpha=floor)
+        rates = 1e-3 * (floor + (1 - floor) * (1 + np.cos(np.pi * counts / 1000)) / 2)
+        left = 15 * np.sum(rates * ramp)
+        assert (left < 0.7 / 4) == warns
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            strength = cage.recommended(rate, 1000)["strength"]
+        assert cage.dose(rate, strength, 1000) == pytest.approx(left, rel=1e-3)
+        said = rf"a dose of {left:.2g} in 1000 steps .* of the 0\.7 asked for"
+        assert len(found) == warns
+        for each in found:
+            assert re.search(said, str(each.message)) and each.filename == __file__
+    cage.recommended(rate, 1000, dose=0.01)  # as small as it was asked to be
+    jax.jit(lambda rate: cage.recommended(rate, 1000)["strength"](999))(1e-6)

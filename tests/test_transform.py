@@ -305,7 +305,7 @@ def test_the_correction_is_a_constant_for_differentiation():
 
 @pytest.mark.parametrize("wrap", [cage.decoupled, cage.post_step])
 def test_any_optimizer_takes_the_recommended_strength(wrap, standard_promotion):
-    rate = optax.cosine_decay_schedule(0.01, 100)
+    rate = optax.cosine_decay_schedule(0.03, 100)
     params = {"kernel": jnp.asarray(np.linspace(-1, 1, 16).reshape(8, 2), np.float32)}
     chosen = cage.recommended(rate, 100)
     one = wrap(optax.lion(rate), RULES, learning_rate=rate, total_steps=100)

@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.optim.curvature import Curvature, fisher
-from cage_jax.optim.schedules import ScalarOrSchedule, dose, ramp_to_dose, value_at
+from cage_jax.optim.schedules import (
+    ScalarOrSchedule,
+    ramp_to_dose,
+    sum_of_steps,
+    value_at,
+)
 
 _LARGEST = 3.0
-# In measurements CAGE did nothing at a dose of 0.01 and something at 0.2.
-_LEAST_DOSE = 0.05
+_DOSE = 0.7
+# In measurements CAGE did nothing at a dose of 0.01 and gained from about 0.2 on, which
+# is a quarter of the recommended one.
+_LEAST_SHARE = 0.25
 # All measured strengths were below this; the paper's is 10.
 _STRONGEST = 15.0
 
@@ -19,7 +26,7 @@ _STRONGEST = 15.0
 def recommended(
     learning_rate: ScalarOrSchedule,
     total_steps: int,
-    dose: float = 0.7,
+    dose: float = _DOSE,
     silence: float = 0.5,
     coupled: bool = False,
 ) -> dict[str, Any]:
@@ -31,9 +38,10 @@ def recommended(
     each matrix, and at most three times the mean. This needs no further gradients, and
     takes 8 bytes for each input and each output. Gradients are read at every tenth
     step, from 100 steps before the pull begins. No step moves a weight beyond its grid
-    point, and no strength is above 15. So the dose is smaller for a handful of steps
-    and for the small learning rates of fine-tuning, where the full dose would need a
-    pull larger than the steps. After `total_steps` the strength keeps its last value.
+    point, and no strength is above 15. So the dose is smaller for a handful of steps,
+    for a learning rate that ends near 0, and for the small ones of fine-tuning, where
+    the full dose would need a pull larger than the steps. Warns if less than a quarter
+    of `dose` is left. After `total_steps` the strength keeps its last value.
 
     Args:
       learning_rate: the optimizer's, a number or a schedule.
@@ -63,6 +71,13 @@ def recommended(
     quadratics and a small language model, as good or better on digits. The paper uses
     `silence_then_ramp(total_steps)` and no curvature.
     """
+    found = _limited(learning_rate, total_steps, dose, silence, coupled)
+    _warn_of_little(learning_rate, found["strength"], total_steps, dose, stacklevel=3)
+    return found
+
+
+def _limited(learning_rate, total_steps, dose, silence=0.5, coupled=False):
+    """Makes a ramp of the dose, within the limits of a step and of the strength."""
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
 
     def strength(count):
@@ -77,6 +92,23 @@ def recommended(
         "strength": strength,
         "curvature": fisher(factored=True, largest=_LARGEST, times_root=coupled),
     }
+
+
+def _warn_of_little(learning_rate, strength, total_steps, dose, stacklevel):
+    """Warns if the limits of the strength leave little of the dose asked for."""
+    try:
+        total = sum_of_steps(learning_rate, strength, total_steps)
+    except jax.errors.JAXTypeError:
+        return  # it is not known while it is traced
+    if total < _LEAST_SHARE * dose:
+        warnings.warn(
+            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
+            f"{total:.2g} in {total_steps} steps at this learning rate, of the "
+            f"{dose:g} asked for; gains begin at about 0.2. Train longer, or let the "
+            f"learning rate end higher. strength=ramp_to_dose(...) gives the whole "
+            f"dose by a stronger pull, which did harm in fine-tuning.",
+            stacklevel=stacklevel,
+        )
 
 
 def resolve_strength(
@@ -107,13 +139,6 @@ def resolve_strength(
             "optax.inject_hyperparams is the value of one step. Use "
             "**recommended(learning_rate, total_steps) in place of `total_steps`."
         )
-    found = recommended(learning_rate, total_steps, coupled=coupled)
-    total = dose(learning_rate, found["strength"], total_steps)
-    if total < _LEAST_DOSE:
-        warnings.warn(
-            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
-            f"{total:.2g} in {total_steps} steps at this learning rate, too little "
-            f"to have an effect. Train longer, or leave CAGE out: more pull did harm.",
-            stacklevel=3,
-        )
+    found = _limited(learning_rate, total_steps, _DOSE, coupled=coupled)
+    _warn_of_little(learning_rate, found["strength"], total_steps, _DOSE, stacklevel=4)
     return found["strength"], curvature or found["curvature"]

@@ -174,12 +174,7 @@ def dose(
       1.21
     """
     _check_total_steps(total_steps)
-    counts = jnp.arange(total_steps)
-    rates, strengths = (
-        np.asarray(_values(schedule, counts), np.float64)
-        for schedule in (learning_rate, strength)
-    )
-    total = float(np.sum(rates * strengths))
+    total = sum_of_steps(learning_rate, strength, total_steps)
     if total > _LARGEST_DOSE:
         warnings.warn(
             f"the dose is {total:.3g}, above {_LARGEST_DOSE:g}, where CAGE was seen to "
@@ -187,6 +182,18 @@ def dose(
             stacklevel=2,
         )
     return total
+
+
+def sum_of_steps(
+    learning_rate: ScalarOrSchedule, strength: ScalarOrSchedule, total_steps: int
+) -> float:
+    """Sums learning rate times strength over all steps, in float64."""
+    counts = jnp.arange(total_steps)
+    rates, strengths = (
+        np.asarray(_values(schedule, counts), np.float64)
+        for schedule in (learning_rate, strength)
+    )
+    return float(np.sum(rates * strengths))
 
 
 def _values(schedule, counts):

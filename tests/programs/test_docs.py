@@ -2,9 +2,11 @@
 
 import pathlib
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from small_tokenizer import VOCABULARY, files_of, small_tokenizer
 
@@ -52,6 +54,21 @@ def test_the_programs_of_a_page(page, capsys):
         published, same = capsys.readouterr().out.split()
         assert float(same) == pytest.approx(2.0, rel=1e-3)
         assert float(published) > 0
+
+
+def test_the_doses_of_the_recommended_strength():
+    text = (ROOT / "docs" / "strength.md").read_text()
+    row = r"^\| (\S+) to (\S+) \| ([\d,]+) \| ([\d.]+)(, with a warning)? \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) == 5
+    for first, last, steps, dose, warns in rows:
+        first, steps = float(first), int(steps.replace(",", ""))
+        rate = optax.cosine_decay_schedule(first, steps, float(last) / first)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            strength = cage.recommended(rate, steps)["strength"]
+        assert len(found) == bool(warns)
+        assert f"{cage.dose(rate, strength, steps):.2g}" == dose
 
 
 @pytest.fixture
