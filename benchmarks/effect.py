@@ -168,7 +168,7 @@ def minimize(problem: Problem, seeds: int, steps: int) -> dict[str, np.ndarray]:
         }
         inner = optax.sgd(rate) if problem.optimizer == "sgd" else optax.adam(rate)
         return optax.chain(
-            cage.cage(rules, strength, curvature=sources[source]()), inner
+            cage.coupled(rules, strength=strength, curvature=sources[source]()), inner
         )
 
     def train(strength, source=None):

@@ -73,7 +73,7 @@ def lowered(case: Case, x: Any, implementation: Literal["xla", "pallas"] | None)
     tx = cage.cage_adamw(
         1e-3,
         rules,
-        cage.silence_then_ramp(100),
+        strength=cage.silence_then_ramp(100),
         placement="post_step" if after else "decoupled",
         statistics=case.what == "step, statistics",
     )

@@ -99,7 +99,7 @@ def adamw_and_cage() -> Optimizers:
     found = {"optax, AdamW": optax.adamw(LEARNING_RATE, **ADAMW)}
     for name, rules in _rules().items():
         form = f"cage_jax, {name}"
-        found[form] = cage.cage_adamw(LEARNING_RATE, rules, strength, **ADAMW)
+        found[form] = cage.cage_adamw(LEARNING_RATE, rules, strength=strength, **ADAMW)
         found[f"{form}, recommended"] = cage.cage_adamw(
             LEARNING_RATE, rules, total_steps=STEPS, **ADAMW
         )
@@ -109,13 +109,13 @@ def adamw_and_cage() -> Optimizers:
 def groups() -> list[Optimizers]:
     """The contestants that take turns; the first of a group is the base of others."""
     rules = _rules()["int4"]
-    pull = cage.cage(rules, learning_rate=LEARNING_RATE, total_steps=STEPS)
+    pull = cage.coupled(rules, learning_rate=LEARNING_RATE, total_steps=STEPS)
     adam = optax.adam(LEARNING_RATE)
     first = adamw_and_cage()
     strength = cage.silence_then_constant(STEPS, STRENGTH, silence=0.5)
     measured = {
         f"cage_jax, int4, statistics={period}": cage.cage_adamw(
-            LEARNING_RATE, rules, strength, statistics=period, **ADAMW
+            LEARNING_RATE, rules, strength=strength, statistics=period, **ADAMW
         )
         for period in (True, PERIOD)
     }

@@ -1,14 +1,15 @@
 """CAGE and quantization-aware training for JAX.
 
 One table of rules says how each parameter is quantized; it drives the straight-through
-forward pass (`fake_quant`), the correction (`cage` and its relatives), the report and
-what is shipped (`quantize`).
+forward pass (`fake_quant`), the correction (`coupled` and its relatives), the report
+and what is shipped (`quantize`).
 """
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from cage_jax.arrays.names import did_you_mean
 from cage_jax.core.grids import with_grids
 from cage_jax.core.quantize import (
     QuantizedArray,
@@ -18,8 +19,9 @@ from cage_jax.core.quantize import (
     quantize,
 )
 from cage_jax.core.rules import Rules
+from cage_jax.optim.continuing import init_from
 from cage_jax.optim.optimizers import cage_adamw, cage_sgd
-from cage_jax.optim.placements import cage, decoupled, post_step
+from cage_jax.optim.placements import cage, coupled, decoupled, post_step
 from cage_jax.optim.recommended import recommended
 from cage_jax.optim.schedules import (
     dose,
@@ -56,6 +58,7 @@ __all__ = [
     "cage_sgd",
     "calibrate",
     "choose_rotation",
+    "coupled",
     "ct_w4a16",
     "ct_w8a8",
     "decoupled",
@@ -63,6 +66,7 @@ __all__ = [
     "dose",
     "fake_quant",
     "fp8",
+    "init_from",
     "int2",
     "int3",
     "int4",
@@ -98,13 +102,6 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 
-if TYPE_CHECKING:
-    from cage_jax.core.choose_rotation import choose_rotation
-    from cage_jax.core.low_bit_dot import low_bit_dot
-    from cage_jax.export.loading import load
-    from cage_jax.program.activations import calibrate, quantize_activations
-    from cage_jax.program.low_bit import low_bit
-
 # Imported where they are first used, because they take time.
 _FUNCTIONS = {
     "calibrate": "program.activations",
@@ -130,14 +127,37 @@ _MODULES = {
     "weightings": "optim.weightings",
 }
 
+if TYPE_CHECKING:
+    from cage_jax import contrib as contrib
+    from cage_jax import export as export
+    from cage_jax import flax as flax
+    from cage_jax import llama as llama
+    from cage_jax import qwix as qwix
+    from cage_jax.arrays import packing as packing
+    from cage_jax.core.choose_rotation import choose_rotation
+    from cage_jax.core.low_bit_dot import low_bit_dot
+    from cage_jax.export.loading import load
+    from cage_jax.optim import curvature as curvature
+    from cage_jax.optim import weightings as weightings
+    from cage_jax.program import kv_cache as kv_cache
+    from cage_jax.program.activations import calibrate, quantize_activations
+    from cage_jax.program.low_bit import low_bit
+    from cage_jax.quantizers import formats as formats
+    from cage_jax.quantizers import scale_types as scale_types
+    from cage_jax.quantizers import scales as scales
+else:  # a type checker would take any name for known
 
-def __getattr__(name):
-    if name in _MODULES:
-        return importlib.import_module(f"cage_jax.{_MODULES[name]}")
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"cage_jax.{_FUNCTIONS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in _MODULES:
+            return importlib.import_module(f"cage_jax.{_MODULES[name]}")
+        if name in _FUNCTIONS:
+            module = importlib.import_module(f"cage_jax.{_FUNCTIONS[name]}")
+            return getattr(module, name)
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}."
+            f"{did_you_mean(name, __dir__())}"
+        )
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, *_MODULES, "__version__"])

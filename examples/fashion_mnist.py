@@ -376,7 +376,7 @@ class Experiment:
         return cage.cage_adamw(
             self.learning_rate(floor),
             self.rules,
-            self.strength(peak),
+            strength=self.strength(peak),
             b1=0.9,
             b2=0.95,
             weight_decay=0.01,

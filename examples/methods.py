@@ -102,11 +102,13 @@ def _recommended(training, factor=1.0):
 
 def _dampening(training, factor=1.0):
     strength = contrib.cosine_ramp(training.steps, DAMPENING * factor)
-    return optax.chain(contrib.dampening(training.rules, strength), training.base)
+    return optax.chain(
+        contrib.dampening(training.rules, strength=strength), training.base
+    )
 
 
 def _lotion(training, factor=1.0):
-    penalty = contrib.lotion(training.rules, factor)
+    penalty = contrib.lotion(training.rules, strength=factor)
     return optax.chain(penalty, training.base)
 
 

@@ -97,8 +97,10 @@ def of_steps(quantizer):
     for strength in (0.0, 2.0):
         schedule = optax.constant_schedule(strength)
         placements = {
-            "coupled": optax.chain(cage.cage(rules, schedule), optax.sgd(0.1)),
-            "decoupled": cage.cage_adamw(0.1, rules, schedule),
+            "coupled": optax.chain(
+                cage.coupled(rules, strength=schedule), optax.sgd(0.1)
+            ),
+            "decoupled": cage.cage_adamw(0.1, rules, strength=schedule),
             "post_step": cage.post_step(
                 optax.adamw(0.1), rules, strength=schedule, learning_rate=0.1
             ),

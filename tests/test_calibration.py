@@ -134,7 +134,7 @@ def test_learned_grids_of_inputs_are_trained(params, rng):
     first = 2 * np.abs(np.float64(x)).mean() / np.sqrt(7)
     assert float(start[0]) == pytest.approx(first, rel=1e-5)
     apply = quantize_activations(scanned, rules)
-    tx = cage.cage_adamw(0.01, rules, 1.0)
+    tx = cage.cage_adamw(0.01, rules, strength=1.0)
 
     def loss(variables, target):
         return jnp.mean((apply(fake_quant(variables, rules), x) - target) ** 2)

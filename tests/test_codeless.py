@@ -39,7 +39,7 @@ def test_every_placement_pulls_to_the_values(rng):
     options = {"strength": 0.5, "learning_rate": 1.0}
     # The step of the optimizer itself is 0.
     for tx, sign in (
-        (cage.cage(RULES, 0.5), 1),
+        (cage.coupled(RULES, strength=0.5), 1),
         (cage.decoupled(optax.sgd(1.0), RULES, **options), -1),
         (cage.post_step(optax.sgd(1.0), RULES, **options), -1),
     ):
@@ -68,12 +68,17 @@ def test_what_needs_codes_says_so():
         for name, function in (
             ("quantize", lambda: cage.quantize(params, RULES)),
             ("grid", lambda: cage.fake_quant(params, RULES, grid={"w": grid})),
-            ("statistics", lambda: cage.cage(RULES, 1.0, statistics=True).init(params)),
+            (
+                "statistics",
+                lambda: cage.coupled(RULES, strength=1.0, statistics=True).init(params),
+            ),
             (
                 "freeze_scale",
-                lambda: cage.cage(RULES, 1.0, freeze_scale=True).init(params),
+                lambda: cage.coupled(RULES, strength=1.0, freeze_scale=True).init(
+                    params
+                ),
             ),
-            ("lotion", lambda: cage.contrib.lotion(RULES, 1.0).init(params)),
+            ("lotion", lambda: cage.contrib.lotion(RULES, strength=1.0).init(params)),
             ("freezing", lambda: cage.contrib.freezing(RULES, 0.1).init(params)),
             ("parq", lambda: cage.contrib.parq(params, RULES, 0.5)),
             ("ewgs", lambda: cage.contrib.ewgs(params, RULES, 0.1)),

@@ -129,7 +129,9 @@ def test_dampening_pulls_within_the_grid_alone(x64, tree):
     clipped = np.clip(x, -7 * STEP, 7 * STEP)
     inside = clipped == x
     want = gradient["kernel"] - 2 * strength * (rounded_and_clipped(x) - x) * inside
-    updates = updated(contrib.dampening(CLIPPED_RULES, strength), gradient, params)
+    updates = updated(
+        contrib.dampening(CLIPPED_RULES, strength=strength), gradient, params
+    )
     chex.assert_trees_all_close(updates["kernel"], want, **FLOAT64)
     chex.assert_trees_all_equal(updates["bias"], gradient["bias"])
 
@@ -140,15 +142,15 @@ def test_dampening_of_a_rotated_weight_clips_in_its_basis(x64, rng):
     inside = np.abs(turned) <= 7 * STEP
     assert 0 < inside.mean() < 1
     wrong = (turned - rounded_and_clipped(turned)) * inside
-    tx = contrib.dampening(cage.Rules([(".*", ROTATED)]), 0.5)
+    tx = contrib.dampening(cage.Rules([(".*", ROTATED)]), strength=0.5)
     chex.assert_trees_all_close(updated(tx, 0 * x, x), TURN.T @ wrong, **FLOAT64)
 
 
 def test_dampening_is_coupled_cage_of_twice_the_strength(x64, tree):
     params, gradients = tree(), [tree() for _ in range(5)]
     strength = contrib.cosine_ramp(5, peak=0.8)
-    ours = optax.chain(contrib.dampening(RULES, strength), optax.sgd(0.1))
-    twice = cage.cage(RULES, lambda count: 2 * strength(count))
+    ours = optax.chain(contrib.dampening(RULES, strength=strength), optax.sgd(0.1))
+    twice = cage.coupled(RULES, strength=lambda count: 2 * strength(count))
     got, _ = train(ours, params, gradients)
     want, _ = train(optax.chain(twice, optax.sgd(0.1)), params, gradients)
     chex.assert_trees_all_close(got, want, **FLOAT64)
@@ -297,7 +299,7 @@ def test_lotion_adds_the_slope_of_the_variance(x64, tree, format, levels):
     rules = cage.Rules([(".*kernel", cage.Quantizer(format, Fixed(STEP)))])
     params, decay = tree(), 0.9
     strength = 0.8 + 0.1 * np.arange(4)
-    tx = contrib.lotion(rules, lambda t: jnp.asarray(strength)[t], decay=decay)
+    tx = contrib.lotion(rules, strength=lambda t: jnp.asarray(strength)[t], decay=decay)
     update, weights = jax.jit(tx.update), arrays(params)
     state, fisher, x = tx.init(weights), 0.0, params["kernel"]
     for t in range(4):
@@ -327,7 +329,9 @@ def test_the_variance_is_that_of_the_paper(x64, rng):
 def test_lotion_in_the_basis_of_a_rotation(x64, rng):
     plain, rotated = cage.Rules([(".*", CLIPPED)]), cage.Rules([(".*", ROTATED)])
     x = rng.uniform(-1.7, 1.7, size=(8, 3))
-    tx, like = (contrib.lotion(rules, 2.0, decay=0.5) for rules in (rotated, plain))
+    tx, like = (
+        contrib.lotion(rules, strength=2.0, decay=0.5) for rules in (rotated, plain)
+    )
     state, expected = tx.init(jnp.asarray(x)), like.init(jnp.asarray(x))
     update, update_plain = jax.jit(tx.update), jax.jit(like.update)
     for _ in range(2):

@@ -17,10 +17,10 @@ from cage_jax import contrib
 
 BUILD = {
     "averaging": lambda rules: contrib.averaging(),
-    "dampening": lambda rules: contrib.dampening(rules, 0.3),
+    "dampening": lambda rules: contrib.dampening(rules, strength=0.3),
     "freezing": lambda rules: contrib.freezing(rules, 0.1, momentum=0.3),
     "interpolation": lambda rules: contrib.interpolation(rules, every=2),
-    "lotion": lambda rules: contrib.lotion(rules, 2.0, decay=0.5),
+    "lotion": lambda rules: contrib.lotion(rules, strength=2.0, decay=0.5),
     "trained_rows": lambda rules: contrib.trained_rows(rules, 0.5, every=2),
 }
 each = pytest.mark.parametrize("name", list(BUILD))
@@ -223,7 +223,7 @@ def test_forward_takes_grids(params):
 PARAMS = {"kernel": np.ones((8, 3), np.float32)}
 NO_RULES = [(".*", cage.int4())]
 BAD = {
-    "strength": lambda v: contrib.dampening(RULES, v),
+    "strength": lambda v: contrib.dampening(RULES, strength=v),
     "threshold": lambda v: contrib.freezing(RULES, v),
     "momentum": lambda v: contrib.freezing(RULES, 0.1, momentum=v),
     "share": lambda v: (
@@ -254,7 +254,7 @@ BAD = {
 
 def test_something_else_than_rules():
     calls = [
-        lambda: contrib.dampening(NO_RULES, 1.0),
+        lambda: contrib.dampening(NO_RULES, strength=1.0),
         lambda: contrib.freezing(NO_RULES, 0.1),
         lambda: contrib.interpolation(NO_RULES),
         lambda: contrib.lotion(NO_RULES),

@@ -46,7 +46,8 @@ def problem(rng):
 def coupled(source, strength=1.0, **options):
     """Makes updates that are the pull alone: the learning rate is -1."""
     return optax.chain(
-        cage.cage(RULES, strength, curvature=source, **options), optax.sgd(-1.0)
+        cage.coupled(RULES, strength=strength, curvature=source, **options),
+        optax.sgd(-1.0),
     )
 
 
@@ -130,7 +131,8 @@ def test_a_rotated_parameter_has_its_diagonal_in_the_rotated_basis(rng):
 
     params = {"w": jnp.asarray(rng.normal(size=(32, 2)), jnp.float32)}
     tx = optax.chain(
-        cage.cage(rules, 1.0, curvature=curvature.hutchinson()), optax.sgd(-1.0)
+        cage.coupled(rules, strength=1.0, curvature=curvature.hutchinson()),
+        optax.sgd(-1.0),
     )
     _, updates, state = stepped(tx, params, loss)
     found = np.asarray(tree_get(state, "diagonal")["w"]) / (1 - 0.99)
@@ -167,7 +169,7 @@ def test_sampled_gradients_are_those_that_are_squared(problem, rng):
 
 def test_relative_weights_have_the_mean_one(problem):
     _, _, params, loss = problem
-    tx = coupled(curvature.fisher(relative=True), 3.0)
+    tx = coupled(curvature.fisher(relative=True), strength=3.0)
     gradient, updates, _ = stepped(tx, params, loss)
     g = np.asarray(gradient["w"], np.float64)
     x = np.asarray(params["w"], np.float64)
@@ -222,7 +224,7 @@ def test_the_second_moment_is_that_of_the_optimizer(problem):
     x = np.asarray(params["w"], np.float64)
     for relative in (False, True):
         source = curvature.second_moment(b2=0.95, relative=relative)
-        tx = cage.cage_adamw(0.1, RULES, 2.0, b2=0.95, curvature=source)
+        tx = cage.cage_adamw(0.1, RULES, strength=2.0, b2=0.95, curvature=source)
         _, updates, state = stepped(tx, params, loss, steps=2)
         h = np.abs(g) / (np.abs(g).mean() if relative else 1)
         pull = -0.1 * 2 * h * (x - absmax_round(x))
@@ -292,7 +294,9 @@ def test_relative_weights_share_one_dose(problem, rng):
 
     options = {"largest": 2, "statistics": True}
     source = curvature.diagonal(estimate, relative=True, **options)
-    tx = optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(-1.0))
+    tx = optax.chain(
+        cage.coupled(rules, strength=1.0, curvature=source), optax.sgd(-1.0)
+    )
     updates, state = updated(tx, weights)
     # Of 34 entries 23 are 1, which the others are larger than however often the mean
     # is taken anew: it falls to a third with each, until no entry is above twice it.
@@ -321,7 +325,7 @@ def test_a_few_with_nearly_all_the_curvature_are_not_pulled_beyond_the_grid():
         lambda step, key: {"w": jnp.asarray(h)}, relative=True, largest=3.0
     )
     tx = optax.chain(
-        cage.cage(cage.Rules([("w", cage.int4())]), 1.0, curvature=source),
+        cage.coupled(cage.Rules([("w", cage.int4())]), strength=1.0, curvature=source),
         optax.sgd(-1.0),
     )
     updates, _ = updated(tx, narrow({"w": x}))
@@ -388,7 +392,7 @@ def test_an_overflow_is_left_out(problem):
 def test_while_silent_updates_pass_and_estimates_go_on(problem):
     _, _, params, loss = problem
     for strength in (0.0, lambda count: jnp.zeros([])):
-        tx = cage.cage(RULES, strength, curvature=curvature.fisher())
+        tx = cage.coupled(RULES, strength=strength, curvature=curvature.fisher())
         gradient, updates, state = stepped(tx, params, loss)
         chex.assert_trees_all_equal(updates, gradient)
         assert tree_get(state, "estimates") == 1
@@ -396,7 +400,9 @@ def test_while_silent_updates_pass_and_estimates_go_on(problem):
 
 def test_statistics_have_the_norm_of_what_is_pulled(problem):
     _, _, params, loss = problem
-    tx = cage.cage(RULES, 2.0, curvature=curvature.fisher(), statistics=True)
+    tx = cage.coupled(
+        RULES, strength=2.0, curvature=curvature.fisher(), statistics=True
+    )
     gradient, updates, state = stepped(tx, params, loss)
     pull = np.linalg.norm(np.asarray(updates["w"]) - gradient["w"])
     ratio = pull / np.linalg.norm(gradient["w"])
@@ -404,14 +410,14 @@ def test_statistics_have_the_norm_of_what_is_pulled(problem):
 
 
 PLACES = {
-    "coupled": lambda source: coupled(source, 0.1),
+    "coupled": lambda source: coupled(source, strength=0.1),
     "decoupled": lambda source: cage.decoupled(
         optax.adamw(0.1), RULES, strength=0.1, learning_rate=0.1, curvature=source
     ),
     "post_step": lambda source: cage.post_step(
         optax.adamw(0.1), RULES, strength=0.1, learning_rate=0.1, curvature=source
     ),
-    "sgd": lambda source: cage.cage_sgd(0.1, RULES, 0.1, curvature=source),
+    "sgd": lambda source: cage.cage_sgd(0.1, RULES, strength=0.1, curvature=source),
 }
 
 

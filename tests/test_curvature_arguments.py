@@ -23,7 +23,9 @@ def traced(tx, params, **extra):
 def test_what_is_missing_is_named():
     assert_raises(
         (
-            partial(traced, cage.cage(RULES, 1.0, curvature=source), PARAMS),
+            partial(
+                traced, cage.coupled(RULES, strength=1.0, curvature=source), PARAMS
+            ),
             ValueError,
             f"this curvature needs `{name}`, ",
         )
@@ -35,13 +37,15 @@ def test_what_is_missing_is_named():
         )
     )
     vectors = cage.Rules([(r"bias", cage.int4(axis=-1))])
-    factors = cage.cage(vectors, 1.0, curvature=curvature.kronecker())
+    factors = cage.coupled(vectors, strength=1.0, curvature=curvature.kronecker())
     assert_raises(
         [
             (
                 partial(
                     traced,
-                    cage.cage(RULES, 1.0, curvature=curvature.second_moment()),
+                    cage.coupled(
+                        RULES, strength=1.0, curvature=curvature.second_moment()
+                    ),
                     PARAMS,
                 ),
                 ValueError,
@@ -73,7 +77,10 @@ def test_a_loss_that_is_none():
     assert_raises(
         (
             partial(
-                traced, cage.cage(RULES, 1.0, curvature=source), PARAMS, obj_fn=obj_fn
+                traced,
+                cage.coupled(RULES, strength=1.0, curvature=source),
+                PARAMS,
+                obj_fn=obj_fn,
             ),
             TypeError,
             f"`obj_fn` must be a function.*{message}",
@@ -94,7 +101,7 @@ def test_a_loss_that_is_none():
 def test_a_source_that_is_none():
     assert_raises(
         (
-            partial(cage.cage, RULES, 1.0, curvature=source),
+            partial(cage.cage, RULES, strength=1.0, curvature=source),
             TypeError,
             f"`curvature` must be a source.*{message}",
         )

@@ -103,7 +103,7 @@ def test_the_pull_is_that_of_the_formula(rng, coupled):
     params, gradients = random_tree(rng), [random_tree(rng) for _ in range(5)]
     options = {"decay": 0.5, "period": 2, "largest": 2.0}
     source = curvature.fisher(factored=True, times_root=coupled, **options)
-    tx = cage.cage(RULES, 0.5, curvature=source)
+    tx = cage.coupled(RULES, strength=0.5, curvature=source)
     state, update = tx.init(params), jax.jit(tx.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -123,7 +123,7 @@ def test_gradients_are_read_only_while_the_pull_is_near():
     rules = cage.Rules([("w", cage.int4())])
     source = curvature.fisher(factored=True)
     strength = cage.silence_then_constant(250, 1.0, silence=0.5)
-    tx = cage.cage(rules, strength, curvature=source)
+    tx = cage.coupled(rules, strength=strength, curvature=source)
     params = {"w": jnp.ones((4, 2))}
 
     def step(state, _):
@@ -152,7 +152,10 @@ def test_vectors_of_shards_are_those_of_one_device(rng, explicit):
     names = ["kernel", "stack", "query", "rotated"]
     params, gradient = random_tree(rng, names), random_tree(rng, names)
     tx = cage.cage_adamw(
-        0.1, rules_of(names), 1.0, curvature=curvature.fisher(factored=True, period=2)
+        0.1,
+        rules_of(names),
+        strength=1.0,
+        curvature=curvature.fisher(factored=True, period=2),
     )
 
     @jax.jit

@@ -615,7 +615,7 @@ def test_an_nnx_optimizer_trains_learned_grids(x, rng):
     rules = Rules([("up/kernel|w", int4(), cage.lsq(4)), (".*", None)])
     model = calibrate(made(NnxModel), rules, [(x,)])
     start = {p: float(g.scale[...]) for p, g in model.input_grids.items()}
-    tx = cage.cage_adamw(0.01, rules, 1.0)
+    tx = cage.cage_adamw(0.01, rules, strength=1.0)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit

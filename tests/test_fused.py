@@ -60,7 +60,7 @@ def optimizer(rules=RULES, **changes):
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, STEPS, 1e-3)
     strength = cage.silence_then_ramp(STEPS, 10.0, 0.5)
     options = {"b2": 0.95, "weight_decay": 0.1, "mask": decays} | changes
-    return cage.cage_adamw(rate, rules, strength, **options)
+    return cage.cage_adamw(rate, rules, strength=strength, **options)
 
 
 def decays(params):
@@ -397,7 +397,7 @@ def test_the_kernel_in_bfloat16(first, rng):
 def test_a_step_in_bfloat16_is_that_of_the_transformation(changes, params):
     """But for roundings in between, of which a TPU makes none in either form."""
     params = {"groups": params["groups"].astype(jnp.bfloat16), "bias": params["bias"]}
-    tx = cage.cage_adamw(1e-2, FEW, 5.0, **changes)
+    tx = cage.cage_adamw(1e-2, FEW, strength=5.0, **changes)
     fused, unfused = forms(tx)
     state = run([unfused] * 20, tx, params)[1]
     for mu_dtype in ("bfloat16", "float32"):

@@ -343,7 +343,7 @@ def test_learned_grids_are_trained_beside_the_weights(rng):
         quantized = fake_quant(variables, rules)["params"]
         return jnp.mean((quantized["dense"]["kernel"] - target) ** 2)
 
-    tx = cage_adamw(0.02, rules, 0.5, statistics=True)
+    tx = cage_adamw(0.02, rules, strength=0.5, statistics=True)
 
     @jax.jit
     def step(variables, state):
@@ -379,7 +379,7 @@ def test_the_pull_is_to_the_learned_grid(rng):
     zeros = jax.tree.map(np.zeros_like, variables)
     value = np.float64(fake_quant(x, quantizer, grid=grid))
     for freeze_scale in (False, True):
-        tx = cage_sgd(1.0, rules, 0.5, freeze_scale=freeze_scale)
+        tx = cage_sgd(1.0, rules, strength=0.5, freeze_scale=freeze_scale)
         updates, _ = jax.jit(tx.update)(zeros, tx.init(variables), variables)
         expected = -0.5 * (np.float64(x) - value)
         np.testing.assert_allclose(updates["params"]["kernel"], expected, atol=1e-6)
@@ -396,7 +396,7 @@ def test_a_learned_scale_that_is_not_positive():
 
 def test_a_learned_grid_must_be_given():
     rules, params = Rules([("kernel", lsq(4))]), {"kernel": ONES}
-    tx = cage_sgd(0.1, rules, 1.0)
+    tx = cage_sgd(0.1, rules, strength=1.0)
     alone = "^`grid` must be given for a learned"
     in_tree = "^`kernel`: `grid` must be given"
     assert_raises(

@@ -26,9 +26,9 @@ def build(name, strength=2.0, lr=0.1, rules=RULES, **options):
     """The transformation of that name."""
     adam = optax.adam(lr)
     return {
-        "cage": lambda: cage.cage(rules, strength, **options),
+        "cage": lambda: cage.coupled(rules, strength=strength, **options),
         "coupled": lambda: optax.chain(
-            cage.cage(rules, strength, **options), optax.sgd(lr)
+            cage.coupled(rules, strength=strength, **options), optax.sgd(lr)
         ),
         "decoupled": lambda: cage.decoupled(
             adam, rules, strength=strength, learning_rate=lr, **options
@@ -36,8 +36,8 @@ def build(name, strength=2.0, lr=0.1, rules=RULES, **options):
         "post_step": lambda: cage.post_step(
             adam, rules, strength=strength, learning_rate=lr, **options
         ),
-        "cage_adamw": lambda: cage.cage_adamw(lr, rules, strength, **options),
-        "cage_sgd": lambda: cage.cage_sgd(lr, rules, strength, **options),
+        "cage_adamw": lambda: cage.cage_adamw(lr, rules, strength=strength, **options),
+        "cage_sgd": lambda: cage.cage_sgd(lr, rules, strength=strength, **options),
     }[name]()
 
 
@@ -280,7 +280,9 @@ def test_apply_if_finite_freezes_on_a_skipped_step(name, params, gradients):
 
 def test_clipping_stands_before_a_decoupled_correction(params, gradients):
     lr, strength = 0.1, 2.0
-    tx = optax.chain(optax.clip_by_global_norm(1.0), cage.cage_sgd(lr, RULES, strength))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), cage.cage_sgd(lr, RULES, strength=strength)
+    )
     huge = jax.tree.map(lambda g: 1e4 * g, gradients)
     updates, _ = tx.update(huge, tx.init(params), params)
     x = np.asarray(params["layer"]["kernel"], np.float64)
@@ -327,7 +329,7 @@ def test_types_of_updates_and_state_are_kept(name, rng):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "f16"])
 def test_the_error_is_computed_in_float32(dtype, rng):
     params, gradients = tree(rng, dtype), tree(rng, dtype)
-    tx = cage.cage(RULES, jnp.float32(3.0))
+    tx = cage.coupled(RULES, strength=jnp.float32(3.0))
     updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     x = np.asarray(params["layer"]["kernel"]).astype(np.float64)
     g = np.asarray(gradients["layer"]["kernel"]).astype(np.float64)

@@ -57,7 +57,7 @@ def test_adamw_follows_its_formula(x64, start):
     tx = cage.cage_adamw(
         table(LEARNING_RATE),
         RULES,
-        table(STRENGTH),
+        strength=table(STRENGTH),
         b1=b1,
         b2=b2,
         eps=eps,
@@ -83,7 +83,13 @@ def test_adamw_follows_its_formula(x64, start):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_sgd_keeps_the_correction_out_of_the_momentum(x64, momentum, nesterov, start):
     params, gradients = start
-    tx = cage.cage_sgd(table(LEARNING_RATE), RULES, table(STRENGTH), momentum, nesterov)
+    tx = cage.cage_sgd(
+        table(LEARNING_RATE),
+        RULES,
+        strength=table(STRENGTH),
+        momentum=momentum,
+        nesterov=nesterov,
+    )
     trajectory = train(tx, params, gradients)
     x, trace, decay = params["kernel"], 0.0, momentum or 0.0
     for t, gradient in enumerate(gradients):
@@ -97,9 +103,9 @@ def test_sgd_keeps_the_correction_out_of_the_momentum(x64, momentum, nesterov, s
 def test_sgd_without_momentum_is_the_coupled_form(x64, start):
     params, gradients = start
     lr, strength = table(LEARNING_RATE), table(STRENGTH)
-    coupled = optax.chain(cage.cage(RULES, strength), optax.sgd(lr))
+    coupled = optax.chain(cage.coupled(RULES, strength=strength), optax.sgd(lr))
     chex.assert_trees_all_close(
-        train(cage.cage_sgd(lr, RULES, strength), params, gradients),
+        train(cage.cage_sgd(lr, RULES, strength=strength), params, gradients),
         train(coupled, params, gradients),
         **FLOAT64,
     )
@@ -119,7 +125,12 @@ def test_adamw_without_strength_is_that_of_optax(options, start):
     params, gradients = jax.tree.map(np.float32, start)
     lr = table(LEARNING_RATE.astype(np.float32))
     chex.assert_trees_all_equal(
-        train(cage.cage_adamw(lr, RULES, 0.0, **options), params, gradients, jit=False),
+        train(
+            cage.cage_adamw(lr, RULES, strength=0.0, **options),
+            params,
+            gradients,
+            jit=False,
+        ),
         train(optax.adamw(lr, **options), params, gradients, jit=False),
     )
 
@@ -128,7 +139,12 @@ def test_sgd_without_strength_is_that_of_optax(start):
     params, gradients = jax.tree.map(np.float32, start)
     for options in ({}, {"momentum": 0.9, "nesterov": True}):
         chex.assert_trees_all_equal(
-            train(cage.cage_sgd(0.1, RULES, 0.0, **options), params, gradients, False),
+            train(
+                cage.cage_sgd(0.1, RULES, strength=0.0, **options),
+                params,
+                gradients,
+                False,
+            ),
             train(optax.sgd(0.1, **options), params, gradients, False),
         )
 
@@ -136,17 +152,17 @@ def test_sgd_without_strength_is_that_of_optax(start):
 @pytest.mark.parametrize("build", BUILDS)
 def test_options_reach_the_correction(build, start):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start[0])
-    inner, correction = build(0.1, RULES, 1.0).init(params)
+    inner, correction = build(0.1, RULES, strength=1.0).init(params)
     assert isinstance(correction, CageState)
     assert not isinstance(inner, CageState)
     assert correction.grids is None
     assert correction.statistics is None
-    state = build(0.1, RULES, 1.0, freeze_scale=True).init(params)
+    state = build(0.1, RULES, strength=1.0, freeze_scale=True).init(params)
     chex.assert_trees_all_equal(
         tree_get(state, "grids")["kernel"].scale, np.zeros((1, 3), np.float32)
     )
     assert tree_get(state, "statistics") is None
-    state = build(0.1, RULES, 1.0, statistics=True).init(params)
+    state = build(0.1, RULES, strength=1.0, statistics=True).init(params)
     assert tree_get(state, "grids") is None
     assert tree_get(state, "codes_flipped") == 0
 
@@ -209,7 +225,7 @@ def test_arguments_that_do_not_go_together():
                     "`total_steps` must be given if `strength` is not",
                 ),
                 (
-                    partial(build, 1e-3, RULES, 1.0, total_steps=100),
+                    partial(build, 1e-3, RULES, strength=1.0, total_steps=100),
                     ValueError,
                     r"`total_steps` must not .* 100 and 1\.0",
                 ),
@@ -220,17 +236,17 @@ def test_arguments_that_do_not_go_together():
                 ),
                 # In another order.
                 (
-                    partial(build, RULES, 1e-3, 1.0),
+                    partial(build, RULES, 1e-3, strength=1.0),
                     TypeError,
                     "`learning_rate` must be a number",
                 ),
                 (
-                    partial(build, 1e-3, RULES, advised),
+                    partial(build, 1e-3, RULES, strength=advised),
                     TypeError,
                     r"got a dict. Unpack it: \*\*recommended",
                 ),
                 (
-                    partial(build, 1e-3, 0.1, RULES, total_steps=100),
+                    partial(build, 1e-3, 0.1, total_steps=100),
                     TypeError,
                     "`rules` must be Rules; got float",
                 ),

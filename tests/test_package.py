@@ -24,6 +24,8 @@ CONTRACT = [
     "dequantize",
     "quantization_error",
     "cage",
+    "coupled",
+    "init_from",
     "post_step",
     "decoupled",
     "cage_adamw",
@@ -129,7 +131,8 @@ def test_public_modules_are_listed_and_imported_when_used():
     }
     for name in ("contrib", "curvature", "formats", "scales", "export"):
         assert inspect.ismodule(getattr(cage_jax, name))
-    with pytest.raises(AttributeError, match="no attribute 'int5'"):
+    text = "no attribute 'int5'. Did you mean `int8` or `int4` or `int3`"
+    with pytest.raises(AttributeError, match=text):
         _ = cage_jax.int5
 
 
@@ -155,7 +158,7 @@ def test_every_public_name_has_an_example_that_runs_where_it_is_pasted():
         assert "Example:\n  >>> " in documentation, name
         module = sys.modules[value.__module__]
         collected = {test.name: test for test in doctest.DocTestFinder().find(module)}
-        examples = collected[f"{module.__name__}.{name}"].examples
+        examples = collected[f"{module.__name__}.{value.__name__}"].examples
         assert examples, name
         assert not unknown_names(examples), name
 
@@ -221,6 +224,30 @@ def test_options_are_keyword_only():
     for name in ("fake_quant", "quantize", "quantization_error"):
         grid = inspect.signature(getattr(cage_jax, name)).parameters["grid"]
         assert grid.kind == inspect.Parameter.KEYWORD_ONLY
+
+
+def test_cage_is_coupled():
+    assert cage_jax.cage is cage_jax.coupled
+    assert cage_jax.coupled.__name__ == "coupled"
+
+
+def test_every_public_function_answers_an_unknown_name():
+    for module in (cage_jax, cage_jax.contrib, cage_jax.curvature):
+        for function in (getattr(module, name) for name in module.__all__):
+            if inspect.isfunction(function):
+                with pytest.raises(TypeError, match="has no argument `unknown`"):
+                    function(unknown=1)
+
+
+@pytest.mark.parametrize("name", ["coupled", "cage_adamw", "cage_sgd"])
+def test_a_strength_is_given_by_name(name):
+    function = getattr(cage_jax, name)
+    first = [] if name == "coupled" else [1e-3]
+    with pytest.raises(TypeError, match="Give all others by name"):
+        function(*first, cage_jax.Rules([]), 0.9, 0.95)
+    for each in (function, cage_jax.decoupled, cage_jax.post_step):
+        strength = inspect.signature(each).parameters["strength"]
+        assert strength.kind == inspect.Parameter.KEYWORD_ONLY
 
 
 def test_every_fault_is_one_text_of_its_file():

@@ -180,7 +180,7 @@ def for_cuda(function, *args):
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_it_is_in_a_program_for_cuda_that_names_it(axis):
     rules = cage.Rules([(".*", quantizer := cage.quest(4, axis=axis))])
-    tx = cage.cage_adamw(1e-3, rules, 1.0)
+    tx = cage.cage_adamw(1e-3, rules, strength=1.0)
     x = {"x": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
 
     def both(implementation):
@@ -222,7 +222,7 @@ def test_a_parameter_without_a_kernel_on_a_platform_is_named(platform):
     fits = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     tree = {"a": fits, "b": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
     rules = cage.Rules([("b/kernel", quantizer), ("a", cage.quest(4))])
-    tx = cage.cage_adamw(1e-3, rules, 1.0)
+    tx = cage.cage_adamw(1e-3, rules, strength=1.0)
 
     def step(x, gradient):
         return tx.fused_step(gradient, tx.init(x), x, implementation="pallas")

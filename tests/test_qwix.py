@@ -268,7 +268,7 @@ def test_cage_pulls_to_the_grid_that_qwix_has(rng):
     rules = bridge.rules(model, qwix_rules, x)
 
     def distance(strength):
-        tx = optax.chain(cage.cage(rules, strength), optax.sgd(0.05))
+        tx = optax.chain(cage.coupled(rules, strength=strength), optax.sgd(0.05))
         quantized = quantized_by_qwix(model, qwix_rules, x)
         optimizer = nnx.Optimizer(quantized, tx, wrt=nnx.Param)
 
@@ -394,8 +394,14 @@ def test_what_has_no_codes_says_so():
     params = {"w": model.w[...]}
     for name, function in (
         ("quantize", lambda: cage.quantize(params, rules)),
-        ("freeze_scale", lambda: cage.cage(rules, 1.0, freeze_scale=True).init(params)),
-        ("statistics", lambda: cage.cage(rules, 1.0, statistics=True).init(params)),
+        (
+            "freeze_scale",
+            lambda: cage.coupled(rules, strength=1.0, freeze_scale=True).init(params),
+        ),
+        (
+            "statistics",
+            lambda: cage.coupled(rules, strength=1.0, statistics=True).init(params),
+        ),
     ):
         with pytest.raises(ValueError, match=rf"`w`: `{name}` needs a .* by qwix"):
             function()

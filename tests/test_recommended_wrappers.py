@@ -22,7 +22,7 @@ def adamw(**options):
 
 
 def coupled(optimizer=optax.adam):
-    pull = cage.cage(RULES, learning_rate=0.01, total_steps=STEPS)
+    pull = cage.coupled(RULES, learning_rate=0.01, total_steps=STEPS)
     return optax.chain(pull, optimizer(0.01))
 
 
@@ -112,7 +112,7 @@ def test_the_recommended_pull_works_in_every_wrapper(name, rng):
 def test_a_state_of_another_source_or_version_is_named():
     params = {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)}
     source = curvature.fisher(relative=True)
-    old = cage.cage_adamw(0.01, RULES, 1.0, curvature=source).init(params)
+    old = cage.cage_adamw(0.01, RULES, strength=1.0, curvature=source).init(params)
     tx = adamw()
     assert_raises(
         [
@@ -137,22 +137,24 @@ def test_a_coupled_pull_needs_both_numbers_or_a_strength():
     assert_raises(
         [
             (
-                lambda: cage.cage(RULES, total_steps=10),
+                lambda: cage.coupled(RULES, total_steps=10),
                 TypeError,
                 "`learning_rate` must come with `total_steps`.*before SGD",
             ),
             (
-                lambda: cage.cage(RULES, learning_rate=rate),
+                lambda: cage.coupled(RULES, learning_rate=rate),
                 TypeError,
                 "`total_steps` must come with `learning_rate`",
             ),
             (
-                lambda: cage.cage(RULES, 1.0, learning_rate=rate, total_steps=10),
+                lambda: cage.coupled(
+                    RULES, strength=1.0, learning_rate=rate, total_steps=10
+                ),
                 ValueError,
                 "`total_steps` must not come with a `strength`",
             ),
             (
-                lambda: cage.cage(
+                lambda: cage.coupled(
                     RULES,
                     learning_rate=rate,
                     total_steps=1000,
@@ -162,7 +164,7 @@ def test_a_coupled_pull_needs_both_numbers_or_a_strength():
                 "`curvature` must be None if `total_steps` is given",
             ),
             (
-                lambda: cage.cage(
+                lambda: cage.coupled(
                     RULES, learning_rate=optax.adam(rate), total_steps=10
                 ),
                 TypeError,
@@ -185,7 +187,7 @@ def test_in_a_shard_map_the_mean_is_over_all_devices(rng):
         }
         for _ in range(2)
     )
-    tx = cage.cage(rules, 1.0, curvature=curvature.fisher(factored=True))
+    tx = cage.coupled(rules, strength=1.0, curvature=curvature.fisher(factored=True))
 
     def step(params, gradient):
         return tx.update(gradient, tx.init(params), params)[0]

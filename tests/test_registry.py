@@ -45,7 +45,7 @@ def test_in_programs(quantizer, rng):
     values = np.array([-1, -0.5, -0.25, 0, 0.25, 0.5, 1])
     nearest = np.abs(x / size - values[:, None, None]).argmin(0)
     np.testing.assert_allclose(cage.fake_quant(x, quantizer), size * values[nearest])
-    rules = cage.Rules([(r".*", quantizer)])
+    rules = cage.Rules([(r".*", "powers3")])
     assert str(rules.report({"w": x}).rows[0].quantizer).startswith("powers3 absmax")
 
 

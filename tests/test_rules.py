@@ -12,7 +12,9 @@ import optax
 import pytest
 from cases import assert_raises
 
+import cage_jax as cage
 from cage_jax import Quantizer, Rules, fake_quant, int2, int4, int8, quest
+from cage_jax.quantizers.registry import PRESETS
 
 
 def ones(*shape):
@@ -232,6 +234,39 @@ def test_no_parameter_at_all():
 # --- bad input ------------------------------------------------------------------------
 
 
+def test_the_name_of_a_preset_stands_for_it():
+    rules = cage.Rules([("up", "int4"), ("down", "nf4", "int8"), ("head", None, "lsq")])
+    up, down, head = rules
+    assert (up.weights, up.inputs) == (cage.int4(), None)
+    assert (down.weights, down.inputs) == (cage.nf4(), cage.int8(axis=-1))
+    assert (head.weights, head.inputs) == (None, cage.lsq())
+    same = [("up", cage.int4()), ("down", cage.nf4(), cage.int8(axis=-1))]
+    assert rules == cage.Rules([*same, ("head", None, cage.lsq())])
+
+
+def test_every_preset_that_needs_no_setting_has_a_name():
+    for name in PRESETS:
+        if name == "quest":
+            text = "`x`: a preset .* got 'quest', which needs `bits`"
+            with pytest.raises(ValueError, match=text):
+                cage.Rules([("x", name)])
+            continue
+        rule = cage.Rules([("x", name, name)]).rule_of("x")
+        assert rule.weights == getattr(cage, name)()
+        # A scale for each token, or one for all.
+        assert rule.inputs.axis in (-1, None)
+
+
+def test_an_unknown_name_of_a_preset():
+    with pytest.raises(ValueError) as raised:
+        cage.Rules([(".*kernel", "int5")])
+    text = str(raised.value)
+    assert text.startswith(
+        "`.*kernel`: a preset must be one of int8, int4, int3, int2, "
+    )
+    assert text.endswith("got 'int5'. Did you mean `int8` or `int4` or `int3`?")
+
+
 def test_bad_tables():
     table = [
         ({".*": int4()}, TypeError, "{'.*'", "Use Rules([("),
@@ -246,7 +281,6 @@ def test_bad_tables():
         ([(re.compile(".*"), int4())], TypeError, "re.compile", "Use Rules([("),
         ([(".*", int4)], TypeError, "<function", "Call the preset: int4(...)."),
         ([(".*", quest)], TypeError, "<function", "Call the preset: quest(...)"),
-        ([(".*", "int4")], TypeError, "'int4'", "Use Rules([("),
         ([("*.kernel", int4())], ValueError, "'*.kernel'", "Write '.*' for any text"),
         ([("(a", int4())], ValueError, "'(a'", "Write '.*' for any text"),
     ]

@@ -157,7 +157,7 @@ def check_training(placements, kind, rng):
     tx = cage.cage_adamw(
         1e-2,
         rules,
-        cage.silence_then_constant(4, 5.0, silence=0.25),
+        strength=cage.silence_then_constant(4, 5.0, silence=0.25),
         freeze_scale=True,
         statistics=True,
     )
@@ -236,7 +236,7 @@ def check_inside_shard_map(more, kind, rng):
     tx = cage.cage_adamw(
         1e-2,
         rules,
-        cage.silence_then_constant(4, 5.0, silence=0.25),
+        strength=cage.silence_then_constant(4, 5.0, silence=0.25),
         freeze_scale=more,
         statistics=more,
     )
@@ -299,7 +299,7 @@ def check_what_a_step_sends(name, options, kind, rng):
     tx = cage.cage_sgd(
         1e-2,
         rules,
-        cage.silence_then_ramp(10),
+        strength=cage.silence_then_ramp(10),
         freeze_scale="frozen" in options,
         statistics="measured" in options,
     )
@@ -457,7 +457,7 @@ def check_kernels_on_shards(names, rng, compared, **options):
             for name, (quantizer, *_) in cases.items()
         ]
     )
-    tx = cage.cage_adamw(1e-2, rules, 5.0, **options)
+    tx = cage.cage_adamw(1e-2, rules, strength=5.0, **options)
 
     @jax.jit
     def run(params, state):

@@ -61,7 +61,7 @@ def test_coupled_with_the_curvature_gives_the_exact_gradient(x64, rng):
         quantized = cage.fake_quant(params, RULES)["kernel"]
         return curvature / 2 * jnp.sum((quantized - target) ** 2)
 
-    tx = cage.cage(RULES, curvature)
+    tx = cage.coupled(RULES, strength=curvature)
 
     @jax.jit
     def step(params):
@@ -112,7 +112,7 @@ PLACEMENTS = {
 
 def placed(name, strength, lr, **options):
     """The transformation of that name."""
-    correction = cage.cage(RULES, strength, **options)
+    correction = cage.coupled(RULES, strength=strength, **options)
     adamw = optax.adamw(lr, weight_decay=0.1)
     sgd = {"rules": RULES, "strength": strength, "momentum": 0.9}
     return {
@@ -130,7 +130,7 @@ def placed(name, strength, lr, **options):
             adamw, RULES, strength=strength, learning_rate=lr, **options
         ),
         "cage_adamw": lambda: cage.cage_adamw(
-            lr, RULES, strength, weight_decay=0.1, **options
+            lr, RULES, strength=strength, weight_decay=0.1, **options
         ),
         "cage_sgd": lambda: cage.cage_sgd(lr, **sgd, **options),
     }[name]()
@@ -181,7 +181,7 @@ def test_coupled_with_sgd_is_oscillation_dampening(x64, rng):
         return damping * jnp.sum((rounded(x) - clipped) ** 2)
 
     dampening = np.asarray(jax.jit(jax.grad(dampened))(jnp.asarray(x)))
-    tx = optax.chain(cage.cage(RULES, 2 * damping), optax.sgd(lr))
+    tx = optax.chain(cage.coupled(RULES, strength=2 * damping), optax.sgd(lr))
     (reached,), _ = train(tx, {"kernel": x}, [{"kernel": gradient}])
     chex.assert_trees_all_close(
         reached["kernel"], x - lr * (gradient + dampening), **FLOAT64
@@ -191,7 +191,7 @@ def test_coupled_with_sgd_is_oscillation_dampening(x64, rng):
 def test_clipped_weights_are_pulled_to_the_edge():
     rules = cage.Rules([(".*", cage.Quantizer(Integer(4), Fixed(0.25)))])
     x = jnp.array([[3.0], [-2.75], [0.5]])  # the grid ends at 7 / 4
-    tx = cage.cage(rules, 2.0)
+    tx = cage.coupled(rules, strength=2.0)
     updates, _ = jax.jit(tx.update)(0 * x, tx.init(x), x)
     np.testing.assert_array_equal(updates, [[2.5], [-2.0], [0.0]])
 
@@ -213,7 +213,7 @@ def test_post_step_is_the_buffer_update_of_pv_tuning(x64, start):
 def test_decoupled_is_coupled_weighted_by_the_preconditioner(x64, start):
     params, (gradient, *_) = start
     lr, strength, eps = 0.05, 2.0, 1e-3
-    tx = cage.cage_adamw(lr, RULES, strength, eps=eps, weight_decay=0.0)
+    tx = cage.cage_adamw(lr, RULES, strength=strength, eps=eps, weight_decay=0.0)
     (reached,), _ = train(tx, params, [gradient])
     x, g = params["kernel"], gradient["kernel"]
     # In the first step the debiased moments are the gradient and its square.
@@ -276,7 +276,7 @@ def test_placement_follows_its_formula(x64, name, start):
 def test_each_parameter_gets_its_own_quantizer(x64, rng):
     params = {"a": rng.normal(size=(8, 3)), "b": rng.normal(size=(3, 8))}
     quantizers = {"a": cage.int4(group_size=GROUP), "b": cage.int8(axis=-1)}
-    tx = cage.cage(cage.Rules(list(quantizers.items())), 1.0)
+    tx = cage.coupled(cage.Rules(list(quantizers.items())), strength=1.0)
     arrays = jax.tree.map(jnp.asarray, params)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(tx.update)(zeros, tx.init(arrays), arrays)
@@ -287,7 +287,7 @@ def test_each_parameter_gets_its_own_quantizer(x64, rng):
 
 
 def test_the_correction_is_a_constant_for_differentiation():
-    tx = cage.cage(RULES, 2.0)
+    tx = cage.coupled(RULES, strength=2.0)
 
     def total(params):
         zeros = jax.tree.map(jnp.zeros_like, params)

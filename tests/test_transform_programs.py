@@ -80,7 +80,7 @@ def test_one_parameter_at_a_time_is_in_memory(quantizer, statistics, strength):
     shape = (1024, 512)
     bytes_each = 4 * shape[0] * shape[1]
     rules = cage.Rules([(".*", quantizer)])
-    tx = cage.cage_adamw(1e-3, rules, strength, statistics=statistics)
+    tx = cage.cage_adamw(1e-3, rules, strength=strength, statistics=statistics)
 
     def step(gradients, params, state):  # in the order of what it donates
         updates, state = tx.update(gradients, state, params)
@@ -121,7 +121,7 @@ def reached_without_a_branch(text):
 def test_a_known_zero_adds_nothing():
     params = {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}
     for strength in (0.0, 0, optax.constant_schedule(0.0)):
-        tx = cage.cage(RULES, strength)
+        tx = cage.coupled(RULES, strength=strength)
         jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
         assert jaxpr.outvars[:2] == jaxpr.invars[:2], strength
         names = primitives(jaxpr, in_branches=False)
@@ -137,10 +137,10 @@ def test_init_and_later_steps_compile_nothing(compilations, rng, standard_promot
             rng.normal(size=(3, 3)).astype(np.float32),
         )
     )
-    tx = cage.cage_adamw(0.1, RULES, 2.0)
+    tx = cage.cage_adamw(0.1, RULES, strength=2.0)
     jax.block_until_ready(tx.init(params))  # zeros for Adam's moments
     with compilations(0):
-        state = cage.cage_adamw(0.1, RULES, 2.0).init(params)
+        state = cage.cage_adamw(0.1, RULES, strength=2.0).init(params)
     tx.update(gradients[0], state, params)
     with compilations(0):
         tx.update(gradients[1], state, params)

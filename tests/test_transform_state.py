@@ -115,7 +115,9 @@ def test_frozen_grid_is_that_of_the_first_pull(x64, placement, statistics, start
 
 def test_silent_grids_are_those_found_in_the_array(rng):
     params = {"kernel": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)}
-    grids = cage.cage(QUEST_RULES, 1.0, freeze_scale=True).init(params).grids
+    grids = (
+        cage.coupled(QUEST_RULES, strength=1.0, freeze_scale=True).init(params).grids
+    )
 
     @jax.jit
     def both(params, grids):
@@ -128,7 +130,7 @@ def test_silent_grids_are_those_found_in_the_array(rng):
 def test_frozen_zero_point(rng):
     rules = cage.Rules([(".*", cage.int4(symmetric=False))])
     x = rng.uniform(1, 2, size=(8, 3)).astype(np.float32)
-    tx = cage.cage(rules, 1.0, freeze_scale=True)
+    tx = cage.coupled(rules, strength=1.0, freeze_scale=True)
     update, zeros = jax.jit(tx.update), np.zeros_like(x)
     _, state = update(zeros, tx.init(jnp.asarray(x)), x)
     (grid,) = state.grids.values()
@@ -202,7 +204,9 @@ def test_statistics(x64, placement, rng):
     ]
     lr, strength = table(LEARNING_RATE), table(STRENGTH)
     if placement == "cage":
-        tx = optax.chain(cage.cage(RULES, strength, statistics=True), optax.sgd(lr))
+        tx = optax.chain(
+            cage.coupled(RULES, strength=strength, statistics=True), optax.sgd(lr)
+        )
     else:
         wrap = getattr(cage, placement)
         options = {"learning_rate": lr, "strength": strength, "statistics": True}
@@ -319,7 +323,10 @@ def test_statistics_of_every_fourth_step_and_of_the_first_pull(x64, start):
 def test_nothing_is_measured_outside_of_a_branch(quantizer):
     params = {"kernel": jnp.ones((128, 4))}
     tx = cage.cage_sgd(
-        0.1, cage.Rules([(".*", quantizer)]), cage.silence_then_ramp(9), statistics=2
+        0.1,
+        cage.Rules([(".*", quantizer)]),
+        strength=cage.silence_then_ramp(9),
+        statistics=2,
     )
     jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
     work = {"round", "floor", "reduce_max", "dot_general", "reduce_sum"}
@@ -346,10 +353,13 @@ def equations(jaxpr, in_branches, inside=False):
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_period_goes_on_from_a_state_and_counts_the_steps_of_multisteps(start):
     params, gradients = jax.tree.map(jnp.float32, start)
-    tx = cage.cage_sgd(0.1, RULES, table(STRENGTH), statistics=3)
+    tx = cage.cage_sgd(0.1, RULES, strength=table(STRENGTH), statistics=3)
     _, states = train(tx, params, gradients)
     # Without and with a period the state is the same.
-    state, x = cage.cage_sgd(0.1, RULES, 1.0, statistics=True).init(params), params
+    state, x = (
+        cage.cage_sgd(0.1, RULES, strength=1.0, statistics=True).init(params),
+        params,
+    )
     update = jax.jit(tx.update)
     for gradient, expected in zip(gradients, states):
         # As restored from a file.
@@ -368,12 +378,12 @@ def test_a_period_goes_on_from_a_state_and_counts_the_steps_of_multisteps(start)
 )
 def test_a_period_that_is_none(statistics, error):
     with pytest.raises(error, match=r"`statistics` must be .* Use True for every step"):
-        cage.cage_adamw(0.1, RULES, 1.0, statistics=statistics)
+        cage.cage_adamw(0.1, RULES, strength=1.0, statistics=statistics)
 
 
 def test_statistics_of_zeros_are_finite():
     params = {"kernel": jnp.zeros((8, 3))}
-    tx = cage.cage(RULES, 1.0, statistics=True)
+    tx = cage.coupled(RULES, strength=1.0, statistics=True)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
     measured = state.statistics._asdict()
     assert measured.pop("correction_strength") == 1

@@ -113,7 +113,9 @@ def fixed(*values):
 
 def coupled(rules, source):
     """Makes updates that are the pull alone: the learning rate is -1."""
-    return optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(-1.0))
+    return optax.chain(
+        cage.coupled(rules, strength=1.0, curvature=source), optax.sgd(-1.0)
+    )
 
 
 def pulled(rules, source, params, steps=1):
@@ -289,7 +291,7 @@ def test_with_adamw_statistics_and_a_silent_start(name, dtype, rng):
     rules = cage.Rules([("w", cage.int4())])
     strength = cage.silence_then_constant(5, 10.0, silence=0.5)
     tx = cage.cage_adamw(
-        0.1, rules, strength, curvature=SOURCES[name](), statistics=True
+        0.1, rules, strength=strength, curvature=SOURCES[name](), statistics=True
     )
     params = {"w": jnp.asarray(rng.normal(size=(8, 3)), dtype)}
     state, update = tx.init(params), jax.jit(tx.update)

@@ -2,11 +2,24 @@
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+
+def warn(text: str) -> None:
+    """Warns of the line that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level + 1)
+
+
+def _is_ours(module):
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def is_int(value: Any) -> bool:

@@ -9,6 +9,7 @@ import optax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.optim.correction import check_params
 
@@ -26,6 +27,7 @@ class AveragingState(NamedTuple):
     average: Any
 
 
+@names_checked
 def averaging(
     decay: float = 0.999, *, start: int = 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,6 +100,7 @@ def averaging(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@names_checked
 def averaged(state: Any) -> Any:
     """Returns the average that `averaging` keeps in an optimizer's state.
 

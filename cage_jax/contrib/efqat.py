@@ -10,6 +10,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.rules import Rules
 
@@ -27,6 +28,7 @@ class TrainedRowsState(NamedTuple):
     trained: dict[str, jax.Array]
 
 
+@names_checked
 def trained_rows(
     rules: Rules, share: float, *, every: int
 ) -> optax.GradientTransformationExtraArgs:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import key_at, path_in_errors
 from cage_jax.core.grids import grid_at
 from cage_jax.core.quantize import fake_quant
@@ -18,6 +19,7 @@ from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
+@names_checked
 def ewgs(
     params: Any,
     rules: Rules,
@@ -107,6 +109,7 @@ def _scaled_backward(quantizer: Quantizer, saved, cotangent):
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
+@names_checked
 def ewgs_delta(
     loss: Callable[[Any], jax.Array],
     params: Any,

@@ -9,6 +9,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
@@ -31,8 +32,9 @@ class LotionState(NamedTuple):
     fisher: dict[str, jax.Array]
 
 
+@names_checked
 def lotion(
-    rules: Rules, strength: ScalarOrSchedule = 1.0, *, decay: float = 0.999
+    rules: Rules, *, strength: ScalarOrSchedule = 1.0, decay: float = 0.999
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `strength / 2 * sum(fisher * variance)` to the updates.
 

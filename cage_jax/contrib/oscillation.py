@@ -8,6 +8,7 @@ import optax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, select
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
@@ -29,16 +30,17 @@ class DampeningState(NamedTuple):
     dampening_count: jax.Array
 
 
+@names_checked
 def dampening(
-    rules: Rules, strength: ScalarOrSchedule
+    rules: Rules, *, strength: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `strength * sum((Q(w) - clip(w)) ** 2)` to the updates.
 
     Put it before any optimizer, like a regularizer of the loss. `clip` clips to the
     ends of the grid. `Q(w)` and these ends are treated as constants, so the gradient is
     `2 * strength * (w - Q(w))` within the grid and 0 beyond it (in the rotated basis if
-    there is a rotation). If nothing is clipped, this equals `cage.cage` with twice the
-    strength. Computed in float32; the updates keep their dtype.
+    there is a rotation). If nothing is clipped, this equals `cage.coupled` with twice
+    the strength. Computed in float32; the updates keep their dtype.
 
     Args:
       rules: which parameters are quantized, and how.
@@ -56,7 +58,7 @@ def dampening(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = optax.chain(contrib.dampening(rules, 0.25), optax.sgd(1.0))
+      >>> tx = optax.chain(contrib.dampening(rules, strength=0.25), optax.sgd(1.0))
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> gradients = {"kernel": jnp.zeros((3, 1))}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
@@ -86,6 +88,7 @@ def dampening(
     return transformation(rules, DampeningState, step)
 
 
+@names_checked
 def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
     """Returns a schedule that rises from 0 to `peak` by half a cosine and stays there.
 
@@ -139,6 +142,7 @@ class FreezingState(NamedTuple):
     frozen: dict[str, jax.Array]
 
 
+@names_checked
 def freezing(
     rules: Rules, threshold: ScalarOrSchedule, *, momentum: float = 0.01
 ) -> optax.GradientTransformationExtraArgs:

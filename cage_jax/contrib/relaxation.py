@@ -10,6 +10,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.grids import grid_at, needed_grid
 from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules, check_rules
@@ -19,6 +20,7 @@ from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
+@names_checked
 def binary_relax(
     params: Any,
     rules: Rules,
@@ -69,6 +71,7 @@ def binary_relax(
     return rules.map(relax, params)
 
 
+@names_checked
 def parq(
     params: Any,
     rules: Rules,
@@ -137,6 +140,7 @@ def _ramped(x, quantizer, grid, inverse_slope):
     return jnp.where(slope < 1, dequantized(values, quantizer, rounded.grid, x), x)
 
 
+@names_checked
 def parq_schedule(
     total_steps: int, *, start: int = 0, steepness: float = 10.0
 ) -> Schedule:

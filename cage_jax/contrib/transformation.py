@@ -1,12 +1,12 @@
 """What the transformations share: checks, the count of steps, the way to a leaf."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
+from cage_jax.arrays.checks import warn
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.correction import check_params
 
@@ -32,10 +32,9 @@ def transformation(
     def init_state(params):
         quantized = rules.quantized(params)
         if not quantized:
-            warnings.warn(
+            warn(
                 f"no parameter is quantized by {rules.in_words}, so there is nothing "
                 f"to do. Print rules.report(params) to see the paths.",
-                stacklevel=2,
             )
         return state_type(jnp.zeros([], jnp.int32), *init(quantized, params))
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import key_at
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
@@ -19,6 +20,7 @@ from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
 
 
+@names_checked
 def noisy_fake_quant(
     params: Any,
     rules: Rules,
@@ -79,6 +81,7 @@ class InterpolationState(NamedTuple):
     interpolation_count: jax.Array
 
 
+@names_checked
 def interpolation(
     rules: Rules, share: float = 0.4, *, every: int = 60_000
 ) -> optax.GradientTransformationExtraArgs:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import key_at, path_in_errors
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules, check_rules
@@ -16,6 +17,7 @@ from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import rounding
 
 
+@names_checked
 def two_point_gradient(
     loss: Callable[[Any], jax.Array],
     params: Any,
@@ -85,6 +87,7 @@ def two_point_gradient(
     return (above + below) / 2, jax.tree.unflatten(structure, gradient)
 
 
+@names_checked
 def fogzo(
     loss: Callable[[Any], jax.Array],
     params: Any,

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantize import quantization_error
 from cage_jax.core.rules import Rules
 
 
+@names_checked
 def choose_rotation(params: Any, rules: Rules) -> Rules:
     """Returns rules that rotate a parameter only if that lowers its error.
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import fit_grid
 
 
+@names_checked
 def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
     """Puts learned grids beside the parameters, so that any optimizer trains both.
 

@@ -23,6 +23,7 @@ from jax import lax
 from cage_jax.arrays.checks import is_int
 from cage_jax.arrays.dispatch import Implementation, dispatch, no_kernel
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.inputs import arranged
 from cage_jax.core.quantize import dequantize, quantize
 from cage_jax.core.quantized_array import QuantizedArray, grid_of
@@ -38,6 +39,7 @@ _BLOCK = 128
 _MOST_TOKENS = 2
 
 
+@names_checked
 def low_bit_dot(
     inputs: jax.Array,
     weights: QuantizedArray,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any, overload
@@ -13,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.checks import warn
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.grids import check_grid, grid_at, missing_grid
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
@@ -45,6 +46,7 @@ def fake_quant(
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> Any: ...
+@names_checked
 def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     """Quantizes and dequantizes `x`, with a straight-through gradient.
 
@@ -111,6 +113,7 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     return _apply(apply, x, quantizer, grid, key)
 
 
+@names_checked
 def quantize(x, quantizer, *, grid=None, key=None):
     """Quantizes `x` to codes and scales.
 
@@ -147,6 +150,7 @@ def quantize(x, quantizer, *, grid=None, key=None):
     return _apply(_quantize_array, x, quantizer, grid, key)
 
 
+@names_checked
 def dequantize(x, quantizer=None):
     """Returns the values that codes stand for.
 
@@ -186,6 +190,7 @@ def dequantize(x, quantizer=None):
     return structure.unflatten(values)
 
 
+@names_checked
 def quantization_error(x, quantizer, *, grid=None):
     """Computes `x - fake_quant(x)`, the error that CAGE pulls on.
 
@@ -234,11 +239,10 @@ def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
     """
     _check_no_codes(tree, rules)
     if rules.misses(tree):
-        warnings.warn(
+        warn(
             f"no parameter is quantized by {rules.in_words}. Print "
             f"rules.report(params) to see the paths; in a part of a tree they "
             f"are shorter.",
-            stacklevel=4,
         )
     if key is not None and not any(
         quantizer.rounding == "stochastic"

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
@@ -10,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.registry import named
 
-_REMEDY = 'Use Rules([(r".*kernel", int4()), (r".*", None)]).'
+_REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
+Entry = Quantizer | str | None
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
@@ -49,14 +51,17 @@ class Rules:
         parameter (`re.fullmatch`), and a `Quantizer`, or None to leave the parameter
         alone. A parameter that no pattern matches is left alone too. A third entry is
         the `Quantizer` of the parameter's input, the array that it is multiplied with,
-        see `quantize_activations`. Paths are joined by "/", such as
+        see `quantize_activations`. The name of a preset, such as "int4", stands for the
+        preset with its default settings; as an input, for one with `axis=-1`, unless it
+        has one scale per tensor. Paths are joined by "/", such as
         "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
         Linen (with or without the leading "params") and NNX (with or without the
         trailing ".value").
 
     Raises:
-      TypeError: for anything but tuples of a string and a `Quantizer` or None.
-      ValueError: for a pattern that is not a regular expression.
+      TypeError: for anything but tuples of a string and a `Quantizer`, a name or None.
+      ValueError: for a pattern that is not a regular expression, and for the name of
+        no preset.
 
     Example:
       >>> import cage_jax as cage
@@ -75,7 +80,7 @@ class Rules:
 
     __slots__ = ("_compiled", "_rules")
 
-    def __init__(self, rules: Iterable[tuple]):
+    def __init__(self, rules: Iterable[tuple[str, Entry] | tuple[str, Entry, Entry]]):
         if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
             raise TypeError(
                 f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. "
@@ -242,7 +247,7 @@ class Rules:
         )
         report = Report(rows, unused)
         for text in [*(unused_text(each, paths) for each in unused), *report.splits]:
-            warnings.warn(text, stacklevel=2)
+            warn(text)
         return report
 
     def why_unused(self, tree: Any) -> tuple[str, ...]:
@@ -388,15 +393,20 @@ def _checked(entry) -> Rule:
             f"`rules` must have regular expressions as patterns; got {pattern!r}: "
             f"{error}. Write '.*' for any text."
         ) from None
-    for quantizer in quantizers:
+    found = []
+    for quantizer, inputs in zip(quantizers, (False, True)):
+        if isinstance(quantizer, str):
+            with path_in_errors(pattern):
+                quantizer = named(quantizer, inputs=inputs)
         if not isinstance(quantizer, Quantizer | None):
             name = getattr(quantizer, "__name__", "int4")
             call = f"Call the preset: {name}(...). " if callable(quantizer) else ""
             raise TypeError(
-                f"`rules` must map {pattern!r} to a Quantizer or None; got "
-                f"{quantizer!r}. {call}{_REMEDY}"
+                f"`rules` must map {pattern!r} to a Quantizer, the name of a preset or "
+                f"None; got {quantizer!r}. {call}{_REMEDY}"
             )
-    return Rule(pattern, *quantizers)
+        found.append(quantizer)
+    return Rule(pattern, *found)
 
 
 def _flatten(tree):

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.export.files import Path, as_path, check_installed, malformed
 from cage_jax.export.target import suffixes, targets
 from cage_jax.llama.loaded import Model
@@ -12,6 +13,7 @@ _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SUFFIXES = (".bin", ".json", ".pt", ".pth")
 
 
+@names_checked
 def load(path: Path) -> Model:
     """Loads a model from disk, with its trained codes or its floats.
 

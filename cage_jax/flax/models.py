@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import linen, nnx
 
+from cage_jax.arrays.checks import warn
 from cage_jax.core.quantize import fake_quant as fake_quant_tree
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.flax import linen as linen_modules
@@ -97,7 +97,7 @@ def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
         )
     check_rules(rules)
     if text := _why_inputs_unquantized(model, rules):
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
     return nnx.merge(graphdef, fake_quant_tree(params, rules, **options), rest)

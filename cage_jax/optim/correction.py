@@ -4,7 +4,6 @@ All placements share it; see `placements` for where it goes.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype, divide
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
@@ -114,9 +114,9 @@ def correction(
       strength: lambda, a number or a schedule of the step count.
       step_size: 1, or minus the learning rate, as a function of the step count.
       at_updated: whether the error is taken at `params + updates`, not at `params`.
-      curvature: as in `cage`.
-      freeze_scale: as in `cage`.
-      statistics: as in `cage`.
+      curvature: as in `coupled`.
+      freeze_scale: as in `coupled`.
+      statistics: as in `coupled`.
       is_read_often: whether what follows reads an update several times, as Adam does.
 
     Returns:
@@ -338,8 +338,8 @@ def check_params(params: Any) -> None:
 def _check_arguments(rules, strength, curvature):
     check_rules(
         rules,
-        " An optimizer is not an argument of `cage`: use optax.chain(cage(rules, "
-        "strength), optimizer), or decoupled(optimizer, rules, learning_rate=..., "
+        " An optimizer is not an argument of `coupled`: use optax.chain(coupled(rules, "
+        "strength=...), optimizer), or decoupled(optimizer, rules, learning_rate=..., "
         "strength=...)."
         if is_optimizer(rules)
         else "",
@@ -370,15 +370,14 @@ def _warn_of_rules(rules, params, quantized):
     unused = rules.why_unused(params)
     if quantized:
         for text in unused:
-            warnings.warn(text, stacklevel=3)
+            warn(text)
         return
     why = f" {unused[0][0].upper()}{unused[0][1:]}" if unused else ""
     if not jax.tree.leaves(params):
         why = " `params` has no array in it: does `wrt` select some?"
-    warnings.warn(
+    warn(
         f"no parameter is quantized by {rules.in_words}, so CAGE has nothing to pull."
         f"{why} Print rules.report(params) to see the paths.",
-        stacklevel=3,
     )
 
 

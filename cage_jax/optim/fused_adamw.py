@@ -116,7 +116,7 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
           >>> import cage_jax as cage
           >>> import jax
           >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-          >>> tx = cage.cage_adamw(1e-3, rules, cage.silence_then_ramp(1000))
+          >>> tx = cage.cage_adamw(1e-3, rules, strength=cage.silence_then_ramp(1000))
           >>> def train_step(params, state, gradients):
           ...     return tx.fused_step(gradients, state, params)
           >>> step = jax.jit(train_step, donate_argnums=(0, 1))

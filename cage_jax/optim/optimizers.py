@@ -7,6 +7,7 @@ import optax
 
 from cage_jax.arrays.adamw import AdamW
 from cage_jax.arrays.checks import check_choice
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature import Curvature
 from cage_jax.optim.fused_adamw import FusedAdamW, FusedOptions, with_fused_step
@@ -17,10 +18,13 @@ from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate
 Placement = Literal["decoupled", "post_step"]
 
 
+@names_checked
 def cage_adamw(
     learning_rate: ScalarOrSchedule,
     rules: Rules,
+    *,
     strength: ScalarOrSchedule | None = None,
+    total_steps: int | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -28,8 +32,6 @@ def cage_adamw(
     mu_dtype: Any = None,
     weight_decay: float = 1e-4,
     mask: Any | Callable | None = None,
-    *,
-    total_steps: int | None = None,
     nesterov: bool = False,
     placement: Placement = "decoupled",
     curvature: Curvature | None = None,
@@ -40,7 +42,8 @@ def cage_adamw(
 
     x <- x - lr * (m / (sqrt(v) + eps) + weight_decay * x + strength * (x - Q(x)))
 
-    With strength 0 it equals `optax.adamw`, to the bit.
+    With strength 0 it equals `optax.adamw`, to the bit. All arguments after `rules` are
+    given by name.
 
     Args:
       learning_rate: a number or a schedule of the step count.
@@ -55,7 +58,7 @@ def cage_adamw(
         of these names.
       total_steps: length of the training in optimizer steps, in place of `strength`.
         Strength and curvature are then those of `recommended`.
-      curvature, freeze_scale, statistics: as in `cage`.
+      curvature, freeze_scale, statistics: as in `coupled`.
 
     Returns:
       A transformation. Clip gradients before it:
@@ -75,7 +78,7 @@ def cage_adamw(
       As in the paper:
 
       >>> strength = cage.silence_then_ramp(total_steps=1000)
-      >>> tx = cage.cage_adamw(1e-3, rules, strength, weight_decay=0.1)
+      >>> tx = cage.cage_adamw(1e-3, rules, strength=strength, weight_decay=0.1)
 
     Source: CAGE, arXiv 2510.18784, algorithm 1; AdamW, arXiv 1711.05101.
     """
@@ -93,8 +96,8 @@ def cage_adamw(
         nesterov=nesterov,
     )
     remedy = (
-        "Use 'decoupled'; for the coupled form use optax.chain(cage(rules, strength), "
-        "optax.adamw(learning_rate))."
+        "Use 'decoupled'; for the coupled form use optax.chain(coupled(rules, "
+        "strength=strength), optax.adamw(learning_rate))."
     )
     check_choice("placement", placement, get_args(Placement), remedy)
     strength, curvature = resolve_strength(
@@ -127,14 +130,15 @@ def cage_adamw(
     )
 
 
+@names_checked
 def cage_sgd(
     learning_rate: ScalarOrSchedule,
     rules: Rules,
+    *,
     strength: ScalarOrSchedule | None = None,
+    total_steps: int | None = None,
     momentum: float | None = None,
     nesterov: bool = False,
-    *,
-    total_steps: int | None = None,
     curvature: Curvature | None = None,
     freeze_scale: bool = False,
     statistics: bool | int = False,
@@ -145,7 +149,7 @@ def cage_sgd(
 
     With strength 0 it equals `optax.sgd`, to the bit. Without momentum it is the
     coupled form, and so oscillation dampening (arXiv 2203.11086) with half its
-    strength.
+    strength. All arguments after `rules` are given by name.
 
     Args:
       learning_rate: a number or a schedule of the step count.
@@ -154,7 +158,7 @@ def cage_sgd(
         `silence_then_ramp(steps)`; None for the recommended schedule of `total_steps`.
       momentum, nesterov: as in `optax.sgd`.
       total_steps: as in `cage_adamw`.
-      curvature, freeze_scale, statistics: as in `cage`.
+      curvature, freeze_scale, statistics: as in `coupled`.
 
     Returns:
       A transformation.

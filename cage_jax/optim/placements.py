@@ -3,8 +3,8 @@
 Where the correction goes::
 
     coupled      gradient -> (+ lambda e) -> optimizer -> -learning rate -> update
-                 chain(cage(rules, learning_rate=lr, total_steps=n), optax.adam(lr))
-                 chain(cage(rules, strength), optax.sgd(lr))
+                 chain(coupled(rules, learning_rate=lr, total_steps=n), optax.adam(lr))
+                 chain(coupled(rules, strength=strength), optax.sgd(lr))
 
     decoupled    gradient -> optimizer -> (+ lambda e) -> -learning rate -> update
                  decoupled(optax.adamw(lr), rules, learning_rate=lr, total_steps=n)
@@ -13,15 +13,17 @@ Where the correction goes::
                  post_step(optax.adamw(lr), rules, learning_rate=lr, total_steps=n)
 
 `e = x - Q(x)` is the quantization error, `lambda` the strength. Never
-`optax.chain(optax.adam(lr), cage(...))`: after `adam(lr)` the updates are already
-scaled by -lr, so the pull has the wrong sign and size, and `cage` cannot detect this.
+`optax.chain(optax.adam(lr), coupled(...))`: after `adam(lr)` the updates are
+already scaled by -lr, so the pull has the wrong sign and size, and `coupled` cannot
+detect this.
 """
 
 import math
-import warnings
 
 import optax
 
+from cage_jax.arrays.checks import warn
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.core.rules import Rules
 from cage_jax.optim.correction import CageState, check_params, correction
@@ -35,10 +37,11 @@ from cage_jax.optim.schedules import (
 )
 
 
-def cage(
+@names_checked
+def coupled(
     rules: Rules,
-    strength: ScalarOrSchedule | None = None,
     *,
+    strength: ScalarOrSchedule | None = None,
     learning_rate: ScalarOrSchedule | None = None,
     total_steps: int | None = None,
     curvature: Curvature | None = None,
@@ -98,7 +101,7 @@ def cage(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
-      >>> tx = optax.chain(cage.cage(rules, 0.5), optax.sgd(1.0))
+      >>> tx = optax.chain(cage.coupled(rules, strength=0.5), optax.sgd(1.0))
       >>> params = {"kernel": jnp.array([[0.5], [-3.5], [1.25]])}
       >>> gradients = {"kernel": jnp.zeros((3, 1))}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
@@ -107,8 +110,8 @@ def cage(
 
       Before Adam, with nothing to tune:
 
-      >>> tx = optax.chain(
-      ...     cage.cage(rules, learning_rate=1e-3, total_steps=1000), optax.adam(1e-3))
+      >>> pull = cage.coupled(rules, learning_rate=1e-3, total_steps=1000)
+      >>> tx = optax.chain(pull, optax.adam(1e-3))
 
     Source: CAGE, arXiv 2510.18784, the coupled form; the multiplication by the root
     before Adam is our own, see benchmarks/README.md.
@@ -119,8 +122,8 @@ def cage(
             given, missing = missing, given
         raise TypeError(
             f"`{missing}` must come with `{given}`; got `{given}` alone. Use "
-            f"cage(rules, learning_rate=lr, total_steps=n) before Adam, or a strength "
-            f"before SGD."
+            f"coupled(rules, learning_rate=lr, total_steps=n) before Adam, or a "
+            f"strength before SGD."
         )
     if learning_rate is not None:
         check_learning_rate(learning_rate)
@@ -145,6 +148,10 @@ def cage(
     )
 
 
+cage = coupled
+
+
+@names_checked
 def decoupled(
     inner: optax.GradientTransformation,
     rules: Rules,
@@ -170,15 +177,15 @@ def decoupled(
         recommended schedule of `total_steps`.
       total_steps: length of the training in optimizer steps, in place of `strength`.
         Strength and curvature are then those of `recommended`.
-      curvature: as in `cage`.
-      freeze_scale: as in `cage`.
-      statistics: as in `cage`.
+      curvature: as in `coupled`.
+      freeze_scale: as in `coupled`.
+      statistics: as in `coupled`.
 
     Returns:
       A transformation with the state `(inner's state, CageState)`.
 
     Raises:
-      TypeError, ValueError: as in `cage`, and for an `inner` that already has a
+      TypeError, ValueError: as in `coupled`, and for an `inner` that already has a
         correction.
 
     Example:
@@ -210,6 +217,7 @@ def decoupled(
     return _then_pull("decoupled", inner, pull)
 
 
+@names_checked
 def post_step(
     inner: optax.GradientTransformation,
     rules: Rules,
@@ -235,9 +243,9 @@ def post_step(
         `optax.inject_hyperparams` it is this step's number, not the next one's.
       strength: as in `decoupled`.
       total_steps: as in `decoupled`.
-      curvature: as in `cage`.
-      freeze_scale: as in `cage`.
-      statistics: as in `cage`.
+      curvature: as in `coupled`.
+      freeze_scale: as in `coupled`.
+      statistics: as in `coupled`.
 
     Returns:
       A transformation with the state `(inner's state, CageState)`.
@@ -288,12 +296,11 @@ def _check_share(learning_rate, strength):
     if isinstance(learning_rate, numbers) and isinstance(strength, numbers):
         share = learning_rate * strength
         if 1 <= share < math.inf:
-            warnings.warn(
+            warn(
                 f"`strength` should be below 1 / learning_rate; got {strength:g}, with "
                 f"which each step moves a weight by {share:.3g} of its distance to the "
                 f"grid. For a length of the training write total_steps=..., for a "
                 f"dose ramp_to_dose(learning_rate, steps).",
-                stacklevel=3,
             )
 
 

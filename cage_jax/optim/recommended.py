@@ -1,11 +1,12 @@
 """The recommended strength and curvature."""
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.checks import warn
+from cage_jax.arrays.names import names_checked
 from cage_jax.optim.curvature import Curvature, fisher
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
@@ -23,6 +24,7 @@ _LEAST_SHARE = 0.25
 _STRONGEST = 15.0
 
 
+@names_checked
 def recommended(
     learning_rate: ScalarOrSchedule,
     total_steps: int,
@@ -54,7 +56,7 @@ def recommended(
 
     Returns:
       A dict of the arguments `strength` and `curvature` for `cage_adamw`, `cage_sgd`,
-      `decoupled` and `post_step`; with `coupled`, for `cage`.
+      `decoupled` and `post_step`; with `coupled=True`, for `coupled`.
 
     Raises:
       TypeError, ValueError: as in `ramp_to_dose`.
@@ -72,7 +74,7 @@ def recommended(
     `silence_then_ramp(total_steps)` and no curvature.
     """
     found = _limited(learning_rate, total_steps, dose, silence, coupled)
-    _warn_of_little(learning_rate, found["strength"], total_steps, dose, stacklevel=3)
+    _warn_of_little(learning_rate, found["strength"], total_steps, dose)
     return found
 
 
@@ -94,20 +96,19 @@ def _limited(learning_rate, total_steps, dose, silence=0.5, coupled=False):
     }
 
 
-def _warn_of_little(learning_rate, strength, total_steps, dose, stacklevel):
+def _warn_of_little(learning_rate, strength, total_steps, dose):
     """Warns if the limits of the strength leave little of the dose asked for."""
     try:
         total = sum_of_steps(learning_rate, strength, total_steps)
     except jax.errors.JAXTypeError:
         return  # it is not known while it is traced
     if total < _LEAST_SHARE * dose:
-        warnings.warn(
+        warn(
             f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
             f"{total:.2g} in {total_steps} steps at this learning rate, of the "
             f"{dose:g} asked for; gains begin at about 0.2. Train longer, or let the "
             f"learning rate end higher. strength=ramp_to_dose(...) gives the whole "
             f"dose by a stronger pull, which did harm in fine-tuning.",
-            stacklevel=stacklevel,
         )
 
 
@@ -140,5 +141,5 @@ def resolve_strength(
             "**recommended(learning_rate, total_steps) in place of `total_steps`."
         )
     found = _limited(learning_rate, total_steps, _DOSE, coupled=coupled)
-    _warn_of_little(learning_rate, found["strength"], total_steps, _DOSE, stacklevel=4)
+    _warn_of_little(learning_rate, found["strength"], total_steps, _DOSE)
     return found["strength"], curvature or found["curvature"]

@@ -1,6 +1,5 @@
 """Schedules of the correction's strength, and its dose."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.checks import check_int, check_number, warn
+from cage_jax.arrays.names import names_checked
 
 Schedule = Callable[[jax.Array], jax.Array]
 ScalarOrSchedule = float | jax.Array | Schedule
@@ -18,6 +18,7 @@ ScalarOrSchedule = float | jax.Array | Schedule
 _LARGEST_DOSE = 3.0
 
 
+@names_checked
 def silence_then_ramp(
     total_steps: int, peak: float = 10.0, silence: float = 0.8
 ) -> Schedule:
@@ -59,6 +60,7 @@ def silence_then_ramp(
     return schedule
 
 
+@names_checked
 def silence_then_constant(
     total_steps: int, peak: float = 10.0, silence: float = 0.8
 ) -> Schedule:
@@ -92,6 +94,7 @@ def silence_then_constant(
     return schedule
 
 
+@names_checked
 def ramp_to_dose(
     learning_rate: ScalarOrSchedule,
     total_steps: int,
@@ -145,6 +148,7 @@ def ramp_to_dose(
     return lambda count: peak * shape(count)
 
 
+@names_checked
 def dose(
     learning_rate: ScalarOrSchedule, strength: ScalarOrSchedule, total_steps: int
 ) -> float:
@@ -176,10 +180,9 @@ def dose(
     _check_total_steps(total_steps)
     total = sum_of_steps(learning_rate, strength, total_steps)
     if total > _LARGEST_DOSE:
-        warnings.warn(
+        warn(
             f"the dose is {total:.3g}, above {_LARGEST_DOSE:g}, where CAGE was seen to "
             f"do harm. Lower the strength's peak, or raise the silence.",
-            stacklevel=2,
         )
     return total
 
@@ -264,7 +267,7 @@ def _silent_steps(total_steps, peak, silence) -> int:
     if callable(peak):
         raise TypeError(
             "`peak` must be a number; got a function. Pass a schedule of your own "
-            "straight to `cage` as its strength."
+            "straight to `coupled` as its strength."
         )
     check_strength(peak, "peak")
     remedy = "The paper uses 0.8; for no correction at all use strength 0.0."

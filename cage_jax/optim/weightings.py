@@ -18,6 +18,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.optim.curvature.source import (
@@ -34,6 +35,7 @@ from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
+@names_checked
 def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
     """Weights errors by the distance of each weight to the next rounding threshold.
 
@@ -62,7 +64,8 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
       >>> import optax
       >>> rules = cage.Rules([(r"w", cage.int4())])
       >>> source = weightings.by_distance()
-      >>> tx = optax.chain(cage.cage(rules, 0.5, curvature=source), optax.sgd(1.0))
+      >>> pull = cage.coupled(rules, strength=0.5, curvature=source)
+      >>> tx = optax.chain(pull, optax.sgd(1.0))
       >>> params = {"w": jnp.array([[3.5], [1.5625], [0.6875], [0.625]])}
       >>> gradients = {"w": jnp.zeros((4, 1))}
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
@@ -100,6 +103,7 @@ class FlipsState(NamedTuple):
     flip_frequency: dict[str, jax.Array]
 
 
+@names_checked
 def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
     """Weights errors by how often the code of each weight has changed.
 
@@ -124,7 +128,7 @@ def by_flips(decay: float = 0.99, *, floor: float = 0.1) -> Curvature:
       >>> import jax.numpy as jnp
       >>> import optax
       >>> rules = cage.Rules([(r"w", cage.int4())])
-      >>> tx = cage.cage(rules, 1.0, curvature=weightings.by_flips(0.5))
+      >>> tx = cage.coupled(rules, strength=1.0, curvature=weightings.by_flips(0.5))
       >>> gradients = {"w": jnp.zeros((3, 1))}
       >>> state = tx.init(gradients)
       >>> for x in (1.2, 1.3, 1.2):

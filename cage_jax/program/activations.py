@@ -1,7 +1,6 @@
 """Quantized activations: the inputs of a program's products, by the weight's path."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
+from cage_jax.arrays.checks import warn
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.inputs import fit_input_grid, quantize_input
 from cage_jax.core.rules import Rules, check_rules, unused_text
@@ -20,6 +21,7 @@ from cage_jax.quantizers.quantizer import Quantizer
 INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
 
 
+@names_checked
 def quantize_activations(function: Callable, rules: Rules) -> Callable:
     """Quantizes the inputs of the weights in `function`, as the rules say by path.
 
@@ -91,6 +93,7 @@ def check_no_module(function: Callable, remedy: str) -> None:
         )
 
 
+@names_checked
 def calibrate(
     function: Callable, rules: Rules, params: Any, batches: Iterable[tuple]
 ) -> dict[str, Any]:
@@ -278,7 +281,7 @@ def check_reached(rules: Rules, visited: Visited) -> None:
             continue
         own = [path for path in visited.paths if rules.rule_of(path) is rule]
         if not own:
-            warnings.warn(unused_text(rule.pattern, visited.paths), stacklevel=4)
+            warn(unused_text(rule.pattern, visited.paths))
         elif not reached.intersection(own):
             raise ValueError(
                 f"`{own[0]}`: a parameter whose inputs are quantized must multiply "

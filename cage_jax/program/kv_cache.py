@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantize import dequantize, fake_quant, quantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.quantizers.quantizer import Quantizer
@@ -27,6 +28,7 @@ from cage_jax.quantizers.quantizer import Quantizer
 _TOKENS = -3
 
 
+@names_checked
 def quantize_kv(
     keys: jax.Array,
     values: jax.Array,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.jaxprs import called, enter, evaluate, scan_counts, unchanged
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import dequantize
@@ -17,6 +18,7 @@ from cage_jax.core.rules import Rules, check_rules
 from cage_jax.program.activations import check_no_module, trace
 
 
+@names_checked
 def low_bit(
     function: Callable,
     rules: Rules | None = None,

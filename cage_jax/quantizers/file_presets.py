@@ -1,11 +1,13 @@
 """Presets named after files: their values are those that the file holds, to the bit."""
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.quantizers.formats import Integer
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Full, Narrow
 from cage_jax.quantizers.scales import AbsMax, MinMax, SignedMax
 
 
+@names_checked
 def q4_0(*, axis: int = -2) -> Quantizer:
     """Returns the quantizer of GGUF's Q4_0: 4 bits in blocks of 32.
 
@@ -24,6 +26,7 @@ def q4_0(*, axis: int = -2) -> Quantizer:
     return _gguf(Integer(4, narrow=False, ties="up"), SignedMax(), axis)
 
 
+@names_checked
 def q4_1(*, axis: int = -2) -> Quantizer:
     """Returns the quantizer of GGUF's Q4_1: 4 bits in blocks of 32 with a minimum.
 
@@ -43,6 +46,7 @@ def q4_1(*, axis: int = -2) -> Quantizer:
     return _gguf(format, MinMax(zero_point=False), axis)
 
 
+@names_checked
 def q8_0(*, axis: int = -2) -> Quantizer:
     """Returns the quantizer of GGUF's Q8_0: 8 bits in blocks of 32, float16 scales.
 
@@ -64,6 +68,7 @@ def _gguf(format, scale, axis):
     return Quantizer(format, scale, axis=axis, group_size=32, scale_type=scale_type)
 
 
+@names_checked
 def ct_w4a16(
     *,
     axis: int = -2,
@@ -94,6 +99,7 @@ def ct_w4a16(
     return _compressed_tensors(4, axis, group_size, symmetric, scale_dtype)
 
 
+@names_checked
 def ct_w8a8(*, axis: int = -2, scale_dtype: str = "float16") -> Quantizer:
     """Returns the weight quantizer of compressed-tensors' W8A8: INT8 per channel.
 

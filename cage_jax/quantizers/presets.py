@@ -1,6 +1,12 @@
 """Presets: named quantizers. Those named after files are in `file_presets`."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
 from cage_jax.arrays.checks import check_choice
+from cage_jax.arrays.names import names_checked
 from cage_jax.quantizers.formats import NF4, Float, FloatName, Integer, MidRise
 from cage_jax.quantizers.quantizer import Gradient, Quantizer
 from cage_jax.quantizers.scale_types import Float8, PowerOfTwo, PowerRounding
@@ -14,6 +20,7 @@ from cage_jax.quantizers.scales import (
 )
 
 Axis = int | tuple[int, ...] | None
+P = ParamSpec("P")
 
 # --- integers -------------------------------------------------------------------------
 
@@ -41,53 +48,62 @@ Example:
 """
 
 
-def _integer_preset(bits: int):
-    def preset(
-        *,
-        axis: Axis = -2,
-        group_size: int | tuple[int | None, ...] | None = None,
-        symmetric: bool = True,
-        narrow: bool | None = None,
-        scale: ScaleRule | None = None,
-        hadamard: int | None = None,
-        gradient: Gradient | None = None,
-    ) -> Quantizer:
-        if not symmetric and narrow:
-            raise ValueError(
-                "`narrow` has no meaning for an asymmetric grid; got symmetric=False, "
-                "narrow=True. Leave `narrow` out."
-            )
-        format = Integer(bits, symmetric if narrow is None else narrow)
-        if scale is None:
-            scale = AbsMax() if symmetric else MinMax()
-        elif isinstance(scale, ScaleRule) and scale.asymmetric == symmetric:
-            raise ValueError(
-                f"`scale` and `symmetric` must agree; got scale={scale}, symmetric="
-                f"{symmetric}. Leave one of them out."
-            )
-        if gradient is None:
-            clips = isinstance(scale, ScaleRule) and scale.clips(format)
-            gradient = "clip" if clips else "identity"
-        return Quantizer(
-            format,
-            scale,
-            axis=axis,
-            group_size=group_size,
-            hadamard=hadamard,
-            gradient=gradient,
+def _integers(
+    bits: int,
+    *,
+    axis: Axis = -2,
+    group_size: int | tuple[int | None, ...] | None = None,
+    symmetric: bool = True,
+    narrow: bool | None = None,
+    scale: ScaleRule | None = None,
+    hadamard: int | None = None,
+    gradient: Gradient | None = None,
+) -> Quantizer:
+    if not symmetric and narrow:
+        raise ValueError(
+            "`narrow` has no meaning for an asymmetric grid; got symmetric=False, "
+            "narrow=True. Leave `narrow` out."
         )
+    format = Integer(bits, symmetric if narrow is None else narrow)
+    if scale is None:
+        scale = AbsMax() if symmetric else MinMax()
+    elif isinstance(scale, ScaleRule) and scale.asymmetric == symmetric:
+        raise ValueError(
+            f"`scale` and `symmetric` must agree; got scale={scale}, symmetric="
+            f"{symmetric}. Leave one of them out."
+        )
+    if gradient is None:
+        clips = isinstance(scale, ScaleRule) and scale.clips(format)
+        gradient = "clip" if clips else "identity"
+    return Quantizer(
+        format,
+        scale,
+        axis=axis,
+        group_size=group_size,
+        hadamard=hadamard,
+        gradient=gradient,
+    )
+
+
+def _with_bits(
+    make: Callable[Concatenate[int, P], Quantizer], bits: int
+) -> Callable[P, Quantizer]:
+    def preset(*args: P.args, **kwargs: P.kwargs) -> Quantizer:
+        return make(bits, *args, **kwargs)
 
     preset.__name__ = preset.__qualname__ = f"int{bits}"
     preset.__doc__ = _INTEGER_PRESET.format(bits=bits, low=-(2 ** (bits - 1)))
-    return preset
+    preset.__signature__ = inspect.signature(functools.partial(make, bits))  # type: ignore[attr-defined]
+    return names_checked(preset)
 
 
-int2 = _integer_preset(2)
-int3 = _integer_preset(3)
-int4 = _integer_preset(4)
-int8 = _integer_preset(8)
+int2 = _with_bits(_integers, 2)
+int3 = _with_bits(_integers, 3)
+int4 = _with_bits(_integers, 4)
+int8 = _with_bits(_integers, 8)
 
 
+@names_checked
 def lsq(
     bits: int = 4,
     *,
@@ -121,10 +137,11 @@ def lsq(
     return Quantizer(format, scale, axis=axis, group_size=group_size, gradient="clip")
 
 
+@names_checked
 def ternary(*, axis: Axis = None, group_size: int | None = None) -> Quantizer:
     """Returns the ternary quantizer: -s, 0 or s, where `s` is the mean of |x|.
 
-    It is not idempotent: see `freeze_scale` of `cage`.
+    It is not idempotent: see `freeze_scale` of `coupled`.
 
     Args:
       axis: the axes that share a scale; None for one scale per tensor, as in BitNet.
@@ -143,6 +160,7 @@ def ternary(*, axis: Axis = None, group_size: int | None = None) -> Quantizer:
 # --- without a zero -------------------------------------------------------------------
 
 
+@names_checked
 def quest(
     bits: int,
     *,
@@ -156,7 +174,7 @@ def quest(
     It rotates the contracted axis by a block-Hadamard matrix, scales by `c * rms` with
     the MSE-optimal `c` for a unit Gaussian, rounds to the mid-rise grid (2**bits
     levels, no zero) and rotates back. It is not idempotent: see `freeze_scale` of
-    `cage`.
+    `coupled`.
 
     Args:
       bits: 1 to 8.
@@ -187,6 +205,7 @@ def quest(
     )
 
 
+@names_checked
 def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
     """Returns the binary quantizer: -s or s, where `s` is the mean of |x|.
 
@@ -207,6 +226,7 @@ def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
 # --- floating point -------------------------------------------------------------------
 
 
+@names_checked
 def fp8(
     name: FloatName = "e4m3", *, axis: Axis = -2, group_size: int | None = None
 ) -> Quantizer:
@@ -234,6 +254,7 @@ def fp8(
     return Quantizer(Float(name), AbsMax(), axis=axis, group_size=group_size)
 
 
+@names_checked
 def mxfp8(
     name: FloatName = "e4m3", *, axis: int = -2, rounding: PowerRounding = "down"
 ) -> Quantizer:
@@ -259,6 +280,7 @@ def mxfp8(
     return _microscaling(name, axis, rounding)
 
 
+@names_checked
 def mxfp6(
     name: FloatName = "e2m3", *, axis: int = -2, rounding: PowerRounding = "down"
 ) -> Quantizer:
@@ -282,6 +304,7 @@ def mxfp6(
     return _microscaling(name, axis, rounding)
 
 
+@names_checked
 def mxfp4(*, axis: int = -2, rounding: PowerRounding = "down") -> Quantizer:
     """Returns the MXFP4 quantizer: FP4 in blocks of 32 with a power-of-two scale.
 
@@ -308,6 +331,7 @@ def _microscaling(name, axis, rounding):
     )
 
 
+@names_checked
 def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
     """Returns the NVFP4 quantizer: FP4 in blocks of 16 with E4M3 scales.
 
@@ -333,6 +357,7 @@ def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
 # --- codebooks ------------------------------------------------------------------------
 
 
+@names_checked
 def nf4(*, axis: Axis = -2, group_size: int | None = 64) -> Quantizer:
     """Returns the NF4 quantizer: 16 quantiles of a normal distribution.
 

@@ -187,8 +187,8 @@ class Quantizer:
         """Whether quantizing quantized values again leaves them as they are.
 
         This holds up to rounding. If a quantizer is not idempotent, the weights drift
-        under a long correction: see the norm drift in the statistics of `cage`, and
-        its `freeze_scale`.
+        under a long correction: see the norm drift in the statistics of
+        `coupled`, and its `freeze_scale`.
         """
         if self.rounding != "nearest" or not self.scale_type.idempotent(self.format):
             return False

@@ -6,9 +6,11 @@ of its own, the line can be, for a format `Logarithmic`::
     "log3": Preset(Logarithmic, partial(Quantizer, Logarithmic(3)), "powers of two"),
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cage_jax.arrays.names import did_you_mean
 from cage_jax.quantizers.file_presets import ct_w4a16, ct_w8a8, q4_0, q4_1, q8_0
 from cage_jax.quantizers.formats import Codebook, Float, Format, Integer, MidRise
 from cage_jax.quantizers.presets import (
@@ -67,3 +69,28 @@ PRESETS: dict[str, Preset] = {
     "ct_w8a8": Preset(Integer, ct_w8a8, "8 bits, a scale per output"),
 }
 """All presets by name, in the order of the command line's help."""
+
+
+def named(name: str, *, inputs: bool = False) -> Quantizer:
+    """Returns the quantizer of a preset's name, with the preset's own settings.
+
+    Args:
+      name: a key of `PRESETS`.
+      inputs: whether it is for data, whose features are on the last axis. Presets that
+        share a scale along the contracted axis get `axis=-1` then, so that each token
+        has its own; those with one scale per tensor keep it.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"a preset must be one of {', '.join(PRESETS)}; got {name!r}."
+            f"{did_you_mean(name, PRESETS)}"
+        )
+    make = PRESETS[name].make
+    parameters = inspect.signature(make).parameters
+    missing = [p.name for p in parameters.values() if p.default is p.empty]
+    if missing:
+        raise ValueError(
+            f"a preset that is given by name must need no settings; got {name!r}, "
+            f"which needs `{missing[0]}`. Call it: {name}({missing[0]}=4)."
+        )
+    return make(axis=-1) if inputs and parameters["axis"].default == -2 else make()

@@ -1,7 +1,6 @@
 """Rules for a model trained with qwix, and warnings where both conflict."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import qwix
 from flax import linen, nnx
 
+from cage_jax.arrays.checks import warn
 from cage_jax.core.rules import Rules
 from cage_jax.qwix.quantizer import QwixQuantizer
 from cage_jax.qwix.trace import quantized_parameters
@@ -73,7 +73,7 @@ def rules(
     for path in (path for path in params if path in uses):
         quantizers[path], problem = _quantizer(uses[path], params[path])
         if problem is not None:
-            warnings.warn(f"`{path}`: {problem}", stacklevel=2)
+            warn(f"`{path}`: {problem}")
     if not quantizers:
         raise ValueError(
             f"`qwix_rules` must quantize a weight of the model; got module_path="
@@ -82,7 +82,7 @@ def rules(
             f"layers of flax or jnp.einsum; qwix does not see `x @ w`."
         )
     for text in _conflicts(uses, quantizers, qwix_rules, params):
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     return Rules([(re.escape(path), each) for path, each in quantizers.items()])
 
 

@@ -76,7 +76,9 @@ def batch():
 
 
 def optimizer():
-    return cage.cage_adamw(1e-2, RULES, STRENGTH, freeze_scale=True, statistics=True)
+    return cage.cage_adamw(
+        1e-2, RULES, strength=STRENGTH, freeze_scale=True, statistics=True
+    )
 
 
 def trained(tx, params, batch):

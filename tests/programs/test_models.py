@@ -49,7 +49,7 @@ def drawn(rng, like):
 
 def optimizer(rules, learning_rate):
     strength = cage.silence_then_ramp(STEPS, silence=SILENCE)
-    return cage.cage_adamw(learning_rate, rules, strength, statistics=True)
+    return cage.cage_adamw(learning_rate, rules, strength=strength, statistics=True)
 
 
 def check_training(losses, statistics):

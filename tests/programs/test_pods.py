@@ -71,7 +71,7 @@ def test_cage_adds_only_the_scales_of_split_rows(found, standard_promotion):
     with jax.numpy_rank_promotion("allow"):
         for adamw in (
             lambda: optax.adamw(1e-3),
-            lambda: cage.cage_adamw(1e-3, found["rules"], 1.0),
+            lambda: cage.cage_adamw(1e-3, found["rules"], strength=1.0),
         ):
             found["tx"] = optax.apply_if_finite(adamw(), 10)
             state = jax.jit(found["tx"].init)(found["params"])

@@ -88,7 +88,7 @@ def test_clipping_leaves_the_correction_alone():
     params = found["params"]
     huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), params)
     rules = found["rules"]
-    tx = cage.cage_adamw(1e-3, rules, 5.0)
+    tx = cage.cage_adamw(1e-3, rules, strength=5.0)
     clipped = jax.tree.map(lambda g: g / np.sqrt(16 * 8 + 8) / 1e6, huge)
     expected, _ = tx.update(clipped, tx.init(params), params)
     chained = found["optax"].chain(found["optax"].clip_by_global_norm(1.0), tx)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.optim.curvature.averages import (
     advance,
     average,
@@ -42,6 +43,7 @@ class DiagonalState(NamedTuple):
     clamped: jax.Array | None
 
 
+@names_checked
 def diagonal(
     estimate: Callable[[Step, jax.Array], dict[str, jax.Array]],
     *,

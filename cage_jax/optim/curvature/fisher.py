@@ -33,7 +33,7 @@ def fisher(
       >>> from cage_jax import curvature
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> source = curvature.fisher(examples=64, relative=True)
-      >>> tx = cage.cage_adamw(1e-3, rules, 10.0, curvature=source)
+      >>> tx = cage.cage_adamw(1e-3, rules, strength=10.0, curvature=source)
 
     Source: Amari 1998; the empirical one is what Adam's second moment averages.
     """

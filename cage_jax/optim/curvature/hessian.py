@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_mul, tree_sum
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.optim.curvature.diagonal import diagonal
 from cage_jax.optim.curvature.source import (
     Arrays,
@@ -34,7 +35,8 @@ def hutchinson(**options: Any) -> Curvature:
       >>> from cage_jax import curvature
       >>> rules = cage.Rules([(r"w", cage.int4())])
       >>> source = curvature.hutchinson(decay=0.9)
-      >>> tx = optax.chain(cage.cage(rules, 1.0, curvature=source), optax.sgd(0.1))
+      >>> pull = cage.coupled(rules, strength=1.0, curvature=source)
+      >>> tx = optax.chain(pull, optax.sgd(0.1))
       >>> def loss(params):
       ...     w = cage.fake_quant(params, rules)["w"]
       ...     return jnp.sum(jnp.array([[1.0], [4.0]]) * (w - 0.3) ** 2)
@@ -70,6 +72,7 @@ def gauss_newton(**options: Any) -> Curvature:
     return probed_diagonal(_gauss_newton_times, **options)
 
 
+@names_checked
 def hessian() -> Curvature:
     """Weights errors by the exact Hessian: pulls along `H e`, without a state.
 

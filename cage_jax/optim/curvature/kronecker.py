@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int
+from cage_jax.arrays.names import names_checked
 from cage_jax.optim.curvature.averages import (
     advance,
     average,
@@ -31,6 +32,7 @@ class KroneckerState(NamedTuple):
     right: dict[str, jax.Array]
 
 
+@names_checked
 def kronecker(examples: int = 1, *, decay: float = 0.99, period: int = 1) -> Curvature:
     """Weights errors by the Fisher information as a Kronecker product.
 

@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import optax
 
+from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.optim.curvature.source import Curvature, mean_of_all, stateless_source
 
 
+@names_checked
 def second_moment(b2: float = 0.999, *, relative: bool = False) -> Curvature:
     """Weights errors by the root of Adam's second moment.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.factors import Factors
+from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.quantizers.quantizer import Quantizer
@@ -107,6 +108,7 @@ def is_near(strength: ScalarOrSchedule, count: jax.Array) -> jax.Array:
     return ((now != 0) | (soon != 0)) & (count >= 0)
 
 
+@names_checked
 def stateless_source(
     function: Callable[[Arrays, Step], dict[str, jax.Array]],
 ) -> Curvature:
@@ -122,7 +124,7 @@ def stateless_source(
       >>> rules = cage.Rules([(r".*kernel", cage.int4())])
       >>> double = curvature.stateless_source(
       ...     lambda errors, step: {path: 2 * e for path, e in errors.items()})
-      >>> tx = cage.cage(rules, 0.5, curvature=double)
+      >>> tx = cage.coupled(rules, strength=0.5, curvature=double)
     """
     return Curvature(
         lambda params: (),
@@ -131,6 +133,7 @@ def stateless_source(
     )
 
 
+@names_checked
 def apply_weights(
     weights: jax.Array, error: jax.Array, quantizer: Quantizer
 ) -> jax.Array:
