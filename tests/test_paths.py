@@ -1,5 +1,6 @@
 """Paths of parameters: trees of all kinds read alike."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -9,8 +10,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from cases import assert_raises
 from flax import nnx
 
+import cage_jax as cage
 from cage_jax import Rules, int4
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 
@@ -133,6 +136,45 @@ def test_what_is_left_out_and_what_is_not():
     assert paths({"batch_stats": {"mean": leaf}}) == ["batch_stats/mean"]
     assert paths([{"params": leaf}]) == ["0/params"]
     assert paths(leaf) == [""]
+
+
+def test_arrays_in_one_box_have_paths_of_their_own():
+    cache = nnx.Variable({"key": np.ones(1), "value": np.ones(1)})
+    assert paths({"cache": cache}) == ["cache/key", "cache/value"]
+    assert paths({"cache": nn.Partitioned([1.0, 2.0], ("x",))}) == [
+        "cache/0",
+        "cache/1",
+    ]
+
+
+def test_two_leaves_of_one_path_are_refused():
+    kernel = np.ones((4, 4), np.float32)
+    rules = Rules([(".*", int4())])
+    for tree, text in (
+        (
+            {"a/b": kernel, "a": {"b": kernel}},
+            r"^`a/b`: .*\['a'\]\['b'\] and \['a/b'\]",
+        ),
+        (
+            collections.OrderedDict({1: kernel, "1": kernel}),
+            r"^`1`: .*\[1\] and \['1'\]",
+        ),
+        (
+            {"params": [kernel], "0": kernel},
+            r"^`0`: .* got \['0'\] and \['params'\]\[0\]",
+        ),
+    ):
+        assert_raises(
+            (lambda call=call, tree=tree: call(tree, rules), ValueError, text)
+            for call in (
+                cage.fake_quant,
+                cage.quantize,
+                cage.quantization_error,
+                cage.with_grids,
+                lambda tree, rules: rules.report(tree),
+                lambda tree, rules: cage.cage(rules, strength=1.0).init(tree),
+            )
+        )
 
 
 def test_a_registered_node_without_keys():

@@ -121,12 +121,6 @@ def test_errors_of_the_function_name_the_parameter():
         Rules([(".*mlp", int8())]).map(fail, PARAMS)
 
 
-def test_two_parameters_with_one_path():
-    tree = {"params": {"a": ones(2, 2)}, "a": ones(2, 2)}
-    with pytest.raises(ValueError, match=r"^`a`: paths must .* got two .*Rename one"):
-        Rules([("a", int4())]).quantized(tree)
-
-
 def test_on_shapes():
     shapes = jax.eval_shape(lambda: PARAMS)
     rules = Rules([(".*mlp", int4())])

@@ -12,6 +12,7 @@ from jax.tree_util import (
     GetAttrKey,
     KeyPath,
     SequenceKey,
+    keystr,
     tree_flatten_with_path,
 )
 
@@ -32,11 +33,22 @@ def flatten_with_paths(
 
     Returns:
       Paths such as "layers/0/attention/kernel", leaves, and the structure.
+
+    Raises:
+      ValueError: if two leaves have one path.
     """
     keys, leaves, structure = flatten_with_keys(
         tree, lambda node: isinstance(node, leaf_types)
     )
-    return [_joined(key_path) for key_path in keys], leaves, structure
+    paths = [_joined(key_path) for key_path in keys]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        places = [keystr(k) for k, path in zip(keys, paths) if path == twice]
+        raise ValueError(
+            f"`{twice}`: paths must be unique; got {' and '.join(places[:2])}. Rename "
+            f"one of them, or use one kind of key for both."
+        )
+    return paths, leaves, structure
 
 
 def flatten_with_keys(
@@ -49,8 +61,11 @@ def flatten_with_keys(
 
     keys: list[KeyPath] = []
     for key_path, node in tree_flatten_with_path(tree, is_leaf=stop)[0]:
-        inside = len(jax.tree.leaves(node, is_leaf=is_leaf)) if _is_box(node) else 1
-        keys += [key_path] * inside
+        if _is_box(node):  # its only key, such as `value`, is left out
+            inside = tree_flatten_with_path(node, is_leaf)[0]
+            keys += [(*key_path, *path[1:]) for path, _ in inside]
+        else:
+            keys.append(key_path)
     leaves, structure = jax.tree.flatten(tree, is_leaf)
     return keys, leaves, structure
 
@@ -103,4 +118,4 @@ def name_of(key: Any) -> str:
             return str(index)
         case GetAttrKey(name=name):
             return name
-    return jax.tree_util.keystr((key,), simple=True)
+    return keystr((key,), simple=True)

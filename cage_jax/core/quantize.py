@@ -86,8 +86,9 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     Raises:
       TypeError: for integers, complex numbers, and a quantizer of the wrong kind.
       ValueError: for an axis out of range, a group or a Hadamard block that does not
-        divide, and a grid of the wrong shape; for `implementation` "pallas" if no
-        kernel can run. In a tree the message begins with the parameter's path.
+        divide, and a grid of the wrong shape or with impossible values; for
+        `implementation` "pallas" if no kernel can run. In a tree the message begins
+        with the parameter's path; two leaves of one path are an error too.
 
     Example:
       >>> import cage_jax as cage

@@ -196,11 +196,6 @@ class Rules:
             quantizer = self._quantizer(path, leaf)
             if quantizer is None:
                 continue
-            if path in found:
-                raise ValueError(
-                    f"`{path}`: paths must be unique; got two parameters with this "
-                    f"one. Rename one of them, or use one kind of key for both."
-                )
             with path_in_errors(path):
                 quantizer.blocks(leaf.shape)
             found[path] = (quantizer, leaf, *other)
