@@ -1,6 +1,7 @@
 """Grids that are given, found in two halves, or learned."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from cage_jax import (
     int4,
     int8,
     lsq,
+    nvfp4,
+    q4_0,
     quantization_error,
     quantize,
     quest,
@@ -178,6 +181,48 @@ def test_bad_grids():
     )
 
 
+def test_values_that_no_grid_has():
+    tensor, learned = nvfp4(axis=0), lsq(4, axis=0, offset=True)
+    good = {
+        int4(): Grid(ones(1, 3)),
+        int4(symmetric=False): Grid(ones(1, 3), 7 * ones(1, 3)),
+        q4_0(axis=0): Grid(-ones(1, 3)),
+        tensor: Grid(ones(2, 3), tensor_divisor=ones(1, 1)),
+        learned: Grid(ones(1, 3), offset=-ones(1, 3)),
+    }
+    for quantizer, grid in good.items():
+        x = ones(32 if quantizer in (tensor, q4_0(axis=0)) else 8, 3)
+        traced = jax.jit(functools.partial(fake_quant, x, quantizer))
+        assert np.isfinite(traced(grid=grid)).all(), quantizer
+        for part, text, bad_values in (
+            ("scale", "scales", (np.nan, np.inf, -1.0)),
+            ("zero_point", "zero points", (np.nan, np.inf, 0.5, -9, 8)),
+            ("offset", "offsets", (np.nan, -np.inf)),
+            ("tensor_divisor", "tensor divisors", (np.nan, np.inf, 0, -1.0)),
+        ):
+            value = getattr(grid, part)
+            for bad in () if value is None else bad_values:
+                if quantizer.scale.signed and bad == -1:
+                    continue
+                first = np.arange(value.size).reshape(value.shape) == 0
+                broken = np.where(first, np.float32(bad), value)
+                given = grid._replace(**{part: broken})
+                words = f"^`grid` must have {text} that are .*; got {bad:g}, quant"
+                assert_raises(
+                    (
+                        functools.partial(each, x, quantizer, grid=given),
+                        ValueError,
+                        words,
+                    )
+                    for each in (fake_quant, quantize, quantization_error)
+                )
+                traced(grid=given)  # values that are traced are not known
+    # Those of a constant are known while something else is traced.
+    given = Grid(-ones(1, 3))
+    with pytest.raises(ValueError, match="got -1"):
+        jax.jit(lambda x: fake_quant(x, int4(), grid=given))(ONES)
+
+
 def test_bad_grids_of_a_tree():
     rules = Rules([("a", int4())])
     assert_raises(
@@ -190,6 +235,7 @@ def test_bad_grids_of_a_tree():
             (Grid(ones(1, 3)), TypeError, r"map .*got Grid\. Use the"),
             ({}, ValueError, r"have an entry .*got the paths \[\]\. Add this"),
             ({"a": Grid(ones(3))}, ValueError, r"have one scale .*\(3,\)"),
+            ({"a": Grid(-ones(1, 3))}, ValueError, "have scales .*at least 0; got -1"),
         ]
     )
 
@@ -389,7 +435,7 @@ def test_a_learned_scale_that_is_not_positive():
     compiled = jax.jit(lambda grid: fake_quant(ONES, lsq(4), grid=grid))
     for scale in (0.0, -0.1, np.nan):
         grid = Grid(np.float32([[scale]]))
-        with pytest.raises(ValueError, match=r"positive scales; got .*with_grids"):
+        with pytest.raises(ValueError, match=r"scales .* positive; got .*with_grids"):
             fake_quant(ONES, lsq(4), grid=grid)
         assert np.all(np.isnan(compiled(grid))), scale
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cage_jax.arrays.blocks import Blocks
 from cage_jax.arrays.names import names_checked
@@ -131,10 +132,33 @@ def check_grid(grid: Grid, quantizer: Quantizer, blocks: Blocks) -> None:
                 f"shape {jnp.shape(value)}, x.shape={blocks.shape}. Take the grid from "
                 f"the state of the same rules."
             )
-    if quantizer.scale.needs_grid and not isinstance(grid.scale, jax.core.Tracer):
-        least = float(jnp.min(grid.scale)) if grid.scale.size else 1.0
-        if not least > 0:
-            raise ValueError(
-                f"`grid` must have positive scales; got {least}. Lower the "
-                f"learning rate of the scales, or restart them with with_grids."
-            )
+    for name, value in grid._asdict().items():
+        if value is None or isinstance(value, jax.core.Tracer):
+            continue
+        if getattr(value, "is_fully_addressable", True):
+            _check_values(name, np.asarray(value, np.float64), quantizer)
+
+
+def _check_values(name, values, quantizer):
+    """Raises if a part of a grid has values that no scale rule finds."""
+    scale, format, right = quantizer.scale, quantizer.format, np.isfinite(values)
+    if name == "zero_point":
+        rule = f"whole numbers from {format.low:g} to {format.high:g}"
+        right &= values == np.clip(np.round(values), format.low, format.high)
+    elif name == "offset" or scale.signed:
+        rule = "finite"
+    elif name == "scale" and not scale.needs_grid:
+        rule, right = "finite and at least 0", right & (values >= 0)
+    else:
+        rule, right = "finite and positive", right & (values > 0)
+    if right.all():
+        return
+    remedy = "Look for NaN where it was found, or take it from the state of the rules."
+    if scale.learned:
+        remedy = "Lower the learning rate of grids, or restart them with with_grids."
+    elif scale.needs_grid:
+        remedy = "Calibrate again, on data without NaN and not only zeros."
+    raise ValueError(
+        f"`grid` must have {name.replace('_', ' ')}s that are {rule}; got "
+        f"{values[~right][0]:g}, quantizer {quantizer}. {remedy}"
+    )
