@@ -188,7 +188,7 @@ def test_scales_across_what_is_summed_over(rng):
     text = "conv, weight: its product sums over axis (0, 1, 2) of (3, 3, 16, 32)"
     finding(found, text, "Use axis=(0, 1, 2).")
     # A float32 scale for each four weights.
-    finding(found, "heads, weight: its scales cost 8.0 bits a weight", "(128, 1, 32)")
+    finding(found, "`heads`: its scales cost 8.0 bits a weight", "(128, 1, 32)")
     right = {name: row[3] for name, row in EQUATIONS.items()}
     assert findings(right | {"conv": (0, 1, 2)}) == ()
     assert findings(dict.fromkeys(EQUATIONS)) == ()

@@ -129,6 +129,52 @@ def test_quantizers_of_inputs_have_a_line():
     )
 
 
+def test_scales_that_cost_too_much():
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    axes = "Set `axis` to the axes of its inputs, such as axis=0 for (in, heads, size) "
+    axes += "and axis=(0, 1, 2) for the kernel of a convolution."
+    leave = "Leave it alone by a rule with None, or use axis=None for one scale."
+    table = [  # by hand: a float32 scale for each 16, 1, 8 and 2 weights
+        (int4(), shape(3, 3, 16, 32), (2, 4, (3, 3, 1, 32), 18432, 3456, axes)),
+        (int4(), shape(3, 3, 1, 64), (32, 4, (3, 3, 1, 64), 2304, 2592, leave)),
+        (int4(), shape(8, 4096), (4, 4, (1, 4096), 131072, 32768, leave)),
+        (
+            int4(group_size=2),
+            shape(64, 64, dtype=jnp.bfloat16),
+            (
+                16,
+                4,
+                (32, 64),
+                8192,
+                10240,
+                "Use a larger group_size, or leave it alone",
+            ),
+        ),
+        (int4(axis=(0, 1, 2)), shape(3, 3, 16, 32), None),
+        (int4(), shape(24, 512), None),  # a third, 32 bits for 24 * 4
+        (int4(), shape(23, 512), (1.4, 4, (1, 512), 47104, 7936, leave)),
+        (int4(), shape(8, 256), None),  # small
+        (int4(group_size=8), shape(64, 64), None),  # as it was asked for
+        (None, shape(3, 3, 1, 64), None),
+        (quest(2), shape(128, 128), None),
+    ]
+    for quantizer, array, expected in table:
+        report = Rules([("a.*", quantizer)]).report({"a": array, "ab": array})
+        if expected is None:
+            assert report.costs == ()
+            continue
+        spent, codes, scales, before, after, remedy = expected
+        (found,) = report.costs
+        assert found.startswith(
+            f"`a` and 1 more: its scales cost {spent:.1f} bits a weight beside codes "
+            f"of {codes}, since few weights share one: {scales} scales for "
+            f"{array.shape} weights, {before} bytes become {after}. {remedy}"
+        )
+        assert str(report).endswith("\n" + found)
+
+
 def test_nothing_to_report():
     report = Rules([]).report({})
     assert (report.rows, report.bytes_before, report.bits_per_weight) == ((), 0, 0.0)

@@ -11,6 +11,11 @@ from jax.sharding import NamedSharding
 from cage_jax.arrays.sharding import devices_along
 from cage_jax.quantizers.quantizer import Quantizer
 
+# A remark is worth it where scales cost more than this share of the codes; the groups
+# of common files, such as 32 with 16 bits for a scale and 16 for an offset, cost 1/4.
+_MAX_SCALE_SHARE = 1 / 3
+_MIN_WEIGHTS = 4096  # and where that is more than a few bytes
+
 
 class Row(NamedTuple):
     """One parameter of a `Report`.
@@ -57,6 +62,40 @@ class Row(NamedTuple):
         """Bits per weight, scales and zero points included."""
         return 8 * self.bytes_after / self.size if self.size else 0.0
 
+    @property
+    def costs(self) -> str | None:
+        """What scales cost and what to do, where they cost too much; else None."""
+        quantizer, bits = self.quantizer, self.quantized_bits
+        if quantizer is None or bits is None or not quantizer.has_codes:
+            return None
+        scales, codes = (
+            quantizer.blocks(self.shape).scale_shape,
+            self.size * quantizer.bits,
+        )
+        allowed, spent = _MAX_SCALE_SHARE * codes, bits - codes
+        chosen = quantizer.group_size is not None
+        costly = self.size >= _MIN_WEIGHTS and spent > allowed and not chosen
+        if not costly and self.bytes_after < self.bytes_before:
+            return None
+        coarser = spent * self.shape[-1] / math.prod(scales)  # with a scale per output
+        if chosen:
+            remedy = "Use a larger group_size, or leave it alone by a rule with None."
+        elif len(self.shape) > 2 and coarser <= allowed:
+            remedy = (
+                "Set `axis` to the axes of its inputs, such as axis=0 for (in, heads, "
+                "size) and axis=(0, 1, 2) for the kernel of a convolution."
+            )
+        else:
+            remedy = (
+                "Leave it alone by a rule with None, or use axis=None for one scale."
+            )
+        return (
+            f"its scales cost {spent / self.size:.1f} bits a weight beside codes of "
+            f"{quantizer.bits}, since few weights share one: {scales} scales for "
+            f"{self.shape} weights, {self.bytes_before} bytes become "
+            f"{self.bytes_after}. {remedy}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -89,14 +128,12 @@ class Report:
     @property
     def splits(self) -> tuple[str, ...]:
         """Reasons why devices exchange weights, each once with its first path."""
-        paths: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.split is not None:
-                paths.setdefault(row.split, []).append(row.path)
-        return tuple(
-            f"`{first}`{f' and {len(more)} more' if more else ''}: {split}"
-            for split, (first, *more) in paths.items()
-        )
+        return _by_text((row.path, row.split) for row in self.rows)
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """What to do about scales that cost too much, each once with its first path."""
+        return _by_text((row.path, row.costs) for row in self.rows)
 
     def __str__(self) -> str:
         cells = [("path", "shape", "quantizer", "bits", "bytes", "becomes")]
@@ -112,7 +149,19 @@ class Report:
                 f"{inputs[0].inputs}; in a model of quantize_activations"
             )
         lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
-        return "\n".join([*lines, *self.splits])
+        return "\n".join([*lines, *self.splits, *self.costs])
+
+
+def _by_text(remarks):
+    """Returns each text once, behind the first path that has it."""
+    paths: dict[str, list[str]] = {}
+    for path, text in remarks:
+        if text is not None:
+            paths.setdefault(text, []).append(path)
+    return tuple(
+        f"`{first}`{f' and {len(more)} more' if more else ''}: {text}"
+        for text, (first, *more) in paths.items()
+    )
 
 
 def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | None:

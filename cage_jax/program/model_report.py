@@ -30,8 +30,6 @@ from cage_jax.quantizers.rounding import rounding
 _MAX_CLIPPED = 0.01  # fraction of values beyond the grid
 _MAX_UNUSED = 0.5  # fraction of the levels that no value takes
 _MIN_VALUES_PER_LEVEL = 16  # values per level, for unused levels to mean something
-_MAX_SCALE_BITS = 2  # bits per weight that scales cost
-_MIN_WEIGHTS = 4096  # weights, for the cost of scales to matter
 _MAX_ERROR_RATIO = 1.5  # error divided by that of normal numbers
 
 
@@ -179,7 +177,7 @@ def report(
             measured = _mean(_measured(leaf, row.quantizer, grid))
         layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
     unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
-    findings = (*unused, *rows.splits, *_findings(layers, rules))
+    findings = (*unused, *rows.splits, *rows.costs, *_findings(layers, rules))
     return ModelReport(tuple(layers), findings)
 
 
@@ -260,26 +258,11 @@ def _findings(layers, rules):
                 f"quantizer from its rule."
             )
         if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
-            yield from _costly(layer.weight)
             yield from _across(layer)
         yield from _misfit(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
             size = math.prod((*each.product.shape, *each.product.repeats))
             yield from _misfit(f"{path}, input", each.quantizer, each, size)
-
-
-def _costly(row):
-    if row.size < _MIN_WEIGHTS:
-        return
-    more = row.bits_per_weight - row.quantizer.bits
-    scales = row.quantizer.blocks(row.shape).scale_shape
-    if more > _MAX_SCALE_BITS:
-        yield (
-            f"{row.path}, weight: its scales cost {more:.1f} bits a weight, since few "
-            f"weights share one: {scales} scales for {row.shape} weights. Set `axis` "
-            f"to the axes of its inputs, such as axis=0 for (in, heads, size) and "
-            f"axis=(0, 1, 2) for the kernel of a convolution."
-        )
 
 
 def _across(layer):
