@@ -172,7 +172,7 @@ def test_two_leaves_of_one_path_are_refused():
                 cage.quantization_error,
                 cage.with_grids,
                 lambda tree, rules: rules.report(tree),
-                lambda tree, rules: cage.cage(rules, strength=1.0).init(tree),
+                lambda tree, rules: cage.coupled(rules, strength=1.0).init(tree),
             )
         )
 
