@@ -17,7 +17,7 @@ from cage_jax.arrays.exact import compute_dtype, divide
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.optim.curvature.source import Curvature, Step, is_near
+from cage_jax.optim.curvature.source import Curvature, Step, step_source
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     check_strength,
@@ -105,7 +105,6 @@ def correction(
     curvature: Curvature | None,
     freeze_scale: bool,
     statistics: bool | int,
-    is_read_often: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `step_size(count) * strength * (x - Q(x))` to the updates.
 
@@ -117,7 +116,6 @@ def correction(
       curvature: as in `coupled`.
       freeze_scale: as in `coupled`.
       statistics: as in `coupled`.
-      is_read_often: whether what follows reads an update several times, as Adam does.
 
     Returns:
       A transformation. Its `update` takes three more arguments: the `gradients` and the
@@ -176,9 +174,10 @@ def correction(
             if fused is None:
                 # Without an optimizer before it, the updates are the gradients.
                 gradients = updates if gradients is None else gradients
-                near = is_near(strength, count)
-                step = Step(gradients, params, rules, inner_state, extra_args, near)
-                fused = Fused({}, step, curvature.update(source, step))
+                inputs = gradients, params, rules, inner_state, extra_args
+                fused = Fused(
+                    {}, *step_source(curvature, source, strength, count, *inputs)
+                )
             source = fused.source
             errors = _weighted(curvature, source, fused.step, found)
         if period:
@@ -195,6 +194,8 @@ def correction(
                 return update
             _, _, is_pulling, update = found[path]
             update = _pulled(update, factor, errors[path], is_pulling)
+            # An optimizer that divides by the root reads the update several times.
+            is_read_often = curvature is not None and curvature.times_root
             return _after(count >= 0, update) if is_read_often else update
 
         updates = rules.map(correct, params, updates)

@@ -31,7 +31,7 @@ from cage_jax.arrays.sharding import shards_of
 from cage_jax.core.grids import grid_at
 from cage_jax.core.rules import Rules
 from cage_jax.optim.correction import CageState, Fused, reductions_if
-from cage_jax.optim.curvature.source import Curvature, Step, is_near
+from cage_jax.optim.curvature.source import Curvature, step_source
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
 from cage_jax.pallas.candidates import adamw_kernels
@@ -156,10 +156,11 @@ def _step(kernel_steps, tx, gradients, state, params):
     numbers, curvature = _step_numbers(tx.options, state), tx.options.curvature
     step, source, weights = None, None, {}
     if curvature is not None:
-        rules, strength = tx.options.rules, tx.options.strength
-        near = is_near(strength, cage_state.cage_count)
-        step = Step(gradients, params, rules, state[0], {}, near)
-        source = curvature.update(cage_state.curvature, step)
+        count, rules = cage_state.cage_count, tx.options.rules
+        inputs = gradients, params, rules, state[0], {}
+        step, source = step_source(
+            curvature, cage_state.curvature, tx.options.strength, count, *inputs
+        )
         weights = curvature.weights(source, step.quantized)
     trees = gradients, adam.mu, adam.nu, params
     arrays = dict(zip(paths, zip(*map(structure.flatten_up_to, trees))))

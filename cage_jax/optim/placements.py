@@ -144,7 +144,6 @@ def coupled(
         curvature=curvature,
         freeze_scale=freeze_scale,
         statistics=statistics,
-        is_read_often=total_steps is not None,
     )
 
 

@@ -153,6 +153,7 @@ def factored(
         weigh,
         is_elementwise=True,
         weights=None if times_root else weights_of,
+        times_root=times_root,
     )
 
 

@@ -92,6 +92,8 @@ class Curvature(NamedTuple):
         It is then computed at every step, in one pass with the optimizer.
       weights: maps the state, quantizers and arrays by path to those weights by path,
         where each is a product of two vectors; otherwise None.
+      times_root: whether errors are multiplied by what an optimizer after the
+        correction divides by, such as Adam.
     """
 
     init: Callable[[Quantized], Any]
@@ -99,9 +101,22 @@ class Curvature(NamedTuple):
     weigh: Callable[[dict[str, jax.Array], Any, Step], dict[str, jax.Array]]
     is_elementwise: bool = False
     weights: Callable[[Any, Quantized], dict[str, Factors]] | None = None
+    times_root: bool = False
 
 
-def is_near(strength: ScalarOrSchedule, count: jax.Array) -> jax.Array:
+def step_source(
+    curvature: Curvature,
+    state: Any,
+    strength: ScalarOrSchedule,
+    count: jax.Array,
+    *inputs: Any,
+) -> tuple[Step, Any]:
+    """Returns the `Step` of these inputs, the first five, and the state after it."""
+    step = Step(*inputs, _is_near(strength, count))
+    return step, curvature.update(state, step)
+
+
+def _is_near(strength, count):
     """Returns whether the strength is positive at a step or will be 100 steps later."""
     now, soon = (jnp.asarray(value_at(strength, n)) for n in (count, count + _NEAR))
     # A number is made to depend on the count: compilers would fold a condition.
