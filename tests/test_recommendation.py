@@ -60,7 +60,7 @@ def test_what_is_recommended_has_its_dose_and_costs_two_vectors(rng):
 
     for _ in range(100):
         params, state = step(params, state)
-    assert tree_get(state, "estimates") == 10
+    np.testing.assert_array_equal(tree_get(state, "estimates"), 10)
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -106,7 +106,17 @@ def test_the_recommended_pull_works_in_every_wrapper(name, rng):
     assert errors[0] < 0.9 * errors[1]
     # An injected strength is a number, which does not tell when the pull begins.
     reads = half if name == "injected numbers" else STEPS
-    assert tree_get(state, "estimates") == reads // 10
+    np.testing.assert_array_equal(tree_get(state, "estimates"), reads // 10)
+
+
+@pytest.mark.filterwarnings("ignore:no parameter is quantized")
+def test_without_a_quantized_parameter_a_step_is_that_of_the_optimizer():
+    params = {"bias": jnp.ones(2)}
+    updates, expected = (
+        tx.update(params, tx.init(params), params)[0]
+        for tx in OPTIMIZERS["a chain before Adam"]
+    )
+    np.testing.assert_array_equal(updates["bias"], expected["bias"])
 
 
 def test_a_state_of_another_source_or_version_is_named():

@@ -19,7 +19,7 @@ from jax import lax
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.sharding import replicated
-from cage_jax.optim.curvature.averages import average, check_averaging, total_weight
+from cage_jax.optim.curvature.averages import check_averaging, total_weight
 from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
 
 # Scaling raises levels above their bound again, by less in each round.
@@ -36,16 +36,16 @@ class FactoredState(NamedTuple):
 
     Attributes:
       steps: the number of steps done with the pull on or near, int32.
-      estimates: the number of gradients averaged, int32.
+      estimates: the number of gradients averaged in each vector, int32.
       rows: the rows of the "inputs" and "outputs" of each parameter, int32, by path.
-      means: the averages, float32, before they are debiased.
+      means: the averages, float32, debiased.
       weights: the weights, float32, before their product is bounded.
-      roots: the roots of the debiased averages, float32; None unless the source
-        multiplies by them.
+      roots: the roots of the averages, float32; None unless the source multiplies by
+        them.
     """
 
     steps: jax.Array
-    estimates: jax.Array
+    estimates: tuple[jax.Array, ...]
     rows: Rows
     means: tuple[jax.Array, ...]
     weights: tuple[jax.Array, ...]
@@ -67,7 +67,9 @@ def factored(
     output, relative to that of the matrix, at most the root of `largest`. The product
     is at most `largest`. The total pull stays nearly the same, and moves to where the
     curvature is. Gradients are read only while the pull is on or near (see `Step`), and
-    errors are not weighted before the first one is read.
+    errors are not weighted before the first one is read. A gradient of a parameter with
+    a NaN or an infinity, or too large for its squares to be added up in float32, is
+    left out.
 
     Args:
       gradients_of: maps a `Step` to gradients by path.
@@ -96,7 +98,9 @@ def factored(
         means = tuple(group.mean_squares(zeros) for group in groups)
         return FactoredState(
             steps=jnp.zeros([], jnp.int32),
-            estimates=jnp.zeros([], jnp.int32),
+            estimates=tuple(
+                group.total(x).astype(jnp.int32) for group, x in zip(groups, means)
+            ),
             rows=_rows(groups),
             means=means,
             weights=jax.tree.map(jnp.ones_like, means),
@@ -107,20 +111,19 @@ def factored(
     def update(state, step):
         groups = _groups(step.quantized)
         _check_state(state, groups)
+        if not groups:  # the rules quantize nothing
+            return state
 
         def read():
             gradients = gradients_of(step)
-            means = tuple(
-                average(decay, before, group.mean_squares(gradients))
-                for group, before in zip(groups, state.means, strict=True)
-            )
-            estimates, roots = state.estimates + 1, None
+            averages = [
+                group.average(decay, group.mean_squares(gradients), count, mean)
+                for group, count, mean in zip(groups, state.estimates, state.means)
+            ]
+            estimates, means = zip(*averages)
+            roots = None
             if times_root:
-                known = total_weight(decay, estimates)
-                roots = tuple(
-                    group.roots(vectors / known)
-                    for group, vectors in zip(groups, means)
-                )
+                roots = tuple(group.roots(mean) for group, mean in zip(groups, means))
             weights = _weights(groups, means, largest)
             return state._replace(
                 estimates=estimates, means=means, weights=weights, roots=roots
@@ -259,6 +262,19 @@ class _Group(NamedTuple):
         blocks = means.reshape(*before, -1, block, *after)
         constant = jnp.mean(blocks, axis + 2, keepdims=True)
         return jnp.broadcast_to(constant, blocks.shape).reshape(means.shape)
+
+    def average(
+        self, decay: float, new: jax.Array, count: jax.Array, mean: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds vectors to the averages of `count` each, except where not finite."""
+        is_finite = jnp.isfinite(self.total(new))
+        count += is_finite.astype(count.dtype)
+        step = (1 - decay) / total_weight(decay, count) * (new - mean)
+        return count, jnp.where(is_finite, mean + step, mean)
+
+    def total(self, vectors: jax.Array) -> jax.Array:
+        """Computes the sum of each vector, with its axes kept."""
+        return jnp.sum(vectors, range(1, vectors.ndim), keepdims=True)
 
     def mean(self, vectors: jax.Array) -> jax.Array:
         """Computes the mean of each vector, with its axes kept."""
