@@ -156,10 +156,12 @@ def _step(kernel_steps, tx, gradients, state, params):
     numbers, curvature = _step_numbers(tx.options, state), tx.options.curvature
     step, source, weights = None, None, {}
     if curvature is not None:
-        count, rules = cage_state.cage_count, tx.options.rules
-        inputs = gradients, params, rules, state[0], {}
         step, source = step_source(
-            curvature, cage_state.curvature, tx.options.strength, count, *inputs
+            curvature,
+            cage_state.curvature,
+            tx.options.strength,
+            cage_state.cage_count,
+            *(gradients, params, tx.options.rules, state[0], {}),
         )
         weights = curvature.weights(source, step.quantized)
     trees = gradients, adam.mu, adam.nu, params

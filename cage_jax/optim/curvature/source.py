@@ -112,7 +112,7 @@ def step_source(
     *inputs: Any,
 ) -> tuple[Step, Any]:
     """Returns the `Step` of these inputs, the first five, and the state after it."""
-    step = Step(*inputs, _is_near(strength, count))
+    step = Step._make([*inputs, _is_near(strength, count)])
     return step, curvature.update(state, step)
 
 
