@@ -14,15 +14,15 @@ import cage_jax as cage
 RULES = cage.Rules([(r".*kernel", cage.int4(group_size=4))])
 WRAPS = cage.decoupled, cage.post_step
 BUILD = {
-    "cage": lambda strength, lr: cage.cage(RULES, strength),
+    "cage": lambda strength, lr: cage.coupled(RULES, strength=strength),
     "decoupled": lambda strength, lr: cage.decoupled(
         optax.sgd(1), RULES, strength=strength, learning_rate=lr
     ),
     "post_step": lambda strength, lr: cage.post_step(
         optax.sgd(1), RULES, strength=strength, learning_rate=lr
     ),
-    "cage_adamw": lambda strength, lr: cage.cage_adamw(lr, RULES, strength),
-    "cage_sgd": lambda strength, lr: cage.cage_sgd(lr, RULES, strength),
+    "cage_adamw": lambda strength, lr: cage.cage_adamw(lr, RULES, strength=strength),
+    "cage_sgd": lambda strength, lr: cage.cage_sgd(lr, RULES, strength=strength),
 }
 WITH_RATE = [name for name in BUILD if name != "cage"]
 PARAMS = {"kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
@@ -32,12 +32,12 @@ def test_an_optimizer_in_place_of_rules():
     assert_raises(
         [
             (
-                lambda: cage.cage(optax.adam(1e-3), 1.0),
+                lambda: cage.coupled(optax.adam(1e-3), strength=1.0),
                 TypeError,
-                r"`rules` must be Rules.*optax\.chain\(cage",
+                r"`rules` must be Rules.*optax\.chain\(coupled",
             ),
             (
-                lambda: cage.cage([(".*", cage.int4())], 1.0),
+                lambda: cage.coupled([(".*", cage.int4())], strength=1.0),
                 TypeError,
                 "`rules` must be Rules; got list",
             ),
@@ -71,10 +71,10 @@ def test_rules_in_place_of_the_optimizer():
 
 
 def test_a_double_correction_is_found_at_init():
-    adamw = optax.MultiSteps(cage.cage_adamw(0.1, RULES, 1.0), 2)
+    adamw = optax.MultiSteps(cage.cage_adamw(0.1, RULES, strength=1.0), 2)
     corrected = (
-        optax.chain(cage.cage(RULES, 1.0), optax.sgd(0.1)),
-        cage.cage_sgd(0.1, RULES, 1.0),
+        optax.chain(cage.coupled(RULES, strength=1.0), optax.sgd(0.1)),
+        cage.cage_sgd(0.1, RULES, strength=1.0),
         adamw.gradient_transformation(),
         optax.inject_hyperparams(cage.cage_sgd)(0.1, RULES, strength=1.0),
     )
@@ -146,12 +146,12 @@ def test_a_strength_that_looks_like_a_number_of_steps_is_warned_of():
 
 def test_a_state_of_another_optimizer_is_said(standard_promotion):
     params = jax.tree.map(jnp.asarray, PARAMS)
-    tx = cage.cage_adamw(0.1, RULES, 1.0)
+    tx = cage.cage_adamw(0.1, RULES, strength=1.0)
     plain = optax.adamw(0.1).init(params)
     tx.update(params, (plain, tx.init(params)[1]), params)
     others = {
-        "statistics": cage.cage_adamw(0.1, RULES, 1.0, statistics=True),
-        "freeze_scale": cage.cage_adamw(0.1, RULES, 1.0, freeze_scale=True),
+        "statistics": cage.cage_adamw(0.1, RULES, strength=1.0, statistics=True),
+        "freeze_scale": cage.cage_adamw(0.1, RULES, strength=1.0, freeze_scale=True),
         "curvature": cage.cage_adamw(0.1, RULES, total_steps=100),
     }
     assert_raises(
@@ -175,7 +175,7 @@ def test_a_state_of_another_optimizer_is_said(standard_promotion):
 
 def test_one_of_several_rules_that_decides_nothing_warns_at_init():
     rules = cage.Rules([(r".*kernal", cage.int8()), (r".*kernel", cage.int4())])
-    tx = cage.cage_sgd(0.1, rules, 1.0)
+    tx = cage.cage_sgd(0.1, rules, strength=1.0)
     with pytest.warns(UserWarning, match=r"'\.\*kernal' matches no .* is 'kernel'"):
         tx.init(PARAMS)
     # A part of the parameters says nothing about the whole table.
