@@ -1,9 +1,11 @@
 """safetensors files: arrays of any dtype by name, in one file or several."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from reprlib import repr as short
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,48 +83,95 @@ def write(
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns the arrays of one file by name, and its metadata.
 
-    The arrays are read-only and mapped from the file, so they are loaded only when
-    used.
+    It needs no library either. The arrays are read-only and mapped from the file, so
+    they are loaded only when used.
 
     Raises:
       MalformedFileError: if the file is truncated, damaged or malicious.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = pathlib.Path(path)
     rule = f"{path.name} must be a safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MOST_HEADER:
             raise malformed(rule, f"a header of {length} bytes")
-        try:
-            # The library checks the header: lengths, gaps, overlaps, dtypes and shapes.
-            with safe_open(str(path), "np"):
-                pass
-        except (SafetensorError, ValueError, OverflowError) as error:
-            raise malformed(rule, error) from error
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
+        header = _json_object(file.read(length), rule)
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not _are_texts(metadata):
+        raise malformed(rule, f"metadata of {short(metadata)}")
+    entries = sorted(
+        (_entry(name, entry, rule) for name, entry in header.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
     # A plain array, because the overhead of a memmap slice exceeds many tensors.
     content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    ends = [0, *(entry.end for entry in entries)]
+    if 8 + length + ends[-1] != len(content):
+        got = f"{len(content)} bytes instead of {8 + length + ends[-1]}"
+        raise malformed(rule, got)
     arrays = {}
-    for name, entry in header.items():
-        if not isinstance(entry, dict):  # the library accepts lists as objects too
-            raise malformed(rule, f"`{name}` as {type(entry).__name__}")
-        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
-        if dtype is None or len(shape) > _MOST_DIMENSIONS:
-            raise malformed(
-                f"`{name}` in {path.name} must have a dtype of {list(_DTYPES)} and at "
-                f"most {_MOST_DIMENSIONS} dimensions",
-                f"{entry['dtype']}, {len(shape)}",
-                "Use another file.",
-            )
-        begin, end = (8 + length + place for place in entry["data_offsets"])
+    for end_before, entry in zip(ends, entries):
+        name, dtype, shape, begin, end = entry
+        size = math.prod(shape) * dtype.itemsize
+        if begin != end_before or end - begin != size:
+            got = f"`{name}`, {size} bytes after {end_before}, at {begin} to {end}"
+            raise malformed(rule, got)
+        part = content[8 + length + begin : 8 + length + end]
         try:
-            arrays[name] = content[begin:end].view(dtype).reshape(shape)
-        except ValueError as error:  # with one size of 0, the others can be anything
+            arrays[name] = part.view(dtype).reshape(shape)
+        except (ValueError, OverflowError) as error:
+            # With one size of 0, the others can be anything.
             raise malformed(rule, f"`{name}` of shape {shape}") from error
     return arrays, metadata
+
+
+class _Entry(NamedTuple):
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _entry(name, entry, rule):
+    """Checks the types in a header's entry."""
+    match entry:
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        } if all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+            pass
+        case _:
+            raise malformed(rule, f"`{name}` as {short(entry)}")
+    if dtype not in _DTYPES or len(shape) > _MOST_DIMENSIONS:
+        raise malformed(
+            f"{rule} with dtypes of {list(_DTYPES)} and at most {_MOST_DIMENSIONS} "
+            f"dimensions",
+            f"`{name}` of {dtype} and {len(shape)} dimensions",
+            "Use another file.",
+        )
+    return _Entry(name, _DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _json_object(content, rule):
+    try:
+        header = json.loads(content.decode())
+        # A text may have halves of characters, which cannot be printed.
+        json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise malformed(rule, error) from error
+    if not isinstance(header, dict):
+        raise malformed(rule, type(header).__name__)
+    return header
+
+
+def _are_texts(metadata):
+    return isinstance(metadata, dict) and all(
+        isinstance(text, str) for text in metadata.values()
+    )
 
 
 def write_shards(

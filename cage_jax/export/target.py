@@ -54,7 +54,7 @@ class Target:
     suffix: str = ""
     files: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ("safetensors",)
+    packages: tuple[str, ...] = ()
     lacks: Callable[[Any], str] = lambda codes: ""
 
 
