@@ -6,9 +6,9 @@ and what is shipped (`quantize`).
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from cage_jax._project import VERSION
 from cage_jax.arrays.names import did_you_mean
 from cage_jax.core.grids import with_grids
 from cage_jax.core.quantize import (
@@ -96,11 +96,7 @@ __all__ = [
     "with_grids",
 ]
 
-try:
-    __version__ = version("cage_jax")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
-
+__version__ = VERSION
 
 # Imported where they are first used, because they take time.
 _FUNCTIONS = {

@@ -125,7 +125,7 @@ def test_without_the_reader(codes, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "gguf" else find(name)
     )
-    with pytest.raises(ImportError, match=r'package gguf, .* "cage_jax\[export\]"'):
+    with pytest.raises(ImportError, match=r"package gguf, .*cage_jax\[export\]"):
         cage.load(tmp_path / "model.gguf")
 
 

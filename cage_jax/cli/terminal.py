@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from cage_jax._project import missing
+
 FAILED = 1
 STOPPED = 130  # the shells' exit code of a program that was stopped by Ctrl-C
 _SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
@@ -137,10 +139,7 @@ def _signals():
 
 def _text(error):
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return (
-            f"the command needs the package {error.name!r}, which is not installed. "
-            f'Run pip install "cage_jax[export]".'
-        )
+        return str(missing(error.name, "the command", "export"))
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     # The library's `path` is MODEL here, because OUT was checked before.

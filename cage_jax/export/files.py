@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from cage_jax._project import missing
+
 Path = str | os.PathLike[str]
 
 _MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
@@ -30,11 +32,7 @@ def malformed(
 def check_installed(package: str, purpose: str) -> None:
     """Raises ImportError if a package is missing, with the command that installs it."""
     if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"{purpose} needs the package {package}, which is not installed. Run "
-            'pip install "cage_jax[export]", or in a clone '
-            "pip install -e '.[export]'."
-        )
+        raise missing(package, purpose, "export")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from cage_jax.arrays.checks import check_choice
 from cage_jax.export import tokenizer_files
-from cage_jax.export.files import Path, as_path, malformed, new_file
+from cage_jax.export.files import Path, as_path, check_installed, malformed, new_file
 from cage_jax.export.gguf_blocks import array_of, layout_of, rows_of
 from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
@@ -101,6 +101,7 @@ def gguf(
 
     Source: ggml's `docs/gguf.md`; `convert_hf_to_gguf.py` of llama.cpp.
     """
+    check_installed("gguf", "writing a GGUF")
     import gguf as ggml
 
     path = as_path(path)

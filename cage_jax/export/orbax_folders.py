@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import Path, as_path, malformed, new_folder
+from cage_jax.export.files import Path, as_path, check_installed, malformed, new_folder
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
     Tree,
@@ -42,6 +42,7 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
       ValueError: if the tree has no arrays, or an array of size 0.
       FileExistsError: if the path exists, unless `overwrite`.
     """
+    check_installed("orbax", "writing an Orbax folder")
     import orbax.checkpoint as ocp
 
     entries, leaves = entries_of(codes)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cage_jax.export.files import malformed
+from cage_jax.export.files import check_installed, malformed
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Any:
@@ -14,6 +14,7 @@ def tokenizer_of(files: Mapping[str, bytes]) -> Any:
     Raises:
       ValueError: if there is no tokenizer.json, or a malformed one.
     """
+    check_installed("tokenizers", "reading text")
     from tokenizers import Tokenizer
 
     if "tokenizer.json" not in files:

@@ -5,14 +5,12 @@ The models need no edits. Each one is run as a function of its variables, which
 work too.
 """
 
+from cage_jax._project import missing
+
 try:
     import flax  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError(
-        "cage_jax.flax cannot be used without the package flax, which is not "
-        'installed. Run pip install "cage_jax[flax]", or in a clone '
-        "pip install -e '.[flax]'."
-    ) from error
+    raise missing("flax", "cage_jax.flax", "flax") from error
 
 from cage_jax.flax.linen import QuantizedLinen
 from cage_jax.flax.models import calibrate, fake_quant, quantize_activations, report

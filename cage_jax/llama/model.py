@@ -14,13 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 
+from cage_jax._project import missing
 from cage_jax.core.quantize import fake_quant
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.program.kv_cache import KVCache, quantize_kv
 from cage_jax.quantizers.quantizer import Quantizer
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise missing("flax", "cage_jax.llama.model", "flax") from error
 
 FEW_LAYERS = 2
 

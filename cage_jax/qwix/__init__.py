@@ -10,6 +10,8 @@ This uses private modules of qwix, so it works with one version only.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from cage_jax._project import install
+
 _VERSION = "0.1.8"
 
 try:
@@ -19,7 +21,7 @@ except PackageNotFoundError:
 if _found != _VERSION:
     raise ImportError(
         f"`cage_jax.qwix` needs qwix {_VERSION}, of which it uses private modules; "
-        f"got {_found}. Use pip install qwix=={_VERSION}."
+        f"got {_found}. " + install("qwix")
     )
 
 from cage_jax.qwix.quantizer import QwixQuantizer  # noqa: E402
