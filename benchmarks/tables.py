@@ -3,7 +3,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from
 `results/NAME.json` by the function `table` of the benchmark that wrote it; those of
 `quality/README.md`, and the summary in the project's own, by those of
-`quality/report.py`.
+`quality/report.py`. The project's own has the tables alone.
 """
 
 import dataclasses
@@ -59,6 +59,17 @@ def section(name: str, folder: Path = measurement.RESULTS) -> str | None:
     return "\n\n".join(parts)
 
 
+def front(name: str) -> str | None:
+    """What stands at a place of the project's README: the table alone."""
+    if name == "first_page":
+        record = json.loads((measurement.RESULTS / f"{name}.json").read_text())
+        rows = importlib.import_module(name).table(record)
+        return f"{record['title']}.\n\n{markdown(rows)}"
+    import report
+
+    return report.section(name)
+
+
 def filled(text: str, section: Callable[[str], str | None] = section) -> str:
     """`text` with every table made anew.
 
@@ -93,7 +104,7 @@ def main() -> int:
     sys.path += [str(QUALITY.parent), str(README.parents[1] / "examples")]
     import report
 
-    sections = {README: section, QUALITY: report.section, FRONT: report.section}
+    sections = {README: section, QUALITY: report.section, FRONT: front}
     if settings.check:
         texts = {readme: readme.read_text() for readme in sections}
         if any(filled(text, sections[place]) != text for place, text in texts.items()):

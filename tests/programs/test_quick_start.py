@@ -1,11 +1,20 @@
 """The quick start: the README shows a part of it, and it ends in loaded codes."""
 
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import first_page
+import numpy as np
 import pytest
+import quickstart
+import tables
+
+import cage_jax as cage
+
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "quickstart.py"
@@ -35,3 +44,37 @@ def test_every_arm_has_a_row_and_codes_are_loaded(tmp_path):
     assert [int(row[-1]) for row in rows] == [floats, codes, codes, codes]
     assert "The codes read a " in run.stdout
     assert (tmp_path / "digits.safetensors").stat().st_size < codes + 2000
+
+
+def test_the_first_page_pairs_seeds_of_the_quick_start(monkeypatch):
+    monkeypatch.setattr(quickstart, "STEPS", 200)
+    record = json.loads(json.dumps(first_page.measure(2)))
+    found = record["seed_by_seed"]
+    # Seed 1, trained alone; its accuracy and loss from the codes, in float64.
+    tx = cage.cage_adamw(quickstart.RATE, quickstart.INT2, total_steps=200)
+    codes = cage.quantize(quickstart.train(quickstart.INT2, tx, 1), quickstart.INT2)
+    hidden, output = (
+        {name: np.float64(leaf) for name, leaf in cage.dequantize(codes)[layer].items()}
+        for layer in ("hidden", "output")
+    )
+    x, y = np.float64(quickstart.x_test), np.asarray(quickstart.y_test)
+    logits = np.maximum(x @ hidden["kernel"] + hidden["bias"], 0)
+    logits = logits @ output["kernel"] + output["bias"]
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(y)), y]
+    assert found["cage"]["loss"][1] == pytest.approx(losses.mean(), rel=1e-3)
+    right = (logits.argmax(-1) == y).mean()
+    assert found["cage"]["accuracy"][1] == pytest.approx(right, abs=1.5 / len(y))
+    differences = np.subtract(found["cage"]["loss"], found["ste"]["loss"])
+    mean, error = differences.mean(), np.abs(np.diff(differences)) / 2
+    assert record["cage_minus_ste"]["loss"] == pytest.approx(
+        {"mean": mean, "error": float(error[0])}
+    )
+    assert record["wins"] == (differences < 0).sum()
+    rows = first_page.table(record)
+    assert all(len(cells) == len(rows.header) for cells in rows.cells)
+
+
+def test_the_table_of_the_readme():
+    text = "<!-- table: first_page -->\n<!-- end -->"
+    filled = tables.filled(text, tables.front)
+    assert "| straight-through (STE) | 9" in filled and "Measured" not in filled
