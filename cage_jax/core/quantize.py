@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 from reprlib import repr as short
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,13 @@ from cage_jax.quantizers.rounding import fit_grid
 
 _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
 
+Array = jax.Array | np.ndarray
+Tree = TypeVar("Tree")
+
 
 @overload
 def fake_quant(
-    x: jax.Array,
+    x: Array,
     quantizer: Quantizer,
     *,
     grid: Grid | None = None,
@@ -39,13 +42,13 @@ def fake_quant(
 ) -> jax.Array: ...
 @overload
 def fake_quant(
-    x: Any,
+    x: Tree,
     quantizer: Rules,
     *,
     grid: Mapping[str, Grid] | None = None,
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
-) -> Any: ...
+) -> Tree: ...
 @names_checked
 def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     """Quantizes and dequantizes `x`, with a straight-through gradient.
@@ -68,9 +71,9 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
         rule names is quantized, the others are left as they are.
       grid: the grid to use instead of the one that the scale rule finds in `x`: a
         `Grid` for an array, a dict from path to `Grid` for a tree (such as the `grids`
-        in the state of `cage(..., freeze_scale=True)`). Where its scale is 0 the grid
-        is found in `x`. A learned grid must be given, here or in `x` by `with_grids`;
-        where its scale is not positive the group becomes NaN.
+        in the state of `coupled(..., freeze_scale=True)`). Where its scale is 0 the
+        grid is found in `x`. A learned grid must be given, here or in `x` by
+        `with_grids`; where its scale is not positive the group becomes NaN.
       key: a `jax.random` key, needed for stochastic rounding only; in a tree each
         parameter draws its own numbers from it.
       implementation: None uses a kernel if the program is compiled for a platform that
@@ -114,6 +117,22 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
     return _apply(apply, x, quantizer, grid, key)
 
 
+@overload
+def quantize(
+    x: Array,
+    quantizer: Quantizer,
+    *,
+    grid: Grid | None = None,
+    key: jax.Array | None = None,
+) -> QuantizedArray: ...
+@overload
+def quantize(
+    x: Any,
+    quantizer: Rules,
+    *,
+    grid: Mapping[str, Grid] | None = None,
+    key: jax.Array | None = None,
+) -> Any: ...
 @names_checked
 def quantize(x, quantizer, *, grid=None, key=None):
     """Quantizes `x` to codes and scales.
@@ -151,6 +170,12 @@ def quantize(x, quantizer, *, grid=None, key=None):
     return _apply(_quantize_array, x, quantizer, grid, key)
 
 
+@overload
+def dequantize(
+    x: QuantizedArray, quantizer: Quantizer | Rules | None = None
+) -> jax.Array: ...
+@overload
+def dequantize(x: Any, quantizer: Quantizer | Rules | None = None) -> Any: ...
 @names_checked
 def dequantize(x, quantizer=None):
     """Returns the values that codes stand for.
@@ -191,6 +216,14 @@ def dequantize(x, quantizer=None):
     return structure.unflatten(values)
 
 
+@overload
+def quantization_error(
+    x: Array, quantizer: Quantizer, *, grid: Grid | None = None
+) -> jax.Array: ...
+@overload
+def quantization_error(
+    x: Tree, quantizer: Rules, *, grid: Mapping[str, Grid] | None = None
+) -> Tree: ...
 @names_checked
 def quantization_error(x, quantizer, *, grid=None):
     """Computes `x - fake_quant(x)`, the error that CAGE pulls on.

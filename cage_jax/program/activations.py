@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,14 @@ from cage_jax.program.products import DATA, Origin, Product, find, map_inputs
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 
+Result = TypeVar("Result")
 INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
 
 
 @names_checked
-def quantize_activations(function: Callable, rules: Rules) -> Callable:
+def quantize_activations(
+    function: Callable[..., Result], rules: Rules
+) -> Callable[..., Result]:
     """Quantizes the inputs of the weights in `function`, as the rules say by path.
 
     All products with a weight are found in the traced program: layers of any framework,

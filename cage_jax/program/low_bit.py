@@ -15,16 +15,16 @@ from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import dequantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.program.activations import check_no_module, trace
+from cage_jax.program.activations import Result, check_no_module, trace
 
 
 @names_checked
 def low_bit(
-    function: Callable,
+    function: Callable[..., Result],
     rules: Rules | None = None,
     *,
     implementation: Implementation | None = None,
-) -> Callable:
+) -> Callable[..., Result]:
     """Makes `function` take codes in place of parameters and multiply them directly.
 
     Every product of a `QuantizedArray` with data becomes a `low_bit_dot`: in layers of

@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
@@ -270,7 +271,9 @@ class Quantizer:
             groups[axis % ndim] = length if size is None else size
         return dict(sorted(groups.items()))
 
-    def storage_bits(self, shape: tuple[int, ...], scale_dtype=jnp.float32) -> int:
+    def storage_bits(
+        self, shape: tuple[int, ...], scale_dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> int:
         """Counts the bits that store an array: its codes and everything in its grid.
 
         Args:

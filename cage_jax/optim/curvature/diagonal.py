@@ -1,7 +1,7 @@
 """Averages of estimates of a diagonal, which bound and scale the weights."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,18 @@ class DiagonalState(NamedTuple):
     estimates: jax.Array
     diagonal: dict[str, jax.Array]
     clamped: jax.Array | None
+
+
+class DiagonalOptions(TypedDict, total=False):
+    """The options of `diagonal`, which the sources made with it pass on."""
+
+    decay: float
+    period: int
+    start: int
+    relative: bool
+    largest: float
+    seed: int
+    statistics: bool
 
 
 @names_checked

@@ -1,17 +1,27 @@
 """The diagonal of the Fisher information."""
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int
-from cage_jax.optim.curvature.diagonal import diagonal
+from cage_jax.optim.curvature.diagonal import DiagonalOptions, diagonal
 from cage_jax.optim.curvature.factored import factored as by_factors
 from cage_jax.optim.curvature.source import Curvature
 
 
+class FisherOptions(DiagonalOptions, total=False):
+    """The options of `diagonal` and, with `factored`, of that source."""
+
+    times_root: bool
+
+
 def fisher(
-    examples: int = 1, *, sampled: bool = False, factored: bool = False, **options: Any
+    examples: int = 1,
+    *,
+    sampled: bool = False,
+    factored: bool = False,
+    **options: Unpack[FisherOptions],
 ) -> Curvature:
     """Weights errors by the diagonal of the Fisher information, from squared gradients.
 
@@ -46,7 +56,8 @@ def fisher(
         return step.by_path(step.extra("sampled_gradients", what))
 
     if factored:
-        return by_factors(gradients_of, **options)
+        # Each source takes a part of the options, and answers the others.
+        return by_factors(gradients_of, **options)  # type: ignore[misc]
 
     def estimate(step, key):
         del key
@@ -56,4 +67,4 @@ def fisher(
             for path, g in gradients_of(step).items()
         }
 
-    return diagonal(estimate, **options)
+    return diagonal(estimate, **options)  # type: ignore[misc]

@@ -1,14 +1,14 @@
 """The Hessian and the Gauss-Newton matrix, which are known by products with vectors."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_mul, tree_sum
 
 from cage_jax.arrays.names import names_checked
-from cage_jax.optim.curvature.diagonal import diagonal
+from cage_jax.optim.curvature.diagonal import DiagonalOptions, diagonal
 from cage_jax.optim.curvature.source import (
     Arrays,
     Curvature,
@@ -17,7 +17,7 @@ from cage_jax.optim.curvature.source import (
 )
 
 
-def hutchinson(**options: Any) -> Curvature:
+def hutchinson(**options: Unpack[DiagonalOptions]) -> Curvature:
     """Weights errors by the diagonal of the Hessian, from products with random signs.
 
     For random signs z, E[z * H z] is the diagonal of H. `update` needs `obj_fn`, the
@@ -54,7 +54,7 @@ def hutchinson(**options: Any) -> Curvature:
     return probed_diagonal(_hessian_times, **options)
 
 
-def gauss_newton(**options: Any) -> Curvature:
+def gauss_newton(**options: Unpack[DiagonalOptions]) -> Curvature:
     """Weights errors by the diagonal of the Gauss-Newton matrix.
 
     The matrix is `J^T L J`, with `J` the Jacobian of the model's outputs and `L` the
@@ -84,7 +84,7 @@ def hessian() -> Curvature:
 
 
 def probed_diagonal(
-    product: Callable[[Step, Arrays], Arrays], **options: Any
+    product: Callable[[Step, Arrays], Arrays], **options: Unpack[DiagonalOptions]
 ) -> Curvature:
     """Creates a source from products with random signs, as `hutchinson` does.
 
