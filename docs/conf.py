@@ -1,19 +1,41 @@
 """Configuration of Sphinx for `make docs`."""
 
 import os
+import pathlib
 import re
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cage_jax
 
+REPOSITORY = "https://github.com/cage-jax/cage_jax"
+HERE = pathlib.Path(__file__).parent
+
 project = "cage_jax"
 release = cage_jax.__version__
 html_title = f"cage_jax {release}"
+html_show_copyright = False
 html_theme = "furo"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs
+copybutton_exclude = ".linenos, .gp, .go"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes, dtypes and units are in the descriptions
 autodoc_default_options = {"members": True, "show-inheritance": False}
@@ -23,9 +45,12 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # The last section of many docstrings.
 napoleon_custom_sections = [("Source", "notes_style")]
-# Links to files outside these pages, which work only in the repository.
-_ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./([^)#]+)[^)]*\)")
+# Links to files outside these pages.
+_ELSEWHERE = re.compile(r"\]\(\.\./([^)\s]+)\)")
 _CODE = re.compile(r"`([^`]+)`(\w*)")
+
+# Notebooks live beside docs/, and Sphinx reads pages only below it.
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
 
 
 def _as_markdown(app, what, name, obj, options, lines):
@@ -41,11 +66,21 @@ def _code(found):
     return f"``{' '.join(found[1].split())}``{ending}"
 
 
-def _as_names(app, docname, source):
-    source[0] = _ELSEWHERE.sub(r"\1 (`\2`)", source[0])
+def _outside(found):
+    path = pathlib.Path(found[1])
+    if path.suffix == ".ipynb":
+        return f"]({path})"  # a page of its own
+    return f"]({REPOSITORY}/{'blob' if path.suffix else 'tree'}/main/{path})"
+
+
+def _addresses(app, docname, source):
+    """Turns links to files of the repository into addresses of GitHub."""
+    inside = source[0].replace("](../docs/", "](../")
+    elsewhere = _ELSEWHERE.sub(_outside, source[0])
+    source[0] = inside if docname.startswith("notebooks/") else elsewhere
 
 
 def setup(app):
     """Connects the conversions; Sphinx calls this."""
-    app.connect("source-read", _as_names)
+    app.connect("source-read", _addresses)
     app.connect("autodoc-process-docstring", _as_markdown, priority=0)
