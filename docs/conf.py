@@ -50,7 +50,8 @@ _ELSEWHERE = re.compile(r"\]\(\.\./([^)\s]+)\)")
 _CODE = re.compile(r"`([^`]+)`(\w*)")
 
 # Notebooks live beside docs/, and Sphinx reads pages only below it.
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")
 
 
 def _as_markdown(app, what, name, obj, options, lines):

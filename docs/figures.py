@@ -28,7 +28,7 @@ def grid():
     codes = cage.quantize(jnp.asarray(group), cage.int3(axis=0))
     scale = float(codes.scale.squeeze())
     fixed = cage.Quantizer(codes.quantizer.format, cage.scales.Fixed(scale), axis=0)
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     axis.plot(x, x, color=GRAY, linewidth=1, linestyle="--", label="no rounding")
     steps = np.asarray(cage.fake_quant(jnp.asarray(x), fixed))
     axis.plot(x, steps, color=BLUE, label="Q(x)")
@@ -55,7 +55,7 @@ def straight_through():
 
     values = loss(x)
     passed = jax.grad(lambda x: loss(x).sum())(x)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8), layout="constrained")
     left.plot(x, (x - 0.5) ** 2, color=GRAY, linestyle="--", label="without rounding")
     left.plot(x, values, color=BLUE, label="at Q(x)")
     left.set(xlabel="weight x", ylabel="loss")
@@ -87,10 +87,12 @@ def hopping():
         params = {"x": jnp.array([0.3])}
         return jax.lax.scan(step, (params, tx.init(params)), noise)[1].T
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(6.4, 2.8), sharey=True, layout="constrained"
+    )
     optimizers = {
         "straight-through": optax.sgd(RATE),
-        "with CAGE from step 200": cage.cage_sgd(RATE, rules, strength),
+        "with CAGE from step 200": cage.cage_sgd(RATE, rules, strength=strength),
     }
     for axis, (name, tx) in zip(axes, optimizers.items()):
         weight, rounded = path(tx)
@@ -112,7 +114,7 @@ def dose():
         "recommended": cage.recommended(rate, steps)["strength"],
     }
     counts = jnp.arange(steps)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8), layout="constrained")
     for color, (name, strength) in zip((GRAY, ORANGE), strengths.items()):
         values = jax.vmap(strength)(counts)
         area = jax.vmap(rate)(counts) * values

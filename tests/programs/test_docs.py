@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -180,3 +182,14 @@ def test_the_reference_has_every_public_name():
     assert len(set(modules)) == len(modules) > 10
     pages = re.findall(r"^\w+$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
     assert {path.stem for path in PAGES} == {*pages, "index"}
+
+
+def test_the_figures_are_small_and_drawn_by_their_script(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = ROOT / "docs" / "figures.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    kept = {path.name: path for path in (ROOT / "docs" / "figures").iterdir()}
+    assert kept.keys() == {path.name for path in tmp_path.iterdir()}
+    shown = re.findall(r"figures/([\w.]+)", "".join(p.read_text() for p in PAGES))
+    assert kept.keys() == set(shown) - {"figures.py"}
+    assert all(path.stat().st_size < 100_000 for path in kept.values())
