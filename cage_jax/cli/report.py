@@ -6,7 +6,7 @@ from cage_jax.cli import weights
 from cage_jax.cli.command import Command, load_model, report_of, totals
 from cage_jax.cli.terminal import Terminal
 from cage_jax.core.quantize import fake_quant
-from cage_jax.core.weight_report import table
+from cage_jax.core.tables import table
 from cage_jax.llama.tensors import by_path
 
 

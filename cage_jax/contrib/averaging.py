@@ -11,9 +11,11 @@ from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import nodes_of_type
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.optim.correction import check_params
 
 
+@brief_repr
 class AveragingState(NamedTuple):
     """State of the average.
 

@@ -11,10 +11,12 @@ from jax import lax
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.rules import Rules
 
 
+@brief_repr
 class TrainedRowsState(NamedTuple):
     """State of `trained_rows`.
 

@@ -11,6 +11,7 @@ from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.rules import Rules
@@ -19,6 +20,7 @@ from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
+@brief_repr
 class LotionState(NamedTuple):
     """State of `lotion`.
 

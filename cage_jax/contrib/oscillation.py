@@ -10,6 +10,7 @@ from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.quantize import quantization_error
@@ -24,6 +25,7 @@ from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
+@brief_repr
 class DampeningState(NamedTuple):
     """State of `dampening`: the number of steps done, int32."""
 
@@ -122,6 +124,7 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
     return schedule
 
 
+@brief_repr
 class FreezingState(NamedTuple):
     """State of `freezing`; all but the count are dicts by path of parameter shapes.
 

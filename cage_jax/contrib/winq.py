@@ -13,6 +13,7 @@ from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import key_at
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.contrib.transformation import transformation
 from cage_jax.core.grids import needed_grid
 from cage_jax.core.quantize import fake_quant, quantization_error
@@ -75,6 +76,7 @@ def noisy_fake_quant(
     return fake_quant(rules.map(add, params), rules, grid=grid)
 
 
+@brief_repr
 class InterpolationState(NamedTuple):
     """State of `interpolation`: the number of steps done, int32."""
 

@@ -1,5 +1,6 @@
 """The codes and scales of an array, and their bytes."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -76,7 +77,10 @@ class QuantizedArray:
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
-        return f"QuantizedArray({shape}, {self.quantizer}, {self.dtype})"
+        told = [str(shape), str(jnp.dtype(self.dtype)), str(self.quantizer)]
+        with contextlib.suppress(AttributeError, ValueError):  # under vmap, for example
+            told.append(f"{self.nbytes} bytes")
+        return f"QuantizedArray({', '.join(told)})"
 
     def __array__(self, dtype=None, copy=None):
         raise _no_array("converted")

@@ -210,7 +210,8 @@ class Rules:
 
         Args:
           params: a tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings if
-            they have any.
+            they have any. What is neither, such as a function in an Equinox module, is
+            left out.
 
         Returns:
           A `Report`; print it, or read its `rows`.
@@ -229,7 +230,7 @@ class Rules:
         rows = tuple(
             self._row(path, leaf)
             for path, leaf in zip(*_flatten(params)[:2])
-            if not isinstance(leaf, Grid)
+            if hasattr(leaf, "dtype") or isinstance(leaf, complex | float | int)
         )
         paths = [row.path for row in rows]
         unused = tuple(
@@ -332,7 +333,10 @@ class Rules:
         return f"the {len(self)} rules from {self._rules[0].pattern!r} on"
 
     def __repr__(self) -> str:
-        return f"Rules([{', '.join(map(str, self._rules))}])"
+        told = [str(rule) for rule in self._rules[:2]]
+        if more := len(self) - len(told):
+            told.append(f"... {more} more")
+        return f"Rules([{', '.join(told)}])"
 
     def __copy__(self) -> Self:
         return self

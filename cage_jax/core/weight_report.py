@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cage_jax.arrays.sharding import devices_along
+from cage_jax.core.tables import Cells, Shown
 from cage_jax.quantizers.quantizer import Quantizer
 
 # A remark is worth it where scales cost more than this share of the codes; the groups
@@ -97,9 +98,9 @@ class Row(NamedTuple):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a table of rules makes of a tree of parameters; `print` shows a table.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What a table of rules makes of a tree of parameters, shown as a table.
 
     Attributes:
       rows: one `Row` for each parameter.
@@ -135,21 +136,22 @@ class Report:
         """What to do about scales that cost too much, each once with its first path."""
         return _by_text((row.path, row.costs) for row in self.rows)
 
-    def __str__(self) -> str:
+    def shown(self) -> tuple[Cells, int, Sequence[str]]:
+        """Returns the table, and remarks to write below it."""
         cells = [("path", "shape", "quantizer", "bits", "bytes", "becomes")]
         for row in self.rows:
             what = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
             cells.append((row.path, str(row.shape), what, *_figures(row)))
         size = sum(row.size for row in self.rows)
         cells.append(("total", str(size), "", *_figures(self)))
-        lines = [table(cells, left=3)]
+        notes = []
         if inputs := [row for row in self.rows if row.inputs is not None]:
-            lines.append(
+            notes.append(
                 f"inputs of {len(inputs)} parameters, such as {inputs[0].path}: "
                 f"{inputs[0].inputs}; in a model of quantize_activations"
             )
-        lines += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
-        return "\n".join([*lines, *self.splits, *self.costs])
+        notes += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
+        return cells, 3, [*notes, *self.splits, *self.costs]
 
 
 def _by_text(remarks):
@@ -190,18 +192,6 @@ def split_text(quantizer: Quantizer, shape: tuple[int, ...], sharding) -> str | 
             f"of {shape[axis]} on a device. Shard another axis{remedy}."
         )
     return None
-
-
-def table(cells: Sequence[Sequence[str]], left: int) -> str:
-    """Formats cells in columns, the first `left` of them aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in cells
-    )
 
 
 def _figures(part: Row | Report) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from jax import lax
 from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype, divide
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.optim.curvature.source import Curvature, Step, step_source
@@ -38,6 +39,7 @@ from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import error_elementwise, error_reductions, fit_grid
 
 
+@brief_repr
 class CageState(NamedTuple):
     """State of the correction.
 

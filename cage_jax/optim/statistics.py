@@ -16,6 +16,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int
 from cage_jax.arrays.exact import uncontracted
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.core.quantize import quantize
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
@@ -29,6 +30,7 @@ from cage_jax.quantizers.rounding import (
 _AT_ONCE = 8  # numbers that one pass adds up
 
 
+@brief_repr
 class CageStatistics(NamedTuple):
     """Statistics of the last measured step: float32 scalars, but for `previous_codes`.
 

@@ -20,6 +20,7 @@ from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.core.grids import check_grid_given, grid_at
 from cage_jax.optim.curvature.source import (
     Arrays,
@@ -88,6 +89,7 @@ def by_distance(power: float = 1.0, *, near: bool = False) -> Curvature:
     return stateless_source(weigh)
 
 
+@brief_repr
 class FlipsState(NamedTuple):
     """How often codes changed, in dicts by path of arrays like the parameters.
 

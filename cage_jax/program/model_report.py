@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ from cage_jax.core.grids import grid_at
 from cage_jax.core.inputs import arranged, quantize_input
 from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
 from cage_jax.core.rules import Rules, check_rules, unused_text
-from cage_jax.core.weight_report import Row, table
+from cage_jax.core.tables import Cells, Shown
+from cage_jax.core.weight_report import Row
 from cage_jax.program.activations import (
     input_path,
     split_arrays,
@@ -78,9 +79,9 @@ class Layer:
     inputs: tuple[Input, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelReport:
-    """The report of each parameter of a model; `print` shows a table and findings.
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModelReport(Shown):
+    """The report of each parameter of a model, shown as a table with findings.
 
     Attributes:
       layers: one `Layer` for each parameter.
@@ -90,14 +91,14 @@ class ModelReport:
     layers: tuple[Layer, ...]
     findings: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def shown(self) -> tuple[Cells, int, Sequence[str]]:
+        """Returns the table, and the findings to write below it."""
         figures = ("error", "clipped", "unused")
         of_inputs = ("input error", *figures[1:])
         head = ("path", "shape", "weight", "inputs", *figures, *of_inputs)
         lines = [line for layer in self.layers for line in _lines(layer)]
-        text = table([head, *lines], left=4)
         notes = self.findings or ("Nothing looks wrong.",)
-        return "\n".join([text, "", *(f"- {note}" for note in notes)])
+        return [head, *lines], 4, ["", *(f"- {note}" for note in notes)]
 
 
 def report(

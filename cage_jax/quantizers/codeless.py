@@ -19,7 +19,7 @@ class NoScale(ScaleRule):
         raise TypeError("a quantizer without codes fits no grid; use its `fake_quant`")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CodelessQuantizer(Quantizer, abc.ABC):
     """A quantizer that finds the quantized values itself, without a grid and codes.
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.exact import divide
+from cage_jax.arrays.reprs import brief_repr
 
 
+@brief_repr
 class Grid(NamedTuple):
     """The grid of each group: scale, zero point and offset.
 

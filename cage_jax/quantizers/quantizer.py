@@ -29,7 +29,7 @@ _PARTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Quantizer:
     """An immutable, hashable description of how an array is quantized.
 
@@ -307,6 +307,9 @@ class Quantizer:
         if self.rounding != "nearest":
             parts.append(self.rounding)
         return ", ".join([*parts, self.gradient])
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self})"
 
 
 def check_has_codes(quantizer: Quantizer, name: str) -> None:

@@ -92,7 +92,7 @@ class Use(NamedTuple):
     changed: str | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class QwixQuantizer(CodelessQuantizer):
     """The quantizer of one parameter in a model trained with qwix.
 

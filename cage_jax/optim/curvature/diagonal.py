@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.arrays.names import names_checked
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.optim.curvature.averages import (
     advance,
     average,
@@ -23,6 +24,7 @@ from cage_jax.optim.curvature.source import (
 )
 
 
+@brief_repr
 class DiagonalState(NamedTuple):
     """An average of estimates of the diagonal.
 

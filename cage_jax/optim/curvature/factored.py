@@ -18,6 +18,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.factors import Factors
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.arrays.sharding import replicated
 from cage_jax.optim.curvature.averages import check_averaging, total_weight
 from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
@@ -28,6 +29,7 @@ _ROUNDS = 4
 Rows = dict[str, dict[str, jax.Array]]
 
 
+@brief_repr
 class FactoredState(NamedTuple):
     """Averages of squared gradients and the weights computed from them.
 

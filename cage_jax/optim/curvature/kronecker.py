@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int
 from cage_jax.arrays.names import names_checked
+from cage_jax.arrays.reprs import brief_repr
 from cage_jax.optim.curvature.averages import (
     advance,
     average,
@@ -16,6 +17,7 @@ from cage_jax.optim.curvature.averages import (
 from cage_jax.optim.curvature.source import Curvature
 
 
+@brief_repr
 class KroneckerState(NamedTuple):
     """Averages of the two factors of each matrix.
 
