@@ -8,6 +8,8 @@ import sys
 
 import first_page
 import numpy as np
+import optax
+import picture
 import pytest
 import quickstart
 import tables
@@ -78,3 +80,16 @@ def test_the_table_of_the_readme():
     text = "<!-- table: first_page -->\n<!-- end -->"
     filled = tables.filled(text, tables.front)
     assert "| straight-through (STE) | 9" in filled and "Measured" not in filled
+
+
+def test_the_picture_is_of_the_same_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "STEPS", 20)
+    found = picture.history(optax.adamw(quickstart.RATE))
+    assert found.shape == (21, 64, 64)
+    end = quickstart.train(quickstart.INT2, optax.adamw(quickstart.RATE))
+    kernel = np.array(end["hidden"]["kernel"])
+    np.testing.assert_array_equal(found[-1], kernel / np.abs(kernel).max(0))
+    assert np.all(np.any(found[1:] != found[:-1], (1, 2)))
+    weights = np.linspace(-1, 1, 2001 * 4).reshape(4, 2001).T[:, :, None]
+    picture.draw(dict.fromkeys(picture.COLORS, weights), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size < 150_000
