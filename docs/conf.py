@@ -8,8 +8,8 @@ import shutil
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cage_jax
+from cage_jax._project import REPOSITORY
 
-REPOSITORY = "https://github.com/cage-jax/cage_jax"
 HERE = pathlib.Path(__file__).parent
 
 project = "cage_jax"

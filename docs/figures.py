@@ -42,8 +42,7 @@ def grid():
         ylabel="value used",
         yticks=(scale * np.arange(-3, 4)).round(2),
     )
-    axis.legend(frameon=False)
-    return figure
+    return _with_legend(figure, axis)
 
 
 def straight_through():
@@ -55,17 +54,15 @@ def straight_through():
 
     values = loss(x)
     passed = jax.grad(lambda x: loss(x).sum())(x)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8), layout="constrained")
-    left.plot(x, (x - 0.5) ** 2, color=GRAY, linestyle="--", label="without rounding")
-    left.plot(x, values, color=BLUE, label="at Q(x)")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.0), layout="constrained")
+    left.plot(x, values, color=BLUE)
+    left.plot(x, (x - 0.5) ** 2, color=GRAY, linestyle="--")
     left.set(xlabel="weight x", ylabel="loss")
-    right.plot(x, jnp.zeros_like(x), color=BLUE, label="true: 0 almost everywhere")
+    right.plot(x, jnp.zeros_like(x), color=BLUE, label="at Q(x)")
     right.plot(x, passed, color=ORANGE, label="straight-through")
     right.plot(x, 2 * (x - 0.5), color=GRAY, linestyle="--", label="without rounding")
     right.set(xlabel="weight x", ylabel="gradient")
-    for axis in (left, right):
-        axis.legend(frameon=False)
-    return figure
+    return _with_legend(figure, right)
 
 
 def hopping():
@@ -88,7 +85,7 @@ def hopping():
         return jax.lax.scan(step, (params, tx.init(params)), noise)[1].T
 
     figure, axes = plt.subplots(
-        1, 2, figsize=(6.4, 2.8), sharey=True, layout="constrained"
+        1, 2, figsize=(6.4, 3.0), sharey=True, layout="constrained"
     )
     optimizers = {
         "straight-through": optax.sgd(RATE),
@@ -101,8 +98,7 @@ def hopping():
         axis.axhline(0.42, color=GRAY, linestyle="--", label="best value")
         axis.set(xlabel="step", title=name)
     axes[0].set(ylabel="value")
-    axes[1].legend(frameon=False, loc="upper right")
-    return figure
+    return _with_legend(figure, axes[0])
 
 
 def dose():
@@ -114,27 +110,32 @@ def dose():
         "recommended": cage.recommended(rate, steps)["strength"],
     }
     counts = jnp.arange(steps)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.0), layout="constrained")
     for color, (name, strength) in zip((GRAY, ORANGE), strengths.items()):
         values = jax.vmap(strength)(counts)
         area = jax.vmap(rate)(counts) * values
         total = cage.dose(rate, strength, steps)
         drawn = slice(None, None, 5)
-        left.plot(counts[drawn], values[drawn], color=color, label=name)
-        label = f"{name}: area (dose) {total:.2g}"
+        left.plot(counts[drawn], values[drawn], color=color)
+        label = f"{name}: dose (area) {total:.2g}"
         right.plot(counts[drawn], area[drawn], color=color, label=label)
         right.fill_between(counts[drawn], area[drawn], color=color, alpha=0.3)
     left.set(xlabel="step", ylabel="strength λ")
     right.set(xlabel="step", ylabel="learning rate times λ")
-    for axis in (left, right):
-        axis.legend(frameon=False)
+    return _with_legend(figure, right)
+
+
+def _with_legend(figure, axis):
+    handles, labels = axis.get_legend_handles_labels()
+    above = {"loc": "outside upper center", "ncols": 4, "columnspacing": 1.2}
+    figure.legend(handles, labels, frameon=False, **above)
     return figure
 
 
 def main(folder):
     """Writes every figure as an SVG, the same bytes each time."""
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"svg.hashsalt": "cage_jax", "font.size": 10})
+    plt.rcParams.update({"svg.hashsalt": "cage_jax", "font.size": 10.5})
     for draw in (grid, straight_through, hopping, dose):
         draw().savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
 
