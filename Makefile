@@ -98,4 +98,4 @@ bench: $(call stamp,test$(comma)oracles)
 	@$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv .venv-* runs docs/_build docs/notebooks .jax_cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* runs digits.safetensors docs/_build docs/notebooks .jax_cache .pytest_cache .ruff_cache .mypy_cache

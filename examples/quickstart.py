@@ -12,7 +12,7 @@ import cage_jax as cage
 STEPS = 2000
 RATE = optax.cosine_decay_schedule(3e-3, STEPS)
 FULL = cage.Rules([(r".*", None)])
-INT2 = cage.Rules([(r".*/kernel", cage.int2()), (r".*", None)])
+INT2 = cage.Rules([(r".*/kernel", "int2"), (r".*", None)])
 
 images, labels = load_digits(return_X_y=True)
 parts = train_test_split(images / 16, labels, stratify=labels, random_state=0)
