@@ -32,12 +32,14 @@ import jax
 import jax.numpy as jnp
 import measurement
 import numpy as np
-from kernel_cases import CASES, Case
+from kernel_cases import CASES_FOR_GPU as CASES
+from kernel_cases import Case
 from measurement import Rows
 from rich.console import Console
 
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.factors import Factors
 from cage_jax.pallas import gpu, tiling
 from cage_jax.quantizers import rounding
 
@@ -62,13 +64,25 @@ def kernel(case: Case, shape: tuple[int, int], interpret: bool) -> Callable | No
 
     def step(first, second, x, gradient):
         numbers = StepNumbers(*map(jnp.asarray, NUMBERS))
-        return gpu.adamw_step(gradient, first, second, x, numbers, adamw=ADAMW, **run)
+        arrays = gradient, first, second, x
+        return gpu.adamw_step(
+            *arrays, numbers, None, weights(case, shape), adamw=ADAMW, **run
+        )
 
-    return {
-        "forward": lambda x: (gpu.fake_quant(x, masked=False, **run),),
-        "forward and backward": both,
-        "step": step,
-    }[case.what]
+    if case.is_step:
+        return step
+    if case.what == "forward":
+        return lambda x: (gpu.fake_quant(x, masked=False, **run),)
+    return both
+
+
+def weights(case: Case, shape: tuple[int, int]) -> Factors | None:
+    """Returns weights of the error for a case that has them."""
+    if case.what != "step, weights":
+        return None
+    column, row = (jnp.linspace(0.5, 2, n) for n in shape)
+    pair = column[:, None], row[None]
+    return Factors(*(pair if case.quantizer.axis == -2 else pair[::-1]), largest=3.0)
 
 
 def xla(case: Case) -> Callable:
@@ -85,24 +99,24 @@ def xla(case: Case) -> Callable:
         # As the transformation does, which moves less than `quantization_error`.
         reductions = rounding.error_reductions(x, case.quantizer)
         error = rounding.error_elementwise(x, case.quantizer, reductions)
+        if (factors := weights(case, x.shape)) is not None:
+            error = factors.product() * error
         *moments, update = ADAMW.step(gradient, first, second, x, NUMBERS)
         return *moments, x + (update + NUMBERS.pull * error)
 
-    return {
-        "forward": lambda x: (forward(x),),
-        "forward and backward": both,
-        "step": step,
-    }[case.what]
+    if case.is_step:
+        return step
+    return (lambda x: (forward(x),)) if case.what == "forward" else both
 
 
 def count(case: Case) -> int:
     """Returns the number of input arrays."""
-    return {"forward": 1, "forward and backward": 2, "step": 4}[case.what]
+    return 4 if case.is_step else {"forward": 1, "forward and backward": 2}[case.what]
 
 
 def donated(case: Case) -> tuple[int, ...]:
     """Returns the arguments that a step overwrites."""
-    return (0, 1, 2) if case.what == "step" else ()
+    return (0, 1, 2) if case.is_step else ()
 
 
 def cut(case: Case, shape: tuple[int, int]) -> tiling.Tiling | None:
@@ -117,7 +131,7 @@ def arrays(case: Case, shape: tuple[int, int], seed: int = 0) -> list[jax.Array]
     """Draws random input arrays; the second moment of a step is positive."""
     keys = jax.random.split(jax.random.key(seed), count(case))
     made = [jax.random.normal(key, shape, case.dtype) for key in keys]
-    if case.what == "step":
+    if case.is_step:
         made[1] = jnp.square(made[1])
     return made
 

@@ -27,6 +27,7 @@ class Case(NamedTuple):
         "step",
         "step, error after the update",
         "step, statistics",
+        "step, weights",
     ] = "forward"
     dtype: str = "float32"
 
@@ -97,6 +98,12 @@ CASES = [
     Case(cage.int4(group_size=128), "step"),
     Case(_last(cage.int4(group_size=32)), "step"),
     Case(cage.int8(), "step"),
+]
+# The pull of the recommended setting. For TPU a test has it.
+CASES_FOR_GPU = [
+    *CASES,
+    Case(cage.quest(4), "step, weights"),
+    Case(_last(cage.int4(group_size=32)), "step, weights"),
 ]
 # What there is no kernel of for GPU.
 CASES_FOR_TPU = [

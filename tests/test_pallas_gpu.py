@@ -13,6 +13,7 @@ from test_pallas_tpu import FALLS_BACK, QUANTIZERS
 
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
+from cage_jax.arrays.factors import Factors
 from cage_jax.pallas import candidates, gpu, tiling
 from cage_jax.quantizers.formats import Float
 from cage_jax.quantizers.scales import Gaussian
@@ -81,15 +82,16 @@ def test_the_gradient_of_a_mask(rng):
 ADAMW = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 ROWS = cage.int4(group_size=32, axis=-1)
 STEPS = [
-    (cage.quest(4), (2, 384, 32), False, "float32"),
-    (ROWS, (64, 128), False, "float32"),
-    (ROWS, (64, 128), True, "float32"),
-    (ROWS, (64, 128), True, "bfloat16"),
+    (cage.quest(4), (2, 384, 32), False, False, "float32"),
+    (cage.quest(4), (2, 384, 32), False, True, "float32"),
+    (ROWS, (64, 128), False, True, "float32"),
+    (ROWS, (64, 128), True, False, "float32"),
+    (ROWS, (64, 128), True, True, "bfloat16"),
 ]
 
 
-@pytest.mark.parametrize("quantizer, shape, at_updated, dtype", STEPS)
-def test_a_step(quantizer, shape, at_updated, dtype, rng):
+@pytest.mark.parametrize("quantizer, shape, at_updated, weighted, dtype", STEPS)
+def test_a_step(quantizer, shape, at_updated, weighted, dtype, rng):
     dtype = jnp.dtype(dtype)
     gradient, first, second, x = rng.standard_normal((4, *shape)).astype(dtype)
     second = np.abs(second)
@@ -103,6 +105,15 @@ def test_a_step(quantizer, shape, at_updated, dtype, rng):
     )
     step = jax.jit(kernel)
     error = jax.jit(partial(cage.quantization_error, quantizer=quantizer))
+    weight, weights = 1.0, None
+    if weighted:
+        # Each matrix of a stack has its own.
+        *stack, rows, columns = shape
+        factors = rng.uniform(0.5, 2, (*stack, rows, 1)), rng.uniform(0.5, 2, columns)
+        factors = factors[0], np.broadcast_to(factors[1], (*stack, 1, columns))
+        inputs, outputs = factors if quantizer.axis == -2 else factors[::-1]
+        weights = Factors(jnp.float32(inputs), jnp.float32(outputs), largest=2.0)
+        weight = np.minimum(inputs * outputs, 2.0)
 
     def of(number):
         return float(dtype.type(number))
@@ -118,11 +129,11 @@ def test_a_step(quantizer, shape, at_updated, dtype, rng):
     for pull in (0.0, -0.05):
         numbers = StepNumbers(*map(jnp.float32, (1e-2, pull, 0.3, 0.2)))
         numbers = numbers.rounded(Dtypes(dtype, dtype))
-        found = [np.float64(each) for each in step(*arrays, numbers)]
+        found = [np.float64(each) for each in step(*arrays, numbers, None, weights)]
         for ours, expected in zip(found[:2], (m, v)):
             np.testing.assert_allclose(ours, expected, rtol=1e-5 + rounding, atol=1e-6)
         # One at a tie may go to the other level, and all that it is rotated with.
-        expected = before + base + pull * np.float64(error_at)
+        expected = before + base + pull * weight * np.float64(error_at)
         near = np.abs(found[2] - expected) < 2e-6 + rounding * np.abs(expected)
         sure = 0.99 if quantizer.hadamard or at_updated else 1 - 1e-9
         assert near.mean() > sure, f"pull {pull}"

@@ -105,7 +105,6 @@ def adamw_kernels(
 
     def for_gpu(*array):
         require(not measured, "it computes no statistics")
-        require(not weighted, "it does not weight errors")
         tiling = tiling_for_gpu(*array)
         twice = at_updated and tiling.group_is_axis
         require(not twice, "it would read all four arrays twice")

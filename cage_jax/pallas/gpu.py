@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
+from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.jaxprs import called, evaluate, unchanged
 from cage_jax.pallas.strips import (
     TERMS,
@@ -94,7 +95,7 @@ def adamw_step(
     x: jax.Array,
     numbers: StepNumbers,
     previous: None = None,
-    weights: None = None,
+    weights: Factors | None = None,
     *,
     tiling: Tiling,
     adamw: AdamW,
@@ -103,35 +104,42 @@ def adamw_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes a step of AdamW with the pull to the grid, as `tpu.adamw_step` does.
 
-    There are no statistics and no weights. With `at_updated`, each strip must hold
-    whole groups.
+    There are no statistics. With `at_updated`, each strip must hold whole groups.
     """
     exactly, dtypes = _exactly(interpret), Dtypes(x.dtype, first.dtype)
+    vectors = () if weights is None else _column_and_row(weights, tiling)
 
-    def kernel(
-        gradient_ref, first_ref, second_ref, x_ref, numbers_ref, matrix_ref, *written
-    ):
-        read = gradient_ref, first_ref, second_ref, x_ref
+    def kernel(*refs):
+        *read, numbers_ref, matrix_ref, first_ref, second_ref, new_ref = refs
+        written, x_ref = (first_ref, second_ref, new_ref), read[3]
         numbers = StepNumbers(*(numbers_ref[i] for i in range(len(numbers_ref))))
 
         def step(error_of):
-            def after(gradient, first, second, x):
-                arrays = gradient, first, second, x
-                *moments, update = adamw.step(*arrays, numbers, dtypes)
+            def after(gradient, first, second, x, *factors):
+                *moments, update = adamw.step(
+                    gradient, first, second, x, numbers, dtypes
+                )
                 wide = x.astype(jnp.float32)
-                error = error_of((wide + update).astype(x.dtype) if at_updated else x)
-                return *moments, wide + (update + numbers.pull * error)
+                at = (wide + update).astype(x.dtype) if at_updated else x
+                return *moments, wide + (update + numbers.pull * error_of(at, *factors))
 
             _each(exactly(after), read, written, tiling)
 
         @pl.when(numbers.pull != 0)
         def _():
             strip_of = _strip_of(x_ref, matrix_ref, tiling, exactly)
-            step(lambda x: x.astype(jnp.float32) - strip_of(x).value())
+
+            def error(x, *factors):
+                error = x.astype(jnp.float32) - strip_of(x).value()
+                if weights is None:
+                    return error
+                return Factors(*factors, weights.largest).product() * error
+
+            step(error)
 
         @pl.when(numbers.pull == 0)
         def _():
-            step(lambda x: 0.0)
+            step(lambda x, *factors: 0.0)
 
     return _call(
         kernel,
@@ -139,24 +147,45 @@ def adamw_step(
         "adamw_step",
         (gradient, first, second, x),
         (first.dtype, second.dtype, x.dtype),
+        vectors=vectors,
         numbers=jnp.stack(numbers),
         aliases={1: 0, 2: 1, 3: 2},
         interpret=interpret,
     )
 
 
+def _column_and_row(weights, tiling):
+    """Returns the factors in the shape of the tiling, with columns or rows of 1."""
+    stack, rows, columns = tiling.shape
+    along, across = weights.inputs, weights.outputs
+    column, row = (along, across) if tiling.along == 1 else (across, along)
+    return column.reshape(stack, rows, 1), row.reshape(stack, 1, columns)
+
+
 def _call(
-    kernel, tiling, name, arrays, dtypes, *, numbers=None, aliases=None, interpret
+    kernel,
+    tiling,
+    name,
+    arrays,
+    dtypes,
+    *,
+    vectors=(),
+    numbers=None,
+    aliases=None,
+    interpret,
 ):
     """Runs a kernel over all blocks.
 
     Args:
-      kernel: receives references to the blocks of `arrays`, to `numbers`, if any, to
-        the matrix of the rotation (None without one), and to the blocks of the results.
+      kernel: receives references to the blocks of `arrays` and of `vectors`, to
+        `numbers`, if any, to the matrix of the rotation (None without one), and to the
+        blocks of the results.
       tiling: the blocks.
       name: name of the kernel in a program.
       arrays: the arrays that are divided into blocks.
       dtypes: dtypes of the results.
+      vectors: nothing, or arrays (stack, rows, 1) and (stack, 1, columns), which are
+        divided like the others.
       numbers: a vector that every block receives, or None.
       aliases: maps the index of an argument to that of the result that replaces it.
       interpret: as in `fake_quant`.
@@ -166,8 +195,11 @@ def _call(
     # It rotates a column of a strip, or one block of a row.
     matrix = rotation(tiling, tiling.strip if tiling.along == 1 else 1)
     fixed = [each for each in (numbers, matrix) if each is not None]
-    read = len(arrays) + len(fixed)
+    read = len(arrays) + len(vectors) + len(fixed)
+
     block = pl.BlockSpec((None, height, width), lambda j, i, k: (k, i, j))
+    column = pl.BlockSpec((None, height, 1), lambda j, i, k: (k, i, 0))
+    row = pl.BlockSpec((None, 1, width), lambda j, i, k: (k, 0, j))
 
     def run(*refs):
         if matrix is None:
@@ -181,6 +213,7 @@ def _call(
         grid=(columns // width, rows // height, stack),
         in_specs=[
             *[block] * len(arrays),
+            *(column, row)[: len(vectors)],
             *(
                 pl.BlockSpec(each.shape, lambda *_, n=each.ndim: (0,) * n)
                 for each in fixed
@@ -192,7 +225,7 @@ def _call(
         compiler_params=plgpu.CompilerParams(num_warps=_warps(tiling), num_stages=1),
         interpret=interpret,
         name=f"cage_{name}",
-    )(*(array.reshape(tiling.shape) for array in arrays), *fixed)
+    )(*(array.reshape(tiling.shape) for array in arrays), *vectors, *fixed)
     return tuple(each.reshape(arrays[-1].shape) for each in found)
 
 
@@ -257,11 +290,18 @@ def _strip_of(x_ref, matrix_ref, tiling, exactly):
 
 
 def _each(function, read, written, tiling):
-    """Applies `function` to each strip of a block and writes the results."""
+    """Applies `function` to each strip of a block and writes the results.
+
+    A reference of size 1 along an axis is read whole along it.
+    """
+
+    def part(ref, here):
+        whole = slice(None)
+        return ref[tuple(whole if n == 1 else at for n, at in zip(ref.shape, here))]
 
     def one(i, carry):
         here = place(i, tiling)
-        found = function(*(ref[here] for ref in read))
+        found = function(*(part(ref, here) for ref in read))
         for ref, strip in zip(written, found, strict=True):
             ref[here] = strip.astype(ref.dtype)
         return carry

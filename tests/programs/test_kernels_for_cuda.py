@@ -8,7 +8,7 @@ import sys
 import cuda_aot
 import gpu
 import pytest
-from kernel_cases import CASES
+from kernel_cases import CASES_FOR_GPU as CASES
 
 import cage_jax as cage
 
@@ -69,7 +69,7 @@ def test_every_kernel_fits_the_registers_and_moves_the_least():
         assert found["spilled"] == 0, case
         assert found["registers"] <= 255
         assert found["kernel units"] == pytest.approx(case.least, rel=1e-3), case
-        assert found["in place"] == pytest.approx(3 * (case.what == "step"), abs=1e-4)
+        assert found["in place"] == pytest.approx(3 * case.is_step, abs=1e-4)
         assert found["read again"] <= (case.quantizer.group_size is None)
 
 
