@@ -38,7 +38,7 @@ from measurement import Rows
 from rich.console import Console
 
 import cage_jax as cage
-from cage_jax.arrays.adamw import AdamW, StepNumbers
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.factors import Factors
 from cage_jax.pallas import gpu, tiling
 from cage_jax.quantizers import rounding
@@ -101,7 +101,8 @@ def xla(case: Case) -> Callable:
         error = rounding.error_elementwise(x, case.quantizer, reductions)
         if (factors := weights(case, x.shape)) is not None:
             error = factors.product() * error
-        *moments, update = ADAMW.step(gradient, first, second, x, NUMBERS)
+        dtypes = Dtypes(x.dtype, first.dtype)
+        *moments, update = ADAMW.step(gradient, first, second, x, NUMBERS, dtypes)
         return *moments, x + (update + NUMBERS.pull * error)
 
     if case.is_step:

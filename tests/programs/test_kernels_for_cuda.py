@@ -7,6 +7,7 @@ import sys
 
 import cuda_aot
 import gpu
+import jax
 import pytest
 from kernel_cases import CASES_FOR_GPU as CASES
 
@@ -26,7 +27,7 @@ import json, re
 import cuda_aot, jax, jax.numpy as jnp
 import cage_jax as cage
 
-tx = cage.cage_adamw(1e-3, cage.Rules([(".*", cage.quest(4))]), 1.0)
+tx = cage.cage_adamw(1e-3, cage.Rules([(".*", cage.quest(4))]), strength=1.0)
 params = {"x": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)}
 
 def step(params, state, gradient):
@@ -129,6 +130,15 @@ def test_the_numerics_and_the_clock(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", (512, 512))
     assert gpu.main(["--tiny"]) == 0
     assert "nothing is written" in capsys.readouterr().out
+
+
+def test_both_forms_of_every_case_give_the_same_arrays():
+    """Traced alone: on a GPU it would be late to see that a form cannot be called."""
+    for case in CASES:
+        arrays = gpu.count(case) * [jax.ShapeDtypeStruct(gpu.SMALL, case.dtype)]
+        theirs = jax.eval_shape(gpu.xla(case), *arrays)
+        if (kernel := gpu.kernel(case, gpu.SMALL, True)) is not None:
+            assert jax.eval_shape(kernel, *arrays) == theirs, case
 
 
 def test_a_wrong_kernel_is_noticed(monkeypatch):
