@@ -133,7 +133,8 @@ def adamw_step(
                 error = x.astype(jnp.float32) - strip_of(x).value()
                 if weights is None:
                     return error
-                return Factors(*factors, largest=weights.largest).product() * error
+                inputs, outputs = factors
+                return Factors(inputs, outputs, weights.largest).product() * error
 
             step(error)
 
