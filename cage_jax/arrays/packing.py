@@ -49,12 +49,12 @@ class Layout:
 COMPRESSED_TENSORS = Layout(np.dtype(np.int32), pads=True)
 """`pack-quantized` of compressed-tensors, along the inputs of (out, in)."""
 FP4 = Layout(np.dtype(np.uint8), bits=4)
-"""E2M1 of MXFP4 and NVFP4 in safetensors: two neighbours per byte."""
+"""E2M1 of MXFP4 and NVFP4 in safetensors, with two neighbours per byte."""
 GGUF_4BIT = Layout(np.dtype(np.uint8), stride=16, bits=4)
-"""Q4_0, Q4_1 and MXFP4 of GGUF: the low halves of 16 bytes hold 16 codes, the high
-halves the next 16."""
+"""Q4_0, Q4_1 and MXFP4 of GGUF, with 16 codes in the low halves of 16 bytes and the
+next 16 in the high halves."""
 GGUF_TQ2_0 = Layout(np.dtype(np.uint8), stride=32, bits=2, zero=1)
-"""TQ2_0 of GGUF: the codes -1, 0 and 1, four per byte, 32 elements apart."""
+"""TQ2_0 of GGUF, with the codes -1, 0 and 1, four per byte, 32 elements apart."""
 
 
 def pack(codes: jax.Array, layout: Layout, *, axis: int = -1) -> jax.Array:

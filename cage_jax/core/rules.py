@@ -327,7 +327,7 @@ class Rules:
 
     @property
     def in_words(self) -> str:
-        """Name of the table in warnings: if it has many rules, by the first one."""
+        """Name of the table in warnings, after its first rule if it has many."""
         if len(self) < 3:
             return repr(self)
         return f"the {len(self)} rules from {self._rules[0].pattern!r} on"
