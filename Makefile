@@ -20,7 +20,7 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help demo docs test test-all fuzz coverage mutants test-cuda-aot lint format \
-  bench clean
+  wheel bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
 	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
@@ -32,6 +32,7 @@ help:
 	@echo "make mutants   put small faults into the library and see the tests find them (an hour)"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
 	@echo "make lint      check format, style and types"
+	@echo "make wheel     build a wheel and an sdist in dist/, and try the wheel elsewhere"
 	@echo "make bench     measure the figures of benchmarks/README.md (over an hour)"
 	@echo "make clean     remove the virtual environment and what the demo wrote"
 
@@ -89,6 +90,15 @@ format: $(call stamp,test$(comma)lint)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+# The wheel is built from the sdist, which so proves to be complete.
+wheel: $(call stamp,release)
+	@rm -rf dist
+	@echo "[wheel] building dist/"
+	@$(BIN)/python -m build --outdir dist . > /dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@echo "[wheel] running the quick start in a new environment; a minute"
+	@.ci/try_wheel $(BIN)/python dist/*.whl
+
 bench: $(call stamp,test$(comma)oracles)
 	@echo "[bench] the machine should have nothing else to do"
 	@for name in import_time quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect; do \
@@ -98,4 +108,4 @@ bench: $(call stamp,test$(comma)oracles)
 	@$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv .venv-* runs digits.safetensors docs/_build docs/notebooks .jax_cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* runs dist digits.safetensors docs/_build docs/notebooks .jax_cache .pytest_cache .ruff_cache .mypy_cache
