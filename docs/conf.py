@@ -47,6 +47,9 @@ napoleon_use_rtype = False
 napoleon_custom_sections = [("Source", "notes_style")]
 # Links to files outside these pages.
 _ELSEWHERE = re.compile(r"\]\(\.\./([^)\s]+)\)")
+# Links of notebooks, which Colab too follows, to what is a page here.
+_PAGE = rf"\]\({REPOSITORY}/blob/main/(docs|notebooks)/"
+_BESIDE = {"docs": "../", "notebooks": ""}
 _CODE = re.compile(r"`([^`]+)`(\w*)")
 
 # Notebooks live beside docs/, and Sphinx reads pages only below it.
@@ -75,8 +78,8 @@ def _outside(found):
 
 
 def _addresses(app, docname, source):
-    """Turns links to files of the repository into addresses of GitHub."""
-    inside = source[0].replace("](../docs/", "](../")
+    """Turns links to other files into addresses of GitHub, and those to pages back."""
+    inside = re.sub(_PAGE, lambda found: f"]({_BESIDE[found[1]]}", source[0])
     elsewhere = _ELSEWHERE.sub(_outside, source[0])
     source[0] = inside if docname.startswith("notebooks/") else elsewhere
 

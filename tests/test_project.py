@@ -10,7 +10,7 @@ from cage_jax._project import DOCS, REPOSITORY, VERSION
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What people read and copy from.
-PATTERNS = ["*.*", ".*.yaml", ".github/**/*.*", "docs/*.*"]
+PATTERNS = ["*.*", ".*.yaml", ".github/**/*.*", "docs/*.*", "notebooks/*.*"]
 PATTERNS += ["cage_jax/**/*.py", "examples/*.py", "benchmarks/**/*.md"]
 ENDINGS = {".cff", ".ipynb", ".md", ".py", ".toml", ".yaml", ".yml"}
 FILES = sorted(
