@@ -60,11 +60,11 @@ def section(name: str, folder: Path = measurement.RESULTS) -> str | None:
 
 
 def front(name: str) -> str | None:
-    """What stands at a place of the project's README: the table alone."""
+    """What stands at a place of the project's README."""
     if name == "first_page":
         record = json.loads((measurement.RESULTS / f"{name}.json").read_text())
-        rows = importlib.import_module(name).table(record)
-        return f"{record['title']}.\n\n{markdown(rows)}"
+        page = importlib.import_module(name)
+        return f"{markdown(page.table(record))}\n\n{page.sentence(record)}"
     import report
 
     return report.section(name)

@@ -58,9 +58,11 @@ if __name__ == "__main__":
     show("full precision", full, FULL)
     show("rounded afterwards (PTQ)", full, INT2)
     show("straight-through (STE)", train(INT2, optax.adamw(RATE)), INT2)
-    params = train(INT2, cage.cage_adamw(RATE, INT2, total_steps=STEPS))
+    tx = cage.cage_adamw(RATE, INT2, total_steps=STEPS)
+    params = train(INT2, tx)
     show("STE + CAGE", params, INT2)
 
-    cage.export.save(cage.quantize(params, INT2), "digits.safetensors", overwrite=True)
+    codes = cage.quantize(params, INT2)
+    cage.export.save(codes, "digits.safetensors", overwrite=True)
     saved = cage.dequantize(cage.load("digits.safetensors").params)
     print(f"The codes read a {y_test[0]} as {logits(saved, x_test[0]).argmax()}.")

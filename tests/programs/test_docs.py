@@ -147,7 +147,7 @@ def test_the_programs_of_the_page_of_exports(tmp_path):
 @pytest.mark.usefixtures("small_hub")
 def test_the_programs_of_the_readme(tmp_path, capsys):
     model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    _run(README, model=model)
+    _run(README, model=model, x=jnp.ones((2, 64)))
     assert "int8" in capsys.readouterr().out
     assert cage.load(tmp_path / "out.gguf").config.layers == 1
 
