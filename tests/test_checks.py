@@ -2,9 +2,12 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import cage_jax as cage
 from cage_jax.arrays.checks import check_choice, check_int, check_number
 
 
@@ -40,6 +43,22 @@ def test_the_ends_of_a_range():
     check_number("x", np.float16(1), "Use 1.0.", least=0, most=1)
     with pytest.raises(ValueError, match="`x` must be finite; got nan"):
         check_number("x", math.nan, "Use 1.0.")
+
+
+def test_a_warning_is_of_the_line_that_called_the_library():
+    """Through how many functions the library came to it, or Optax, does not matter."""
+    rules, params = cage.Rules([("kernel", "int4")]), {"w": jnp.ones((4, 4))}
+    for call in (
+        lambda: rules.report(params),
+        lambda: cage.fake_quant(params, rules),
+        lambda: cage.cage_sgd(0.5, rules, strength=2.5),
+        lambda: cage.decoupled(optax.sgd(1), rules, learning_rate=1, strength=2),
+        lambda: cage.cage_adamw(0.1, rules, strength=0.1).init(params),
+        lambda: cage.contrib.lotion(rules).init(params),
+    ):
+        with pytest.warns(UserWarning) as found:
+            call()
+        assert {each.filename for each in found} == {__file__}
 
 
 def test_choices():

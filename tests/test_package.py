@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 
 import pytest
 
@@ -238,6 +239,16 @@ def test_every_public_function_answers_an_unknown_name():
             if inspect.isfunction(function):
                 with pytest.raises(TypeError, match="has no argument `unknown`"):
                     function(unknown=1)
+
+
+def test_every_public_function_has_types():
+    for module in (cage_jax, cage_jax.contrib, cage_jax.curvature, cage_jax.flax):
+        for function in (getattr(module, name) for name in module.__all__):
+            if inspect.isfunction(function) and not typing.get_overloads(function):
+                signature = inspect.signature(function)
+                for parameter in signature.parameters.values():
+                    assert parameter.annotation is not inspect.Parameter.empty, function
+                assert signature.return_annotation is not inspect.Signature.empty
 
 
 @pytest.mark.parametrize("name", ["coupled", "cage_adamw", "cage_sgd"])

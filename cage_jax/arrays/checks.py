@@ -9,17 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
+# Packages through which a user's line comes to a warning.
+_BETWEEN = {"cage_jax", "flax", "jax", "optax"}
+
 
 def warn(text: str) -> None:
-    """Warns of the line that called this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    """Warns of the user's line that called this package, also through another one."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in _BETWEEN:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level + 1)
+    warnings.warn(text, stacklevel=level)
 
 
-def _is_ours(module):
-    return module.partition(".")[0] == __name__.partition(".")[0]
+def _package(frame):
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def is_int(value: Any) -> bool:

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 from reprlib import repr as short
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,14 @@ _ALLOWED_FLOATS = "float32, bfloat16, float16 or float64"
 
 Array = jax.Array | np.ndarray
 Tree = TypeVar("Tree")
+
+
+class TreeOptions(TypedDict, total=False):
+    """The options of `fake_quant` for a tree."""
+
+    grid: Mapping[str, Grid] | None
+    key: jax.Array | None
+    implementation: Implementation | None
 
 
 @overload

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import jax
 from flax import linen, nnx
 
 from cage_jax.arrays.checks import warn
+from cage_jax.core.quantize import TreeOptions
 from cage_jax.core.quantize import fake_quant as fake_quant_tree
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.flax import linen as linen_modules
@@ -17,6 +18,8 @@ from cage_jax.flax.linen import QuantizedLinen
 from cage_jax.program.activations import calibrate as calibrate_function
 from cage_jax.program.model_report import ModelReport
 from cage_jax.program.model_report import report as report_of_function
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def quantize_activations(model: Any, rules: Rules) -> Any:
@@ -61,7 +64,7 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
     raise _no_module(model)
 
 
-def fake_quant(model: nnx.Module, rules: Rules, **options: Any) -> nnx.Module:
+def fake_quant(model: Module, rules: Rules, **options: Unpack[TreeOptions]) -> Module:
     """Rounds the parameters of an NNX model, for use in the loss.
 
     All variables other than `nnx.Param` are shared with `model`, so BatchNorm
