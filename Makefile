@@ -22,7 +22,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: help demo docs notebooks notebooks-fresh test test-all fuzz coverage mutants \
   test-cuda-aot lint format wheel bench clean
 help:
-	@echo "make demo      train small models with CAGE and see what it buys (12 minutes)"
+	@echo "make demo      train small models with CAGE and see what it buys (6 minutes)"
 	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
 	@echo "make test-all  run those too that take minutes: programs, notebooks, other readers"
 	@echo "               (EXTRAS=test,oracles,models,tpu: none is skipped for want of a package)"
@@ -122,7 +122,7 @@ wheel: $(call stamp,release)
 
 bench: $(call stamp,test$(comma)oracles)
 	@echo "[bench] the machine should have nothing else to do"
-	@for name in import_time quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect; do \
+	@for name in import_time quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect first_page; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	@$(BIN)/python benchmarks/train_step.py --size 30m --window

@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +182,9 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def label(arm):
+        return f"{ARMS[arm]}: {results[arm].loss:.4f}"
+
     steps = experiment.settings.steps
     at = np.arange(EVALUATIONS + 1) * steps / EVALUATIONS
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -192,14 +196,18 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
         # Dashed and on top, because it coincides with CAGE before the pull.
         style = {"linestyle": "--", "zorder": 3} if arm == "ste" else {}
         for axes, values in ((left, state.validation), (right, state.distance)):
-            axes.plot(at, values, color=color, label=ARMS[arm], **style)
+            axes.plot(at, values, color=color, label=label(arm), **style)
     for arm, marker in (("ptq", "x"), ("averaged", "+"), *zip(RIVALS, "ovs^D*")):
         if arm in results:
-            left.plot(steps, results[arm].loss, f"k{marker}", label=ARMS[arm], zorder=5)
-    final = [result.loss for result in results.values()]
-    margin = 1.5 * (max(final) - min(final)) + 0.02
+            left.plot(
+                steps, results[arm].loss, f"k{marker}", label=label(arm), zorder=5
+            )
+    # Rounding afterwards may be far above the picture; the legend has its loss.
+    trained = [result.loss for arm, result in results.items() if arm != "ptq"]
+    low, high = min(trained or [0.0]), max(trained or [1.0])
+    margin = high - low + 0.02
     left.set_xlim(0.5 * steps, 1.02 * steps)
-    left.set_ylim(min(final) - margin / 3, max(final) + 2 * margin)
+    left.set_ylim(low - margin / 4, high + 2 * margin)
     left.set(xlabel="step", ylabel=f"validation loss (nat a {experiment.unit})")
     right.set(
         xlabel="step",
@@ -214,5 +222,6 @@ def plot(experiment: Experiment, results: dict[str, Result], path: Path) -> None
             axes.axvspan(pull, steps, color="tab:red", alpha=0.07, label="CAGE pulls")
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
+    figure.suptitle(textwrap.fill(verdict(results), 130), fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

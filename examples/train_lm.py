@@ -104,7 +104,7 @@ def conclude(
             f"The codes of {ARMS[arm]}, saved and loaded back, give {same} validation "
             f"loss: {codes['loss']:.6f}."
         )
-    outcome = program.TINY if settings.size == "tiny" else verdict(results)
+    outcome = program.TINY if settings.tiny else verdict(results)
     if outcome:
         console.print(outcome)
 

@@ -61,7 +61,8 @@ except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     (folder / "saving").touch()
     time.sleep(SECONDS)
-    (folder / "settings.json").touch()
+    (folder / "w2").mkdir()
+    (folder / "w2" / "settings.json").touch()
     sys.exit(130)
 """
 
@@ -82,7 +83,7 @@ def interrupted_demo(folder, seconds, signs):
 
 def test_after_ctrl_c_a_part_may_save(tmp_path):
     status, printed = interrupted_demo(tmp_path, 0.6, ["started"])
-    assert (tmp_path / "settings.json").exists()
+    assert (tmp_path / "w2" / "settings.json").exists()
     assert status == 130
     assert "part stopped" in printed and "`make demo`" in printed
     assert "Traceback" not in printed
@@ -90,7 +91,7 @@ def test_after_ctrl_c_a_part_may_save(tmp_path):
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     status, printed = interrupted_demo(tmp_path, 50, ["started", "saving"])
-    assert not (tmp_path / "settings.json").exists()
+    assert not (tmp_path / "w2").exists()
     assert status == 130
     assert "Traceback" not in printed
 
@@ -187,14 +188,14 @@ def test_flags_are_read_before_anything_starts(monkeypatch, statuses):
 def test_the_demo_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, statuses):
     commands, ends = statuses
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
-    ends += [0, 130, 0, 0]
+    ends += [0, 0, 130, 0, 0, 0, 0]
     assert demo.main() == 130
-    assert "--resume" not in commands[-1]
+    assert not any("--resume" in command for command in commands)
     assert "starts again" in capsys.readouterr().out
-    (tmp_path / "lm").mkdir()
-    (tmp_path / "lm" / "settings.json").touch()
+    (tmp_path / "w2").mkdir()
+    (tmp_path / "w2" / "settings.json").touch()
     assert demo.main() == 0
-    assert "--resume" in commands[-1]
+    assert ["--resume" in command for command in commands[-2:]] == [True, False]
     assert "Going on" in capsys.readouterr().out
 
 
@@ -204,7 +205,7 @@ def test_a_part_that_fails_is_the_last(tmp_path, monkeypatch, capsys, statuses):
     ends.append(3)
     assert demo.main() == 3
     assert len(commands) == 1
-    assert "digits ended with status 3" in capsys.readouterr().out
+    assert "quick start ended with status 3" in capsys.readouterr().out
     monkeypatch.undo()
     # A signal is told as a shell does.
     code = "import os; os.kill(os.getpid(), 9)"
