@@ -90,10 +90,7 @@ def test_tensors_that_are_not_of_the_configuration(folder):
         ({f"{module}.weight_scale": scale[:, :1]}, "of a scheme"),
         ({f"{module}.weight_scale": scale.astype(np.float64)}, "of a scheme"),
         ({f"{module}.weight": np.zeros((128, 64), np.float32)}, "of a scheme"),
-        (
-            {f"{module}.weight_g_idx": np.zeros(64, np.float32)},
-            "got 1 more, .*weight_g_idx",
-        ),
+        ({f"{module}.bias": np.zeros(64, np.float32)}, "got 1 more, .*up_proj.bias"),
         ({"model.norm.weight": np.zeros(64, np.int32)}, "`model.norm`"),
         ({"model.norm.weight": np.zeros(65, np.float32)}, "`model.norm`"),
         ({"model.norm.weight_scale": np.zeros(1, np.float32)}, "`model.norm`"),
@@ -112,6 +109,37 @@ def test_tensors_that_are_not_of_the_configuration(folder):
         file.unlink()
         safetensors_files.write(file, less)
         with pytest.raises(MalformedFileError, match="must have"):
+            read(folder)
+            pytest.fail(name)
+
+
+def test_schemes_that_are_not_read_are_named(folder):
+    file, stored = folder / "model.safetensors", arrays_of(folder)
+    attention = "model.layers.1.self_attn"
+    for name, scheme, remedy in [
+        ("k_scale", "kv_cache_scheme", "cage_jax.kv_cache"),
+        ("v_zero_point", "kv_cache_scheme", "cage_jax.kv_cache"),
+        ("q_proj.weight_g_idx", "actorder", "actorder='weight'"),
+        ("q_proj.input_scale", "input_activations", "dynamic"),
+        ("q_proj.input_global_scale", "input_activations", "dynamic"),
+        ("k_proj.output_zero_point", "output_activations", "dynamic"),
+        ("q_proj.bitmask", "sparsity_config", "without"),
+        ("q_proj.meta", "marlin-24", "without"),
+    ]:
+        file.unlink()
+        more = {f"{attention}.{name}": np.zeros(4, np.float32)}
+        # Also where the matrix itself is stored in another way.
+        less = {k: v for k, v in stored.items() if ".q_proj.weight_packed" not in k}
+        safetensors_files.write(file, (less if "q_proj" in name else stored) | more)
+        text = rf"`{attention}.{name}`, of .*\(.*{scheme}.*\. .*{remedy}"
+        with pytest.raises(MalformedFileError, match=text):
+            read(folder)
+            pytest.fail(name)
+    content = json.loads((folder / "config.json").read_text())
+    for name, value in [("strategy", "block"), ("num_bits", 3), ("type", "nf4")]:
+        text = json.dumps(changed(content, f"{WEIGHTS}__{name}", value))
+        (folder / "config.json").write_text(text)
+        with pytest.raises(MalformedFileError, match=f"is read; got .*{name}={value}"):
             read(folder)
             pytest.fail(name)
 

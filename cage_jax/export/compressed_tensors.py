@@ -24,6 +24,7 @@ from cage_jax.export.compressed_tensors_schemes import (
     FLOATS,
     SUFFIXES,
     Scheme,
+    check_read,
     declared_schemes,
     quantization_config,
     scheme_of,
@@ -180,6 +181,7 @@ def read(path: Path) -> Model:
         raise MalformedFileError(f"config.json: {error}") from error
     schemes = declared_schemes(content.get("quantization_config"))
     arrays = read_shards(folder)
+    check_read(arrays)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     both = config.tied and head in arrays and embedding in arrays
     if both and np.array_equal(arrays[head], arrays[embedding]):

@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cage_jax.arrays.checks import is_int
@@ -32,6 +33,35 @@ SUFFIXES = (
     "weight_global_scale",
 )
 """Endings of the names of a matrix's tensors."""
+
+# Endings of other tensors, with the scheme that has them and what to do.
+_NOT_READ = {
+    r"[kvq]_(scale|zero_point|global_scale)": (
+        "a quantized cache of keys and values (kv_cache_scheme)",
+        "Write the model without that scheme; cage_jax.kv_cache quantizes a cache.",
+    ),
+    r"weight_g_idx": (
+        "groups in the order of activations (actorder)",
+        "Quantize the model again with actorder='weight', or without.",
+    ),
+    r"(input|output)_(scale|zero_point|global_scale)": (
+        "static scales of activations (input_activations, output_activations)",
+        "Quantize the model again with dynamic ones, or its weights alone.",
+    ),
+    r"compressed|bitmask|row_offsets|scale_packed|meta": (
+        "compressed sparse matrices (sparsity_config, or marlin-24)",
+        "Write the model without sparsity_config.",
+    ),
+}
+
+
+def check_read(names: Iterable[str]) -> None:
+    """Raises for a tensor of a scheme that is not read, and names the scheme."""
+    for name in names:
+        for ending, (scheme, remedy) in _NOT_READ.items():
+            if re.fullmatch(ending, name.rpartition(".")[2]):
+                rule = "the files must be of a scheme that is read"
+                raise malformed(rule, f"`{name}`, of {scheme}", remedy)
 
 
 class Scheme(NamedTuple):
@@ -254,6 +284,14 @@ def declared_schemes(quantization: Any) -> list[Scheme]:
         weights = group.get("weights")
         _check_object(weights, "`weights` in `config_groups`")
         found |= dict.fromkeys(_possible_schemes(weights))
+    if groups and not found:
+        names = ("type", "num_bits", "strategy", "group_size", "symmetric")
+        has = ", ".join(f"{name}={str(weights.get(name))[:20]}" for name in names)
+        raise malformed(
+            "config.json must be of a scheme that is read",
+            has,
+            f"Write the model in one of {SUPPORTED}.",
+        )
     return list(found)
 
 
