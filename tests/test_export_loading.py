@@ -1,6 +1,7 @@
 """`cage_jax.load`: the reader that a path goes to, and errors where there is none."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
@@ -117,6 +118,73 @@ def test_paths_that_are_none():
         (lambda path=path: cage.load(path), TypeError, text)
         for path in (None, 3, b"model", ["model"])
     )
+
+
+def test_paths_that_nothing_can_have(codes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # so "" would be a model here
+    calls = {
+        "path": [
+            cage.load,
+            lambda path: cage.export.save({}, path),
+            lambda path: cage.export.save_orbax({"a": np.ones(1)}, path),
+            lambda path: cage.export.gguf(codes, CONFIG, path),
+            lambda path: cage.export.compressed_tensors(codes, CONFIG, path),
+            lambda path: save(Model(codes, CONFIG, {}), path),
+        ],
+        "tokenizer": [lambda path: tokenizer_files.resolve(path, CONFIG)],
+    }
+    for path, text in [
+        ("", "not be empty; got ''"),
+        ("a" * 5000, "name of a file or a folder; got 'aaa.*too long"),
+        ("models/" * 1000, "name of a file or a folder; got 'mod.*too long"),
+        ("a\0b", "name of a file or a folder; got 'a.x00b': .*null"),
+        ("\ud800", "name of a file or a folder; got '.ud800'"),
+    ]:
+        assert_raises(
+            (functools.partial(call, path), ValueError, f"^`{name}` must .*{text}")
+            for name, functions in calls.items()
+            for call in functions
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_name_as_long_as_can_be(tmp_path):
+    path = tmp_path / ("a" * 243 + ".safetensors")
+    cage.export.save({"a": np.ones(1, np.float32)}, path)
+    assert cage.load(path).params["a"].shape == (1,)
+
+
+def test_weights_in_formats_of_others(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    pretrained = "AutoModelForCausalLM.from_pretrained"
+    for name, line in [
+        ("pytorch_model.bin", pretrained + r"\('{folder}'\).save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", pretrained),
+        ("model.ckpt", pretrained + r"\('{folder}', from_tf=True\)"),
+        ("tf_model.h5", pretrained + r"\('{folder}', from_tf=True\)"),
+        ("flax_model.msgpack", pretrained + r"\('{folder}', from_flax=True\)"),
+        ("model.pth", r"torch.load\('{folder}/model.pth'\)"),
+        ("consolidated.00.pth", "convert_llama_weights_to_hf"),
+    ]:
+        file = tmp_path / name
+        file.write_text("weights")
+        line = line.replace("{folder}", str(tmp_path))
+        text = f"`path` must have its weights in safetensors; .* in {name}.*: .*{line}"
+        for given in (tmp_path, file):
+            with pytest.raises(ValueError, match=text):
+                cage.load(given)
+        (tmp_path / "model.safetensors").write_text("damaged")  # and so not of others
+        with pytest.raises(ValueError, match="model_type"):
+            cage.load(tmp_path)
+        for each in (file, tmp_path / "model.safetensors"):
+            each.unlink()
+    hub = pytest.importorskip("huggingface_hub", reason="it asks the hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"other files\. .*from_pretrained\('some/one'\)"
+    ):
+        cage.load("some/one")
 
 
 def test_without_the_reader(codes, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ others that depend on its scheme. `config.json` says which matrices have which s
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +31,7 @@ from cage_jax.export.compressed_tensors_schemes import (
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
+    as_path,
     inside,
     malformed,
     new_folder,
@@ -173,7 +173,7 @@ def read(path: Path) -> Model:
       MalformedFileError: if the folder is incomplete, damaged or malicious, or if its
         model is not supported.
     """
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     content = read_json(inside(folder, "config.json"))
     try:
         config = LlamaConfig.from_huggingface(content)

@@ -1,6 +1,7 @@
 """Files, written completely or not at all, and read without trusting them."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from reprlib import repr as short
 from typing import Any
 
 from cage_jax._project import missing
@@ -49,7 +51,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
         )
     _check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_hidden(path), dir=path.parent)
     os.close(handle)
     temporary = pathlib.Path(name)
     try:
@@ -78,7 +80,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
             f"{unexpected}. Remove it yourself, or use another path."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    name = tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent)
     temporary = pathlib.Path(name)
     try:
         yield temporary
@@ -88,9 +90,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
         if path.exists():
-            old = pathlib.Path(
-                tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
-            )
+            old = pathlib.Path(tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent))
             os.replace(path, old / path.name)
             try:
                 os.replace(temporary, path)
@@ -152,17 +152,37 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
     return path
 
 
-def as_path(path: Any) -> pathlib.Path:
+def as_path(path: Any, argument: str = "path") -> pathlib.Path:
     """Converts a path to `pathlib.Path`.
+
+    Args:
+      path: the path, of something that may exist or not.
+      argument: name of the argument, for errors.
 
     Raises:
       TypeError: if `path` is not a path.
+      ValueError: if it is empty, or if nothing can have it: with a NUL, or too long.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"`path` must be a path; got {type(path).__name__}. Use a str, or a "
+            f"`{argument}` must be a path; got {type(path).__name__}. Use a str, or a "
             f"pathlib.Path."
         )
+    if path == "":
+        raise ValueError(
+            f"`{argument}` must not be empty; got {path!r}. Use the name of a file or "
+            f"a folder, such as '.'."
+        )
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as error:  # a ValueError for a NUL
+        code = getattr(error, "errno", errno.EINVAL)
+        if code in (errno.EINVAL, errno.ENAMETOOLONG):
+            raise ValueError(
+                f"`{argument}` must be the name of a file or a folder; got "
+                f"{short(os.fspath(path))}: {getattr(error, 'strerror', error)}. Use "
+                f"another name."
+            ) from error
     return pathlib.Path(path)
 
 
@@ -193,6 +213,11 @@ def _check_free(path, overwrite):
         raise FileExistsError(
             f"`path` must not exist; got {path}. Use overwrite=True, or another path."
         )
+
+
+def _hidden(path):
+    """Returns the begin of a temporary name, with room for the rest of it."""
+    return f".{path.name[:32]}."
 
 
 def _umask():

@@ -6,13 +6,12 @@ with the size of the file before it uses them.
 """
 
 import math
-import pathlib
 import struct
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from cage_jax.export.files import Path, malformed
+from cage_jax.export.files import Path, as_path, malformed
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -70,7 +69,7 @@ def read_content(path: Path) -> Content:
     Raises:
       MalformedFileError: if the file is truncated, damaged or malicious.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.stat().st_size == 0:
         raise malformed(f"{path.name} must have a header", "an empty file")
     content = np.memmap(path, np.uint8, "r")

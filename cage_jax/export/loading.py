@@ -1,5 +1,6 @@
 """Loading of models from any supported file or folder."""
 
+import fnmatch
 import pathlib
 import re
 
@@ -9,6 +10,18 @@ from cage_jax.export.target import suffixes, targets
 from cage_jax.llama.loaded import Model
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CONVERT = "AutoModelForCausalLM.from_pretrained({0}).save_pretrained('converted')"
+_STATE = "safetensors.torch.save_file(torch.load({1}), 'converted/model.safetensors')"
+# Files of weights in other formats, and the Python that converts {1} in the folder {0}.
+_OF_OTHERS = {
+    "consolidated*.pth": "its script convert_llama_weights_to_hf.py, of version 4",
+    "*.pth": _STATE,
+    "*.pt": _STATE,
+    "*model*.bin": _CONVERT,
+    "*.ckpt*": _CONVERT.replace("{0}", "{0}, from_tf=True") + " of version 4",
+    "*.h5": _CONVERT.replace("{0}", "{0}, from_tf=True") + " of version 4",
+    "*.msgpack": _CONVERT.replace("{0}", "{0}, from_flax=True") + " of version 4",
+}
 # Endings of paths that are no names on the hub, beside those of the targets.
 _SUFFIXES = (".bin", ".json", ".pt", ".pth")
 
@@ -40,7 +53,8 @@ def load(path: Path) -> Model:
       ImportError: if the package to read a GGUF, or to load from the hub, is missing.
       MalformedFileError: if the file is damaged.
       TypeError: if `path` is not a path.
-      ValueError: if it is not a model, or not a supported one.
+      ValueError: if it is not a model, not a supported one, or in formats that must be
+        converted first.
 
     Example:
       >>> import cage_jax as cage
@@ -54,6 +68,8 @@ def load(path: Path) -> Model:
       dtype(int4)
     """
     location = find(path) or _from_hub(path)
+    if location.is_dir():
+        _check_converted(location)
     for target in targets().values():
         if target.recognises(location):
             for package in target.packages:
@@ -66,10 +82,33 @@ def load(path: Path) -> Model:
             f"{location}, which has {names}. Pass the folder that holds config.json, "
             f"or the GGUF itself."
         )
+    _check_converted(location)
     raise malformed(
         "`path` must be a model",
         f"{location.name}, which is not a well-formed file of {suffixes()}",
         "Pass one of those, or the folder of the model.",
+    )
+
+
+def _check_converted(location):
+    """Raises for weights of other libraries: a file, or all that a folder has."""
+    is_folder = location.is_dir()
+    names = sorted(
+        file.name for file in (location.iterdir() if is_folder else [location])
+    )
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    folder = location if is_folder else location.parent
+    for pattern, line in _OF_OTHERS.items():
+        for name in fnmatch.filter(names, pattern):
+            line = line.format(repr(str(folder)), repr(str(folder / name)))
+            raise _not_converted(location, name, line)
+
+
+def _not_converted(path, weights, line):
+    return ValueError(
+        f"`path` must have its weights in safetensors; got {path}, where they are in "
+        f"{weights}. Convert it with transformers and PyTorch: {line}"
     )
 
 
@@ -78,7 +117,7 @@ def find(path: Path) -> pathlib.Path | None:
 
     Raises:
       FileNotFoundError: if the path does not exist and cannot be a name on the hub.
-      TypeError: if `path` is not a path.
+      TypeError, ValueError: if `path` is not a path.
     """
     location = as_path(path)
     if location.exists():
@@ -113,4 +152,7 @@ def _from_hub(name):
             f"can be reached; got {name!r} ({reason}). Download it elsewhere, and give "
             f"the folder."
         ) from error
-    return pathlib.Path(folder)
+    folder = pathlib.Path(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise _not_converted(name, "other files", _CONVERT.format(repr(name)))
+    return folder

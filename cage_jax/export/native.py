@@ -6,6 +6,7 @@ from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
+    as_path,
     malformed,
     new_folder,
     read_json,
@@ -52,7 +53,7 @@ def read(path: Path) -> Model:
     Raises:
       MalformedFileError: if the folder is damaged.
     """
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     params = trees.load(folder / CODES)
     try:
         config = LlamaConfig.from_huggingface(read_json(folder / CONFIG))

@@ -29,6 +29,7 @@ from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
     Path,
+    as_path,
     check_installed,
     inside,
     malformed,
@@ -193,7 +194,7 @@ def read_codes(path: Path) -> Any:
       MalformedFileError: if the folder is damaged.
       ValueError: if the codes are constants in the program.
     """
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     description = read_json(folder / DESCRIPTION)
     said = description.get("format"), description.get("version")
     if said != (FORMAT, VERSION):

@@ -2,11 +2,10 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from cage_jax.export.files import Path
+from cage_jax.export.files import Path, as_path
 from cage_jax.llama.config import LlamaConfig
 
 NAMES = (
@@ -24,7 +23,7 @@ _REMEDY = "Pass the folder that save_pretrained of the tokenizer wrote."
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     """Reads the tokenizer files of a folder by name."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder, "tokenizer")
     return {
         name: (folder / name).read_bytes()
         for name in NAMES

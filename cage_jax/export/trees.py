@@ -6,7 +6,6 @@ A file is safetensors, with the description of each leaf in its metadata, see
 """
 
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -106,7 +105,7 @@ def load(path: Path, *, shardings: Any = None) -> Any:
       ValueError: if there are 64-bit arrays and jax does not have them enabled, if
         `shardings` do not fit the tree, or if they are missing with several processes.
     """
-    path = pathlib.Path(path).absolute()
+    path = as_path(path).absolute()
     if path.is_dir():
         return orbax_folders.load(path, shardings)
     arrays, metadata = read(path)
