@@ -151,14 +151,64 @@ def test_check_sees_one_code(folder, capsys):
     assert found["differences"] == ["layers/up/kernel: 1 of 16384 codes differ"]
 
 
-def test_check_refuses_what_is_not_finite(folder, capsys):
-    norm = np.array(PARAMS["norm"]["scale"])
-    norm[3] = np.nan
+def test_every_command_refuses_what_is_not_finite(tmp_path, folder, capsys):
+    kernel = np.array(PARAMS["layers"]["up"]["kernel"])
+    kernel[0, 3] = np.nan
+    params = with_leaf(PARAMS, "layers/up/kernel", kernel)
+    model, out = tmp_path / "nan", tmp_path / "out"
+    save(Model(params, CONFIG, {}), model)
+    places = kernel.shape[-1]
+    message = f"the values must be finite; got NaN or infinity in {places} places"
+    for arguments in (
+        ["check", model],
+        ["check", folder / "floats", "--same-as", model],
+        ["report", model],
+        ["report", model, "--weights", "q4_0"],
+        ["quantize", model, out, "--weights", "q4_0"],
+        ["export", model, out],
+        ["export", model, tmp_path / "out.gguf"],
+        ["eval", model, "--text", folder / "text"],
+    ):
+        found = printed(capsys, *arguments, code=1)
+        assert f"error: `layers/up/kernel`: {message}. Look" in found.err, arguments
+        assert found.out == "" and list(tmp_path.iterdir()) == [model], arguments
+
+
+def test_a_loss_that_is_not_finite_is_refused(tmp_path, folder, capsys):
+    norm = np.full_like(PARAMS["norm"]["scale"], 1e38)
     params = with_leaf(PARAMS, "norm/scale", norm)
-    save(Model(params, CONFIG, {}), folder / "nan")
-    error = printed(capsys, "check", folder / "nan", code=1).err
-    message = "the values must be finite; got NaN or infinity in 1 places"
-    assert error == f"error: `norm/scale`: {message}\n"
+    save(Model(params, CONFIG, cage.load(folder / "floats").tokenizer), tmp_path / "it")
+    flags = "--text", folder / "text", "--context", 16
+    error = printed(capsys, "eval", tmp_path / "it", *flags, code=1).err
+    assert "`MODEL` must give finite logits" in error
+
+
+def test_errors_of_large_and_small_weights(tmp_path, capsys):
+    def error_of(size):
+        path = tmp_path / str(size)
+        params = jax.tree.map(lambda x: x * np.float32(size), PARAMS)
+        save(Model(params, CONFIG, {}), path)
+        flags = "--weights", "int4", "--json"
+        rows = json.loads(printed(capsys, "report", path, *flags).out)["parameters"]
+        return [row["relative_error"] for row in rows if row["relative_error"]]
+
+    # By powers of two, which change no digit; their squares are no float32s.
+    expected = error_of(1.0)
+    for size in (2.0**70, 2.0**-80):
+        np.testing.assert_allclose(error_of(size), expected, 1e-6)
+
+
+def test_groups_that_do_not_divide(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, hidden=120)
+    save(Model(params_of(config), config, {}), tmp_path / "it")
+    flags = ["report", tmp_path / "it", "--weights"]
+    error = printed(capsys, *flags, "q4_0", code=1).err
+    assert "`--weights` q4_0 has groups that must divide the 120 inputs of " in error
+    assert "Use --skip layers/down/kernel, or another preset." in error
+    printed(capsys, *flags, "q4_0", "--skip", "layers/down/kernel")
+    error = printed(capsys, *flags, "int4", "--group-size", 32, code=1).err
+    assert "`--group-size` must divide the 120 inputs" in error
+    printed(capsys, *flags, "int4", "--group-size", 8)
 
 
 ERRORS = [
@@ -222,7 +272,12 @@ ERRORS = [
         "at most 2048",
     ),
     (["export", "{codes}", "{text}/out"], "`OUT` must be in a folder that can be"),
-    (["export", "{codes}", ""], "`OUT` must be in a folder that can be"),
+    (["export", "{codes}", ""], "`OUT` must not be empty"),
+    (["export", "{codes}", "a" * 5000], "`OUT` must be the name of a file"),
+    (["report", ""], "`MODEL` must not be empty"),
+    (["report", "a" * 5000], "`MODEL` must be the name of a file"),
+    (["check", "{codes}", "--same-as", ""], "`--same-as` must not be empty"),
+    (["eval", "{codes}", "--text", ""], "`--text` must not be empty"),
     (
         ["quantize", "{floats}", "{floats}", "--weights", "int8", "--overwrite"],
         "`OUT` must differ from MODEL",

@@ -4,7 +4,7 @@ import argparse
 
 from cage_jax.cli.command import Command, load_model, report_of, totals
 from cage_jax.cli.terminal import Terminal
-from cage_jax.export.checking import differences, problems
+from cage_jax.export.checking import differences
 from cage_jax.export.loading import find
 from cage_jax.export.text import tokenizer_of
 from cage_jax.llama.tensors import by_path
@@ -27,16 +27,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.same_as is not None:  # checked before the first model is read
         try:
             find(options.same_as)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             message = str(error).replace("`path`", "`--same-as`")
-            raise FileNotFoundError(message) from error
+            raise type(error)(message) from error
     model = load_model(options.model, terminal)
     params = by_path(model.params)
-    found = []
-    for path in terminal.track(params, "checking", len(params)):
-        found += problems(path, params[path])
-    if found:
-        raise ValueError("; ".join(found[:3]) + (" ..." if found[3:] else ""))
     if "tokenizer.json" in model.tokenizer:
         tokenizer_of(model.tokenizer)
     elif model.config is not None:

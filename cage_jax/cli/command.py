@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from cage_jax.cli.terminal import Terminal
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.weight_report import Report, Row
-from cage_jax.export.files import is_free, unexpected_files
+from cage_jax.export.checking import problems
+from cage_jax.export.files import as_path, is_free, unexpected_files
 from cage_jax.export.loading import load
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
@@ -58,9 +59,24 @@ def add_out(flags: argparse.ArgumentParser, text: str) -> None:
 
 
 def load_model(path: str, terminal: Terminal) -> Model:
-    """Loads a model and shows that."""
+    """Loads a model and shows that.
+
+    Raises:
+      ValueError: as `load` does, and if a parameter has NaN, infinities or codes that
+        its format does not have.
+    """
     with terminal.doing(f"reading {path}"):
-        return load(path)
+        model = load(path)
+    params = by_path(model.params)
+    tracked = terminal.track(params, "checking", len(params))
+    found = [problem for each in tracked for problem in problems(each, params[each])]
+    if found:
+        more = f"; and {len(found) - 3} more" if found[3:] else ""
+        raise ValueError(
+            f"{'; '.join(found[:3])}{more}. Look at the last steps of the training, or "
+            f"get an earlier checkpoint."
+        )
+    return model
 
 
 def load_llama(path: str, terminal: Terminal) -> tuple[Model, LlamaConfig]:
@@ -77,8 +93,8 @@ def load_llama(path: str, terminal: Terminal) -> tuple[Model, LlamaConfig]:
 
 def check_out(options: argparse.Namespace, *, is_folder: bool) -> None:
     """Checks OUT early, because reading a model first may take minutes."""
-    out = pathlib.Path(options.out)
-    if not options.out or not _is_writable(out):
+    out = as_path(options.out, "OUT")
+    if not _is_writable(out):
         raise ValueError(
             f"`OUT` must be in a folder that can be written to; got {options.out!r}. "
             f"Use another name."
@@ -95,7 +111,7 @@ def check_out(options: argparse.Namespace, *, is_folder: bool) -> None:
             f"`OUT` must not exist; got {options.out}. Use --overwrite, or another "
             f"name."
         )
-    model = pathlib.Path(options.model)
+    model = as_path(options.model, "MODEL")
     if model.exists() and model.resolve() == out.resolve():
         raise ValueError(
             f"`OUT` must differ from MODEL; got {options.out} for both. Use another "

@@ -1,11 +1,12 @@
 """`cage-jax eval`: perplexity of a text."""
 
 import argparse
-import pathlib
+import math
 import time
 
 from cage_jax.cli.command import Command, at_least, load_llama
 from cage_jax.cli.terminal import Terminal
+from cage_jax.export.files import as_path
 from cage_jax.export.text import encoded
 
 
@@ -54,6 +55,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         track=lambda parts: terminal.track(parts, "evaluating windows", count),
     )
     seconds = time.perf_counter() - started
+    if not math.isfinite(found.loss):
+        raise ValueError(
+            f"`MODEL` must give finite logits for the text; got a loss of "
+            f"{found.loss}. Look at the size of its weights with cage-jax report."
+        )
     content = {
         "perplexity": found.value,
         "loss": found.loss,
@@ -72,7 +78,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def _read_text(path):
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return as_path(path, "--text").read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"`--text` must be readable files; got {path}: {error.strerror}. Check the "

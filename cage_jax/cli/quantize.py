@@ -13,8 +13,7 @@ from cage_jax.cli.command import (
     report_of,
 )
 from cage_jax.cli.terminal import Terminal
-from cage_jax.core.quantize import quantize
-from cage_jax.core.quantized_array import QuantizedArray, decoded
+from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import native
 from cage_jax.export.target import suffixes
 from cage_jax.llama.tensors import by_path, nested
@@ -49,8 +48,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     error, total = 0.0, 0.0
     for path in terminal.track(found, "rounding", len(found)):
         quantizer, leaf = found[path]
-        params[path] = quantize(leaf, quantizer)
-        norms = weights.squared_norms(leaf, decoded(params[path]))
+        params[path] = weights.rounded(path, leaf, quantizer)
+        norms = weights.squared_norms(leaf, params[path])
         error, total = error + norms[0], total + norms[1]
     if again:
         terminal.warn(

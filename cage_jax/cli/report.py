@@ -5,7 +5,6 @@ import argparse
 from cage_jax.cli import weights
 from cage_jax.cli.command import Command, load_model, report_of, totals
 from cage_jax.cli.terminal import Terminal
-from cage_jax.core.quantize import fake_quant
 from cage_jax.core.tables import table
 from cage_jax.llama.tensors import by_path
 
@@ -22,7 +21,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         report = rules.report(floats)
         for path in terminal.track(found, "measuring errors", len(found)):
             quantizer, leaf = found[path]
-            norms = weights.squared_norms(leaf, fake_quant(leaf, quantizer))
+            codes = weights.rounded(path, leaf, quantizer)
+            norms = weights.squared_norms(leaf, codes)
             errors[path] = weights.relative_error(*norms)
     parameters = [
         {

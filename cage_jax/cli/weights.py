@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.cli.command import at_least
+from cage_jax.core.quantize import quantize
+from cage_jax.core.quantized_array import QuantizedArray, decoded
 from cage_jax.core.rules import Rules
+from cage_jax.export.checking import problems
 from cage_jax.export.target import targets
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.registry import PRESETS
@@ -85,7 +88,7 @@ def _rule_to_skip(pattern):
 
 def _quantizer(name, axis, options):
     make = PRESETS[name].make
-    known = inspect.signature(make).parameters
+    known = _arguments(name)
     asked: dict[str, tuple[str, Any]] = {}
     if options.group_size is not None:
         asked["group_size"] = "--group-size", options.group_size
@@ -133,16 +136,40 @@ def quantized_parameters(
             continue
         inputs, size = leaf.shape[quantizer.axis], quantizer.group_size
         if inputs % size:
+            flag = next(flag for flag in _PARTS if re.fullmatch(_PARTS[flag][0], path))
+            what, remedy = f"`--{flag}` {getattr(options, flag)} has groups that", ""
+            if "group_size" in _arguments(getattr(options, flag)):
+                what = "`--group-size`"
+                remedy = f"Use --group-size {math.gcd(inputs, 128)}, or "
             raise ValueError(
-                f"`--group-size` must divide the {inputs} inputs of {path}; got {size}."
-                f" Use --group-size {math.gcd(inputs, 128)}, or another preset."
+                f"{what} must divide the {inputs} inputs of {path}; got {size}. "
+                f"{remedy or 'Use '}--skip {path}, or another preset."
             )
     return rules.quantized(params)
 
 
-def squared_norms(leaf: jax.Array, rounded: jax.Array) -> tuple[float, float]:
+def _arguments(preset):
+    return inspect.signature(PRESETS[preset].make).parameters
+
+
+def rounded(path: str, leaf: jax.Array, quantizer: Quantizer) -> QuantizedArray:
+    """Rounds a parameter; raises ValueError if its scales cannot be stored."""
+    codes = quantize(leaf, quantizer)
+    if found := problems(path, codes):
+        raise ValueError(
+            f"{found[0]}, of {quantizer}. Use a preset with float32 scales, or --skip "
+            f"{path}."
+        )
+    return codes
+
+
+def squared_norms(leaf: jax.Array, codes: QuantizedArray) -> tuple[float, float]:
     """Returns the squared norms of the error of a rounded array and of the array."""
-    error, total = (float(jnp.sum(jnp.square(x))) for x in (leaf - rounded, leaf))
+    largest = float(jnp.max(jnp.abs(leaf))) or 1.0  # so that no square overflows
+    error, total = (
+        float(jnp.sum(jnp.square(x / largest))) * largest**2
+        for x in (leaf - decoded(codes), leaf)
+    )
     return error, total
 
 
