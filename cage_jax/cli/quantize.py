@@ -48,8 +48,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     error, total = 0.0, 0.0
     for path in terminal.track(found, "rounding", len(found)):
         quantizer, leaf = found[path]
-        params[path] = weights.rounded(path, leaf, quantizer)
-        norms = weights.squared_norms(leaf, params[path])
+        params[path] = codes = weights.rounded(path, leaf, quantizer)
+        norms = weights.squared_norms(leaf, codes)
         error, total = error + norms[0], total + norms[1]
     if again:
         terminal.warn(

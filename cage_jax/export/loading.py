@@ -142,7 +142,7 @@ def _from_hub(name):
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
+        downloaded = snapshot_download(
             name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]
         )
     except Exception as error:  # several libraries raise, with no common class
@@ -152,7 +152,7 @@ def _from_hub(name):
             f"can be reached; got {name!r} ({reason}). Download it elsewhere, and give "
             f"the folder."
         ) from error
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(downloaded)
     if not any(folder.glob("*.safetensors")):
         raise _not_converted(name, "other files", _CONVERT.format(repr(name)))
     return folder
