@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.nn.initializers import he_normal
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn import datasets, model_selection
 
 import cage_jax as cage
 
@@ -14,8 +13,8 @@ RATE = optax.cosine_decay_schedule(3e-3, STEPS)
 FULL = cage.Rules([(r".*", None)])
 INT2 = cage.Rules([(r".*/kernel", "int2"), (r".*", None)])
 
-images, labels = load_digits(return_X_y=True)
-parts = train_test_split(images / 16, labels, stratify=labels, random_state=0)
+x, y = datasets.load_digits(return_X_y=True)
+parts = model_selection.train_test_split(x / 16, y, stratify=y, random_state=0)
 x, x_test, y, y_test = map(jnp.asarray, parts)
 
 
