@@ -78,13 +78,23 @@ def _outside(found):
 
 
 def _addresses(app, docname, source):
-    """Turns links to other files into addresses of GitHub, and those to pages back."""
-    inside = re.sub(_PAGE, lambda found: f"]({_BESIDE[found[1]]}", source[0])
-    elsewhere = _ELSEWHERE.sub(_outside, source[0])
-    source[0] = inside if docname.startswith("notebooks/") else elsewhere
+    """Turns links to files of the repository into addresses of GitHub, or pages."""
+    if docname.startswith("notebooks/"):  # read in Colab too, hence with addresses
+        here = f"]({REPOSITORY}/blob/main/"
+        inside = source[0].replace(f"{here}docs/", "](../")
+        source[0] = inside.replace(f"{here}notebooks/", "](")
+    else:
+        source[0] = _ELSEWHERE.sub(_outside, source[0])
+
+
+def _source_of_notebooks(app, pagename, templatename, context, doctree):
+    """Lets the buttons "view" and "edit" of a notebook find it beside docs/."""
+    if pagename.startswith("notebooks/"):
+        context["theme_source_directory"] = ""
 
 
 def setup(app):
     """Connects the conversions; Sphinx calls this."""
+    app.connect("html-page-context", _source_of_notebooks)
     app.connect("source-read", _addresses)
     app.connect("autodoc-process-docstring", _as_markdown, priority=0)
