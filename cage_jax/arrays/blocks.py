@@ -21,6 +21,8 @@ from cage_jax.arrays.tile_order import (
 
 # A power of two. With 16 slices of an array, XLA for CPU would store the array first.
 FOLDS = 8
+# Values that are joined are this near, where the axis is long.
+_NEAR = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +130,17 @@ class Blocks:
           Arrays of `scale_shape`.
         """
 
-        def whole(x, prepare=lambda split: split):
-            split, places = prepare(self.split(x)), self._places
-            found = function(split, self.split_axes)
+        def whole(x):
+            found = function(self.split(x), self.split_axes)
+            return jax.tree.map(lambda each: jnp.squeeze(each, self._places), found)
+
+        def folded(joined, x):
+            axis = self._folded
+            axes, places = (
+                (axis, *(each + (each >= axis) for each in axes))
+                for axes in (self.split_axes, self._places)
+            )
+            found = function(fold_axis(joined, self.split(x), axis), axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
 
         def default(x):
@@ -143,10 +153,8 @@ class Blocks:
             variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
         if joined is not None and self._is_large and self._folded is not None:
             # XLA for CPU stores what it reduces, so this leaves less to reduce.
-            fold = functools.partial(fold_axis, joined, axis=self._folded)
-            variants += (
-                Variant("cpu", lambda x: whole(x, fold), if_divided(pieces=1)),
-            )
+            fold = functools.partial(folded, joined)
+            variants += (Variant("cpu", fold, if_divided(pieces=1)),)
         return dispatch(default, Variants(variants), x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
@@ -193,8 +201,11 @@ class Blocks:
 
 
 def fold_axis(joined: Callable, x: jax.Array, axis: int) -> jax.Array:
-    """Joins an eighth of an axis with the other eighths, element by element."""
-    parts = lax.split(x, [x.shape[axis] // FOLDS] * FOLDS, axis)
+    """Joins eight values at a time along an axis, which becomes two axes."""
+    length = x.shape[axis]
+    near = _NEAR if length % _NEAR == 0 else length
+    x = x.reshape(*x.shape[:axis], length // near, near, *x.shape[axis + 1 :])
+    parts = lax.split(x, [near // FOLDS] * FOLDS, axis + 1)
     while len(parts) > 1:
         parts = [joined(one, other) for one, other in zip(parts[::2], parts[1::2])]
     return parts[0]
