@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cage_jax.arrays.exact import divide, power_below, uncontracted
+from cage_jax.arrays.exact import divide, power_below, to_int8, uncontracted
 
 EDGES = [0.0, -0.0, 1.0, 3.0, 1.5e-45, 1e-39, 2.0**-126, 1e38, np.inf, -np.inf, np.nan]
 
@@ -53,3 +53,10 @@ def test_power_below_at_the_edges():
     largest = 2.0 ** np.floor(np.log2(1e38))
     expected = [0, 0, 1, 2, 0, 0, 2.0**-126, largest, np.inf, np.inf, np.inf]
     np.testing.assert_array_equal(found, np.float32(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_whole_numbers_are_converted_to_int8(dtype, x64):
+    numbers = np.arange(-128, 128)
+    found = jax.jit(to_int8)(jnp.asarray(numbers, dtype))
+    np.testing.assert_array_equal(found, numbers.astype(np.int8), strict=True)

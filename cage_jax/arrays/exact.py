@@ -54,6 +54,15 @@ def power_below(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
+def to_int8(x: jax.Array) -> jax.Array:
+    """Converts whole numbers that int8 holds, which takes fewer steps than of any."""
+    limits = jnp.finfo(x.dtype)
+    word = {32: jnp.int32, 64: jnp.int64}[limits.bits]
+    # The last bit of such a large number counts ones.
+    shifted = x + x.dtype.type(1.5 * 2**limits.nmant)
+    return lax.bitcast_convert_type(shifted, word).astype(jnp.int8)
+
+
 def clamp(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """Limits `x` to the range of two numbers; NaN stays NaN."""
     number = np.dtype(x.dtype).type

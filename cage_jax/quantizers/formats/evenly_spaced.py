@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import check_choice, check_int
-from cage_jax.arrays.exact import clamp, select
+from cage_jax.arrays.exact import clamp, select, to_int8
 from cage_jax.quantizers.formats.base import Format, constant
 
 Ties = Literal["even", "away", "up"]
@@ -29,7 +29,7 @@ class EvenlySpaced(Format):
         # The integer of NaN depends on the backend, so NaN gets code 0 on all of them.
         # Its scale is NaN too, so it never becomes a number again.
         code = jnp.where(jnp.isnan(code), 0, code)
-        return code.astype(jnp.int8).astype(self.code_dtype)
+        return to_int8(code).astype(self.code_dtype)
 
     def decode(self, codes, dtype):
         return codes.astype(jnp.int8).astype(dtype) + self.code_offset
