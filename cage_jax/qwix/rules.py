@@ -26,9 +26,9 @@ def rules(
     Under `jax.jit`, `fake_quant(w, rules.match(path))` is bit-identical to the weight
     in qwix's compiled step, so CAGE pulls toward the grid that the model is trained on.
     Train with `qwix.quantize_model(model, qwix.QtProvider(qwix_rules), *inputs)` and
-    add `cage(rules, ...)` or a related transformation to the optimizer. qwix computes
-    the forward pass, and so the gradient. It also makes the codes: CAGE's `quantize`,
-    `freeze_scale` and `statistics` do not support these rules.
+    add `coupled(rules, ...)` or a related transformation to the optimizer. qwix
+    computes the forward pass, and so the gradient. It also makes the codes: CAGE's
+    `quantize`, `freeze_scale` and `statistics` do not support these rules.
 
     If an array that qwix quantizes cannot be followed back to one parameter, it is left
     alone, with a warning that names the path and the reason. Other warnings report
