@@ -102,6 +102,7 @@ def draw(histories: dict[str, np.ndarray], path: Path) -> None:
         fontsize=11,
     )
     figure.subplots_adjust(0.075, 0.17, 0.99, 0.85, wspace=0.1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     colors = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)
