@@ -23,9 +23,9 @@ with program.imports(__name__):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-# The recommended pull begins in the middle of the training. What is then so near to a
-# border between two codes, in steps of the grid, is drawn in color.
-PULL, NEAR = STEPS // 2, 0.1
+# What is so near to a border between two codes, in steps of the grid, when the pull
+# begins, is drawn in color.
+PULL, NEAR = int(program.RECOMMENDED_SILENCE * STEPS), 0.1
 LAST = STEPS // 4
 COLORS = {"straight-through (STE)": "#c8553d", "STE + CAGE": "#00798c"}
 
