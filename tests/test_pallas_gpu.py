@@ -36,6 +36,8 @@ CASES = [
     ("e4m3 scales", -2, (64, 64)),
     ("zero points", -2, (64, 64)),
     ("zero point", -1, (32, 8192)),
+    ("quest", 0, (256, 32, 32)),
+    ("int4 groups", -3, (2, 128, 32, 32)),
 ]
 
 
@@ -159,6 +161,7 @@ FOR_TPU_ALONE = {
     "share one divisor per tensor",
     "whose parts are not neighbours",
     "would move it to other tiles",
+    "along axis 0, and neighbours along 1 and 2",
 }
 NEITHER = {
     "one divisor for a tensor": ((256, 128), cage.nvfp4(axis=-1)),

@@ -267,6 +267,12 @@ def tiling_for_gpu(quantizer: Quantizer, shape: tuple[int, ...], dtype) -> Tilin
       NoKernelError: if no kernel suits the array.
     """
     merged, quantizer = _merged(quantizer, shape)
+    if isinstance(quantizer.axis, int):
+        # The axes behind that of the groups are one in memory.
+        before = len(merged[: quantizer.axis])
+        if before < len(merged) - 2:
+            merged = *merged[: before + 1], math.prod(merged[before + 1 :])
+            quantizer = dataclasses.replace(quantizer, axis=-2)
     order = tuple(range(len(merged)))
     rows, columns, along, group = _checked(quantizer, merged, dtype, order)
     divided = quantizer.scale_type.has_tensor_divisor
