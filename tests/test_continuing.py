@@ -187,3 +187,18 @@ def test_states_that_do_not_fit_are_told_by_name(start):
             (start_from(adam, tx=adam), ValueError, "`tx` must have a CAGE correction"),
         )
     )
+
+
+def test_the_order_of_the_arguments_is_told(start):
+    params, _ = start
+    tx = cage.cage_adamw(RATE, RULES, strength=0.1)
+    order = r"The order is tx, params, state\."
+    for optimizer in (optax.adamw(RATE), optax.sgd(0.1)):
+        state = optimizer.init(params)
+        for swapped, name in (
+            ((tx, state, params), "params"),
+            ((params, tx, state), "tx"),
+            ((state, params, tx), "tx"),
+        ):
+            with pytest.raises(TypeError, match=f"^`{name}` must be .*{order}"):
+                cage.init_from(*swapped)

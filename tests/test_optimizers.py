@@ -234,6 +234,11 @@ def test_arguments_that_do_not_go_together():
                     ValueError,
                     "`total_steps` must be",
                 ),
+                (
+                    partial(build, 1e-3, RULES, total_steps=jnp.int32(100)),
+                    TypeError,
+                    r"or int\(total_steps\) if only that is an array",
+                ),
                 # In another order.
                 (
                     partial(build, RULES, 1e-3, strength=1.0),

@@ -77,9 +77,13 @@ def test_a_dose_far_below_what_was_asked_is_warned_of():
             warnings.simplefilter("always")
             strength = cage.recommended(rate, 1000)["strength"]
         assert cage.dose(rate, strength, 1000) == pytest.approx(left, rel=1e-3)
-        said = rf"a dose of {left:.2g} in 1000 steps .* of the 0\.7 asked for"
+        said = (
+            rf"hardly act: .* of {left:.2g} in 1000 steps .* the default aims at 0\.7,"
+        )
         assert len(found) == warns
         for each in found:
             assert re.search(said, str(each.message)) and each.filename == __file__
+    with pytest.warns(UserWarning, match=r"; you asked for 0\.8, "):
+        cage.recommended(1e-6, 1000, dose=0.8)
     cage.recommended(rate, 1000, dose=0.01)  # as small as it was asked to be
     jax.jit(lambda rate: cage.recommended(rate, 1000)["strength"](999))(1e-6)

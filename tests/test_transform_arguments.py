@@ -159,7 +159,7 @@ def test_a_state_of_another_optimizer_is_said(standard_promotion):
             (
                 lambda: tx.update(params, plain, params),
                 ValueError,
-                r"got a tuple without CAGE.*tx\.init",
+                r"got a tuple without CAGE.*use cage\.init_from\(tx, params, state\)",
             ),
             *(
                 (

@@ -19,6 +19,7 @@ from cage_jax.arrays.checks import check_int
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import name_of, nodes_of_type
 from cage_jax.optim.correction import CageState
+from cage_jax.optim.schedules import is_optimizer
 
 
 @names_checked
@@ -56,7 +57,8 @@ def init_from(
     Raises:
       ValueError: if `state` lacks something that `tx` needs or has something that it
         does not know, by name; if shapes or dtypes differ; if `tx` has no correction.
-      TypeError: without `steps_done` if `state` has no count.
+      TypeError: without `steps_done` if `state` has no count; for arguments in another
+        order.
 
     Example:
       >>> import cage_jax as cage
@@ -69,6 +71,7 @@ def init_from(
       >>> tx = cage.cage_adamw(1e-3, rules, total_steps=1000)
       >>> state = cage.init_from(tx, params, state)
     """
+    _check_order(tx, params)
     fresh, structure = jax.tree.flatten(tx.init(params), is_leaf=_is_cage)
     if not any(map(_is_cage, fresh)):
         raise ValueError(
@@ -94,6 +97,25 @@ def init_from(
         for each in fresh
     ]
     return jax.tree.unflatten(structure, leaves)
+
+
+def _check_order(tx, params):
+    order = "The order is tx, params, state."
+    if not is_optimizer(tx):
+        got = type(tx).__name__
+        raise TypeError(f"`tx` must be an optimizer with CAGE; got a {got}. {order}")
+    for node in jax.tree.leaves(params, is_leaf=_is_of_optax):
+        if _is_of_optax(node):
+            got = type(node).__name__
+            raise TypeError(
+                f"`params` must be parameters; got an optimizer's state, with {got}. "
+                f"{order}"
+            )
+
+
+def _is_of_optax(node):
+    is_state = isinstance(node, tuple) and type(node).__module__.startswith("optax.")
+    return is_state and not isinstance(node, optax.MaskedNode)
 
 
 def _is_cage(node):

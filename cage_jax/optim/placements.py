@@ -327,7 +327,8 @@ def _then_pull(name, inner, pull):
             raise ValueError(
                 f"`state` must be the pair that `init` returns, of `inner` and of the "
                 f"correction; got a {type(state).__name__} without CAGE. To go on from "
-                f"an optimizer's own state use (state, tx.init(params)[1])."
+                f"the state of the optimizer without CAGE use "
+                f"cage.init_from(tx, params, state)."
             )
         gradients, (inner_state, cage_state) = updates, state
         updates, inner_state = inner_with_extra_args.update(

@@ -97,16 +97,18 @@ def _limited(learning_rate, total_steps, dose, silence=0.5, coupled=False):
 
 
 def _warn_of_little(learning_rate, strength, total_steps, dose):
-    """Warns if the limits of the strength leave little of the dose asked for."""
+    """Warns if the limits of the strength leave little of the dose."""
     try:
         total = sum_of_steps(learning_rate, strength, total_steps)
     except jax.errors.JAXTypeError:
         return  # it is not known while it is traced
     if total < _LEAST_SHARE * dose:
+        aim = "the default aims at" if dose == _DOSE else "you asked for"
         warn(
-            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
-            f"{total:.2g} in {total_steps} steps at this learning rate, of the "
-            f"{dose:g} asked for; gains begin at about 0.2. Train longer, or let the "
+            f"CAGE will hardly act: the recommended strength, at most {_STRONGEST:g}, "
+            f"comes to a dose (the sum of learning rate times strength) of "
+            f"{total:.2g} in {total_steps} steps at this learning rate; {aim} "
+            f"{dose:g}, and gains begin at about 0.2. Train longer, or let the "
             f"learning rate end higher. strength=ramp_to_dose(...) gives the whole "
             f"dose by a stronger pull, which did harm in fine-tuning.",
         )
@@ -138,7 +140,8 @@ def resolve_strength(
             "`total_steps` must be an int, and come with the learning rate of all "
             "steps, a number or a schedule; got an array, which under "
             "optax.inject_hyperparams is the value of one step. Use "
-            "**recommended(learning_rate, total_steps) in place of `total_steps`."
+            "**recommended(learning_rate, total_steps) in place of `total_steps`, or "
+            "int(total_steps) if only that is an array."
         )
     found = _limited(learning_rate, total_steps, _DOSE, coupled=coupled)
     _warn_of_little(learning_rate, found["strength"], total_steps, _DOSE)

@@ -257,7 +257,7 @@ def _why_no_schedule(function) -> str | None:
 
 
 def _check_total_steps(total_steps):
-    remedy = "Use the number of optimizer steps."
+    remedy = "Use the number of optimizer steps, or int(n) of an array."
     check_int("total_steps", total_steps, remedy, least=1)
 
 
