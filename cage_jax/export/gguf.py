@@ -86,8 +86,8 @@ def gguf(
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=96, layers=2, heads=4)
       >>> rules = cage.Rules(
       ...     [
-      ...         (".*/embedding", cage.q8_0(axis=-1)),
-      ...         (".*/kernel", cage.q4_0()),
+      ...         (".*embedding", cage.q8_0(axis=-1)),
+      ...         (".*kernel", cage.q4_0()),
       ...         (".*", None),
       ...     ]
       ... )

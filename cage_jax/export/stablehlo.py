@@ -1,4 +1,4 @@
-"""Export of a function and its codes as a program that needs only jax.
+"""Export of a function and its codes as a program that runs without this library.
 
     import jax
     from safetensors.numpy import load_file
@@ -8,7 +8,8 @@
     y = program.call(load_file("folder/weights.safetensors"), x)
 
 The program unpacks and dequantizes the codes. It runs wherever jax runs, and in later
-versions of jax within the compatibility guarantees of `jax.export`.
+versions of jax within the compatibility guarantees of `jax.export`, which needs the
+package flatbuffers to read it.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ def stablehlo(
       overwrite: whether to replace an existing folder.
 
     Raises:
-      ImportError: if flatbuffers is missing, which `jax.export` needs.
+      ImportError: if flatbuffers is missing, which `jax.export` needs to write the
+        program, and to read it.
       TypeError: if a leaf or an argument is not an array.
       ValueError: if `weights` has another value, if constants need almost 2 GiB or
         more, or if two arrays have one path.
@@ -300,7 +302,8 @@ def _unpacked(words, path, like):
 
 TARGET = Target(
     written_by="export.stablehlo(function, codes, ...)",
-    read_by="any process with jax, on CPU, TPU or GPU, without this library",
+    read_by="any process with jax, flatbuffers and safetensors, on CPU, TPU or GPU, "
+    "without this library",
     holds="every quantizer, any model",
     recognises=is_folder,
     read=lambda path: Model(read_codes(path), None, {}),

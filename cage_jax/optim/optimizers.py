@@ -56,7 +56,8 @@ def cage_adamw(
       placement: "decoupled" takes the error at the weights before the step;
         "post_step" follows the order of the authors' PyTorch code. See the functions
         of these names.
-      total_steps: length of the training in optimizer steps, in place of `strength`.
+      total_steps: length of the training in optimizer updates, in place of `strength`;
+        under `optax.MultiSteps` that is batches divided by `every_k_schedule`.
         Strength and curvature are then those of `recommended`.
       curvature, freeze_scale, statistics: as in `coupled`.
 

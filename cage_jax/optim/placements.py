@@ -73,7 +73,8 @@ def coupled(
       learning_rate: in place of `strength`, that of the optimizer, a number or a
         schedule.
       total_steps: in place of `strength`, the length of the training in optimizer
-        steps. The pull is that of `recommended(..., coupled=True)`.
+        updates; under `optax.MultiSteps` that is batches divided by
+        `every_k_schedule`. The pull is that of `recommended(..., coupled=True)`.
       curvature: a source from `cage_jax.curvature` that weights the error; None for no
         weighting, the published form, or with `total_steps` for the recommended one. A
         source that needs more than gradients gets it through `update`, such as
@@ -174,7 +175,8 @@ def decoupled(
       learning_rate: the learning rate of `inner`, a number or a schedule.
       strength: lambda, a number or a schedule of the step count; None for the
         recommended schedule of `total_steps`.
-      total_steps: length of the training in optimizer steps, in place of `strength`.
+      total_steps: length of the training in optimizer updates, in place of `strength`;
+        under `optax.MultiSteps` that is batches divided by `every_k_schedule`.
         Strength and curvature are then those of `recommended`.
       curvature: as in `coupled`.
       freeze_scale: as in `coupled`.
@@ -257,8 +259,12 @@ def post_step(
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.quest(4))])
       >>> lr = optax.warmup_cosine_decay_schedule(0, 1e-3, 100, 1000, 1e-4)
-      >>> strength = cage.silence_then_ramp(1000)
       >>> adamw = optax.adamw(lr)
+      >>> tx = cage.post_step(adamw, rules, learning_rate=lr, total_steps=1000)
+
+      With the paper's strength:
+
+      >>> strength = cage.silence_then_ramp(1000)
       >>> tx = cage.post_step(adamw, rules, learning_rate=lr, strength=strength)
 
     Source: the reference implementation of CAGE, arXiv 2510.18784.

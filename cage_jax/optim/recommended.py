@@ -47,7 +47,7 @@ def recommended(
 
     Args:
       learning_rate: the optimizer's, a number or a schedule.
-      total_steps: length of the training in optimizer steps.
+      total_steps: length of the training in optimizer updates (see `cage_adamw`).
       dose: as in `ramp_to_dose`, if a strength of 15 at the end is enough to reach it.
       silence: the fraction of training without correction, in [0, 1).
       coupled: whether the pull goes before an optimizer that divides by the root of
