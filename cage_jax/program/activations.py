@@ -74,8 +74,16 @@ def quantize_activations(
         )
     check_rules(rules)
 
+    return with_inputs(function, rules, quantize_input)
+
+
+def with_inputs(
+    function: Callable[..., Result], rules: Rules, quantized_input: Callable
+) -> Callable[..., Result]:
+    """Does `quantize_activations` with another function than `quantize_input`."""
+
     def visit(path, product, quantizer, x, grid):
-        return quantize_input(x, product.features, quantizer, grid), None
+        return quantized_input(x, product.features, quantizer, grid), None
 
     @functools.wraps(function)
     def quantized(params, *args, **kwargs):

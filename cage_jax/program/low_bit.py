@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,17 @@ from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.jaxprs import called, enter, evaluate, scan_counts, unchanged
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.inputs import quantize_input
 from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import dequantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.program.activations import Result, check_no_module, trace
+from cage_jax.program.activations import (
+    Result,
+    check_no_module,
+    trace,
+    with_inputs,
+)
 
 
 @names_checked
@@ -39,7 +46,8 @@ def low_bit(
         of arrays. Arguments that are no arrays are left as they are, such as
         `train=False`.
       rules: None, or a table in which some rules have a quantizer for inputs. These
-        inputs are quantized, and multiplied as integers if both factors are whole
+        inputs are quantized as by `quantize_activations`, those of convolutions too.
+        In a `low_bit_dot` they are multiplied as integers if both factors are whole
         numbers. Calibrated and learned scales are not supported.
       implementation: the implementation of each product, as in `low_bit_dot`.
 
@@ -49,7 +57,8 @@ def low_bit(
 
     Raises:
       TypeError: for anything but `Rules`.
-      ValueError: in a call, as in `low_bit_dot`, with the parameter's path.
+      ValueError: in a call, as in `low_bit_dot` and, with `rules`, in
+        `quantize_activations`, with the parameter's path.
 
     Example:
       >>> import cage_jax as cage
@@ -72,6 +81,7 @@ def low_bit(
     if rules is not None:
         check_rules(rules)
     check_implementation(implementation)
+    with_rules = with_inputs(function, rules, _quantized_input) if rules else function
 
     @functools.wraps(function)
     def of_codes(params, *args, **kwargs):
@@ -81,7 +91,7 @@ def low_bit(
             for leaf in leaves
         ]
         program, _, values, out = trace(
-            function, structure.unflatten(shapes), args, kwargs
+            with_rules, structure.unflatten(shapes), args, kwargs
         )
         values[: len(leaves)] = [
             _Weights(leaf, path) if _is_codes(leaf) else leaf
@@ -107,16 +117,36 @@ class _Weights:
     path: str
 
 
+def _cage_jax_input(x, features, quantizer, grid):
+    return quantize_input(x, features, quantizer, grid)
+
+
+_quantized_input = jax.jit(_cage_jax_input, static_argnums=(1, 2))
+# Its name in a program, by which the inputs to quantize are found.
+_INPUT = _cage_jax_input.__name__
+
+
+class _Input(NamedTuple):
+    """An input of a product: what `low_bit_dot` quantizes, and quantized values."""
+
+    x: Any
+    quantized: Any
+
+
 def _evaluate_with_codes(eqn, values, *, rules, implementation):
     """Computes an equation: products, and new layouts, from codes; others from values.
 
     Calls, checkpoints and scans are entered, in search of products.
     """
-    quantized = [isinstance(value, _Weights) for value in values]
-    if any(quantized):
+    if eqn.params.get("name") == _INPUT:
+        (quantized,) = unchanged(eqn, values)
+        return [_Input(values[0], quantized)]
+    are_codes = [isinstance(value, _Weights) for value in values]
+    if any(are_codes):
         name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general" and sum(quantized) == 1:
-            return [_product(params, values, quantized[0], rules, implementation)]
+        sums = name == "dot_general" and params["dimension_numbers"][0][0]
+        if sums and sum(are_codes) == 1:
+            return [_product(params, values, are_codes[0], rules, implementation)]
         if name == "transpose":
             return [_transposed(values[0], params["permutation"])]
         if name == "convert_element_type":
@@ -147,12 +177,15 @@ def _product(params, values, weights_first, rules, implementation):
     if weights_first:
         values, numbers = values[::-1], tuple(pair[::-1] for pair in numbers)
     inputs, weights = values
+    quantizer = None
+    if isinstance(inputs, _Input):
+        inputs, quantizer = inputs.x, rules.match_inputs(weights.path)
     with path_in_errors(weights.path):
         found = low_bit_dot(
             inputs,
             weights.codes,
             numbers,
-            inputs_quantizer=rules and rules.match_inputs(weights.path),
+            inputs_quantizer=quantizer,
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
             implementation=implementation,
@@ -201,7 +234,12 @@ def _replaced(weights, **changes):
 
 
 def _dequantized(value):
-    return dequantize(value.codes) if isinstance(value, _Weights) else value
+    match value:
+        case _Weights():
+            return dequantize(value.codes)
+        case _Input():
+            return value.quantized
+    return value
 
 
 def _is_codes(leaf):

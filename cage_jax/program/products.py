@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
     Attributes:
       paths: the path of the parameter; several if the factor is computed from several.
-      operation: "dot_general" or "conv_general_dilated".
+      operation: "dot_general", "ragged_dot_general" or "conv_general_dilated".
       shape: the shape of the input, the other factor.
       features: the axes of the input that are summed over, ascending; for a convolution
         its channels.
@@ -195,6 +195,9 @@ def _product(eqn, origins) -> Product | None:
 
 _FEATURES = {
     "dot_general": lambda params, side: params["dimension_numbers"][0][side],
+    "ragged_dot_general": lambda params, side: params[
+        "ragged_dot_dimension_numbers"
+    ].dot_dimension_numbers[0][side],
     "conv_general_dilated": lambda params, side: (
         (params["dimension_numbers"].lhs_spec, params["dimension_numbers"].rhs_spec)[
             side
