@@ -122,6 +122,16 @@ _MODULES = {
     "scales": "quantizers.scales",
     "weightings": "optim.weightings",
 }
+# What is looked for here and is elsewhere.
+_ELSEWHERE = {
+    "cage_lion": "decoupled(optax.lion(lr), rules, learning_rate=lr, ...)",
+    "cage_muon": "decoupled(optax.contrib.muon(lr), rules, learning_rate=lr, ...)",
+    "compressed_tensors": "export.compressed_tensors",
+    "gguf": "export.gguf",
+    "report": "Rules(...).report(params)",
+    "save": "export.save",
+    "stablehlo": "export.stablehlo",
+}
 
 if TYPE_CHECKING:
     from cage_jax import contrib as contrib
@@ -145,14 +155,17 @@ else:  # a type checker would take any name for known
 
     def __getattr__(name):
         if name in _MODULES:
-            return importlib.import_module(f"cage_jax.{_MODULES[name]}")
+            try:
+                return importlib.import_module(f"cage_jax.{_MODULES[name]}")
+            except ImportError as error:  # which `help` and `hasattr` would not catch
+                raise AttributeError(str(error)) from error
         if name in _FUNCTIONS:
             module = importlib.import_module(f"cage_jax.{_FUNCTIONS[name]}")
             return getattr(module, name)
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}."
-            f"{did_you_mean(name, __dir__())}"
-        )
+        hint = did_you_mean(name, __dir__())
+        if name in _ELSEWHERE:
+            hint = f" Use `{_ELSEWHERE[name]}`."
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
 
 
 def __dir__() -> list[str]:

@@ -39,6 +39,7 @@ def test_without_a_near_name_there_are_only_all_names():
         CHECKED(3, q=1)
     assert str(raised.value) == f"`scaled` has no argument `q`. {ALL}"
     assert did_you_mean("int5", ["int4", "nf4"]) == " Did you mean `int4`?"
+    assert did_you_mean("INT4", ["int4", "nf4"]) == " Did you mean `int4`?"
 
 
 def test_values_beyond_those_by_position_are_told():

@@ -135,6 +135,13 @@ def test_public_modules_are_listed_and_imported_when_used():
     text = "no attribute 'int5'. Did you mean `int8` or `int4` or `int3`"
     with pytest.raises(AttributeError, match=text):
         _ = cage_jax.int5
+    for name, place in cage_jax._ELSEWHERE.items():
+        with pytest.raises(AttributeError, match=re.escape(f"{name!r}. Use `{place}`")):
+            getattr(cage_jax, name)
+        found = cage_jax
+        for part in re.match(r"[\w.]+", place)[0].split("."):
+            found = getattr(found, part)
+        assert callable(found)
 
 
 def test_a_folder_imports_only_folders_below_it():

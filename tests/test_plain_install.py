@@ -8,7 +8,7 @@ import sys
 from own_process import run
 
 OF_EXTRAS = ["safetensors", "gguf", "flax", "orbax", "tokenizers", "flatbuffers"]
-OF_EXTRAS += ["huggingface_hub", "rich"]
+OF_EXTRAS += ["huggingface_hub", "qwix", "rich"]
 
 
 def block_extras():
@@ -58,6 +58,8 @@ def test_errors_say_what_to_install(tmp_path):
 
 def errors_without_extras(folder):
     block_extras()
+    import importlib
+
     import jax.numpy as jnp
     import pytest
     from small_llama import CONFIG
@@ -71,7 +73,7 @@ def errors_without_extras(folder):
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     calls = {
         "flax": [
-            lambda: cage.flax,
+            lambda: importlib.import_module("cage_jax.flax"),
             lambda: cage.llama.Llama,
         ],
         "export": [
@@ -94,3 +96,27 @@ def errors_without_extras(folder):
                 in str(caught.value)
             )
     assert main(["report", str(folder / "model.gguf")]) == 1
+
+
+def test_the_package_can_be_inspected(tmp_path):
+    run(inspected, tmp_path)
+
+
+def inspected(folder):
+    """`help` and `getmembers` pass over what cannot be imported, as `hasattr` does."""
+    block_extras()
+    import inspect
+    import pydoc
+
+    import pytest
+
+    import cage_jax as cage
+
+    assert not hasattr(cage, "flax") and hasattr(cage, "export")
+    with pytest.raises(AttributeError, match=r"needs the package flax.* pip install"):
+        _ = cage.flax
+    with pytest.raises(ImportError, match=r"needs the package flax.* pip install"):
+        from cage_jax import flax  # noqa: F401
+    names = {name for name, _ in inspect.getmembers(cage)}
+    assert "export" in names and "flax" not in names
+    assert "fake_quant" in pydoc.render_doc(cage)

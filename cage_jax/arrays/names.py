@@ -10,8 +10,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns a sentence with the nearest names, after a space; "" if none is near."""
-    names = list(names)
+    """Returns a sentence with the nearest names, after a space; "" if none is near.
+
+    Small and capital letters count as the same, where `names` are in small ones.
+    """
+    names, name = list(names), name.lower()
     initials = [each for each in names if name == "".join(_initials(each))]
     longer = [each for each in names if len(name) > 2 and name in each]
     close = difflib.get_close_matches(name, names)
