@@ -1,6 +1,7 @@
 """Programs of codes: what is exported, what it computes, and what is refused."""
 
 import json
+import pathlib
 import re
 import sys
 
@@ -65,6 +66,25 @@ def test_values_of_every_quantizer(tmp_path):
     found = run(tmp_path / "m", np.float32(1))
     assert_same(found, computed(function, codes, np.float32(1)))
     assert_same(cage.load(tmp_path / "m").params, codes)
+
+
+def test_a_program_names_no_source_file_of_this_machine(tmp_path):
+    limit = jax.config.jax_traceback_in_locations_limit
+
+    @jax.jit
+    def function(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    codes = {"w": codes_of(cage.int4(), (64, 8))}
+    x = np.linspace(-1, 1, 64, dtype=np.float32)[None]
+    expected = computed(function, codes, x)  # which JAX has traced before
+    stablehlo(function, codes, tmp_path / "m", arguments=[x])
+    program = (tmp_path / "m" / "program.bin").read_bytes()
+    folders = [pathlib.Path(file).parent for file in (__file__, cage.__file__)]
+    for text in (*map(str, folders), *(folder.name for folder in folders), ".py"):
+        assert text.encode() not in program, text
+    assert_same(run(tmp_path / "m", x), expected)
+    assert jax.config.jax_traceback_in_locations_limit == limit
 
 
 def layers(params, x):

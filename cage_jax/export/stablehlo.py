@@ -12,10 +12,11 @@ versions of jax within the compatibility guarantees of `jax.export`, which needs
 package flatbuffers to read it.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from reprlib import repr as short
 from typing import Any, Literal, get_args
 
@@ -69,7 +70,7 @@ def stablehlo(
     describes the inputs and outputs; and the codes, packed with `bits` bits for each
     parameter. The codes are either in `weights.safetensors`, as an argument of the
     program, or constants in it. `function` gets the values of `dequantize`, in the
-    same tree as `codes`.
+    same tree as `codes`. The program names no source file of this machine.
 
     Args:
       function: a function of parameters and arguments that `jax.jit` can compile.
@@ -163,7 +164,8 @@ def stablehlo(
     )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), words)
     given = () if is_constant else (abstract,)
-    exported = export(*given, *specs)
+    with _no_source_locations():
+        exported = export(*given, *specs)
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -182,6 +184,18 @@ def stablehlo(
         write_json(folder / DESCRIPTION, description)
         if not is_constant:
             write(folder / WEIGHTS, words)
+
+
+@contextlib.contextmanager
+def _no_source_locations() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of a program."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def is_folder(path: pathlib.Path) -> bool:
