@@ -417,7 +417,14 @@ def test_bad_arguments():
             ValueError,
             "group_size",
             "group_size=32, axis=(0, 1)",
-            "Use a tuple such as (128, 128)",
+            "Use group_size=(None, 32), where None is the whole axis, or",
+        ),
+        (
+            lambda: int4(axis=(0, 1, 2), group_size=(3, 9)),
+            ValueError,
+            "group_size",
+            "group_size=(3, 9), axis=(0, 1, 2)",
+            "Use group_size=(None, None, 9), where",
         ),
         (lambda: quest(4, hadamard=48), ValueError, "hadamard", "48", "64 or 128"),
         (lambda: quest(4, hadamard=1), ValueError, "hadamard", "1", "None for no"),
@@ -493,9 +500,10 @@ def test_shapes_that_do_not_fit():
         (
             int4(),
             (64,),
-            "`axis` must be within the dimensions of `x`; got axis=-2, x.shape=(64,). "
-            "Use an axis from -1 to 0, axis=None for one scale per tensor, or None in "
-            "`Rules` to leave the parameter alone.",
+            "`axis` must be within the dimensions of `x`; got axis=-2 (the default of "
+            "most presets), x.shape=(64,). Scales are shared along it: use an axis "
+            "from -1 to 0, or axis=None for one scale per tensor. To leave parameters "
+            "alone, put a line such as (r'.*bias', None) before this rule.",
         ),
         (
             int4(axis=(0, -2)),

@@ -1,5 +1,6 @@
 """What a REPL and a notebook show of the library's objects."""
 
+import dataclasses
 import html.parser
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import cage_jax as cage
 from cage_jax.core.tables import html_table
+from cage_jax.llama.loaded import Model
 from cage_jax.program import model_report
 
 INT4 = cage.int4(group_size=32)
@@ -35,6 +37,22 @@ def test_codes_are_a_line_without_their_values():
     # Of parts of it, as in a tree of shapes or under vmap, nothing is counted.
     assert "bytes" not in repr(jax.tree.map(lambda x: x[:1], codes))
     assert repr(jax.tree.map(lambda x: None, codes)).startswith("QuantizedArray(None, ")
+
+
+def test_a_loaded_model_is_a_line_and_has_no_names():
+    codes = cage.quantize(PARAMS, RULES)
+    model = Model(codes, None, {})
+    assert repr(model) == (
+        "Model(params: 2 arrays, 1 of them codes; config: no Llama; tokenizer: none)"
+    )
+    config = dataclasses.make_dataclass("Config", [("layers", int)])(30)
+    assert repr(Model(codes, config, {"tokenizer.json": b"{}"})).endswith(
+        "config: a Llama of 30 layers; tokenizer: tokenizer.json)"
+    )
+    assert model[0] is model.params is codes and model[1:] == (None, {})
+    text = r"Use model\.params\['kernel'\] for codes, or model\.floats\(\)\['kernel'\]"
+    with pytest.raises(TypeError, match=text):
+        model["kernel"]
 
 
 @pytest.mark.parametrize("options", [{}, {"statistics": True}, {"freeze_scale": True}])

@@ -215,6 +215,37 @@ def test_a_rule_that_decides_nothing():
             assert Rules([(remedy, int4())]).quantized(PARAMS), message
 
 
+@pytest.mark.parametrize(
+    ("pattern", "nearest"),
+    [
+        (".*kernel/value", "layers/0/kernel"),
+        ("params/head/kernel", "head/kernel"),
+        (r".*scale\.value", "layers/1/scale"),
+        (r"layers/\d+/weight", "layers/0/kernel"),
+        ("layers/3/kernal", "layers/3/kernel"),
+        ("layers/3/foo", "layers/3/bias"),  # at least of the same layer
+        ("head/.*gain", "head/kernel"),
+    ],
+)
+def test_the_nearest_path_ends_alike(pattern, nearest):
+    layer = {"bias": 1.0, "kernel": 1.0, "scale": 1.0}
+    params = {"head": {"kernel": 1.0}, "layers": [layer] * 4}
+    if "scale" in pattern:
+        params["layers"] = [{"bias": 1.0}, layer]
+    (text,) = Rules([(pattern, int4())]).why_unused(params)
+    left_out = " Paths have no params/ in front and no /value at the end."
+    is_left_out = "params" in pattern or "value" in pattern
+    assert text == (
+        f"the rule {pattern!r} matches no parameter. The nearest path is {nearest!r}."
+        f"{left_out * is_left_out}"
+    )
+
+
+def test_a_parameter_may_have_the_name_value():
+    (text,) = Rules([("up/value", int4())]).why_unused({"down": {"value": 1.0}})
+    assert text.endswith("The nearest path is 'down/value'.")
+
+
 def test_no_warning_without_a_cause():
     report = Rules([(".*mlp", int4()), (".*", None)]).report(PARAMS)
     assert report.unused_rules == ()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from cage_jax.arrays.checks import warn
-from cage_jax.core.rules import Rules, check_rules
+from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.optim.correction import check_params
 
 
@@ -32,10 +32,7 @@ def transformation(
     def init_state(params):
         quantized = rules.quantized(params)
         if not quantized:
-            warn(
-                f"no parameter is quantized by {rules.in_words}, so there is nothing "
-                f"to do. Print rules.report(params) to see the paths.",
-            )
+            warn(nothing_quantized(rules, params, ", so there is nothing to do"))
         return state_type(jnp.zeros([], jnp.int32), *init(quantized, params))
 
     def update(updates, state, params=None, **extra_args):

@@ -19,7 +19,7 @@ from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.grids import check_grid, grid_at, missing_grid
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
-from cage_jax.core.rules import Rules
+from cage_jax.core.rules import Rules, nothing_quantized
 from cage_jax.core.straight_through import straight_through
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
@@ -281,11 +281,7 @@ def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
     """
     _check_no_codes(tree, rules)
     if rules.misses(tree):
-        warn(
-            f"no parameter is quantized by {rules.in_words}. Print "
-            f"rules.report(params) to see the paths; in a part of a tree they "
-            f"are shorter.",
-        )
+        warn(nothing_quantized(rules, tree))
     if key is not None and not any(
         quantizer.rounding == "stochastic"
         for quantizer, _ in rules.quantized(tree).values()

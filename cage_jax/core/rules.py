@@ -1,6 +1,7 @@
 """`Rules`: one table that says, by path, how each parameter is quantized."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Self
@@ -19,6 +20,8 @@ from cage_jax.quantizers.registry import named
 
 _REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
 Entry = Quantizer | str | None
+# What `flatten_with_paths` leaves out of paths, in a pattern.
+_LEFT_OUT = re.compile(r"^(\.\*/?)?params/|(/|\\?\.)value$")
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
@@ -55,8 +58,8 @@ class Rules:
         preset with its default settings; as an input, for one with `axis=-1`, unless it
         has one scale per tensor. Paths are joined by "/", such as
         "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
-        Linen (with or without the leading "params") and NNX (with or without the
-        trailing ".value").
+        Linen and NNX: a leading "params" and a trailing ".value" are dropped from the
+        path; leave them out of patterns.
 
     Raises:
       TypeError: for anything but tuples of a string and a `Quantizer`, a name or None.
@@ -368,9 +371,42 @@ def unused_text(pattern: str, paths: list[str]) -> str:
             f"the rule {pattern!r} matches no parameter: a pattern must match the "
             f"whole path, such as {part[0]!r}. Use {f'.*({pattern}).*'!r}."
         )
-    near = difflib.get_close_matches(re.sub(r"[\\.*()^$]", "", pattern), paths, 1, 0)
-    hint = f" The nearest path is {near[0]!r}." if near else ""
+    hint, wanted = "", pattern
+    if not any(map(_LEFT_OUT.search, paths)):
+        wanted = _LEFT_OUT.sub("", pattern)
+    if paths:
+        hint = f" The nearest path is {_nearest(wanted, paths)!r}."
+    if wanted != pattern:
+        hint += " Paths have no params/ in front and no /value at the end."
     return f"the rule {pattern!r} matches no parameter.{hint}"
+
+
+def nothing_quantized(rules: Rules, tree: Any, so: str = "") -> str:
+    """Says that no parameter of a tree is quantized, what follows of it, and why."""
+    why = "".join(
+        f" {text[0].upper()}{text[1:]}" for text in rules.why_unused(tree)[:1]
+    )
+    return (
+        f"no parameter is quantized by {rules.in_words}{so}.{why} Print "
+        f"rules.report(params) to see all paths. They begin at the tree that is given, "
+        f"so that they are shorter in a part of a model."
+    )
+
+
+def _nearest(pattern, paths):
+    """Returns the path whose keys are most like those of a pattern, the last first."""
+
+    def keys(text):
+        # Frameworks call one thing weight or kernel.
+        parts = reversed(text.replace("weight", "kernel").split("/"))
+        return [re.sub(r"\\\w|\W", "", part) for part in parts]
+
+    def likeness(path):
+        pairs = itertools.zip_longest(keys(pattern), keys(path), fillvalue="")
+        ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
+        return [ratio if ratio >= 0.6 else 0.0 for ratio in ratios]
+
+    return max(paths, key=likeness)
 
 
 def _checked(entry) -> Rule:

@@ -50,14 +50,13 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
       >>> import cage_jax as cage
       >>> import jax.numpy as jnp
       >>> import pathlib, tempfile
-      >>> from cage_jax.export import trees
       >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
       >>> rules = cage.Rules([("kernel", cage.int4(group_size=32))])
       >>> codes = cage.quantize(params, rules)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder) / "codes.safetensors"
-      ...     trees.save(codes, path)
-      ...     again = trees.load(path)
+      ...     cage.export.save(codes, path)
+      ...     again = cage.load(path).params
       >>> bool((again["kernel"].codes == codes["kernel"].codes).all())
       True
     """

@@ -32,10 +32,32 @@ class Model(NamedTuple):
     config: LlamaConfig | None
     tokenizer: Mapping[str, bytes]
 
+    def __repr__(self):
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_codes)
+        codes, model = sum(map(_is_codes, leaves)), "no Llama"
+        if self.config is not None:
+            model = f"a Llama of {self.config.layers} layers"
+        return (
+            f"Model(params: {len(leaves)} arrays, {codes} of them codes; config: "
+            f"{model}; tokenizer: {', '.join(self.tokenizer) or 'none'})"
+        )
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            raise TypeError(
+                f"a Model must be indexed by its parameters; got model[{key!r}]. Use "
+                f"model.params[{key!r}] for codes, or model.floats()[{key!r}]."
+            )
+        return tuple.__getitem__(self, key)
+
     def floats(self) -> Any:
         """Returns the parameters with all codes dequantized."""
         return jax.tree.map(
-            lambda leaf: decoded(leaf) if isinstance(leaf, QuantizedArray) else leaf,
+            lambda leaf: decoded(leaf) if _is_codes(leaf) else leaf,
             self.params,
-            is_leaf=lambda leaf: isinstance(leaf, QuantizedArray),
+            is_leaf=_is_codes,
         )
+
+
+def _is_codes(leaf):
+    return isinstance(leaf, QuantizedArray)

@@ -17,7 +17,7 @@ from cage_jax.arrays.exact import compute_dtype, divide
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.arrays.reprs import brief_repr
 from cage_jax.core.grids import check_grid_given, grid_at
-from cage_jax.core.rules import Rules, check_rules
+from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.optim.curvature.source import Curvature, Step, step_source
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
@@ -375,13 +375,10 @@ def _warn_of_rules(rules, params, quantized):
         for text in unused:
             warn(text)
         return
-    why = f" {unused[0][0].upper()}{unused[0][1:]}" if unused else ""
+    so = ", so CAGE has nothing to pull"
     if not jax.tree.leaves(params):
-        why = " `params` has no array in it: does `wrt` select some?"
-    warn(
-        f"no parameter is quantized by {rules.in_words}, so CAGE has nothing to pull."
-        f"{why} Print rules.report(params) to see the paths.",
-    )
+        so += ": `params` has no array in it, so check what `wrt` selects"
+    warn(nothing_quantized(rules, params, so))
 
 
 def _check_codes(name, quantized):

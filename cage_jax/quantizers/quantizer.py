@@ -111,10 +111,13 @@ class Quantizer:
         for axis in axes:
             check_int("axis", axis, remedy)
         if len(sizes) != len(axes):
+            example = "axis=-2"
+            if axes:
+                example = f"group_size={(None,) * (len(axes) - 1) + sizes[-1:]}"
             raise ValueError(
                 f"`group_size` must have one entry for each axis; got group_size="
-                f"{self.group_size}, axis={self.axis}. Use a tuple such as "
-                f"{(128,) * max(len(axes), 2)}, or None for one scale per channel."
+                f"{self.group_size}, axis={self.axis}. Use {example}, where None is "
+                f"the whole axis, or group_size=None for one scale per channel."
             )
         remedy = (
             "Use a divisor of the axis such as 128, or None for a scale per channel."
@@ -242,11 +245,13 @@ class Quantizer:
         groups = {}
         for axis, size in zip(self._axes, self.group_sizes):
             if not -ndim <= axis < ndim:
+                default = " (the default of most presets)" if axis == -2 else ""
                 raise ValueError(
-                    f"`axis` must be within the dimensions of `x`; got axis={axis}, "
-                    f"x.shape={shape}. Use an axis from {-ndim} to {ndim - 1}, "
-                    f"axis=None for one scale per tensor, or None in `Rules` to leave "
-                    f"the parameter alone."
+                    f"`axis` must be within the dimensions of `x`; got axis={axis}"
+                    f"{default}, x.shape={shape}. Scales are shared along it: use an "
+                    f"axis from {-ndim} to {ndim - 1}, or axis=None for one scale per "
+                    f"tensor. To leave parameters alone, put a line such as "
+                    f"(r'.*bias', None) before this rule."
                 )
             length = shape[axis]
             if axis % ndim in groups:
