@@ -16,7 +16,7 @@ with program.imports(__name__):
     import optax
     import quickstart
     from PIL import Image
-    from quickstart import INT2, RATE, STEPS
+    from quickstart import RATE, STEPS, rules
 
     import cage_jax as cage
 
@@ -46,7 +46,7 @@ def history(tx: optax.GradientTransformation) -> np.ndarray:
         return tx.update(gradients, state, params)
 
     recorded = optax.GradientTransformation(tx.init, update)
-    params = quickstart.train(INT2, recorded)
+    params = quickstart.train(rules, recorded)
     jax.effects_barrier()
     weights = np.stack([*kernels, params["hidden"]["kernel"]])
     return weights / np.abs(weights).max(1, keepdims=True)
@@ -113,7 +113,7 @@ def main() -> int:
     """Runs the program; returns the exit status."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "cage.png")
     print("two trainings of the quick start's model, with every step of its weights")
-    pulled = cage.cage_adamw(RATE, INT2, total_steps=STEPS)
+    pulled = cage.cage_adamw(RATE, rules, total_steps=STEPS)
     found = {name: history(tx) for name, tx in zip(COLORS, (optax.adamw(RATE), pulled))}
     draw(found, path)
     print(f"The picture is {path}.")

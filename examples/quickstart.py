@@ -11,7 +11,7 @@ import cage_jax as cage
 STEPS = 2000
 RATE = optax.cosine_decay_schedule(3e-3, STEPS)
 FULL = cage.Rules([(r".*", None)])
-INT2 = cage.Rules([(r".*/kernel", "int2"), (r".*", None)])
+rules = cage.Rules([(r".*kernel", "int2"), (r".*", None)])
 
 x, y = datasets.load_digits(return_X_y=True)
 parts = model_selection.train_test_split(x / 16, y, stratify=y, random_state=0)
@@ -55,13 +55,13 @@ if __name__ == "__main__":
     print(f"{'on unseen digits':26}{'accuracy':>8}{'loss':>9}{'bytes':>9}")
     full = train(FULL, optax.adamw(RATE))
     show("full precision", full, FULL)
-    show("rounded afterwards (PTQ)", full, INT2)
-    show("straight-through (STE)", train(INT2, optax.adamw(RATE)), INT2)
-    tx = cage.cage_adamw(RATE, INT2, total_steps=STEPS)
-    params = train(INT2, tx)
-    show("STE + CAGE", params, INT2)
+    show("rounded afterwards (PTQ)", full, rules)
+    show("straight-through (STE)", train(rules, optax.adamw(RATE)), rules)
+    tx = cage.cage_adamw(RATE, rules, total_steps=STEPS)
+    params = train(rules, tx)
+    show("STE + CAGE", params, rules)
 
-    codes = cage.quantize(params, INT2)
+    codes = cage.quantize(params, rules)
     cage.export.save(codes, "digits.safetensors", overwrite=True)
     saved = cage.dequantize(cage.load("digits.safetensors").params)
     print(f"The codes read a {y_test[0]} as {logits(saved, x_test[0]).argmax()}.")

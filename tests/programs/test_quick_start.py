@@ -55,8 +55,8 @@ def test_the_first_page_pairs_seeds_of_the_quick_start(monkeypatch):
     record = json.loads(json.dumps(first_page.measure(2)))
     found = record["seed_by_seed"]
     # Seed 1, trained alone; its accuracy and loss from the codes, in float64.
-    tx = cage.cage_adamw(quickstart.RATE, quickstart.INT2, total_steps=200)
-    codes = cage.quantize(quickstart.train(quickstart.INT2, tx, 1), quickstart.INT2)
+    tx = cage.cage_adamw(quickstart.RATE, quickstart.rules, total_steps=200)
+    codes = cage.quantize(quickstart.train(quickstart.rules, tx, 1), quickstart.rules)
     hidden, output = (
         {name: np.float64(leaf) for name, leaf in cage.dequantize(codes)[layer].items()}
         for layer in ("hidden", "output")
@@ -88,7 +88,7 @@ def test_the_picture_is_of_the_same_training(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "STEPS", 20)
     found = picture.history(optax.adamw(quickstart.RATE))
     assert found.shape == (21, 64, 64)
-    end = quickstart.train(quickstart.INT2, optax.adamw(quickstart.RATE))
+    end = quickstart.train(quickstart.rules, optax.adamw(quickstart.RATE))
     kernel = np.array(end["hidden"]["kernel"])
     np.testing.assert_array_equal(found[-1], kernel / np.abs(kernel).max(0))
     assert np.all(np.any(found[1:] != found[:-1], (1, 2)))
