@@ -124,7 +124,9 @@ def test_it_is_no_array_and_says_so(rng):
     ):
         with pytest.raises(TypeError, match=r"dequantize\(codes\).*low_bit\(apply\)"):
             use(codes)
-    assert repr(codes).startswith("QuantizedArray((8, 3), int4 absmax, group 4")
+    assert repr(codes).startswith(
+        "QuantizedArray((8, 3), float32, int4 absmax, group 4"
+    )
     assert len(repr(codes)) < 100
 
 

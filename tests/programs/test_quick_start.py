@@ -50,12 +50,14 @@ def test_every_arm_has_a_row_and_codes_are_loaded(tmp_path):
     assert (tmp_path / "digits.safetensors").stat().st_size < codes + 2000
 
 
+@pytest.mark.filterwarnings("ignore:CAGE will hardly act")
 def test_the_first_page_pairs_seeds_of_the_quick_start(monkeypatch):
     monkeypatch.setattr(quickstart, "STEPS", 200)
     record = json.loads(json.dumps(first_page.measure(2)))
     found = record["seed_by_seed"]
     # Seed 1, trained alone; its accuracy and loss from the codes, in float64.
-    tx = cage.cage_adamw(quickstart.RATE, quickstart.rules, total_steps=200)
+    rate = optax.cosine_decay_schedule(float(quickstart.RATE(0)), 200)
+    tx = cage.cage_adamw(rate, quickstart.rules, total_steps=200)
     codes = cage.quantize(quickstart.train(quickstart.rules, tx, 1), quickstart.rules)
     hidden, output = (
         {name: np.float64(leaf) for name, leaf in cage.dequantize(codes)[layer].items()}
