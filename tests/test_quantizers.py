@@ -410,7 +410,7 @@ def test_bad_arguments():
             ValueError,
             "group_size",
             "axis=None",
-            "None for one scale",
+            "Use axis=-2, group_size=32, or group_size=None for one scale",
         ),
         (
             lambda: int4(axis=(0, 1), group_size=32),
@@ -500,10 +500,10 @@ def test_shapes_that_do_not_fit():
         (
             int4(),
             (64,),
-            "`axis` must be within the dimensions of `x`; got axis=-2 (the default of "
-            "most presets), x.shape=(64,). Scales are shared along it: use an axis "
-            "from -1 to 0, or axis=None for one scale per tensor. To leave parameters "
-            "alone, put a line such as (r'.*bias', None) before this rule.",
+            "`axis` must be within the dimensions of the array; got axis=-2 (the "
+            "default of most presets) and shape (64,). Scales are shared along it: use "
+            "an axis from -1 to 0, or axis=None for one scale per tensor. To leave "
+            "parameters alone, put a line such as (r'.*bias', None) before this rule.",
         ),
         (
             int4(axis=(0, -2)),

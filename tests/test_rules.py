@@ -241,6 +241,13 @@ def test_the_nearest_path_ends_alike(pattern, nearest):
     )
 
 
+def test_without_a_near_path_any_one_is_told():
+    (text,) = Rules([(".*w", int4())]).why_unused({"dense": {"kernel": 1.0}})
+    assert text == (
+        "the rule '.*w' matches no parameter. A path is, for one, 'dense/kernel'."
+    )
+
+
 def test_a_parameter_may_have_the_name_value():
     (text,) = Rules([("up/value", int4())]).why_unused({"down": {"value": 1.0}})
     assert text.endswith("The nearest path is 'down/value'.")

@@ -375,7 +375,7 @@ def unused_text(pattern: str, paths: list[str]) -> str:
     if not any(map(_LEFT_OUT.search, paths)):
         wanted = _LEFT_OUT.sub("", pattern)
     if paths:
-        hint = f" The nearest path is {_nearest(wanted, paths)!r}."
+        hint = _nearest_text(wanted, paths)
     if wanted != pattern:
         hint += " Paths have no params/ in front and no /value at the end."
     return f"the rule {pattern!r} matches no parameter.{hint}"
@@ -393,8 +393,8 @@ def nothing_quantized(rules: Rules, tree: Any, so: str = "") -> str:
     )
 
 
-def _nearest(pattern, paths):
-    """Returns the path whose keys are most like those of a pattern, the last first."""
+def _nearest_text(pattern, paths):
+    """Tells the path whose keys are most like those of a pattern, the last first."""
 
     def keys(text):
         # Frameworks call one thing weight or kernel.
@@ -406,7 +406,9 @@ def _nearest(pattern, paths):
         ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
         return [ratio if ratio >= 0.6 else 0.0 for ratio in ratios]
 
-    return max(paths, key=likeness)
+    nearest = max(paths, key=likeness)
+    what = "The nearest path is" if any(likeness(nearest)) else "A path is, for one,"
+    return f" {what} {nearest!r}."
 
 
 def _checked(entry) -> Rule:

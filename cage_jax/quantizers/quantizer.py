@@ -111,13 +111,15 @@ class Quantizer:
         for axis in axes:
             check_int("axis", axis, remedy)
         if len(sizes) != len(axes):
-            example = "axis=-2"
+            size = sizes[-1] if sizes else 128
+            example = f"axis=-2, group_size={size}"
             if axes:
-                example = f"group_size={(None,) * (len(axes) - 1) + sizes[-1:]}"
+                example = f"group_size={(None,) * (len(axes) - 1) + (size,)}"
+                example += ", where None is the whole axis"
             raise ValueError(
                 f"`group_size` must have one entry for each axis; got group_size="
-                f"{self.group_size}, axis={self.axis}. Use {example}, where None is "
-                f"the whole axis, or group_size=None for one scale per channel."
+                f"{self.group_size}, axis={self.axis}. Use {example}, or "
+                f"group_size=None for one scale per channel."
             )
         remedy = (
             "Use a divisor of the axis such as 128, or None for a scale per channel."
@@ -247,10 +249,10 @@ class Quantizer:
             if not -ndim <= axis < ndim:
                 default = " (the default of most presets)" if axis == -2 else ""
                 raise ValueError(
-                    f"`axis` must be within the dimensions of `x`; got axis={axis}"
-                    f"{default}, x.shape={shape}. Scales are shared along it: use an "
-                    f"axis from {-ndim} to {ndim - 1}, or axis=None for one scale per "
-                    f"tensor. To leave parameters alone, put a line such as "
+                    f"`axis` must be within the dimensions of the array; got axis="
+                    f"{axis}{default} and shape {shape}. Scales are shared along it: "
+                    f"use an axis from {-ndim} to {ndim - 1}, or axis=None for one "
+                    f"scale per tensor. To leave parameters alone, put a line such as "
                     f"(r'.*bias', None) before this rule."
                 )
             length = shape[axis]
