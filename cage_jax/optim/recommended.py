@@ -105,9 +105,9 @@ def _warn_of_little(learning_rate, strength, total_steps, dose):
     if total < _LEAST_SHARE * dose:
         aim = "the default aims at" if dose == _DOSE else "you asked for"
         warn(
-            f"CAGE will hardly act: the recommended strength, at most {_STRONGEST:g}, "
-            f"comes to a dose (the sum of learning rate times strength) of "
-            f"{total:.2g} in {total_steps} steps at this learning rate; {aim} "
+            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
+            f"{total:.2g} in {total_steps} steps at this learning rate, so CAGE will "
+            f"hardly act. The dose is the sum of learning rate times strength; {aim} "
             f"{dose:g}, and gains begin at about 0.2. Train longer, or let the "
             f"learning rate end higher. strength=ramp_to_dose(...) gives the whole "
             f"dose by a stronger pull, which did harm in fine-tuning.",
