@@ -409,7 +409,7 @@ def test_inputs_that_cannot_be_quantized(params, x):
     table = [
         (
             call("bias", PER_TOKEN),
-            "`bias`: a parameter whose inputs are quantized must multiply",
+            "`bias`: a parameter whose inputs are quantized must be in",
         ),
         (call("w", int8()), where + r"must be .*axis -1.*int8\(axis"),
         (call("w", int8(axis=0, group_size=5)), "0 without groups"),

@@ -57,7 +57,7 @@ def test_reports(rng):
     error = params["w"] - np.round(2 * params["w"]) / 2
     expected = np.linalg.norm(error) / np.linalg.norm(params["w"])
     assert found.layers[0].measured.error == pytest.approx(expected, rel=1e-5)
-    assert found.layers[0].measured[1:] == (0, 0)
+    assert found.layers[0].measured[1:] == (0, 0, 0)
 
 
 def test_what_needs_codes_says_so():

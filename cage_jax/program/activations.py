@@ -47,7 +47,7 @@ def quantize_activations(
 
     Raises:
       TypeError: for anything but `Rules`.
-      ValueError: in a call, for a rule with inputs whose parameters multiply nothing,
+      ValueError: in a call, for a rule with inputs whose parameters are in no product,
         for an input without the axis, for a grid that was not calibrated, and for a
         product that is out of reach, such as in a custom derivative.
 
@@ -295,9 +295,10 @@ def check_reached(rules: Rules, visited: Visited) -> None:
             warn(unused_text(rule.pattern, visited.paths))
         elif not reached.intersection(own):
             raise ValueError(
-                f"`{own[0]}`: a parameter whose inputs are quantized must multiply "
-                f"data; got one that does not, from the rule {rule.pattern!r}. Remove "
-                f"the input quantizer from that rule."
+                f"`{own[0]}`: a parameter whose inputs are quantized must be in a "
+                f"matrix product or convolution with data; got one that is in none, "
+                f"from the rule {rule.pattern!r}. Remove the input quantizer from that "
+                f"rule."
             )
 
 

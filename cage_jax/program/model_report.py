@@ -41,11 +41,14 @@ class GridFit(NamedTuple):
       error: ||x - Q(x)|| / ||x||.
       clipped: fraction of the values beyond the ends of the grid.
       unused: fraction of the grid's levels that no value takes.
+      one_sign: fraction of the scans' repetitions, or 1 or 0 without a scan, in which
+        all values have one sign on a grid that has both.
     """
 
     error: float
     clipped: float
     unused: float
+    one_sign: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +202,7 @@ def _measure(x, quantizer, grid, _=None):
     size = jnp.linalg.norm(x.ravel())
     error = error / jnp.where(size == 0, 1, size)
     if not quantizer.has_codes:
-        return error, jnp.zeros([]), jnp.zeros([])
+        return error, *[jnp.zeros([])] * 3
     found, format = rounding(x, quantizer, grid), quantizer.format
     values = found.code_values()
     # Half a step beyond the end is rounded, not clipped.
@@ -207,7 +210,9 @@ def _measure(x, quantizer, grid, _=None):
     levels = jnp.asarray(format.values, values.dtype)
     used = jnp.zeros(levels.size, bool)
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
-    return error, jnp.mean(beyond), jnp.mean(~used)
+    one_sign = jnp.all(values >= 0) | jnp.all(values <= 0)
+    one_sign &= not quantizer.asymmetric and not quantizer.scale.has_offset
+    return error, jnp.mean(beyond), jnp.mean(~used), one_sign
 
 
 _measured = jax.jit(_measure, static_argnums=1)
@@ -228,7 +233,7 @@ def _lines(layer):
     if not layer.inputs:
         yield (
             *begin,
-            "- never multiplied with data",
+            "- in no matrix product",
             *_figures(layer.measured),
             *_figures(),
         )
@@ -241,8 +246,8 @@ def _lines(layer):
 
 def _figures(measured=None):
     if measured is None:
-        return ("",) * len(GridFit._fields)
-    return tuple(f"{part:.3f}" for part in measured)
+        return ("",) * 3
+    return tuple(f"{part:.3f}" for part in measured[:3])
 
 
 def _findings(layers, rules):
@@ -254,14 +259,15 @@ def _findings(layers, rules):
         path, size = layer.weight.path, layer.weight.size
         if rules.match_inputs(path) and not layer.inputs:
             yield (
-                f"{path}: a rule quantizes its input, but it is never multiplied "
-                f"with data. Check that its layer is called, or remove the input "
-                f"quantizer from its rule."
+                f"{path}: a rule quantizes its input, but it is in no matrix product "
+                f"or convolution with data. Check that its layer is called, or remove "
+                f"the input quantizer from its rule."
             )
         if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
             yield from _across(layer)
         yield from _misfit(f"{path}, weight", layer.weight.quantizer, layer, size)
         for each in layer.inputs:
+            yield from _scales_of_input(f"{path}, input", each)
             size = math.prod((*each.product.shape, *each.product.repeats))
             yield from _misfit(f"{path}, input", each.quantizer, each, size)
 
@@ -276,6 +282,33 @@ def _across(layer):
             f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
             f"but scales are shared along axis {row.quantizer.axis}, so they cannot "
             f"be factored out of the sum. Use axis={first}."
+        )
+
+
+def _scales_of_input(what, each):
+    """Finds scales of an input that are outside of no sum, or cost more than values."""
+    product, quantizer = each.product, each.quantizer
+    if quantizer is None or not quantizer.has_codes:
+        return
+    if math.prod(product.window) > 1 and quantizer.axis == -1:
+        yield (
+            f"{what}: its convolution sums over a window of {product.window} places, "
+            f"but axis=-1 gives each place a scale of its own, which cannot be "
+            f"factored out of the sum. Use axis=None, one scale for all."
+        )
+    features = math.prod(product.shape[axis] for axis in product.features)
+    size = math.prod(product.shape)
+    if size == 0:
+        return
+    matrix = size // features, features
+    codes = quantizer.bits * size
+    spent = quantizer.storage_bits(matrix) - codes
+    if spent > codes:
+        scales = math.prod(quantizer.blocks(matrix).scale_shape)
+        yield (
+            f"{what}: its scales cost {spent / size:.0f} bits a value beside codes of "
+            f"{quantizer.bits} (values per scale: {size / scales:.0f}). Use axis=None, "
+            f"or larger groups."
         )
 
 
@@ -321,8 +354,17 @@ def _misfit(what, quantizer, layer, size):
             f"wider scale, or calibrate again."
         )
     enough = _MIN_VALUES_PER_LEVEL * quantizer.levels
-    if measured.unused > _MAX_UNUSED and size >= enough:
+    if not measured.unused > _MAX_UNUSED or size < enough:
+        return
+    unused = f"{what}: {measured.unused:.0%} of the levels are not used"
+    # Of the levels on the side of the values, enough are used.
+    if measured.one_sign == 1 and 2 * measured.unused - 1 <= _MAX_UNUSED:
         yield (
-            f"{what}: {measured.unused:.0%} of the levels are not used. The grid is "
-            f"wider than most values: use groups, or a clipped or searched scale."
+            f"{unused}, since all values have one sign, as after a ReLU or GELU. Use "
+            f"symmetric=False, as in int8(symmetric=False)."
+        )
+    else:
+        yield (
+            f"{unused}. The grid is wider than most values: use groups, or a clipped "
+            f"or searched scale."
         )

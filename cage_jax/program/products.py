@@ -38,6 +38,7 @@ class Product(NamedTuple):
       shape: the shape of the input, the other factor.
       features: the axes of the input that are summed over, ascending; for a convolution
         its channels.
+      window: for a convolution, the places that it sums over along each axis of space.
       repeats: lengths of the scans around it, the outermost first.
       blocked_by: the name of the operation around it that keeps its input from being
         replaced, or None.
@@ -47,6 +48,7 @@ class Product(NamedTuple):
     operation: str
     shape: tuple[int, ...]
     features: tuple[int, ...]
+    window: tuple[int, ...] = ()
     repeats: tuple[int, ...] = ()
     blocked_by: str | None = None
 
@@ -184,11 +186,16 @@ def _product(eqn, origins) -> Product | None:
         paths = origins[1 - side]
         if origins[side] is DATA and paths:
             features = _FEATURES[eqn.primitive.name](eqn.params, side)
+            window: tuple[int, ...] = ()
+            if eqn.primitive.name == "conv_general_dilated":
+                _, _, *places = eqn.params["dimension_numbers"].rhs_spec
+                window = tuple(eqn.invars[1].aval.shape[axis] for axis in places)
             return Product(
                 paths=paths,
                 operation=eqn.primitive.name,
                 shape=eqn.invars[side].aval.shape,
                 features=tuple(sorted(features)),
+                window=window,
             )
     return None
 
