@@ -399,7 +399,7 @@ def _nearest_text(pattern, paths):
     def keys(text):
         # Frameworks call one thing weight or kernel.
         parts = reversed(text.replace("weight", "kernel").split("/"))
-        return [re.sub(r"\\\w|\W", "", part) for part in parts]
+        return [re.sub(r"\\\w|\W", "", part).lower() for part in parts]
 
     def likeness(path):
         pairs = itertools.zip_longest(keys(pattern), keys(path), fillvalue="")
