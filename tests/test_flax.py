@@ -714,8 +714,32 @@ def test_bad_arguments(rng):
         (
             lambda: calibrate(nn.Dense(4), RULES, [(x,)]),
             ValueError,
-            "`variables` must be given for a Linen module",
+            "`variables` must be given for a Linen module.* Use calibrate\\(model, "
+            "rules, batches, variables=variables\\)",
         ),
+        (
+            lambda: report(nn.Dense(4), RULES),
+            ValueError,
+            "Use report\\(model, rules, x, variables=variables\\), where variables = ",
+        ),
+        (
+            lambda: report(nn.Dense(4), RULES, variables={"params": {}}),
+            TypeError,
+            "`args` must be .*; got none. Use report\\(model, rules, x, variables=var",
+        ),
+        (
+            lambda: report(linear(), RULES),
+            TypeError,
+            "`args` must be .*; got none. Use report\\(model, rules, x\\)",
+        ),
+        *[
+            (function, TypeError, "a tree .* got the NNX module Linear.* Use nnx.state")
+            for function in (
+                lambda: RULES.report(linear()),
+                lambda: cage.cage_adamw(0.1, RULES, total_steps=9).init(linear()),
+                lambda: cage.coupled(RULES, strength=1.0).init(linear()),
+            )
+        ],
         (
             lambda: report(nn.Dense(4), RULES, x, variables={"a": 1}),
             ValueError,

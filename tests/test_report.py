@@ -124,8 +124,8 @@ def test_quantizers_of_inputs_have_a_line():
     rules = Rules([(r"w", int8(), int8(axis=-1)), (r".*", None)])
     text = str(rules.report({"w": np.ones((4, 2), np.float32), "b": np.ones(2)}))
     assert text.endswith(
-        "inputs of 1 parameters, such as w: int8 absmax, axis -1, identity; in a model "
-        "of quantize_activations"
+        "inputs of 1 parameters, such as w: int8 absmax, axis -1, identity; quantized "
+        "only in the model that quantize_activations(model, rules) returns"
     )
 
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import cage_jax as cage
+import cage_jax.flax
 from cage_jax.core.tables import html_table
 from cage_jax.llama.loaded import Model
 from cage_jax.program import model_report
@@ -26,6 +28,11 @@ def test_quantizers_and_rules_are_a_line():
     )
     for make in (cage.int8, cage.nf4, cage.nvfp4, cage.mxfp4, cage.q4_1, cage.lsq):
         assert len(repr(make())) <= 100
+
+
+def test_a_quantized_linen_module_is_a_line():
+    model = cage.flax.quantize_activations(nn.Dense(8), RULES)
+    assert repr(model) == f"QuantizedLinen(Dense, {RULES!r})"
 
 
 def test_codes_are_a_line_without_their_values():

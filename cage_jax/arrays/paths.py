@@ -79,6 +79,14 @@ def _is_box(node: Any) -> bool:
     )
 
 
+def is_nnx_module(x: Any) -> bool:
+    """Returns whether `x` is a Flax NNX module, a tree too; without importing Flax."""
+    return any(
+        base.__name__ == "Module" and base.__module__.startswith("flax.nnx")
+        for base in type(x).__mro__
+    )
+
+
 def _joined(key_path: KeyPath) -> str:
     keys = list(key_path)
     if len(keys) > 1 and isinstance(keys[0], DictKey) and keys[0].key == "params":

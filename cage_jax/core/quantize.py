@@ -16,7 +16,12 @@ from cage_jax.arrays.checks import warn
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
-from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
+from cage_jax.arrays.paths import (
+    flatten_with_paths,
+    is_nnx_module,
+    key_at,
+    path_in_errors,
+)
 from cage_jax.core.grids import check_grid, grid_at, missing_grid
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
 from cage_jax.core.rules import Rules, nothing_quantized
@@ -113,7 +118,7 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
 
     Source: Bengio et al., arXiv 1308.3432 (straight through); QuEST, arXiv 2502.05003.
     """
-    if _is_of_nnx(x):
+    if is_nnx_module(x):
         raise TypeError(
             f"`x` must be an array or a tree of parameters; got the NNX module "
             f"{type(x).__name__}, whose other state would no longer be updated. Use "
@@ -169,7 +174,7 @@ def quantize(x, quantizer, *, grid=None, key=None):
       >>> quantized.codes.ravel().tolist(), quantized.scale.ravel().tolist()
       ([1, -7, 3], [0.5])
     """
-    if _is_of_nnx(x):
+    if is_nnx_module(x):
         raise TypeError(
             f"`x` must be an array or a tree of parameters; got the NNX module "
             f"{type(x).__name__}, which cannot hold codes and has other state. Use "
@@ -316,14 +321,6 @@ def _check_array(x, quantizer):
             f"`x` must be an array where `quantizer` is a Quantizer; got a tree "
             f"({type(x).__name__}). Use Rules([('.*', quantizer)]) for a tree."
         )
-
-
-def _is_of_nnx(x):
-    """Returns whether `x` is a Flax NNX module, a tree too; without importing Flax."""
-    return any(
-        base.__name__ == "Module" and base.__module__.startswith("flax.nnx")
-        for base in type(x).__mro__
-    )
 
 
 def _check_no_codes(tree, rules):

@@ -12,7 +12,7 @@ import optax
 
 from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype
-from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
 from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
@@ -448,4 +448,10 @@ def _checked(entry) -> Rule:
 
 def _flatten(tree):
     """Flattens a tree; learned grids are leaves, as their parts are not parameters."""
+    if is_nnx_module(tree):
+        raise TypeError(
+            f"a tree of parameters must be given; got the NNX module "
+            f"{type(tree).__name__}, which has other state too. Use "
+            f"nnx.state(model, nnx.Param)."
+        )
     return flatten_with_paths(tree, Grid)

@@ -18,6 +18,9 @@ class QuantizedLinen:
         self.module = module
         self.rules = rules
 
+    def __repr__(self) -> str:
+        return f"QuantizedLinen({type(self.module).__name__}, {self.rules!r})"
+
     def init(self, *args, **kwargs) -> Any:
         """Returns the variables of the module's own `init`."""
         return self.module.init(*args, **kwargs)

@@ -145,7 +145,8 @@ def calibrate(
       1.0
     """
     quantized = quantize_activations(model, rules)
-    function, state, grids = _program(model, variables)
+    call = "calibrate(model, rules, batches, variables=variables)"
+    function, state, grids = _program(model, variables, call)
     params = {"params": state, "grids": grids}
     found = calibrate_function(
         functools.partial(function, **kwargs), rules, params, batches
@@ -175,8 +176,8 @@ def report(
       A `ModelReport`; print it, or read its `layers` and `findings`.
 
     Raises:
-      TypeError, ValueError: as `cage_jax.program.model_report.report`, and for a Linen
-        module without `variables`.
+      TypeError, ValueError: as `cage_jax.program.model_report.report`, without `args`
+        and `kwargs`, and for a Linen module without `variables`.
 
     Example:
       >>> import cage_jax as cage
@@ -189,7 +190,14 @@ def report(
       >>> [layer.weight.path for layer in found.layers if layer.inputs]
       ['kernel']
     """
-    function, state, grids = _program(model, variables)
+    is_linen = isinstance(model, (linen.Module, QuantizedLinen))
+    call = f"report(model, rules, x{', variables=variables' * is_linen})"
+    function, state, grids = _program(model, variables, call)
+    if not args and not kwargs:
+        raise TypeError(
+            f"`args` must be an example of the arguments of `model`; got none. Use "
+            f"{call}."
+        )
     function, state = _of_parameters(function, state)
     params = {"params": state, "grids": grids} if grids else state
     found = report_of_function(function, rules, params, *args, **kwargs)
@@ -240,13 +248,13 @@ def _of_parameters(function, state):
     return lambda p, *a, **k: function({**state, **p}, *a, **k), params
 
 
-def _program(model, variables):
+def _program(model, variables, call):
     """Splits a model into a function of its variables, the variables and the grids."""
     if isinstance(model, (linen.Module, QuantizedLinen)):
         if variables is None:
             raise ValueError(
-                "`variables` must be given for a Linen module; got None. Use "
-                "variables=model.init(...)."
+                f"`variables` must be given for a Linen module; got None. Use "
+                f"{call}, where variables = model.init(key, x)."
             )
         if "params" not in variables:
             raise ValueError(
