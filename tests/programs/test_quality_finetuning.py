@@ -26,7 +26,11 @@ from cage_jax.llama.loaded import Model
 QUIET = Console(quiet=True)
 
 
-pytestmark = pytest.mark.usefixtures("as_users_have_it")
+# Ten steps leave the recommended strength no dose.
+pytestmark = [
+    pytest.mark.usefixtures("as_users_have_it"),
+    pytest.mark.filterwarnings("ignore:the recommended strength, at most 15"),
+]
 
 
 CONFIG = LlamaConfig(vocabulary=256, width=64, hidden=64, layers=1, heads=2)
