@@ -103,11 +103,13 @@ def test_nnx():
         nnx.to_pure_dict(state),
         nnx.split(model)[1],
         nnx.state(model, nnx.Param),
-        model,
     )
     for tree in trees:
         assert paths(tree) == expected
         assert list(RULES.quantized(tree)) == [f"{path}" for path in expected[1::2]]
+    assert paths(model) == expected
+    with pytest.raises(TypeError, match=r"Use nnx.state\(model, nnx.Param\)"):
+        RULES.quantized(model)  # it may have other state
 
 
 def test_every_layout_gives_the_same_report():

@@ -258,14 +258,13 @@ def post_step(
       >>> import cage_jax as cage
       >>> import optax
       >>> rules = cage.Rules([(r".*kernel", cage.quest(4))])
-      >>> lr = optax.warmup_cosine_decay_schedule(0, 1e-3, 100, 1000, 1e-4)
-      >>> adamw = optax.adamw(lr)
-      >>> tx = cage.post_step(adamw, rules, learning_rate=lr, total_steps=1000)
+      >>> adamw = optax.adamw(1e-3)
+      >>> tx = cage.post_step(adamw, rules, learning_rate=1e-3, total_steps=1000)
 
       With the paper's strength:
 
       >>> strength = cage.silence_then_ramp(1000)
-      >>> tx = cage.post_step(adamw, rules, learning_rate=lr, strength=strength)
+      >>> tx = cage.post_step(adamw, rules, learning_rate=1e-3, strength=strength)
 
     Source: the reference implementation of CAGE, arXiv 2510.18784.
     """
