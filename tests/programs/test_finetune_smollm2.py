@@ -62,6 +62,7 @@ def results(folder):
     return json.loads((folder / "out" / "results.json").read_text())["results"]
 
 
+@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
 def test_the_whole_path(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder) == 0
     found = results(folder)
