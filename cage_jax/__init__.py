@@ -90,6 +90,8 @@ __all__ = [
     "quest",
     "ramp_to_dose",
     "recommended",
+    "report",
+    "resolve",
     "silence_then_constant",
     "silence_then_ramp",
     "ternary",
@@ -106,6 +108,8 @@ _FUNCTIONS = {
     "low_bit": "program.low_bit",
     "low_bit_dot": "core.low_bit_dot",
     "quantize_activations": "program.activations",
+    "report": "program.model_report",
+    "resolve": "program.resolving",
 }
 # The same for public modules, some of which need an extra and say which.
 _MODULES = {
@@ -128,7 +132,6 @@ _ELSEWHERE = {
     "cage_muon": "decoupled(optax.contrib.muon(lr), rules, learning_rate=lr, ...)",
     "compressed_tensors": "export.compressed_tensors",
     "gguf": "export.gguf",
-    "report": "Rules(...).report(params)",
     "save": "export.save",
     "stablehlo": "export.stablehlo",
 }
@@ -148,6 +151,8 @@ if TYPE_CHECKING:
     from cage_jax.program import kv_cache as kv_cache
     from cage_jax.program.activations import calibrate, quantize_activations
     from cage_jax.program.low_bit import low_bit
+    from cage_jax.program.model_report import report
+    from cage_jax.program.resolving import resolve
     from cage_jax.quantizers import formats as formats
     from cage_jax.quantizers import scale_types as scale_types
     from cage_jax.quantizers import scales as scales

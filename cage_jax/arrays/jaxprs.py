@@ -6,10 +6,11 @@ what is `called`. Values need not be arrays: they may be what is known about the
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import (
     ClosedJaxpr,
@@ -19,6 +20,7 @@ from jax.extend.core import (
     Literal,
     jaxpr_as_fun,
 )
+from jax.sharding import PartitionSpec
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CHECKPOINTS = ("remat2", "checkpoint")
@@ -53,17 +55,80 @@ def evaluate(
     return read(jaxpr.outvars)
 
 
+def evaluate_except(
+    jaxpr: Jaxpr,
+    values: Sequence[Any],
+    rules: Mapping[int, Callable[[list[Any]], Sequence[Any]]],
+) -> list[Any]:
+    """Computes a jaxpr as it is, except for some of its equations.
+
+    Args:
+      jaxpr: the program.
+      values: arrays, one for each of its constants, then one for each of its inputs.
+      rules: by the number of an equation, a function that takes the values of its
+        inputs and returns those of its outputs.
+
+    Returns:
+      The values of the outputs.
+    """
+    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), values, strict=True))
+
+    def read(atoms):
+        return [a.val if isinstance(a, Literal) else known[a] for a in atoms]
+
+    begin, last_read = 0, _last_reads(jaxpr)
+    for place in [*sorted(rules), len(jaxpr.eqns)]:
+        between = jaxpr.eqns[begin:place]
+        outputs = [
+            out
+            for eqn in between
+            for out in eqn.outvars
+            if last_read.get(out, -1) >= place
+        ]
+        if between:
+            inputs = _read_by(between)
+            found = _computed(between, inputs, read(inputs), outputs)
+            known.update(zip(outputs, found, strict=True))
+        if place in rules:
+            eqn = jaxpr.eqns[place]
+            found = rules[place](read(eqn.invars))
+            known.update(zip(eqn.outvars, found, strict=True))
+        begin = place + 1
+    return read(jaxpr.outvars)
+
+
+def _last_reads(jaxpr):
+    """Returns the number of the last equation that reads each variable."""
+    last = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        last.update({a: number for a in eqn.invars if not isinstance(a, Literal)})
+    outputs = (a for a in jaxpr.outvars if not isinstance(a, Literal))
+    return last | dict.fromkeys(outputs, len(jaxpr.eqns))
+
+
+def _read_by(eqns):
+    """Returns the variables that equations read and do not compute, each once."""
+    read: dict[Any, None] = {}
+    own: set[Any] = set()
+    for eqn in eqns:
+        inputs = [a for a in eqn.invars if not isinstance(a, Literal) and a not in own]
+        read |= dict.fromkeys(inputs)
+        own.update(eqn.outvars)
+    return [*read]
+
+
 def unchanged(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Computes an equation as it is, with its derivative, sharding and metadata."""
     inputs = {a: v for a, v in zip(eqn.invars, values) if not isinstance(a, Literal)}
-    about = DebugInfo(
-        "unchanged",
-        eqn.primitive.name,
-        ("",) * len(inputs),
-        ("",) * len(eqn.outvars),
-    )
-    jaxpr = Jaxpr((), [*inputs], eqn.outvars, [eqn], eqn.effects, about)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*inputs.values())
+    return _computed([eqn], [*inputs], [*inputs.values()], eqn.outvars)
+
+
+def _computed(eqns, inputs, values, outputs):
+    names = tuple(("",) * len(each) for each in (inputs, outputs))
+    about = DebugInfo("unchanged", eqns[0].primitive.name, *names)
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = Jaxpr((), inputs, outputs, eqns, effects, about)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*values)
 
 
 def called(eqn: JaxprEqn, *, custom_derivatives: bool = False) -> ClosedJaxpr | None:
@@ -86,30 +151,41 @@ def enter(
     values: Sequence[Any],
     run: Callable[[ClosedJaxpr, list[Any]], list[Any]],
 ) -> list[Any]:
-    """Computes a call, checkpoint or scan, with another way to run what is inside.
+    """Computes an operation with another way to run what is inside of it.
 
-    A scan stays a scan and a checkpoint a checkpoint, and their derivatives with them.
+    A scan stays a scan, a checkpoint a checkpoint and so on, and their derivatives with
+    them.
 
     Args:
-      eqn: the equation, a scan or one of which `called` returns a program.
+      eqn: an equation of which `called` returns a program; or a scan, while, cond or
+        shard_map.
       values: trees of arrays, one for each input of the equation. Others may follow; a
         scan passes on a row of these in each repetition.
       run: takes the program and values for its inputs and what follows them; returns
-        its outputs, and maybe more. A scan stacks these.
+        its outputs, and maybe more.
 
     Returns:
-      The outputs, and what follows them.
+      The outputs, and of what follows them: rows in a stack from a scan; the last ones
+      from a `while`; a list with those of each branch from a `cond`; those of each
+      device along a new first axis from a `shard_map`. There are zeros for what did not
+      run.
     """
-    name, params = eqn.primitive.name, eqn.params
-    if name != "scan":
-        inside = called(eqn)
-        assert inside is not None
-        entered: Callable[[list[Any]], list[Any]] = functools.partial(run, inside)
-        if name in _CHECKPOINTS:
-            entered = jax.checkpoint(
-                entered, prevent_cse=params["prevent_cse"], policy=params["policy"]
-            )
-        return entered([*values])
+    name = eqn.primitive.name
+    if name in _LOOPS:
+        return _LOOPS[name](eqn, values, run)
+    inside = called(eqn, custom_derivatives=True)
+    assert inside is not None
+    entered: Callable[[list[Any]], list[Any]] = functools.partial(run, inside)
+    if name in _CHECKPOINTS:
+        params = eqn.params
+        entered = jax.checkpoint(
+            entered, prevent_cse=params["prevent_cse"], policy=params["policy"]
+        )
+    return entered([*values])
+
+
+def _enter_scan(eqn, values, run):
+    params = eqn.params
     constants, carries = scan_counts(eqn)
     first = constants + carries
 
@@ -126,6 +202,86 @@ def enter(
         unroll=params["unroll"],
     )
     return [*carry, *stacked]
+
+
+def _enter_while(eqn, values, run):
+    params, own = eqn.params, len(eqn.invars)
+    of_condition, of_body = params["cond_nconsts"], params["body_nconsts"]
+    first = of_condition + of_body
+    closed, rest = values[:first], values[own:]
+    condition = params["cond_jaxpr"]
+
+    def body(carry):
+        return run(params["body_jaxpr"], [*closed[of_condition:], *carry, *rest])
+
+    def goes_on(state):
+        carry, _ = state
+        return jaxpr_as_fun(condition)(*closed[:of_condition], *carry)[0]
+
+    def step(state):
+        outputs = body(state[0])
+        return outputs[: own - first], outputs[own - first :]
+
+    carry = [*values[first:own]]
+    more = _zeros(jax.eval_shape(body, carry)[own - first :])
+    carry, more = lax.while_loop(goes_on, step, (carry, more))
+    return [*carry, *more]
+
+
+def _enter_cond(eqn, values, run):
+    index, *operands = values
+    own, branches = len(eqn.outvars), eqn.params["branches"]
+    shapes = [
+        jax.eval_shape(functools.partial(run, branch), operands)[own:]
+        for branch in branches
+    ]
+
+    def branch(number):
+        def taken(operands):
+            outputs = run(branches[number], operands)
+            more = [_zeros(shape) for shape in shapes]
+            more[number] = outputs[own:]
+            return outputs[:own], more
+
+        return taken
+
+    outputs, more = lax.switch(index, [*map(branch, range(len(branches)))], operands)
+    return [*outputs, *map(list, zip(*more))]
+
+
+def _enter_shard_map(eqn, values, run):
+    params, own = eqn.params, len(eqn.outvars)
+    program = ClosedJaxpr(params["jaxpr"], ())
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))
+    along = PartitionSpec(tuple(a for a in params["mesh"].axis_names if a in axes))
+
+    def body(*values):
+        outputs = run(program, [*values])
+        more = jax.tree.map(lambda x: jnp.expand_dims(x, 0), outputs[own:])
+        return outputs[:own], more
+
+    rest = [PartitionSpec()] * (len(values) - len(eqn.invars))
+    outputs, more = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=(*params["in_specs"], *rest),
+        out_specs=([*params["out_specs"]], along),
+        check_vma=params["check_vma"],
+        axis_names=axes,
+    )(*values)
+    return [*outputs, *more]
+
+
+_LOOPS = {
+    "scan": _enter_scan,
+    "while": _enter_while,
+    "cond": _enter_cond,
+    "shard_map": _enter_shard_map,
+}
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Choosing, for each parameter, whether it is rotated before it is quantized."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ def choose_rotation(params: Any, rules: Rules) -> Rules:
       rules: a table in which some quantizers have a rotation.
 
     Returns:
-      `rules`, preceded by a rule without a rotation for each parameter whose
-      quantization error is smaller without it.
+      `rules`, with a quantizer without a rotation for each parameter whose error is
+      smaller without it among `rules.resolved`.
 
     Raises:
       TypeError: for abstract parameters.
@@ -36,7 +35,7 @@ def choose_rotation(params: Any, rules: Rules) -> Rules:
 
     Source: RoSTE, arXiv 2502.09003, the lower level of its problem.
     """
-    plain = []
+    plain = {}
     for path, (quantizer, x) in rules.quantized(params).items():
         if quantizer.hadamard is None:
             continue
@@ -46,5 +45,5 @@ def choose_rotation(params: Any, rules: Rules) -> Rules:
             for q in (quantizer, other)
         ]
         if sizes[1] < sizes[0]:
-            plain.append((re.escape(path), other, rules.match_inputs(path)))
-    return Rules([*plain, *rules])
+            plain[path] = other
+    return Rules(rules, resolved={**rules.resolved, **plain})

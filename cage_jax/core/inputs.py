@@ -3,6 +3,7 @@
 The features are summed over with the weight; the tokens are all other axes. The axis of
 an input quantizer selects the values that share a scale: `axis=-1` the features (a
 scale per token), `axis=0` the tokens (a scale per feature), `axis=None` everything.
+"contracted", the default of most presets, stands for -1.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cage_jax.core.quantize import fake_quant
+from cage_jax.quantizers.axes import CONTRACTED
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
@@ -49,7 +51,7 @@ def fit_input_grid(
 
     The scale is 0 for groups of zeros only, which give no information.
     """
-    if quantizer.axis == -1:
+    if quantizer.axis in (-1, CONTRACTED):
         raise ValueError(
             f"`inputs` must not have a calibrated or learned scale per token, since "
             f"tokens differ; got {quantizer}. Use axis=None or axis=0."
@@ -87,14 +89,16 @@ def arranged(
 
     tokens = tuple(axis for axis in range(x.ndim) if axis not in features)
     blocks = quantizer.group_size is not None or quantizer.hadamard is not None
+    quantizer = of_features(quantizer)
     match quantizer.axis:
         case None:
-            pass
+            quantizer = along(range(x.ndim))
         case 0 if tokens and not blocks:
             quantizer = along(tokens)
         case -1 if len(features) == 1 or not blocks:
             quantizer = along(features)
         case -1:
+            quantizer = along([-1])
             moved = jnp.transpose(x, order := tokens + features)
             x = moved.reshape(*moved.shape[: len(tokens)], -1)
 
@@ -111,3 +115,10 @@ def arranged(
         shape = quantizer.blocks(x.shape).scale_shape
         grid = jax.tree.map(lambda g: g.reshape(shape), grid)
     return x, quantizer, grid, back
+
+
+def of_features(quantizer: Quantizer) -> Quantizer:
+    """Returns the quantizer of a matrix of (tokens, features), its axis a number."""
+    if quantizer.axis != CONTRACTED:
+        return quantizer
+    return dataclasses.replace(quantizer, axis=-1)

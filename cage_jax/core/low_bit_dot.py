@@ -198,7 +198,7 @@ def _with_floats(inputs, product):
         return _dispatch(with_values, inputs, product, scaled=True)
     if quantizer.hadamard is not None:
         # x @ (H w) = (H x) @ w, whichever axis is rotated.
-        (axis,) = quantizer.blocks(weights.shape).axes
+        axis = quantizer.basis(weights.shape).axis
         xs, ws = product.numbers[0]
         along = dataclasses.replace(quantizer, axis=xs[ws.index(axis)], group_size=None)
         inputs = along.basis(inputs.shape).rotate(inputs)

@@ -276,7 +276,7 @@ def _apply(function, x, quantizer, grid, key=None):
     _check_array(x, quantizer)
     if key is not None and quantizer.rounding != "stochastic":
         raise _unused_key(quantizer)
-    return function(x, quantizer, grid, key)
+    return function(x, quantizer.at(jnp.shape(x)), grid, key)
 
 
 def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
@@ -392,6 +392,8 @@ def _noise(x, quantizer, key):
 
 def _check_maker(quantized, quantizer, path):
     maker = quantizer.match(path) if isinstance(quantizer, Rules) else quantizer
+    if maker is not None:
+        maker = maker.at(quantized.shape)
     if quantizer is not None and maker != quantized.quantizer:
         raise ValueError(
             f"`quantizer` must be the one that made the codes, {quantized.quantizer}; "

@@ -3,7 +3,8 @@
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
 from cage_jax.core.weight_report import Report, Row, split_text
+from cage_jax.quantizers.axes import WeightAxes
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.registry import named
@@ -22,6 +24,7 @@ _REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
 Entry = Quantizer | str | None
 # What `flatten_with_paths` leaves out of paths, in a pattern.
 _LEFT_OUT = re.compile(r"^(\.\*/?)?params/|(/|\\?\.)value$")
+_MOST_TOLD = 8  # parameters in an error
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
@@ -55,11 +58,12 @@ class Rules:
         alone. A parameter that no pattern matches is left alone too. A third entry is
         the `Quantizer` of the parameter's input, the array that it is multiplied with,
         see `quantize_activations`. The name of a preset, such as "int4", stands for the
-        preset with its default settings; as an input, for one with `axis=-1`, unless it
-        has one scale per tensor. Paths are joined by "/", such as
+        preset with its default settings. Paths are joined by "/", such as
         "layers/0/mlp/up/kernel", and read alike for dicts, lists, dataclasses, Flax
         Linen and NNX: a leading "params" and a trailing ".value" are dropped from the
         path; leave them out of patterns.
+      resolved: quantizers by path, which come before those of the patterns, as
+        `resolve` finds them; or None.
 
     Raises:
       TypeError: for anything but tuples of a string and a `Quantizer`, a name or None.
@@ -81,9 +85,14 @@ class Rules:
       total          2112                                                   5.82   8448     1536
     """
 
-    __slots__ = ("_compiled", "_rules")
+    __slots__ = ("_compiled", "_resolved", "_rules")
 
-    def __init__(self, rules: Iterable[tuple[str, Entry] | tuple[str, Entry, Entry]]):
+    def __init__(
+        self,
+        rules: Iterable[tuple[str, Entry] | tuple[str, Entry, Entry]],
+        *,
+        resolved: Mapping[str, Quantizer] | None = None,
+    ):
         if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
             raise TypeError(
                 f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. "
@@ -91,6 +100,12 @@ class Rules:
             )
         self._rules = tuple(map(_checked, rules))
         self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
+        self._resolved = dict(resolved or {})
+
+    @property
+    def resolved(self) -> Mapping[str, Quantizer]:
+        """Quantizers by path that come before those of the patterns."""
+        return types.MappingProxyType(self._resolved)
 
     def match(self, path: str) -> Quantizer | None:
         """Returns the quantizer of the parameter at `path`, or None.
@@ -103,7 +118,7 @@ class Rules:
           >>> cage.Rules([(r".*bias", None), (r".*", cage.int8())]).match("up/bias")
         """
         rule = self.rule_of(path)
-        return None if rule is None else rule.weights
+        return None if rule is None else self.resolved.get(path, rule.weights)
 
     def match_inputs(self, path: str) -> Quantizer | None:
         """Returns the quantizer of the input of the parameter at `path`, or None.
@@ -124,6 +139,21 @@ class Rules:
         """Returns the first rule whose pattern matches the whole path, or None."""
         index = self._index(path)
         return None if index is None else self._rules[index]
+
+    def at(self, params: Any, axes: Mapping[str, WeightAxes]) -> "Rules":
+        """Returns these rules with axes by number for each quantized parameter.
+
+        Args:
+          params: a tree of arrays, or of their shapes.
+          axes: what is known about the parameters' axes, by path.
+
+        Raises:
+          TypeError, ValueError: as in `quantized`, and for axes that are not known.
+        """
+        paths, leaves, _ = _flatten(params)
+        quantizers = self._quantizers(paths, leaves, axes)
+        found = {path: each for path, each in zip(paths, quantizers) if each}
+        return Rules(self._rules, resolved={**self.resolved, **found})
 
     def map(self, function: Callable, tree: Any, *rest: Any) -> Any:
         """Calls `function(path, quantizer, leaf, *rest)` on each quantized parameter.
@@ -154,8 +184,8 @@ class Rules:
         paths, leaves, structure = _flatten(tree)
         others = [structure.flatten_up_to(each) for each in rest]
         results = []
-        for path, leaf, *other in zip(paths, leaves, *others):
-            quantizer = self._quantizer(path, leaf)
+        quantizers = self._quantizers(paths, leaves)
+        for path, quantizer, leaf, *other in zip(paths, quantizers, leaves, *others):
             if quantizer is None:
                 results.append(other[0] if other else leaf)
                 continue
@@ -195,12 +225,10 @@ class Rules:
         found: dict[str, tuple] = {}
         paths, leaves, structure = _flatten(tree)
         others = [structure.flatten_up_to(each) for each in rest]
-        for path, leaf, *other in zip(paths, leaves, *others):
-            quantizer = self._quantizer(path, leaf)
+        quantizers = self._quantizers(paths, leaves)
+        for path, quantizer, leaf, *other in zip(paths, quantizers, leaves, *others):
             if quantizer is None:
                 continue
-            with path_in_errors(path):
-                quantizer.blocks(leaf.shape)
             found[path] = (quantizer, leaf, *other)
         return found
 
@@ -230,12 +258,14 @@ class Rules:
           >>> report.rows[0].bits_per_weight
           8.333333333333334
         """
-        rows = tuple(
-            self._row(path, leaf)
+        leaves = {
+            path: leaf
             for path, leaf in zip(*_flatten(params)[:2])
             if hasattr(leaf, "dtype") or isinstance(leaf, complex | float | int)
-        )
-        paths = [row.path for row in rows]
+        }
+        paths = [*leaves]
+        quantizers = self._quantizers(paths, leaves.values())
+        rows = tuple(map(self._row, paths, leaves.values(), quantizers))
         unused = tuple(
             rule.pattern
             for i, rule in self._unused(paths)
@@ -275,8 +305,7 @@ class Rules:
         used = set(map(self._index, paths))
         return [(i, rule) for i, rule in enumerate(self._rules) if i not in used]
 
-    def _row(self, path, leaf) -> Row:
-        quantizer = self._quantizer(path, leaf)
+    def _row(self, path, leaf, quantizer) -> Row:
         shape = np.shape(leaf)
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         bits, reason, split = None, None, None
@@ -296,6 +325,29 @@ class Rules:
     def _index(self, path: str) -> int | None:
         matches = (i for i, each in enumerate(self._compiled) if each.fullmatch(path))
         return next(matches, None)
+
+    def _quantizers(self, paths, leaves, axes=None) -> list[Quantizer | None]:
+        """Returns the quantizer of each leaf, with axes by number, or None.
+
+        Raises:
+          ValueError: for those that do not fit their parameters, all of them at once.
+        """
+        found: list[Quantizer | None] = []
+        errors: list[str] = []
+        for path, leaf in zip(paths, leaves):
+            quantizer = self._quantizer(path, leaf)
+            if quantizer is not None:
+                try:
+                    quantizer = quantizer.at(leaf.shape, (axes or {}).get(path))
+                    quantizer.blocks(leaf.shape)
+                except ValueError as error:
+                    errors.append(f"`{path}`: {error}")
+            found.append(quantizer)
+        if more := errors[_MOST_TOLD:]:
+            errors = [*errors[:_MOST_TOLD], f"and {len(more)} more."]
+        if errors:
+            raise ValueError("\n".join(errors))
+        return found
 
     def _quantizer(self, path, leaf) -> Quantizer | None:
         is_grid = isinstance(leaf, Grid) or INPUT_GRIDS in path.split("/")
@@ -323,10 +375,14 @@ class Rules:
         return len(self._rules)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rules) and self._rules == other._rules
+        return (
+            isinstance(other, Rules)
+            and self._rules == other._rules
+            and self.resolved == other.resolved
+        )
 
     def __hash__(self) -> int:
-        return hash(self._rules)
+        return hash((self._rules, frozenset(self.resolved.items())))
 
     @property
     def in_words(self) -> str:
@@ -339,7 +395,8 @@ class Rules:
         told = [str(rule) for rule in self._rules[:2]]
         if more := len(self) - len(told):
             told.append(f"... {more} more")
-        return f"Rules([{', '.join(told)}])"
+        resolved = f", resolved for {len(self.resolved)} paths" if self.resolved else ""
+        return f"Rules([{', '.join(told)}]{resolved})"
 
     def __copy__(self) -> Self:
         return self
@@ -431,10 +488,10 @@ def _checked(entry) -> Rule:
             f"{error}. Write '.*' for any text."
         ) from None
     found = []
-    for quantizer, inputs in zip(quantizers, (False, True)):
+    for quantizer in quantizers:
         if isinstance(quantizer, str):
             with path_in_errors(pattern):
-                quantizer = named(quantizer, inputs=inputs)
+                quantizer = named(quantizer)
         if not isinstance(quantizer, Quantizer | None):
             name = getattr(quantizer, "__name__", "int4")
             call = f"Call the preset: {name}(...). " if callable(quantizer) else ""

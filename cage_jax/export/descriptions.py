@@ -2,7 +2,8 @@
 
 A description has the name of a class and the fields that differ from their defaults. So
 files stay readable, and a later version can add fields. A default must therefore never
-change. Only the classes of `classes`, with plain values, can be read.
+change; `axis` is always written. Only the classes of `classes`, with plain values, can
+be read.
 """
 
 import dataclasses
@@ -83,7 +84,8 @@ def _described(value):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if (part := getattr(value, field.name)) != default:
+        part = getattr(value, field.name)
+        if part != default or field.name == "axis":
             described[field.name] = _described(part)
     return described
 

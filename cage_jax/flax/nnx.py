@@ -6,7 +6,8 @@ import inspect
 from flax import nnx
 
 from cage_jax.core.rules import INPUT_GRIDS
-from cage_jax.program.activations import INPUTS, quantize_activations
+from cage_jax.program.activations import quantize_activations
+from cage_jax.program.visiting import INPUTS
 from cage_jax.quantizers.grid import Grid
 
 

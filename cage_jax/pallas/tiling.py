@@ -187,15 +187,18 @@ def tiling_for_tpu(
 def _merged(quantizer, shape):
     """Merges neighbouring axes that share a scale; returns a shape and its quantizer.
 
-    A group must be whole along all of them but the first.
+    The elements of a group must be neighbours: it is whole along all axes behind the
+    one that it cuts, and has length 1 along those before.
     """
     if not isinstance(quantizer.axis, tuple):
         return shape, quantizer
     groups = quantizer.blocks(shape).by_axis
-    first, *others = groups
+    first = min(groups)
     after = first + len(groups)
-    neighbours = [*groups] == [*range(first, after)]
-    whole = neighbours and all(groups[axis] == shape[axis] for axis in others)
+    parts = zip(groups.values(), shape[first:after])
+    next((size for size, _ in parts if size != 1), None)  # the axis that is cut
+    whole = all(size == length for size, length in parts)  # those behind it
+    whole &= [*groups] == [*range(first, after)]
     require(whole, f"its groups are cut along one of the axes {quantizer.axis}")
     require(len(groups) < len(shape), "its groups span all axes")
     merged = *shape[:first], math.prod(shape[first:after]), *shape[after:]

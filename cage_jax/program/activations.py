@@ -2,37 +2,33 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr
 
-from cage_jax.arrays.checks import warn
 from cage_jax.arrays.names import names_checked
-from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.inputs import fit_input_grid, quantize_input
-from cage_jax.core.rules import Rules, check_rules, unused_text
-from cage_jax.program.products import DATA, Origin, Product, find, map_inputs
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.program.tracing import check_function, split_arrays, split_grids
+from cage_jax.program.visiting import INPUTS, check_reached, input_path, visit_inputs
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 
 Result = TypeVar("Result")
-INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
 
 
 @names_checked
 def quantize_activations(
-    function: Callable[..., Result], rules: Rules
+    function: Callable[..., Result], rules: Rules, *, strict: bool = True
 ) -> Callable[..., Result]:
     """Quantizes the inputs of the weights in `function`, as the rules say by path.
 
     All products with a weight are found in the traced program: layers of any framework,
-    `x @ w`, convolutions, tied embeddings, under `jax.jit`, `jax.checkpoint` and
-    `jax.lax.scan`. The weights themselves are not quantized; apply
-    `fake_quant(params, rules)` first. Call the result under `jax.jit`, otherwise each
-    call traces it anew.
+    `x @ w`, convolutions, experts, tied embeddings, under `jax.jit`, `jax.checkpoint`,
+    `jax.shard_map` and control flow of `jax.lax`. The weights themselves are not
+    quantized; apply `fake_quant(params, rules)` first. Call the result under `jax.jit`,
+    otherwise each call traces it anew.
 
     Args:
       function: a function of parameters, and any other arguments, that returns a tree
@@ -40,16 +36,20 @@ def quantize_activations(
         `train=True`.
       rules: a table in which some rules have a quantizer for inputs, along axis -1, 0
         or None: the features, the tokens, or all of the input as a matrix of (tokens,
-        features).
+        features). The default of presets, "contracted", is one scale for each sum: per
+        token, and per example for a convolution over several places.
+      strict: whether an input that cannot be reached is an error. With False there is
+        one warning, and such inputs are left as they are.
 
     Returns:
       A function like `function`. Its first argument may be what `calibrate` returns.
 
     Raises:
       TypeError: for anything but `Rules`.
-      ValueError: in a call, for a rule with inputs whose parameters are in no product,
-        for an input without the axis, for a grid that was not calibrated, and for a
-        product that is out of reach, such as in a custom derivative.
+      ValueError: in a call, for each parameter whose input is out of reach, such as in
+        a custom derivative, with the operation that is in the way; for an input without
+        the axis, and for a grid that was not calibrated. A parameter that the call does
+        not use, and a vector, need no input.
 
     Example:
       >>> import cage_jax as cage
@@ -66,47 +66,55 @@ def quantize_activations(
 
     Source: Jacob et al., arXiv 1712.05877 (quantized inputs in training).
     """
-    check_no_module(function, "Use cage_jax.flax.quantize_activations.")
-    if not callable(function):
-        raise TypeError(
-            f"`function` must be a function of the parameters and of data; got a "
-            f"{type(function).__name__}. Use quantize_activations(model.apply, rules)."
-        )
+    check_function(
+        function,
+        "quantize_activations(model.apply, rules)",
+        "Use cage_jax.flax.quantize_activations.",
+    )
     check_rules(rules)
-
-    return with_inputs(function, rules, quantize_input)
+    return with_inputs(function, rules, quantize_input, strict=strict)
 
 
 def with_inputs(
-    function: Callable[..., Result], rules: Rules, quantized_input: Callable
+    function: Callable[..., Result],
+    rules: Rules,
+    quantized_input: Callable,
+    *,
+    strict: bool,
+    custom_derivatives: bool = False,
 ) -> Callable[..., Result]:
     """Does `quantize_activations` with another function than `quantize_input`."""
 
     def visit(path, product, quantizer, x, grid):
-        return quantized_input(x, product.features, quantizer, grid), None
+        return quantized_input(x, product.axes_for(quantizer), quantizer, grid), None
 
     @functools.wraps(function)
     def quantized(params, *args, **kwargs):
         params, grids = split_grids(params)
-        visited = visit_inputs(function, rules, visit, params, grids, args, kwargs)
-        check_reached(rules, visited)
+        visited = visit_inputs(
+            function,
+            rules,
+            visit,
+            params,
+            grids,
+            args,
+            kwargs,
+            custom_derivatives=custom_derivatives,
+        )
+        check_reached(rules, visited, strict=strict)
         return visited.output
 
     return quantized
 
 
-def check_no_module(function: Callable, remedy: str) -> None:
-    """Raises for a Flax module in place of a function of parameters."""
-    if any(base.__module__.startswith("flax.") for base in type(function).__mro__):
-        raise TypeError(
-            f"`function` must be a function of the parameters and of data; got the "
-            f"module {type(function).__name__}. {remedy}"
-        )
-
-
 @names_checked
 def calibrate(
-    function: Callable, rules: Rules, params: Any, batches: Iterable[tuple]
+    function: Callable,
+    rules: Rules,
+    params: Any,
+    batches: Iterable[tuple],
+    *,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Finds the grids of calibrated or learned inputs from data.
 
@@ -119,6 +127,7 @@ def calibrate(
         `Learned`.
       params: the parameters, or what `with_grids` or this function returned.
       batches: the arguments of `function` after the parameters, a tuple for each batch.
+      strict: as in `quantize_activations`.
 
     Returns:
       `{"params": params, "grids": {path: Grid}}` for `quantize_activations`. The path
@@ -147,7 +156,8 @@ def calibrate(
 
     def visit(path, product, quantizer, x, grid):
         if not quantizer.scale.needs_grid:
-            return quantize_input(x, product.features, quantizer, None), None
+            axes = product.axes_for(quantizer)
+            return quantize_input(x, axes, quantizer, None), None
         quantizers[path] = quantizer
         return x, fit_input_grid(x, product.features, quantizer)
 
@@ -159,7 +169,8 @@ def calibrate(
     def observe(params, arrays, static):
         args, kwargs = static.joined(arrays)
         visited = visit_inputs(function, rules, visit, params, {}, args, kwargs)
-        check_reached(rules, visited)
+        check_reached(rules, visited, strict=strict)
+        _check_measured(rules, visited.followed.products)
         # One weight may multiply several inputs.
         return {path: merged(path, visited.records[path]) for path in quantizers}
 
@@ -195,146 +206,14 @@ def calibrate(
     return {"params": params, "grids": grids}
 
 
-# --- whole programs -------------------------------------------------------------------
-
-
-class Visited(NamedTuple):
-    """The results of a program that was run with other inputs of its products.
-
-    Attributes:
-      output: the program's output.
-      records: the records of `visit` by path, in the order of the products.
-      products: all products, also those whose inputs were left alone.
-      paths: the paths of the parameters.
-    """
-
-    output: Any
-    records: dict[str, list[Any]]
-    products: list[Product]
-    paths: list[str]
-
-
-def trace(
-    function: Callable, params: Any, args: tuple, kwargs: dict
-) -> tuple[ClosedJaxpr, list[Origin], list[Any], Any]:
-    """Traces `function` to a program.
-
-    Returns:
-      The program, the origins of its inputs, the inputs, and its output's structure.
-    """
-    paths, leaves, structure = flatten_with_paths(params)
-    arrays, static = split_arrays(args, kwargs)
-
-    def flat(leaves, arrays):
-        args, kwargs = static.joined(arrays)
-        return function(structure.unflatten(leaves), *args, **kwargs)
-
-    program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, arrays)
-    origins = [(path,) for path in paths] + [DATA] * len(arrays)
-    return program, origins, [*leaves, *arrays], jax.tree.structure(shape)
-
-
-def visit_inputs(
-    function: Callable,
-    rules: Rules,
-    visit: Callable,
-    params: Any,
-    grids: dict[str, Grid],
-    args: tuple,
-    kwargs: dict,
-) -> Visited:
-    """Calls `function` with `visit` at the inputs that the rules quantize.
-
-    Args:
-      function: a function of parameters and any other arguments.
-      rules: a table in which some rules have a quantizer for inputs.
-      visit: gets the path, the product, its input's quantizer, the input and its grid
-        or None; returns another input and a record.
-      params: the parameters, without grids.
-      grids: the grids by path.
-      args: the arguments after the parameters.
-      kwargs: the keyword arguments.
-    """
-    program, origins, values, structure = trace(function, params, args, kwargs)
-
-    def visit_one(path, product, x, grid):
-        with path_in_errors(path + INPUTS):
-            return visit(path, product, rules.match_inputs(path), x, grid)
-
-    given = {
-        path.removesuffix(INPUTS): grid
-        for path, grid in grids.items()
-        if path.endswith(INPUTS)
-    }
-    wanted = functools.partial(input_path, rules)
-    outputs, records = map_inputs(program, origins, values, wanted, visit_one, given)
-    return Visited(
-        output=structure.unflatten(outputs),
-        records=records,
-        products=find(program, origins),
-        paths=flatten_with_paths(params)[0],
-    )
-
-
-def check_reached(rules: Rules, visited: Visited) -> None:
-    """Raises if inputs that the rules ask for cannot be quantized."""
-    for product in visited.products:
-        name = input_path(rules, product)
-        if name is not None and product.blocked_by is not None:
+def _check_measured(rules, products):
+    """Raises for an input that is calibrated where its batches cannot be joined."""
+    for product in products:
+        path = input_path(rules, product)
+        inside = {"while", "shard_map"}.intersection(product.within)
+        if path and inside and rules.match_inputs(path).scale.needs_grid:
             raise ValueError(
-                f"`{name}`: a product whose input is quantized must not be inside "
-                f"{product.blocked_by}, where its input cannot be replaced. Use "
-                f"`fake_quant` there, and remove the input quantizer from its rule."
+                f"`{path}`: an input whose grid is calibrated or learned must not be "
+                f"inside {min(inside)}. Use a quantizer that finds its scales, such as "
+                f"int8(axis=None)."
             )
-    reached = {input_path(rules, product) for product in visited.products}
-    for rule in rules:
-        if rule.inputs is None:
-            continue
-        own = [path for path in visited.paths if rules.rule_of(path) is rule]
-        if not own:
-            warn(unused_text(rule.pattern, visited.paths))
-        elif not reached.intersection(own):
-            raise ValueError(
-                f"`{own[0]}`: a parameter whose inputs are quantized must be in a "
-                f"matrix product or convolution with data; got one that is in none, "
-                f"from the rule {rule.pattern!r}. Remove the input quantizer from that "
-                f"rule."
-            )
-
-
-def input_path(rules: Rules, product: Product) -> str | None:
-    """Returns the path whose rule quantizes the input of a product, or None."""
-    return next((p for p in product.paths if rules.match_inputs(p)), None)
-
-
-def split_grids(params: Any) -> tuple[Any, dict[str, Grid]]:
-    """Returns the parameters, and the grids beside them if there are any."""
-    if isinstance(params, dict) and set(params) == {"params", "grids"}:
-        return params["params"], params["grids"]
-    return params, {}
-
-
-class _Static(NamedTuple):
-    """Arguments without their arrays; hashable if the rest is."""
-
-    structure: Any
-    leaves: tuple[Any, ...]
-
-    def joined(self, arrays):
-        """Returns the arguments and keyword arguments with their arrays put back."""
-        arrays = iter(arrays)
-        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.leaves]
-        return self.structure.unflatten(leaves)
-
-
-_ARRAY = object()
-
-
-def split_arrays(args: tuple, kwargs: dict) -> tuple[list[Any], _Static]:
-    """Separates the arrays, or their shapes, among arguments from the rest."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    types = jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct
-    kinds = [isinstance(leaf, types) for leaf in leaves]
-    arrays = [leaf for leaf, is_array in zip(leaves, kinds) if is_array]
-    rest = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, kinds)]
-    return arrays, _Static(structure, tuple(rest))

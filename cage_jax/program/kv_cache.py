@@ -23,6 +23,7 @@ from jax import lax
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantize import dequantize, fake_quant, quantize
 from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.quantizers.axes import CONTRACTED
 from cage_jax.quantizers.quantizer import Quantizer
 
 _TOKENS = -3
@@ -442,6 +443,11 @@ def _group_size(shape, quantizer, name):
             f"`{name}` must not need {needs}; got {quantizer}. Use a preset such as "
             f"int4(axis=-1)."
         )
+    if quantizer.axis == CONTRACTED:
+        raise ValueError(
+            f"`{name}` must name its axes; got {quantizer}. Use axis=-1 for a scale "
+            f"per token and head."
+        )
     size = 1
     for axis, group in _shared(quantizer, len(shape)):
         if axis < _TOKENS:
@@ -477,8 +483,7 @@ def _group_size(shape, quantizer, name):
 
 def _shared(quantizer, ndim):
     """Returns the axes that share a scale, from the end, with group sizes or None."""
-    if quantizer.axis is None:
-        return [(axis, None) for axis in range(-1, -ndim - 1, -1)]
+    quantizer = quantizer.at((1,) * ndim)
     axes = quantizer.axis if isinstance(quantizer.axis, tuple) else (quantizer.axis,)
     from_end = [axis if axis < 0 else axis - ndim for axis in axes]
     return [*zip(from_end, quantizer.group_sizes)]

@@ -17,12 +17,8 @@ from cage_jax.core.low_bit_dot import low_bit_dot
 from cage_jax.core.quantize import dequantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.program.activations import (
-    Result,
-    check_no_module,
-    trace,
-    with_inputs,
-)
+from cage_jax.program.activations import Result, with_inputs
+from cage_jax.program.tracing import check_function, trace
 
 
 @names_checked
@@ -30,6 +26,7 @@ def low_bit(
     function: Callable[..., Result],
     rules: Rules | None = None,
     *,
+    strict: bool = True,
     implementation: Implementation | None = None,
 ) -> Callable[..., Result]:
     """Makes `function` take codes in place of parameters and multiply them directly.
@@ -49,6 +46,7 @@ def low_bit(
         inputs are quantized as by `quantize_activations`, those of convolutions too.
         In a `low_bit_dot` they are multiplied as integers if both factors are whole
         numbers. Calibrated and learned scales are not supported.
+      strict: as in `quantize_activations`.
       implementation: the implementation of each product, as in `low_bit_dot`.
 
     Returns:
@@ -74,14 +72,19 @@ def low_bit(
       >>> bool(jnp.allclose(apply(codes, x), expected, atol=1e-5))
       True
     """
-    check_no_module(
+    check_function(
         function,
+        "low_bit(model.apply)",
         "Use low_bit(model.apply), or a function that merges what nnx.split gave.",
     )
     if rules is not None:
         check_rules(rules)
     check_implementation(implementation)
-    with_rules = with_inputs(function, rules, _quantized_input) if rules else function
+    with_rules = function
+    if rules:  # forward only, so derivatives of its own may be lost
+        with_rules = with_inputs(
+            function, rules, _quantized_input, strict=strict, custom_derivatives=True
+        )
 
     @functools.wraps(function)
     def of_codes(params, *args, **kwargs):
@@ -90,9 +93,8 @@ def low_bit(
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_codes(leaf) else leaf
             for leaf in leaves
         ]
-        program, _, values, out = trace(
-            with_rules, structure.unflatten(shapes), args, kwargs
-        )
+        traced = trace(with_rules, structure.unflatten(shapes), args, kwargs)
+        program, values = traced.program, traced.values
         values[: len(leaves)] = [
             _Weights(leaf, path) if _is_codes(leaf) else leaf
             for path, leaf in zip(paths, leaves)
@@ -101,7 +103,7 @@ def low_bit(
             _evaluate_with_codes, rules=rules, implementation=implementation
         )
         found = evaluate(program.jaxpr, [*program.consts, *values], rule)
-        return jax.tree.unflatten(out, map(_dequantized, found))
+        return jax.tree.unflatten(traced.structure, map(_dequantized, found))
 
     return of_codes
 

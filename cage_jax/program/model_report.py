@@ -1,6 +1,7 @@
 """The report of a model: its parameters, their inputs, and what may be wrong."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.grids import grid_at
-from cage_jax.core.inputs import arranged, quantize_input
+from cage_jax.core.inputs import arranged, of_features, quantize_input
 from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
 from cage_jax.core.rules import Rules, check_rules, unused_text
 from cage_jax.core.tables import Cells, Shown
 from cage_jax.core.weight_report import Row
-from cage_jax.program.activations import (
+from cage_jax.program.origins import axes_of
+from cage_jax.program.products import Loss, Product
+from cage_jax.program.tracing import split_arrays, split_grids
+from cage_jax.program.visiting import (
+    follow_function,
     input_path,
-    split_arrays,
-    split_grids,
+    out_of_reach,
     visit_inputs,
 )
-from cage_jax.program.products import Product
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import rounding
 
@@ -75,11 +77,13 @@ class Layer:
       measured: how well the weight fits its grid; None if it is left alone, or has no
         values.
       inputs: one for each product with data; none if it is only added or looked up.
+      lost: the operation that joins it with data without a product, or None.
     """
 
     weight: Row
     measured: GridFit | None
     inputs: tuple[Input, ...]
+    lost: Loss | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -115,8 +119,10 @@ def report(
       function: a function of parameters and any other arguments, as in
         `quantize_activations`.
       rules: a table for weights, inputs or both.
-      params: parameters with values, or what `with_grids` or `calibrate` returned.
-      args: an example of the arguments of `function` after the parameters.
+      params: the parameters, or what `with_grids` or `calibrate` returned; or the
+        shapes of parameters as `jax.ShapeDtypeStruct`, which gives a report without
+        errors in the time of a trace.
+      args: an example of the arguments of `function` after the parameters, or shapes.
       kwargs: an example of its keyword arguments.
 
     Returns:
@@ -139,70 +145,111 @@ def report(
       [0, 1]
     """
     check_rules(rules)
-    values, grids = split_grids(params)
-
-    def visit(path, product, quantizer, x, grid):
-        measured = _measure(*arranged(x, product.features, quantizer, grid))
-        x = quantize_input(x, product.features, quantizer, grid)
-        return x, measured
-
+    values, _ = split_grids(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unused rules are among the findings
         rows = rules.report(values)
-        quantized, _ = split_grids(fake_quant(params, _to_nearest(rules)))
-    arrays, static = split_arrays(args, kwargs)
-    products: list[Product] = []  # static, so collected while tracing
-
-    # One program: op by op, a layer would compile a hundred.
-    @jax.jit
-    def observed(quantized, grids, arrays):
-        args, kwargs = static.joined(arrays)
-        visited = visit_inputs(function, rules, visit, quantized, grids, args, kwargs)
-        products.extend(visited.products)
-        return visited.records
-
-    records_by_path = observed(quantized, grids, arrays)
-    records = {path: iter(entries) for path, entries in records_by_path.items()}
+    if any(
+        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((params, args))
+    ):
+        followed, shapes = follow_function(function, values, args, kwargs)
+        measured = _Measured({}, {})
+    else:
+        followed, shapes, measured = _measured(function, rules, params, args, kwargs)
     inputs: dict[str, list[Input]] = {}
-    for product in products:
+    for product in followed.products:
         path = input_path(rules, product)
         found = Input(product, None, None)
-        if path is not None:
-            measured = None if product.blocked_by else _mean(next(records[path]))
-            found = Input(product, rules.match_inputs(path), measured)
+        if path is not None and product.blocked_by is None:
+            of_path = measured.inputs.get(path)
+            figures = of_path.pop(0) if of_path else None
+            found = Input(product, rules.match_inputs(path), figures)
         for path in product.paths:
             inputs.setdefault(path, []).append(found)
-    paths, leaves, _ = flatten_with_paths(values)
-    layers = []
-    for row, (path, leaf) in zip(rows.rows, zip(paths, leaves)):
-        measured = None
-        if row.quantizer is not None:
-            grid = grid_at(path, params, None)
-            measured = _mean(_measured(leaf, row.quantizer, grid))
-        layers.append(Layer(row, measured, tuple(inputs.get(path, ()))))
-    unused = [unused_text(pattern, paths) for pattern in rows.unused_rules]
-    findings = (*unused, *rows.splits, *rows.costs, *_findings(layers, rules))
-    return ModelReport(tuple(layers), findings)
+    layers = tuple(
+        Layer(
+            row,
+            measured.weights.get(row.path),
+            tuple(inputs.get(row.path, ())),
+            followed.lost.get(row.path),
+        )
+        for row in rows.rows
+    )
+    unused = [unused_text(pattern, [*shapes]) for pattern in rows.unused_rules]
+    reach = [
+        f"{path}: {why}" for path, why in out_of_reach(rules, followed, shapes).items()
+    ]
+    findings = (*unused, *rows.splits, *rows.costs, *reach, *_findings(layers))
+    return ModelReport(layers, findings)
+
+
+# --- measuring ------------------------------------------------------------------------
+
+
+class _Measured(NamedTuple):
+    """How well arrays fit their grids, by path.
+
+    Attributes:
+      weights: of each quantized weight.
+      inputs: of each product whose input is quantized; None if it did not run.
+    """
+
+    weights: dict[str, GridFit | None]
+    inputs: dict[str, list[GridFit | None]]
+
+
+def _measured(function, rules, params, args, kwargs):
+    """Measures weights and inputs in one program: op by op, there would be hundreds."""
+    rules = _to_nearest(rules)
+    arrays, static = split_arrays(args, kwargs)
+    about: list[Any] = []  # known while the program is traced
+
+    def visit(path, product, quantizer, x, grid):
+        axes = product.axes_for(quantizer)
+        figures = _figures_of(*arranged(x, axes, quantizer, grid)[:3])
+        return quantize_input(x, axes, quantizer, grid), figures
+
+    @jax.jit
+    def observed(params, arrays):
+        args, kwargs = static.joined(arrays)
+        values, grids = split_grids(params)
+        weights = {
+            path: _figures_of(x, quantizer, grid_at(path, params, None))
+            for path, (quantizer, x) in rules.quantized(values).items()
+        }
+        quantized, _ = split_grids(fake_quant(params, rules))
+        visited = visit_inputs(function, rules, visit, quantized, grids, args, kwargs)
+        about.extend((visited.followed, visited.shapes))
+        return weights, visited.records
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights, inputs = jax.device_get(observed(params, arrays))
+    figures = _Measured(
+        {path: _mean(each) for path, each in weights.items()},
+        {path: [*map(_mean, entries)] for path, entries in inputs.items()},
+    )
+    return *about, figures
 
 
 def _to_nearest(rules):
     def nearest(quantizer):
         return quantizer and dataclasses.replace(quantizer, rounding="nearest")
 
-    return Rules([(r.pattern, nearest(r.weights), nearest(r.inputs)) for r in rules])
+    return Rules(
+        [(r.pattern, nearest(r.weights), nearest(r.inputs)) for r in rules],
+        resolved={path: nearest(each) for path, each in rules.resolved.items()},
+    )
 
 
-# --- measuring ------------------------------------------------------------------------
-
-
-def _measure(x, quantizer, grid, _=None):
-    """Computes the figures of `GridFit` as arrays."""
-    quantizer = dataclasses.replace(quantizer, rounding="nearest")
+@functools.partial(jax.jit, static_argnums=1)
+def _figures_of(x, quantizer, grid):
+    """Computes the figures of `GridFit` as arrays, and 1 for having run."""
     error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
     size = jnp.linalg.norm(x.ravel())
     error = error / jnp.where(size == 0, 1, size)
     if not quantizer.has_codes:
-        return error, *[jnp.zeros([])] * 3
+        return error, *[jnp.zeros([])] * 3, jnp.ones([])
     found, format = rounding(x, quantizer, grid), quantizer.format
     values = found.code_values()
     # Half a step beyond the end is rounded, not clipped.
@@ -212,15 +259,15 @@ def _measure(x, quantizer, grid, _=None):
     used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
     one_sign = jnp.all(values >= 0) | jnp.all(values <= 0)
     one_sign &= not quantizer.asymmetric and not quantizer.scale.has_offset
-    return error, jnp.mean(beyond), jnp.mean(~used), one_sign
+    return error, jnp.mean(beyond), jnp.mean(~used), one_sign, jnp.ones([])
 
 
-_measured = jax.jit(_measure, static_argnums=1)
-
-
-def _mean(arrays) -> GridFit:
-    """Averages figures over the repetitions of a scan, if any."""
-    return GridFit(*(float(np.mean(array)) for array in arrays))
+def _mean(arrays) -> GridFit | None:
+    """Averages figures over the repetitions that ran."""
+    *figures, ran = (np.asarray(array, np.float64) for array in arrays)
+    if not ran.sum():
+        return None
+    return GridFit(*(float(np.sum(each * ran) / ran.sum()) for each in figures))
 
 
 # --- words ----------------------------------------------------------------------------
@@ -231,9 +278,10 @@ def _lines(layer):
     weight = f"- {row.reason}" if row.quantizer is None else str(row.quantizer)
     begin = row.path, str(row.shape), weight
     if not layer.inputs:
+        looked_up = layer.lost is not None and layer.lost.rows
         yield (
             *begin,
-            "- in no matrix product",
+            "- looked up" if looked_up else "- in no matrix product",
             *_figures(layer.measured),
             *_figures(),
         )
@@ -250,19 +298,13 @@ def _figures(measured=None):
     return tuple(f"{part:.3f}" for part in measured[:3])
 
 
-def _findings(layers, rules):
+def _findings(layers):
     weights = [layer.weight.quantizer for layer in layers]
     inputs = [each.quantizer for layer in layers for each in layer.inputs]
     if not any(weights + inputs):
         yield "nothing is quantized. Compare the rules' patterns with the paths above."
     for layer in layers:
         path, size = layer.weight.path, layer.weight.size
-        if rules.match_inputs(path) and not layer.inputs:
-            yield (
-                f"{path}: a rule quantizes its input, but it is in no matrix product "
-                f"or convolution with data. Check that its layer is called, or remove "
-                f"the input quantizer from its rule."
-            )
         if layer.weight.quantizer is not None and layer.weight.quantizer.has_codes:
             yield from _across(layer)
         yield from _misfit(f"{path}, weight", layer.weight.quantizer, layer, size)
@@ -273,16 +315,37 @@ def _findings(layers, rules):
 
 
 def _across(layer):
+    """Finds scales of a weight that are not shared along what its products sum over."""
     row = layer.weight
     shared = set(row.quantizer.blocks(row.shape).axes)
-    summed = [axes for each in layer.inputs for axes in _summed(each.product, row)]
-    if summed and not any(shared.issuperset(axes) for axes in summed):
-        first = summed[0] if len(summed[0]) > 1 else summed[0][0]
+    each = [axes_of(labels.product.contracted, row.path) for labels in layer.inputs]
+    each = list(dict.fromkeys(axes for axes in each if axes))
+    across = [axes for axes in each if not shared.issuperset(axes)]
+    if across and len(across) == len(each):
         yield (
-            f"{row.path}, weight: its product sums over axis {first} of {row.shape}, "
-            f"but scales are shared along axis {row.quantizer.axis}, so they cannot "
-            f"be factored out of the sum. Use axis={first}."
+            f"{row.path}, weight: its product sums over axis {_told(across[0])} of "
+            f"{row.shape}, but scales are shared along axis {row.quantizer.axis}, so "
+            f"they cannot be factored out of the sum. Use axis={_told(across[0])}, or "
+            f"cage.resolve."
         )
+    elif across:
+        yield (
+            f"{row.path}, weight: its products sum over different axes of {row.shape}; "
+            f"scales are shared along axis {row.quantizer.axis}, and cannot be "
+            f"factored out of the sum over axis {_told(across[0])}."
+        )
+    if not each and layer.lost is not None and layer.lost.rows:
+        rows = axes_of(layer.lost.rows, row.path)
+        if rows and not shared.issuperset(rows):
+            yield (
+                f"{row.path}, weight: rows along axis {_told(rows)} of {row.shape} are "
+                f"looked up, but scales are shared along axis {row.quantizer.axis}, "
+                f"among all rows. Use axis={_told(rows)}, or cage.resolve."
+            )
+
+
+def _told(axes):
+    return axes if len(axes) > 1 else axes[0]
 
 
 def _scales_of_input(what, each):
@@ -294,14 +357,16 @@ def _scales_of_input(what, each):
         yield (
             f"{what}: its convolution sums over a window of {product.window} places, "
             f"but axis=-1 gives each place a scale of its own, which cannot be "
-            f"factored out of the sum. Use axis=None, one scale for all."
+            f"factored out of the sum. Leave `axis` out, or use axis=None."
         )
-    features = math.prod(product.shape[axis] for axis in product.features)
+    axes = product.axes_for(quantizer)
+    features = math.prod(product.shape[axis] for axis in axes)
     size = math.prod(product.shape)
     if size == 0:
         return
     matrix = size // features, features
     codes = quantizer.bits * size
+    quantizer = of_features(quantizer)
     spent = quantizer.storage_bits(matrix) - codes
     if spent > codes:
         scales = math.prod(quantizer.blocks(matrix).scale_shape)
@@ -310,22 +375,6 @@ def _scales_of_input(what, each):
             f"{quantizer.bits} (values per scale: {size / scales:.0f}). Use axis=None, "
             f"or larger groups."
         )
-
-
-def _summed(product, row):
-    """Returns a parameter's axes that a product may sum over, judged by lengths."""
-    axes = tuple(range(len(row.shape)))
-    if product.operation == "conv_general_dilated":  # all but the outputs
-        channels = product.shape[product.features[0]]
-        places = {axes[:-1]: -2, axes[1:]: 1}  # (..., in, out) and (out, in, ...)
-        return [
-            run for run, place in places.items() if channels % row.shape[place] == 0
-        ]
-    length = math.prod(product.shape[axis] for axis in product.features)
-    runs = [axes[i:j] for i in axes for j in range(i + 1, len(axes) + 1)]
-    return [
-        run for run in runs if math.prod(row.shape[axis] for axis in run) == length > 1
-    ]
 
 
 def _misfit(what, quantizer, layer, size):

@@ -1,6 +1,7 @@
 """Presets named after files: their values are those that the file holds, to the bit."""
 
 from cage_jax.arrays.names import names_checked
+from cage_jax.quantizers.axes import CONTRACTED, Axis
 from cage_jax.quantizers.formats import Integer
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.scale_types import Full, Narrow
@@ -8,7 +9,7 @@ from cage_jax.quantizers.scales import AbsMax, MinMax, SignedMax
 
 
 @names_checked
-def q4_0(*, axis: int = -2) -> Quantizer:
+def q4_0(*, axis: Axis = CONTRACTED) -> Quantizer:
     """Returns the quantizer of GGUF's Q4_0: 4 bits in blocks of 32.
 
     The float16 scales may be negative.
@@ -19,7 +20,7 @@ def q4_0(*, axis: int = -2) -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.q4_0())
-      int4 full range signed max, group 32 of axis -2, float16 scales, identity
+      int4 full range signed max, group 32, float16 scales, identity
 
     Source: ggml's `quantize_row_q4_0_ref`.
     """
@@ -27,7 +28,7 @@ def q4_0(*, axis: int = -2) -> Quantizer:
 
 
 @names_checked
-def q4_1(*, axis: int = -2) -> Quantizer:
+def q4_1(*, axis: Axis = CONTRACTED) -> Quantizer:
     """Returns the quantizer of GGUF's Q4_1: 4 bits in blocks of 32 with a minimum.
 
     Scales and minima are float16.
@@ -38,7 +39,7 @@ def q4_1(*, axis: int = -2) -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.q4_1())
-      uint4 minmax with an offset, group 32 of axis -2, float16 scales, identity
+      uint4 minmax with an offset, group 32, float16 scales, identity
 
     Source: ggml's `quantize_row_q4_1_ref`.
     """
@@ -47,7 +48,7 @@ def q4_1(*, axis: int = -2) -> Quantizer:
 
 
 @names_checked
-def q8_0(*, axis: int = -2) -> Quantizer:
+def q8_0(*, axis: Axis = CONTRACTED) -> Quantizer:
     """Returns the quantizer of GGUF's Q8_0: 8 bits in blocks of 32, float16 scales.
 
     Args:
@@ -56,7 +57,7 @@ def q8_0(*, axis: int = -2) -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.q8_0())
-      int8 absmax, group 32 of axis -2, float16 scales, identity
+      int8 absmax, group 32, float16 scales, identity
 
     Source: ggml's `quantize_row_q8_0_ref`.
     """
@@ -71,7 +72,7 @@ def _gguf(format, scale, axis):
 @names_checked
 def ct_w4a16(
     *,
-    axis: int = -2,
+    axis: Axis = CONTRACTED,
     group_size: int | None = 128,
     symmetric: bool = True,
     scale_dtype: str = "float16",
@@ -92,7 +93,7 @@ def ct_w4a16(
     Example:
       >>> import cage_jax as cage
       >>> print(cage.ct_w4a16())
-      int4 full range absmax, group 128 of axis -2, float16 scales, identity
+      int4 full range absmax, group 128, float16 scales, identity
 
     Source: compressed-tensors, format `pack-quantized`.
     """
@@ -100,7 +101,7 @@ def ct_w4a16(
 
 
 @names_checked
-def ct_w8a8(*, axis: int = -2, scale_dtype: str = "float16") -> Quantizer:
+def ct_w8a8(*, axis: Axis = CONTRACTED, scale_dtype: str = "float16") -> Quantizer:
     """Returns the weight quantizer of compressed-tensors' W8A8: INT8 per channel.
 
     Args:
@@ -113,7 +114,7 @@ def ct_w8a8(*, axis: int = -2, scale_dtype: str = "float16") -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.ct_w8a8())
-      int8 full range absmax, axis -2, float16 scales, identity
+      int8 full range absmax, float16 scales, identity
 
     Source: compressed-tensors, INT8 of the scheme W8A8.
     """

@@ -7,6 +7,7 @@ from typing import Concatenate, ParamSpec
 
 from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.names import names_checked
+from cage_jax.quantizers.axes import CONTRACTED, Axis
 from cage_jax.quantizers.formats import NF4, Float, FloatName, Integer, MidRise
 from cage_jax.quantizers.quantizer import Gradient, Quantizer
 from cage_jax.quantizers.scale_types import Float8, PowerOfTwo, PowerRounding
@@ -19,7 +20,6 @@ from cage_jax.quantizers.scales import (
     ScaleRule,
 )
 
-Axis = int | tuple[int, ...] | None
 P = ParamSpec("P")
 
 # --- integers -------------------------------------------------------------------------
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 _INTEGER_PRESET = """Returns the quantizer of integers of {bits} bits.
 
 Args:
-  axis: the axes that share a scale; None for one scale per tensor.
+  axis: the axes that share a scale; None for one scale per tensor. See `Quantizer`.
   group_size: how many neighbours along `axis` share a scale; None for all.
   symmetric: without a zero point. False widens the group's range to hold zero and
     spreads all codes over it.
@@ -44,14 +44,14 @@ Raises:
 Example:
   >>> import cage_jax as cage
   >>> print(cage.int{bits}(group_size=32))
-  int{bits} absmax, group 32 of axis -2, identity
+  int{bits} absmax, group 32, identity
 """
 
 
 def _integers(
     bits: int,
     *,
-    axis: Axis = -2,
+    axis: Axis = CONTRACTED,
     group_size: int | tuple[int | None, ...] | None = None,
     symmetric: bool = True,
     narrow: bool | None = None,
@@ -164,7 +164,7 @@ def ternary(*, axis: Axis = None, group_size: int | None = None) -> Quantizer:
 def quest(
     bits: int,
     *,
-    axis: int = -2,
+    axis: Axis = CONTRACTED,
     group_size: int | None = None,
     hadamard: int | None = 128,
     gradient: Gradient = "clip",
@@ -191,7 +191,7 @@ def quest(
     Example:
       >>> import cage_jax as cage
       >>> print(cage.quest(4))
-      midrise4 gaussian, axis -2, hadamard 128, clip
+      midrise4 gaussian, hadamard 128, clip
 
     Source: QuEST, arXiv 2502.05003, section 3; CAGE, arXiv 2510.18784.
     """
@@ -206,17 +206,17 @@ def quest(
 
 
 @names_checked
-def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
+def binary(*, axis: Axis = CONTRACTED, group_size: int | None = None) -> Quantizer:
     """Returns the binary quantizer: -s or s, where `s` is the mean of |x|.
 
     Args:
-      axis: the axes that share a scale; None for one scale per tensor.
+      axis: the axes that share a scale; None for one scale per tensor. See `Quantizer`.
       group_size: how many neighbours along `axis` share a scale; None for all.
 
     Example:
       >>> import cage_jax as cage
       >>> print(cage.binary())
-      midrise1 absmean, axis -2, identity
+      midrise1 absmean, identity
 
     Source: XNOR-Net, arXiv 1603.05279, section 3.1.
     """
@@ -228,7 +228,7 @@ def binary(*, axis: Axis = -2, group_size: int | None = None) -> Quantizer:
 
 @names_checked
 def fp8(
-    name: FloatName = "e4m3", *, axis: Axis = -2, group_size: int | None = None
+    name: FloatName = "e4m3", *, axis: Axis = CONTRACTED, group_size: int | None = None
 ) -> Quantizer:
     """Returns the FP8 quantizer: one float32 scale per output channel.
 
@@ -237,7 +237,7 @@ def fp8(
 
     Args:
       name: "e4m3", or "e5m2" for a wider range and less precision.
-      axis: the axes that share a scale; None for one scale per tensor.
+      axis: the axes that share a scale; None for one scale per tensor. See `Quantizer`.
       group_size: how many neighbours along `axis` share a scale; None for all.
 
     Raises:
@@ -246,7 +246,7 @@ def fp8(
     Example:
       >>> import cage_jax as cage
       >>> print(cage.fp8())
-      fp8 e4m3 absmax, axis -2, identity
+      fp8 e4m3 absmax, identity
 
     Source: Micikevicius et al., arXiv 2209.05433.
     """
@@ -256,7 +256,10 @@ def fp8(
 
 @names_checked
 def mxfp8(
-    name: FloatName = "e4m3", *, axis: int = -2, rounding: PowerRounding = "down"
+    name: FloatName = "e4m3",
+    *,
+    axis: Axis = CONTRACTED,
+    rounding: PowerRounding = "down",
 ) -> Quantizer:
     """Returns the MXFP8 quantizer: FP8 in blocks of 32 with a power-of-two scale.
 
@@ -272,7 +275,7 @@ def mxfp8(
     Example:
       >>> import cage_jax as cage
       >>> print(cage.mxfp8())
-      fp8 e4m3 absmax, group 32 of axis -2, e8m0 scales down, identity
+      fp8 e4m3 absmax, group 32, e8m0 scales down, identity
 
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
@@ -282,7 +285,10 @@ def mxfp8(
 
 @names_checked
 def mxfp6(
-    name: FloatName = "e2m3", *, axis: int = -2, rounding: PowerRounding = "down"
+    name: FloatName = "e2m3",
+    *,
+    axis: Axis = CONTRACTED,
+    rounding: PowerRounding = "down",
 ) -> Quantizer:
     """Returns the MXFP6 quantizer: FP6 in blocks of 32 with a power-of-two scale.
 
@@ -296,7 +302,7 @@ def mxfp6(
     Example:
       >>> import cage_jax as cage
       >>> print(cage.mxfp6("e3m2"))
-      fp6 e3m2 absmax, group 32 of axis -2, e8m0 scales down, identity
+      fp6 e3m2 absmax, group 32, e8m0 scales down, identity
 
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
@@ -305,7 +311,7 @@ def mxfp6(
 
 
 @names_checked
-def mxfp4(*, axis: int = -2, rounding: PowerRounding = "down") -> Quantizer:
+def mxfp4(*, axis: Axis = CONTRACTED, rounding: PowerRounding = "down") -> Quantizer:
     """Returns the MXFP4 quantizer: FP4 in blocks of 32 with a power-of-two scale.
 
     Args:
@@ -317,7 +323,7 @@ def mxfp4(*, axis: int = -2, rounding: PowerRounding = "down") -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.mxfp4())
-      fp4 e2m1 absmax, group 32 of axis -2, e8m0 scales down, identity
+      fp4 e2m1 absmax, group 32, e8m0 scales down, identity
 
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
@@ -332,7 +338,7 @@ def _microscaling(name, axis, rounding):
 
 
 @names_checked
-def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
+def nvfp4(*, axis: Axis = CONTRACTED, tensor_divisor: bool = True) -> Quantizer:
     """Returns the NVFP4 quantizer: FP4 in blocks of 16 with E4M3 scales.
 
     The scales of a tensor share one more float32 scale.
@@ -344,7 +350,7 @@ def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
     Example:
       >>> import cage_jax as cage
       >>> print(cage.nvfp4())
-      fp4 e2m1 absmax, group 16 of axis -2, e4m3 scales and one a tensor, identity
+      fp4 e2m1 absmax, group 16, e4m3 scales and one a tensor, identity
 
     Source: NVIDIA's NVFP4; the values agree with compressed-tensors.
     """
@@ -358,19 +364,19 @@ def nvfp4(*, axis: int = -2, tensor_divisor: bool = True) -> Quantizer:
 
 
 @names_checked
-def nf4(*, axis: Axis = -2, group_size: int | None = 64) -> Quantizer:
+def nf4(*, axis: Axis = CONTRACTED, group_size: int | None = 64) -> Quantizer:
     """Returns the NF4 quantizer: 16 quantiles of a normal distribution.
 
     The scale is the largest magnitude of each group.
 
     Args:
-      axis: the axes that share a scale; None for one scale per tensor.
+      axis: the axes that share a scale; None for one scale per tensor. See `Quantizer`.
       group_size: how many neighbours along `axis` share a scale; None for all.
 
     Example:
       >>> import cage_jax as cage
       >>> print(cage.nf4())
-      nf4 absmax, group 64 of axis -2, identity
+      nf4 absmax, group 64, identity
 
     Source: QLoRA, arXiv 2305.14314, appendix E.
     """

@@ -10,6 +10,13 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
 from cage_jax.arrays.checks import check_choice, check_int
+from cage_jax.quantizers.axes import (
+    CONTRACTED,
+    Axis,
+    WeightAxes,
+    dividing_size,
+    numbered,
+)
 from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.scale_types import FULL, ScaleType
@@ -42,16 +49,19 @@ class Quantizer:
       scale: where the grid lies in each group, such as `AbsMax()`. Scales are
         computed in float32 (float64 for float64 arrays) and are constants under
         differentiation.
-      axis: the axis or axes that share a scale; None for all axes, so one scale per
-        tensor. The default, -2, is the contracted axis of a Flax Dense kernel
-        (in, out) and of a scanned stack of kernels (layers, in, out), which gives one
-        scale per output channel.
+      axis: the axis or axes that share a scale. "contracted" stands for those that the
+        array's product sums over, which gives one scale per output channel: axis -2 of
+        a matrix, such as the kernel (in, out) of a Dense layer; of more dimensions,
+        those that `resolve` finds for a table of rules. None gives one scale per
+        tensor: of more than two dimensions, one for each matrix of a stack, which the
+        last two axes make unless `resolve` found other ones.
       group_size: how many neighbours along `axis` share a scale; None for all. For
-        several axes, a tuple with one entry (or None) per axis.
+        several axes, a tuple with one entry (or None) per axis. Contracted axes are
+        divided as if they were one.
       scale_type: which numbers a scale can be, such as `PowerOfTwo()`.
       hadamard: block size of the Hadamard rotation, a power of two, or None for no
-        rotation. Values are rotated along `axis` before quantization and rotated back
-        afterwards.
+        rotation. Values are rotated along `axis`, the last of several, before
+        quantization and rotated back afterwards.
       hadamard_seed: seed of random signs that multiply the values before the rotation,
         or None for no signs. The signs also spread a row that happens to look like a
         row of the Hadamard matrix.
@@ -78,7 +88,7 @@ class Quantizer:
     format: Format
     scale: ScaleRule = AbsMax()
     _: dataclasses.KW_ONLY
-    axis: int | tuple[int, ...] | None = -2
+    axis: Axis = CONTRACTED
     group_size: int | tuple[int | None, ...] | None = None
     scale_type: ScaleType = FULL
     hadamard: int | None = None
@@ -106,9 +116,9 @@ class Quantizer:
         axes, sizes = self._axes, self.group_sizes
         remedy = (
             "Use -2 for one scale per output channel of a (in, out) kernel, a tuple of "
-            "ints for several axes, or None for one scale per tensor."
+            "ints for several axes, None for one scale per tensor, or 'contracted'."
         )
-        for axis in axes:
+        for axis in () if self.axis == CONTRACTED else axes:
             check_int("axis", axis, remedy)
         if len(sizes) != len(axes):
             size = sizes[-1] if sizes else 128
@@ -144,16 +154,16 @@ class Quantizer:
             raise ValueError(
                 f"`hadamard` must be a power of two; got {block}. {remedy}"
             )
-        if len(self._axes) != 1:
+        if not self._axes:
             raise ValueError(
                 f"`hadamard` rotates one axis; got axis={self.axis}. Name the "
-                f"contracted axis alone, or use hadamard=None."
+                f"contracted axis, or use hadamard=None."
             )
         if seed is not None:
             check_int("hadamard_seed", seed, "Use 0.", least=0)
 
     @property
-    def _axes(self) -> tuple[int, ...]:
+    def _axes(self) -> tuple:
         if self.axis is None:
             return ()
         return self.axis if isinstance(self.axis, tuple) else (self.axis,)
@@ -201,6 +211,21 @@ class Quantizer:
         return self.scale.idempotent(self.format)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def at(
+        self, shape: tuple[int, ...], known: WeightAxes | None = None
+    ) -> "Quantizer":
+        """Returns this quantizer with axes by number, for an array of a given shape.
+
+        Args:
+          shape: shape of the array.
+          known: the part of its axes in a product, or None.
+
+        Raises:
+          ValueError: if contracted axes are not known, and the array is no matrix.
+        """
+        return numbered(self, shape, known)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def blocks(self, shape: tuple[int, ...]) -> Blocks:
         """Divides an array of a given shape into groups.
 
@@ -214,6 +239,9 @@ class Quantizer:
           ValueError: if an axis is out of range, or a group or Hadamard block does not
             divide its axis.
         """
+        quantizer = self.at(shape)
+        if quantizer is not self:
+            return quantizer.blocks(shape)
         sizes = self._sizes(shape)
         # A stack has leading axes, before both the shared axes and the last two. A
         # tensor spans all axes but these.
@@ -222,7 +250,8 @@ class Quantizer:
         if self.scale_type.has_tensor_divisor:
             pieces = {axis: shape[axis] for axis in tensor_axes}
         elif self.hadamard is not None:
-            pieces = {axis: math.lcm(n, self.hadamard) for axis, n in sizes.items()}
+            last = max(sizes)
+            pieces = {**sizes, last: math.lcm(sizes[last], self.hadamard)}
         return Blocks(
             shape=shape,
             axes=tuple(sizes),
@@ -237,7 +266,7 @@ class Quantizer:
         """Returns the basis in which an array of a given shape is rounded."""
         if self.hadamard is None:
             return Basis()
-        return Basis(self.hadamard, self.blocks(shape).axes[0], self.hadamard_seed)
+        return Basis(self.hadamard, self.blocks(shape).axes[-1], self.hadamard_seed)
 
     def _sizes(self, shape):
         """Returns the length of a group along each shared axis, by ascending axis."""
@@ -247,10 +276,9 @@ class Quantizer:
         groups = {}
         for axis, size in zip(self._axes, self.group_sizes):
             if not -ndim <= axis < ndim:
-                default = " (the default of most presets)" if axis == -2 else ""
                 raise ValueError(
                     f"`axis` must be within the dimensions of the array; got axis="
-                    f"{axis}{default} and shape {shape}. Scales are shared along it: "
+                    f"{axis} and shape {shape}. Scales are shared along it: "
                     f"use an axis from {-ndim} to {ndim - 1}, or axis=None for one "
                     f"scale per tensor. To leave parameters alone, put a line such as "
                     f"(r'.*bias', None) before this rule."
@@ -264,11 +292,12 @@ class Quantizer:
             if size is not None and length % size:
                 raise ValueError(
                     f"`group_size` must divide axis {axis} of `x`; got group_size="
-                    f"{size}, x.shape={shape}. Use a divisor of {length}, or None for "
-                    f"one scale per channel; where another axis is summed over, name "
-                    f"that one, such as axis=(0, 1, 2) for a convolution."
+                    f"{size}, x.shape={shape}. Use {dividing_size(size, (length,))}, "
+                    f"or None for one scale per channel; where another axis is summed "
+                    f"over, name that one, such as axis=(0, 1, 2) for a convolution."
                 )
-            if self.hadamard is not None and length % self.hadamard:
+            rotated = axis % ndim == max(each % ndim for each in self._axes)
+            if self.hadamard is not None and rotated and length % self.hadamard:
                 largest = length & -length
                 remedy = f"Use {largest} or less" if largest > 1 else "Use None"
                 raise ValueError(
@@ -302,10 +331,12 @@ class Quantizer:
         parts = [f"{self.format} {self.scale}"]
         if self.axis is None:
             parts.append("per tensor")
-        elif self.group_size is None:
-            parts.append(f"axis {self.axis}")
         else:
-            parts.append(f"group {self.group_size} of axis {self.axis}")
+            told = [] if self.group_size is None else [f"group {self.group_size}"]
+            if self.axis != CONTRACTED:  # the default, which goes without saying
+                told.append(f"axis {self.axis}")
+            if told:
+                parts.append(" of ".join(told))
         if str(self.scale_type):
             parts.append(str(self.scale_type))
         if self.hadamard is not None:

@@ -71,15 +71,8 @@ PRESETS: dict[str, Preset] = {
 """All presets by name, in the order of the command line's help."""
 
 
-def named(name: str, *, inputs: bool = False) -> Quantizer:
-    """Returns the quantizer of a preset's name, with the preset's own settings.
-
-    Args:
-      name: a key of `PRESETS`.
-      inputs: whether it is for data, whose features are on the last axis. Presets that
-        share a scale along the contracted axis get `axis=-1` then, so that each token
-        has its own; those with one scale per tensor keep it.
-    """
+def named(name: str) -> Quantizer:
+    """Returns the quantizer of a preset's name, a key of `PRESETS`."""
     if name not in PRESETS:
         raise ValueError(
             f"a preset must be one of {', '.join(PRESETS)}; got {name!r}."
@@ -93,4 +86,4 @@ def named(name: str, *, inputs: bool = False) -> Quantizer:
             f"a preset that is given by name must need no settings; got {name!r}, "
             f"which needs `{missing[0]}`. Call it: {name}({missing[0]}=4)."
         )
-    return make(axis=-1) if inputs and parameters["axis"].default == -2 else make()
+    return make()

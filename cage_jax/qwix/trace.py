@@ -21,7 +21,7 @@ from qwix._src.core import qarray
 
 from cage_jax.arrays.jaxprs import called, evaluate, scan_counts, subjaxprs
 from cage_jax.arrays.paths import flatten_with_paths
-from cage_jax.program.activations import split_arrays
+from cage_jax.program.tracing import split_arrays
 from cage_jax.qwix.quantizer import ROW, How, Step, Use
 
 # The identity; it marks an array that qwix quantizes.
