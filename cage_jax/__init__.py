@@ -94,6 +94,7 @@ __all__ = [
     "resolve",
     "silence_then_constant",
     "silence_then_ramp",
+    "suggest",
     "ternary",
     "with_grids",
 ]
@@ -110,6 +111,7 @@ _FUNCTIONS = {
     "quantize_activations": "program.activations",
     "report": "program.model_report",
     "resolve": "program.resolving",
+    "suggest": "program.suggesting",
 }
 # The same for public modules, some of which need an extra and say which.
 _MODULES = {
@@ -153,6 +155,7 @@ if TYPE_CHECKING:
     from cage_jax.program.low_bit import low_bit
     from cage_jax.program.model_report import report
     from cage_jax.program.resolving import resolve
+    from cage_jax.program.suggesting import suggest
     from cage_jax.quantizers import formats as formats
     from cage_jax.quantizers import scale_types as scale_types
     from cage_jax.quantizers import scales as scales

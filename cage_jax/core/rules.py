@@ -1,7 +1,5 @@
 """`Rules`: one table that says, by path, how each parameter is quantized."""
 
-import difflib
-import itertools
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +12,7 @@ import optax
 from cage_jax.arrays.checks import warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
+from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.axes import WeightAxes
 from cage_jax.quantizers.grid import Grid
@@ -22,8 +21,6 @@ from cage_jax.quantizers.registry import named
 
 _REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
 Entry = Quantizer | str | None
-# What `flatten_with_paths` leaves out of paths, in a pattern.
-_LEFT_OUT = re.compile(r"^(\.\*/?)?params/|(/|\\?\.)value$")
 _MOST_TOLD = 8  # parameters in an error
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
@@ -414,30 +411,6 @@ def check_rules(rules: Any, remedy: str = "") -> None:
         )
 
 
-def unused_text(pattern: str, paths: list[str]) -> str:
-    """Explains why a pattern decides nothing, and names a path near it."""
-    shadowed = [path for path in paths if re.fullmatch(pattern, path)]
-    if shadowed:
-        return (
-            f"the rule {pattern!r} decides nothing: an earlier rule takes all that "
-            f"it matches, such as {shadowed[0]!r}. Move it up or leave it out."
-        )
-    part = [path for path in paths if re.search(pattern, path)]
-    if part:
-        return (
-            f"the rule {pattern!r} matches no parameter: a pattern must match the "
-            f"whole path, such as {part[0]!r}. Use {f'.*({pattern}).*'!r}."
-        )
-    hint, wanted = "", pattern
-    if not any(map(_LEFT_OUT.search, paths)):
-        wanted = _LEFT_OUT.sub("", pattern)
-    if paths:
-        hint = _nearest_text(wanted, paths)
-    if wanted != pattern:
-        hint += " Paths have no params/ in front and no /value at the end."
-    return f"the rule {pattern!r} matches no parameter.{hint}"
-
-
 def nothing_quantized(rules: Rules, tree: Any, so: str = "") -> str:
     """Says that no parameter of a tree is quantized, what follows of it, and why."""
     why = "".join(
@@ -448,24 +421,6 @@ def nothing_quantized(rules: Rules, tree: Any, so: str = "") -> str:
         f"rules.report(params) to see all paths. They begin at the tree that is given, "
         f"so that they are shorter in a part of a model."
     )
-
-
-def _nearest_text(pattern, paths):
-    """Tells the path whose keys are most like those of a pattern, the last first."""
-
-    def keys(text):
-        # Frameworks call one thing weight or kernel.
-        parts = reversed(text.replace("weight", "kernel").split("/"))
-        return [re.sub(r"\\\w|\W", "", part).lower() for part in parts]
-
-    def likeness(path):
-        pairs = itertools.zip_longest(keys(pattern), keys(path), fillvalue="")
-        ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
-        return [ratio if ratio >= 0.6 else 0.0 for ratio in ratios]
-
-    nearest = max(paths, key=likeness)
-    what = "The nearest path is" if any(likeness(nearest)) else "A path is, for one,"
-    return f" {what} {nearest!r}."
 
 
 def _checked(entry) -> Rule:

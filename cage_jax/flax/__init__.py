@@ -13,7 +13,14 @@ except ModuleNotFoundError as error:
     raise missing("flax", "cage_jax.flax", "flax") from error
 
 from cage_jax.flax.linen import QuantizedLinen
-from cage_jax.flax.models import calibrate, fake_quant, quantize_activations, report
+from cage_jax.flax.models import (
+    calibrate,
+    fake_quant,
+    quantize_activations,
+    report,
+    resolve,
+    suggest,
+)
 from cage_jax.flax.nnx import CalibratedScale, LearnedScale
 from cage_jax.flax.products import conv_general_dilated, dot_general
 
@@ -27,4 +34,6 @@ __all__ = [
     "fake_quant",
     "quantize_activations",
     "report",
+    "resolve",
+    "suggest",
 ]

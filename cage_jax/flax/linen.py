@@ -7,16 +7,28 @@ from typing import Any
 
 from flax import linen
 
+from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules
 from cage_jax.program.activations import quantize_activations
 
 
 class QuantizedLinen:
-    """A Linen module whose `apply` quantizes the inputs of weights."""
+    """A Linen module whose `apply` quantizes the inputs of weights, or both.
 
-    def __init__(self, module: linen.Module, rules: Rules):
+    Attributes:
+      module: the module.
+      rules: the rules for weights and inputs.
+      strict: as in `quantize_activations`.
+      rounds: whether `apply` rounds the weights too.
+    """
+
+    def __init__(
+        self, module: linen.Module, rules: Rules, *, strict: bool, rounds: bool
+    ):
         self.module = module
         self.rules = rules
+        self.strict = strict
+        self.rounds = rounds
 
     def __repr__(self) -> str:
         return f"QuantizedLinen({type(self.module).__name__}, {self.rules!r})"
@@ -43,7 +55,10 @@ class QuantizedLinen:
         }
         state, grids = split(variables)
         function = functools.partial(apply_module, self.module, options)
-        quantized = quantize_activations(function, self.rules)
+        quantized = quantize_activations(function, self.rules, strict=self.strict)
+        if self.rounds:
+            beside = {"params": state.get("params", {}), "grids": grids}
+            state = {**state, "params": fake_quant(beside, self.rules)["params"]}
         params = {"params": state, "grids": grids}
         return quantized(params, *args, _rngs=rngs, **kwargs)
 

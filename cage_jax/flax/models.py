@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, overload
 
 import jax
 from flax import linen, nnx
@@ -18,11 +18,14 @@ from cage_jax.flax.linen import QuantizedLinen
 from cage_jax.program.activations import calibrate as calibrate_function
 from cage_jax.program.model_report import ModelReport
 from cage_jax.program.model_report import report as report_of_function
+from cage_jax.program.resolving import resolve as resolve_function
+from cage_jax.program.suggesting import suggest as suggest_function
+from cage_jax.quantizers.quantizer import Quantizer
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def quantize_activations(model: Any, rules: Rules) -> Any:
+def quantize_activations(model: Any, rules: Rules, *, strict: bool = True) -> Any:
     """Returns a model that quantizes the inputs of its weights by path.
 
     Every product of a parameter with data is found, whichever module it is in; see
@@ -33,6 +36,7 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
     Args:
       model: a Linen module, or an NNX module.
       rules: rules by path, some of them with a quantizer for inputs.
+      strict: as in `cage_jax.quantize_activations`.
 
     Returns:
       For NNX, a new module with the same arrays. Its class is a subclass of the class
@@ -58,29 +62,39 @@ def quantize_activations(model: Any, rules: Rules) -> Any:
     """
     check_rules(rules)
     if isinstance(model, linen.Module):
-        return QuantizedLinen(model, rules)
+        return QuantizedLinen(model, rules, strict=strict, rounds=False)
     if isinstance(model, nnx.Module):
-        return nnx_modules.quantized(model, rules)
+        return nnx_modules.quantized(nnx.clone(model), rules, strict=strict)
     raise _no_module(model)
 
 
-def fake_quant(model: Module, rules: Rules, **options: Unpack[TreeOptions]) -> Module:
-    """Rounds the parameters of an NNX model, for use in the loss.
+@overload
+def fake_quant(
+    model: Module, rules: Rules, **options: Unpack[TreeOptions]
+) -> Module: ...
+@overload
+def fake_quant(model: linen.Module, rules: Rules) -> QuantizedLinen: ...
+def fake_quant(model, rules, **options):
+    """Quantizes the weights of a model and the inputs of its products, for training.
 
-    All variables other than `nnx.Param` are shared with `model`, so BatchNorm
-    statistics and Dropout counts are still updated in it; `cage_jax.fake_quant` does
-    not handle them. For Linen, pass the rounded parameters to `apply` instead.
+    Both are as the rules say. Use the result in the loss: gradients go straight through
+    to the parameters of `model`.
 
     Args:
-      model: an NNX module, quantized or not.
-      rules: which parameters are quantized, and how.
-      options: as in `cage_jax.fake_quant`: `grid`, `key`, `implementation`.
+      model: an NNX module, quantized or not, or a Linen module.
+      rules: which parameters and inputs are quantized, and how.
+      options: for NNX, as in `cage_jax.fake_quant`: `grid`, `key`, `implementation`.
 
     Returns:
-      A module like `model`. The gradient goes straight through to its parameters.
+      For NNX, a module like `model` with rounded parameters, made anew in each step.
+      All variables other than `nnx.Param` are shared with `model`, so BatchNorm
+      statistics and Dropout counts are updated in it. For Linen, a `QuantizedLinen`,
+      whose `apply` rounds the parameters that it is given, and whose `init` is that of
+      `model`.
 
     Raises:
-      TypeError: if `model` is not an NNX module; also as `cage_jax.fake_quant`.
+      TypeError: if `model` is not a module; also as `cage_jax.fake_quant`.
+      ValueError: when the result is called, as by `cage_jax.quantize_activations`.
 
     Example:
       >>> import cage_jax as cage
@@ -88,22 +102,117 @@ def fake_quant(model: Module, rules: Rules, **options: Unpack[TreeOptions]) -> M
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-      >>> rules = cage.Rules([(r"kernel", cage.int4()), (r".*", None)])
+      >>> rules = cage.Rules([(r"kernel", "int4", "int8"), (r".*", None)])
       >>> def loss(model):
       ...     return jnp.sum(cage.flax.fake_quant(model, rules)(jnp.ones((3, 4))) ** 2)
       >>> value, gradient = nnx.value_and_grad(loss)(model)
     """
+    check_rules(rules)
+    if isinstance(model, linen.Module):
+        if options:
+            raise TypeError(
+                f"`options` are for NNX modules; got {[*options]} with a Linen module. "
+                f"Use cage_jax.fake_quant(params, rules, ...) on its parameters."
+            )
+        return QuantizedLinen(model, rules, strict=True, rounds=True)
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"`model` must be an NNX module; got {type(model).__name__}. For a tree of "
-            f"parameters, such as those of Linen, use cage_jax.fake_quant."
+            f"`model` must be a Linen or an NNX module; got {type(model).__name__}. "
+            f"For a tree of parameters use cage_jax.fake_quant."
         )
-    check_rules(rules)
-    if text := _why_inputs_unquantized(model, rules):
-        warn(text)
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
-    return nnx.merge(graphdef, fake_quant_tree(params, rules, **options), rest)
+    new = nnx.merge(graphdef, fake_quant_tree(params, rules, **options), rest)
+    theirs = _rules_of_inputs(model)
+    if any(rule.inputs for rule in rules) and not theirs:
+        return nnx_modules.quantized(new, rules)
+    if text := _why_inputs_unquantized(theirs, rules):
+        warn(text)
+    return new
+
+
+def resolve(
+    rules: Rules,
+    model: Any,
+    *args: Any,
+    variables: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Rules:
+    """Finds the axes along which the weights of a model share scales.
+
+    Args:
+      rules: a table by path.
+      model: a Linen or an NNX module.
+      args: an example of the positional arguments of a call, or shapes of arrays.
+      variables: the variables of a Linen module, or their shapes; None for NNX.
+      kwargs: keyword arguments of the call, such as `train=False`.
+
+    Returns:
+      The rules with axes by number, as from `cage_jax.resolve`.
+
+    Raises:
+      TypeError, ValueError: as `cage_jax.resolve`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Conv(16, 8, (3, 3), rngs=nnx.Rngs(0))
+      >>> rules = cage.Rules([(r"kernel", "int4")])
+      >>> x = jnp.ones((1, 8, 8, 16))
+      >>> print(cage.flax.resolve(rules, model, x).match("kernel"))
+      int4 absmax, axis (-4, -3, -2), identity
+    """
+    function, params = _example(model, variables, args, kwargs, "resolve(rules, model")
+    return resolve_function(rules, function, params, *args, **kwargs)
+
+
+def suggest(
+    model: Any,
+    *args: Any,
+    variables: Mapping[str, Any] | None = None,
+    weights: Quantizer | str = "int4",
+    inputs: Quantizer | str | None = "int8",
+    show: bool = True,
+    **kwargs: Any,
+) -> Rules:
+    """Suggests rules for a model, and prints them with what is left alone and why.
+
+    Args:
+      model: a Linen or an NNX module.
+      args: an example of the positional arguments of a call, or shapes of arrays.
+      variables: the variables of a Linen module, or their shapes; None for NNX.
+      weights, inputs, show: as in `cage_jax.suggest`.
+      kwargs: keyword arguments of the call, such as `train=False`.
+
+    Returns:
+      Rules with axes by number, as from `cage_jax.suggest`.
+
+    Raises:
+      TypeError, ValueError: as `cage_jax.suggest`.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import cage_jax.flax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layers = [nnx.Linear(64, 64, rngs=nnx.Rngs(i)) for i in range(4)]
+      >>> model = nnx.Sequential(*layers)
+      >>> rules = cage.flax.suggest(model, jnp.ones((1, 64)), show=False)
+      >>> print(rules.match("layers/1/kernel"))
+      int4 absmax, group 64 of axis -2, identity
+    """
+    function, params = _example(model, variables, args, kwargs, "suggest(model")
+    return suggest_function(
+        function,
+        params,
+        *args,
+        weights=weights,
+        inputs=inputs,
+        show=show,
+        **kwargs,
+    )
 
 
 def calibrate(
@@ -190,40 +299,51 @@ def report(
       >>> [layer.weight.path for layer in found.layers if layer.inputs]
       ['kernel']
     """
+    function, state = _example(model, variables, args, kwargs, "report(model, rules")
+    grids = _program(model, variables, "")[2]
+    params = {"params": state, "grids": grids} if grids else state
+    found = report_of_function(function, rules, params, *args, **kwargs)
+    if text := _why_inputs_unquantized(_rules_of_inputs(model), rules):
+        found = dataclasses.replace(found, findings=(*found.findings, text))
+    return found
+
+
+def _example(model, variables, args, kwargs, begin):
+    """Returns a function of the parameters alone, and the parameters."""
     is_linen = isinstance(model, (linen.Module, QuantizedLinen))
-    call = f"report(model, rules, x{', variables=variables' * is_linen})"
-    function, state, grids = _program(model, variables, call)
+    call = f"{begin}, x{', variables=variables' * is_linen})"
+    function, state, _ = _program(model, variables, call)
     if not args and not kwargs:
         raise TypeError(
             f"`args` must be an example of the arguments of `model`; got none. Use "
             f"{call}."
         )
-    function, state = _of_parameters(function, state)
-    params = {"params": state, "grids": grids} if grids else state
-    found = report_of_function(function, rules, params, *args, **kwargs)
-    if text := _why_inputs_unquantized(model, rules):
-        found = dataclasses.replace(found, findings=(*found.findings, text))
-    return found
+    return _of_parameters(function, state)
 
 
-def _why_inputs_unquantized(model, rules):
-    """Explains why a model does not quantize its inputs as `rules` say, or None."""
+def _rules_of_inputs(model) -> list[Rules]:
+    """Returns the rules by which a model and its parts quantize inputs."""
+    if isinstance(model, nnx.Module):
+        modules = [module for _, module in nnx.iter_modules(model)]
+        return [
+            m.quantization_rules for m in modules if hasattr(m, "quantization_rules")
+        ]
+    return [model.rules] if isinstance(model, QuantizedLinen) else []
+
+
+def _why_inputs_unquantized(theirs, rules):
+    """Explains why a model with the rules `theirs` quantizes inputs otherwise, or None."""
 
     def inputs(rules):
         return [(rule.pattern, rule.inputs) for rule in rules if rule.inputs]
 
     if not inputs(rules):
         return None
-    if isinstance(model, nnx.Module):
-        modules = [module for _, module in nnx.iter_modules(model)]
-        quantized = [m for m in modules if hasattr(m, "quantization_rules")]
-        theirs = [module.quantization_rules for module in quantized]
-    else:
-        theirs = [model.rules] if isinstance(model, QuantizedLinen) else []
     if not theirs:
         return (
             "`rules` quantize inputs, but `model` does not. Use the new model that "
-            "cage_jax.flax.quantize_activations(model, rules) returns."
+            "cage_jax.flax.quantize_activations(model, rules) returns, or "
+            "cage_jax.flax.fake_quant(model, rules) in the loss."
         )
     if all(inputs(each) != inputs(rules) for each in theirs):
         return (

@@ -19,11 +19,12 @@ class LearnedScale(nnx.Param):
     """One array of the grid of a learned input; a `Param`, so optimizers train it."""
 
 
-def quantized(model, rules):
-    """Returns a copy of a module whose public methods quantize inputs by the rules."""
+def quantized(model, rules, *, strict=True):
+    """Returns a module with the same variables, whose public methods quantize inputs."""
     # Made as `nnx.merge` makes a module: of another class, without its `__init__`.
     new = object.__new__(_quantized_class(type(model)))  # type: ignore[arg-type]
-    vars(new).update(vars(nnx.clone(model)))
+    vars(new).update(vars(model))
+    new.quantization_is_strict = strict
     new.quantization_rules = nnx.static(rules)
     return new
 
@@ -60,7 +61,10 @@ def _quantized_method(method):
         graphdef, state, grids = split(self)
         function = functools.partial(_call_with_state, graphdef, method)
         params = {"params": state, "grids": grids}
-        output, changed = quantize_activations(function, rules)(params, *args, **kwargs)
+        quantize = quantize_activations(
+            function, rules, strict=self.quantization_is_strict
+        )
+        output, changed = quantize(params, *args, **kwargs)
         flat = nnx.to_flat_state(state)
         new = [
             (path, variable.replace(value))

@@ -14,8 +14,9 @@ import numpy as np
 from cage_jax.core.grids import grid_at
 from cage_jax.core.inputs import arranged, of_features, quantize_input
 from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
-from cage_jax.core.rules import Rules, check_rules, unused_text
+from cage_jax.core.rules import Rules, check_rules
 from cage_jax.core.tables import Cells, Shown
+from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Row
 from cage_jax.program.origins import axes_of
 from cage_jax.program.products import Loss, Product

@@ -78,6 +78,10 @@ class Product(NamedTuple):
         whole = quantizer.axis == CONTRACTED and not in_blocks
         return self.summed if whole else self.features
 
+    def count_features(self) -> int:
+        """Returns the number of features of the input."""
+        return math.prod(self.shape[axis] for axis in self.features)
+
 
 class Loss(NamedTuple):
     """How data was made of a parameter without a product.
@@ -390,7 +394,7 @@ def _product_of_weights(eqn, origins):
 
 
 def _sides_of_dot(numbers, side, ndim, groups=()):
-    """Returns the axes that are summed over of the input and of the weight, and kept ones."""
+    """Returns the input's axes that are summed over, the weight's, and its others."""
     summed, batch = numbers
     gone = (*summed[side], *batch[side], *groups)
     kept = [axis for axis in range(ndim) if axis not in gone]

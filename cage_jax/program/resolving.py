@@ -54,8 +54,9 @@ def resolve(
       ...     x = jnp.einsum("td,dhk->thk", x, params["heads"])
       ...     return jnp.einsum("thk,hkd->td", x, params["out"])
       >>> rules = cage.resolve(rules, apply, params, jnp.ones((3, 64)))
-      >>> print(rules.match("heads"), rules.match("out"), sep="\\n")
+      >>> print(rules.match("heads"))
       int4 absmax, axis -3, identity
+      >>> print(rules.match("out"))
       int4 absmax, axis (-3, -2), identity
     """
     check_rules(rules)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from cage_jax.arrays.checks import warn
 from cage_jax.arrays.paths import path_in_errors
-from cage_jax.core.rules import Rules, unused_text
+from cage_jax.core.rules import Rules
+from cage_jax.core.unused import unused_text
 from cage_jax.program.products import Followed, Product, follow, map_inputs
 from cage_jax.program.tracing import trace
 from cage_jax.quantizers.grid import Grid
@@ -94,7 +95,7 @@ def input_path(rules: Rules, product: Product) -> str | None:
 
 
 def check_reached(rules: Rules, visited: Visited, *, strict: bool = True) -> None:
-    """Raises, or warns unless `strict`, if inputs that the rules ask for are not reached."""
+    """Raises, or warns unless `strict`, for inputs that are not reached."""
     for rule in rules:
         if rule.inputs and not any(rules.rule_of(p) is rule for p in visited.shapes):
             warn(unused_text(rule.pattern, [*visited.shapes]))
@@ -124,8 +125,8 @@ def out_of_reach(
         elif path is not None:
             found[path] = (
                 f"its product is inside `{product.blocked_by}`, where the input cannot "
-                f"be replaced. Use `fake_quant` on the input there, and remove the input "
-                f"quantizer from its rule."
+                f"be replaced. Use `fake_quant` on it there, and give the parameter a "
+                f"rule without an input quantizer."
             )
     lost = followed.lost
     for path, shape in shapes.items():
@@ -149,6 +150,6 @@ def _why_lost(loss):
             f"it is only looked up (`{loss.operation}`), so it has no input. {remedy}"
         )
     return (
-        f"`{loss.operation}` joins it with data, and no matrix product or convolution does. "
-        f"{remedy}"
+        f"`{loss.operation}` joins it with data, and no matrix product or convolution "
+        f"does. {remedy}"
     )

@@ -87,3 +87,8 @@ def named(name: str) -> Quantizer:
             f"which needs `{missing[0]}`. Call it: {name}({missing[0]}=4)."
         )
     return make()
+
+
+def takes_groups(name: str) -> bool:
+    """Tells whether the groups of a preset can have another size than its own."""
+    return "group_size" in inspect.signature(PRESETS[name].make).parameters
