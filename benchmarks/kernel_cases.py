@@ -80,36 +80,36 @@ def _last(quantizer: cage.Quantizer) -> cage.Quantizer:
 
 
 CASES = [
-    Case(cage.quest(4)),
-    Case(cage.quest(4), "forward and backward"),
-    Case(cage.quest(4), dtype="bfloat16"),
+    Case(cage.quest(4, axis=-2)),
+    Case(cage.quest(4, axis=-2), "forward and backward"),
+    Case(cage.quest(4, axis=-2), dtype="bfloat16"),
     Case(_last(cage.quest(4))),
     Case(_last(cage.quest(4)), "forward and backward"),
-    Case(cage.int4(group_size=128, hadamard=128)),
-    Case(cage.int4(group_size=32)),
+    Case(cage.int4(group_size=128, hadamard=128, axis=-2)),
+    Case(cage.int4(group_size=32, axis=-2)),
     Case(_last(cage.int4(group_size=128))),
     Case(_last(cage.int4(group_size=32))),
-    Case(cage.mxfp4()),
+    Case(cage.mxfp4(axis=-2)),
     Case(_last(cage.mxfp4())),
-    Case(cage.int8()),
+    Case(cage.int8(axis=-2)),
     Case(_last(cage.int8())),
-    Case(cage.quest(4), "step"),
+    Case(cage.quest(4, axis=-2), "step"),
     Case(_last(cage.quest(4)), "step"),
-    Case(cage.int4(group_size=128), "step"),
+    Case(cage.int4(group_size=128, axis=-2), "step"),
     Case(_last(cage.int4(group_size=32)), "step"),
-    Case(cage.int8(), "step"),
+    Case(cage.int8(axis=-2), "step"),
 ]
 # The pull of the recommended setting. For TPU a test has it.
 CASES_FOR_GPU = [
     *CASES,
-    Case(cage.quest(4), "step, weights"),
+    Case(cage.quest(4, axis=-2), "step, weights"),
     Case(_last(cage.int4(group_size=32)), "step, weights"),
 ]
 # What there is no kernel of for GPU.
 CASES_FOR_TPU = [
     *CASES,
-    Case(cage.nvfp4()),
+    Case(cage.nvfp4(axis=-2)),
     Case(_last(cage.nvfp4())),
-    Case(cage.quest(4), "step, error after the update"),
-    Case(cage.quest(4), "step, statistics"),
+    Case(cage.quest(4, axis=-2), "step, error after the update"),
+    Case(cage.quest(4, axis=-2), "step, statistics"),
 ]

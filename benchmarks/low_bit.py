@@ -59,19 +59,19 @@ class Case(NamedTuple):
 
 PER_TOKEN = cage.int8(axis=-1)
 CASES = [
-    Case(cage.int4()),
-    Case(cage.int4(group_size=128)),
-    Case(cage.int4(group_size=128), 1),
-    Case(cage.int4(group_size=32)),
-    Case(cage.int8()),
-    Case(cage.int2(group_size=64)),
-    Case(cage.mxfp4()),
-    Case(cage.nvfp4()),
-    Case(cage.q4_1()),
-    Case(cage.quest(4)),
-    Case(cage.int4(group_size=128), 8, PER_TOKEN),
-    Case(cage.int4(), 4096),
-    Case(cage.int4(group_size=128), 4096),
+    Case(cage.int4(axis=-2)),
+    Case(cage.int4(group_size=128, axis=-2)),
+    Case(cage.int4(group_size=128, axis=-2), 1),
+    Case(cage.int4(group_size=32, axis=-2)),
+    Case(cage.int8(axis=-2)),
+    Case(cage.int2(group_size=64, axis=-2)),
+    Case(cage.mxfp4(axis=-2)),
+    Case(cage.nvfp4(axis=-2)),
+    Case(cage.q4_1(axis=-2)),
+    Case(cage.quest(4, axis=-2)),
+    Case(cage.int4(group_size=128, axis=-2), 8, PER_TOKEN),
+    Case(cage.int4(axis=-2), 4096),
+    Case(cage.int4(group_size=128, axis=-2), 4096),
 ]
 
 

@@ -215,33 +215,17 @@ class ViT(nnx.Module):
 def rules_of(settings: Settings) -> cage.Rules:
     """Returns the rules of weights and inputs; stem and head are not quantized.
 
-    Weights have one scale per output channel. The axes that share it are the first
-    three of a convolution (height, width, in, out), the first of attention's query, key
-    and value (in, heads, size), and the first two of its output (heads, size, out).
+    Weights have one scale per output channel, along axes that `cage.resolve` finds.
     Inputs have 2**bits levels between their minimum and their maximum, with one scale
     for the batch in the ResNet and one per token in the ViT.
     """
-
-    def weights(axis):
-        format = formats.Integer(settings.w_bits)
-        return cage.Quantizer(format, scales.AbsMax(), axis=axis)
-
+    weights = cage.Quantizer(formats.Integer(settings.w_bits), scales.AbsMax())
     inputs = None
     if settings.a_bits != 16:
         format = formats.Integer(settings.a_bits, narrow=False)
         axis = None if settings.model == "resnet" else -1
         inputs = cage.Quantizer(format, scales.MinMax(), axis=axis)
-    rules: dict[str, list] = {
-        "resnet": [
-            (r"blocks_.*/(first|second|shortcut)/kernel", weights((0, 1, 2)), inputs)
-        ],
-        "vit": [
-            (r"blocks/.*/attention/(query|key|value)/kernel", weights(0), inputs),
-            (r"blocks/.*/attention/out/kernel", weights((0, 1)), inputs),
-            (r"blocks/.*/(up|down)/kernel", weights(-2), inputs),
-        ],
-    }
-    return cage.Rules([*rules[settings.model], (r".*", None)])
+    return cage.Rules([(r"blocks.*/kernel", weights, inputs), (r".*", None)])
 
 
 class Network(NamedTuple):
@@ -330,10 +314,13 @@ class Experiment:
             self.train, self.test = random_images(500, 200)
         else:
             self.train, self.test = load_images(settings.data, BATCH)
-        self.rules = rules_of(settings)
-        self.network = network(settings, self.rules)
+        rules = rules_of(settings)
+        self.network = network(settings, rules)
         self.evaluations = min(EVALUATIONS, settings.steps)
-        self.report = self.rules.report(jax.eval_shape(lambda: self.network.initial(0)))
+        params = jax.eval_shape(lambda: self.network.initial(0))
+        images = jax.ShapeDtypeStruct((1, SIDE, SIDE, 1), jnp.float32)
+        self.rules = cage.resolve(rules, self.network.plain, params, images)
+        self.report = self.rules.report(params)
 
     def segments(self) -> list[Segment]:
         """Returns the segments of each seed, parents before children."""

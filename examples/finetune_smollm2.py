@@ -213,17 +213,17 @@ def rules_of(target: Target) -> cage.Rules:
     layers, embedding = r"layers/.*/kernel", r"embedding/embedding"
     match target:
         case "ct_w4a16":
-            return cage.Rules([(layers, cage.ct_w4a16(group_size=32)), (r".*", None)])
+            weights = cage.ct_w4a16(axis=-2, group_size=32)
+            return cage.Rules([(layers, weights), (r".*", None)])
         case "q4_0":
-            q8_0 = cage.q8_0(axis=-1)
-            table = [(layers, cage.q4_0()), (embedding, q8_0), (r".*", None)]
-            return cage.Rules(table)
-    return cage.Rules([(layers, cage.mxfp4()), (r".*", None)])
+            q4_0, q8_0 = cage.q4_0(axis=-2), cage.q8_0(axis=-1)
+            return cage.Rules([(layers, q4_0), (embedding, q8_0), (r".*", None)])
+    return cage.Rules([(layers, cage.mxfp4(axis=-2)), (r".*", None)])
 
 
 def inputs_of(target: Target) -> cage.Quantizer | None:
     """Returns the quantizer of the layers' inputs."""
-    return cage.mxfp4(axis=-1) if target == "mxfp4" else None
+    return cage.mxfp4() if target == "mxfp4" else None
 
 
 # --- training -------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
         path, reader = out / f"{target}.gguf", "llama.cpp"
         cage.export.gguf(codes, model.config, path, **options)
         size, losses = path.stat().st_size, llama_cpp_losses(path, cut)
-        inputs = cage.q8_0(axis=-1)  # as llama.cpp rounds the inputs of its products
+        inputs = cage.q8_0()  # as llama.cpp rounds the inputs of its products
     else:
         path, reader = out / target, "transformers"
         # float16 holds its scales exactly, bfloat16 FP4.

@@ -45,14 +45,14 @@ class LanguageModel:
     ):
         self.size, self.microbatch, self.seed = size, microbatch, seed
         self.vocabulary = vocabulary
-        weights = cage.quest(w_bits, hadamard=size.hadamard)
+        weights = cage.quest(w_bits, axis=-2, hadamard=size.hadamard)
         self.rules = self._training_rules = _rules(weights)
         if stochastic:
             drawn = dataclasses.replace(weights, rounding="stochastic")
             self._training_rules = _rules(drawn)
         inputs = None
         if a_bits != 16:
-            inputs = cage.quest(a_bits, axis=-1, hadamard=size.hadamard)
+            inputs = cage.quest(a_bits, hadamard=size.hadamard)
         kv = None
         if kv_bits is not None:
             # One scale per token and head.

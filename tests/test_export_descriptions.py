@@ -118,10 +118,11 @@ def test_any_quantizer_there_and_back(format, scale, axis, size, hadamard, gradi
     assert there_and_back(quantizer) == quantizer
 
 
-def test_defaults_are_left_out():
+def test_defaults_but_the_axis_are_left_out():
     assert describe(cage.int4()) == {
         "class": "Quantizer",
         "format": {"class": "Integer", "bits": 4},
+        "axis": "contracted",
     }
 
 

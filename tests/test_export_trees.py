@@ -321,6 +321,20 @@ def rewritten(path, arrays=None, metadata=None, **entries):
     write_anew(path, safetensors.save(arrays or found, texts))
 
 
+def test_files_without_a_named_axis(file):
+    """Older files left the axis -2 out, and gave a stack one scale for axis=None."""
+    new = cage.int4(axis=-2, group_size=32), cage.int8(axis=(-3, -2, -1))
+    codes = {"a": codes_of(new[0]), "b": codes_of(new[1], (3, 4, 8))}
+    trees.save(codes, file)
+    tree = json.loads(safetensors.safe_open(str(file), "np").metadata()["tree"])
+    old = [dict(tree[name]["quantizer"]) for name in "ab"]
+    assert old[0].pop("axis") == -2
+    rewritten(
+        file, a=entry(quantizer=old[0]), b=entry(quantizer=old[1] | {"axis": None})
+    )
+    assert_same(trees.load(file), codes)
+
+
 def entry(**fields):
     return lambda before: before | fields
 

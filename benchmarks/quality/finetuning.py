@@ -78,10 +78,10 @@ def _layers(weights, inputs=None):
 
 
 TARGETS = {
-    "int3 group 64": _layers(cage.int3(group_size=64)),
-    "W4A4": _layers(cage.quest(4, hadamard=64), cage.quest(4, axis=-1, hadamard=64)),
-    "MXFP4": _layers(cage.mxfp4(), cage.mxfp4(axis=-1)),
-    "int2 group 64": _layers(cage.int2(group_size=64)),
+    "int3 group 64": _layers(cage.int3(axis=-2, group_size=64)),
+    "W4A4": _layers(cage.quest(4, axis=-2, hadamard=64), cage.quest(4, hadamard=64)),
+    "MXFP4": _layers(cage.mxfp4(axis=-2), cage.mxfp4()),
+    "int2 group 64": _layers(cage.int2(axis=-2, group_size=64)),
 }
 _FLOATS = Target(cage.Rules([(r".*", None)]))
 

@@ -2,8 +2,8 @@
 
 A description has the name of a class and the fields that differ from their defaults. So
 files stay readable, and a later version can add fields. A default must therefore never
-change; `axis` is always written. Only the classes of `classes`, with plain values, can
-be read.
+change. `axis` is always written, since its default has changed: files without it are
+older, and mean -2. Only the classes of `classes`, with plain values, can be read.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ _SCALES = [
     and issubclass(kind, ScaleRule | ScaleType)
     and not (inspect.isabstract(kind) or name.startswith("_"))
 ]
+_FIRST_AXIS = -2  # in files of versions that did not write the axis by default
 _MOST_LEVELS = 256  # of a codebook; no other list is longer
 _CAUSE = "written by a newer version, or damaged"
 _REMEDY = "Get the file again, or a newer version of cage_jax."
@@ -128,7 +129,7 @@ def _built(description, wanted):
         raise malformed(rule, f"{short(name)}: {_CAUSE}", _REMEDY)
     hints = get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    values = {}
+    values = {"axis": _FIRST_AXIS} if kind is Quantizer else {}
     for key, value in description.items():
         if key == "class":
             continue

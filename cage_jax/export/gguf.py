@@ -52,7 +52,7 @@ def gguf(
     The rows of queries and keys are reordered, because llama.cpp rotates neighbouring
     features where others rotate the two halves of a head. llama.cpp also rounds the
     inputs of quantized layers to 8 bits in blocks of 32: on a CPU it computes the same
-    as `llama.logits` with `inputs=q8_0(axis=-1)`.
+    as `llama.logits` with `inputs=q8_0()`.
 
     Args:
       codes: the result of `quantize` for parameters with the paths and shapes of
@@ -87,7 +87,7 @@ def gguf(
       >>> rules = cage.Rules(
       ...     [
       ...         (".*embedding", cage.q8_0(axis=-1)),
-      ...         (".*kernel", cage.q4_0()),
+      ...         (".*kernel", cage.q4_0(axis=-2)),
       ...         (".*", None),
       ...     ]
       ... )

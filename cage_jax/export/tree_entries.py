@@ -6,6 +6,7 @@ It has an entry for each array, each `QuantizedArray` and each empty node:
       "kind": "codes", "shape": [64, 32], "dtype": "float32", "quantizer": {...}}, ...}}
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ def _entry(leaf):
         "kind": "codes",
         "shape": list(leaf.shape),
         "dtype": str(jnp.dtype(leaf.dtype)),
-        "quantizer": describe(leaf.quantizer),
+        "quantizer": describe(like.quantizer),
     }
 
 
@@ -245,6 +246,10 @@ def _like(path, entry):
             raise _malformed(path, "its `dtype` must be one of floats", dtype)
         try:
             quantizer = quantizer_of(entry.get("quantizer"))
+            if quantizer.axis is None and len(shape) > 2:
+                # An older file, of one scale for all: newer ones have numbers here.
+                axes = tuple(range(-len(shape), 0))
+                quantizer = dataclasses.replace(quantizer, axis=axes)
             like = QuantizedArray.abstract(quantizer, tuple(shape), _DTYPES[dtype])
         except ValueError as error:
             raise MalformedFileError(f"`{path[:200]}`: {error}") from error

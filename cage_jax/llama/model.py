@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cage_jax._project import missing
+from cage_jax.core.inputs import of_features
 from cage_jax.core.quantize import fake_quant
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.program.kv_cache import KVCache, quantize_kv
@@ -197,7 +198,7 @@ class Layer(nnx.Module):
         return self.output(self._quantized(mixed)), cache
 
     def _quantized(self, x):
-        return x if self.inputs is None else fake_quant(x, self.inputs)
+        return x if self.inputs is None else fake_quant(x, of_features(self.inputs))
 
 
 def logits(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same
+from small_llama import of_stack
 
 import cage_jax as cage
 
@@ -40,8 +41,13 @@ CONFIG = LlamaConfig(
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 16))
 
 
+def rules_of(*pairs):
+    """Rules of stacked kernels, (layers, in, out)."""
+    return cage.Rules([*((path, of_stack(q)) for path, q in pairs), (r".*", None)])
+
+
 def all_kernels(quantizer):
-    return cage.Rules([(r"layers/.*/kernel|head/kernel", quantizer), (r".*", None)])
+    return rules_of((r"layers/.*/kernel|head/kernel", quantizer))
 
 
 # The rules, and the dtype of the model.
@@ -77,28 +83,19 @@ CASES = {
         "bfloat16",
     ),
     "several": (
-        cage.Rules(
-            [
-                (r".*/(query|key|value)/kernel", cage.ct_w4a16(group_size=32)),
-                (r".*/output/kernel", cage.int8(group_size=32)),
-                (r".*/(gate|up)/kernel", cage.fp8()),
-                (r"head/kernel", cage.ct_w8a8()),
-                (r".*", None),
-            ]
+        rules_of(
+            (r".*/(query|key|value)/kernel", cage.ct_w4a16(group_size=32)),
+            (r".*/output/kernel", cage.int8(group_size=32)),
+            (r".*/(gate|up)/kernel", cage.fp8()),
+            (r"head/kernel", cage.ct_w8a8()),
         ),
         "float32",
     ),
     "several of 4 bits": (
-        cage.Rules(
-            [
-                (
-                    r".*/query/kernel",
-                    cage.ct_w4a16(scale_dtype="bfloat16", group_size=64),
-                ),
-                (r".*/(key|value)/kernel", cage.nvfp4()),
-                (r".*/(gate|up)/kernel", cage.mxfp4()),
-                (r".*", None),
-            ]
+        rules_of(
+            (r".*/query/kernel", cage.ct_w4a16(scale_dtype="bfloat16", group_size=64)),
+            (r".*/(key|value)/kernel", cage.nvfp4()),
+            (r".*/(gate|up)/kernel", cage.mxfp4()),
         ),
         "bfloat16",
     ),

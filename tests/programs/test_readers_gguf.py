@@ -54,7 +54,7 @@ def written(params, kind):
     """What of parameters goes to a file, and its values."""
     if kind in PRESETS:
         preset = PRESETS[kind]
-        rules = [(".*/embedding", preset(axis=-1)), (".*/kernel", preset())]
+        rules = [(".*/embedding", preset(axis=-1)), (".*/kernel", preset(axis=-2))]
         codes = cage.quantize(params, cage.Rules([*rules, (".*", None)]))
         return codes, cage.dequantize(codes), "float32"
     if kind == "F32":
@@ -206,11 +206,11 @@ ROUNDED_APART = {"Q8_0": 0.05, "Q4_0": 0.05, "Q4_1": 0.2}
 @pytest.mark.parametrize("kind", ROUNDED_APART)
 def test_llama_cpp_computes_as_we_do_with_rounded_inputs(kind, trained, tmp_path):
     params, files, tokens = trained
-    rules = cage.Rules([("layers/.*/kernel", PRESETS[kind]()), (".*", None)])
+    rules = cage.Rules([("layers/.*/kernel", PRESETS[kind](axis=-2)), (".*", None)])
     codes = cage.quantize(params, rules)
     gguf(codes, CONFIG, tmp_path / "model.gguf", tokenizer=files)
     found, _, tops = ask_for_50(tmp_path / "model.gguf", tokens[:12])
-    inputs = cage.q8_0(axis=-1)
+    inputs = cage.q8_0()
     expected, logarithms = greedy(cage.dequantize(codes), tokens[:12], 50, inputs)
     assert found == expected
     apart = max(abs(theirs - logarithms[step, token]) for step, token, theirs in tops)
@@ -305,7 +305,7 @@ def check_smollm2(tmp_path):
     }
     assert quantizers.pop("embedding/embedding") == cage.q8_0(axis=-1)
     assert len(quantizers) == 7
-    assert set(quantizers.values()) == {cage.q4_1()}
+    assert set(quantizers.values()) == {cage.q4_1(axis=-2)}
     text = (pathlib.Path(__file__).parents[2] / "LICENSE").read_text()[:2000]
     tokens = jnp.asarray([parsed(model.tokenizer).encode(text).ids])
     values = cage.dequantize(model.params)
