@@ -9,7 +9,7 @@ import pytest
 from cases import assert_raises, random_codes
 from flax import linen as nn
 from flax import nnx
-from oracles import hadamard, levels_of, spread
+from oracles import hadamard, levels_of, rotated_axis, spread
 
 import cage_jax as cage
 from cage_jax import formats
@@ -87,7 +87,7 @@ def weights_of(quantized):
     size = abs(step) * (abs(level) + abs(zero)) + abs(offset)
     if quantizer.hadamard is None:
         return in_basis, size
-    axis = quantizer.axis
+    axis = rotated_axis(quantizer, len(shape))
     turn = rotation(quantizer, shape[axis])
 
     def rotated(turn, x):

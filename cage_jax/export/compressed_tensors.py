@@ -100,7 +100,7 @@ def compressed_tensors(
       >>> from cage_jax.llama.config import LlamaConfig
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
       >>> rules = cage.Rules(
-      ...     [("layers/.*/kernel", cage.ct_w4a16(group_size=32)), (".*", None)]
+      ...     [("layers/.*/kernel", cage.ct_w4a16(axis=-2, group_size=32)), (".*", None)]
       ... )
       >>> codes = cage.quantize(llama.initial_params(config, seed=0), rules)
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def gguf(
       >>> rules = cage.Rules(
       ...     [
       ...         (".*embedding", cage.q8_0(axis=-1)),
-      ...         (".*kernel", cage.q4_0()),
+      ...         (".*kernel", cage.q4_0(axis=-2)),
       ...         (".*", None),
       ...     ]
       ... )

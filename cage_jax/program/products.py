@@ -418,6 +418,7 @@ _SIDES = {
     "ragged_dot_general": _sides_of_ragged_dot,
     "conv_general_dilated": _sides_of_convolution,
 }
+PRODUCTS = (*_SIDES,)
 
 
 # --- running with other inputs --------------------------------------------------------
