@@ -411,7 +411,9 @@ def test_inputs_that_cannot_be_quantized(params, x):
 
     stochastic = cage.Quantizer(Integer(8), axis=-1, rounding="stochastic")
     where = "`w/inputs`: `inputs` "
-    beyond = "`w`: its input cannot be quantized: its product is inside `custom_vjp_call`"
+    beyond = (
+        "`w`: its input cannot be quantized: its product is inside `custom_vjp_call`"
+    )
     table = [
         (
             call("bias", PER_TOKEN),

@@ -88,7 +88,7 @@ def test_inputs_are_those_behind_quantized_layers(params, x):
 
 def test_the_text(params, x):
     x = x * np.array([1, 1, 1, 100], np.float32)
-    rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(), int8(axis=-1))])
+    rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(axis=-2), int8(axis=-1))])
     text = str(report(model, rules, params, x))
     lines = text.splitlines()
     head = "path shape weight inputs error clipped unused input error clipped unused"
@@ -143,7 +143,7 @@ def test_rules_that_do_nothing_are_found(params, x):
     finding(found, "nothing is quantized")
     rules = Rules([("w", None, int8(axis=-1)), ("b", None, int8(axis=-1))])
     found = report(model, rules, params, x).findings
-    finding(found, "b: a rule quantizes its input, but it is in no matrix product")
+    finding(found, "b: no parameter of the rule 'b' is in a product with data")
     assert not any("nothing is quantized" in line for line in found)
 
 
@@ -184,7 +184,9 @@ def test_scales_across_what_is_summed_over(rng):
 
     found = findings({name: row[2] for name, row in EQUATIONS.items()} | {"conv": -2})
     for name, (_, _, _, right) in EQUATIONS.items():
-        finding(found, f"{name}, weight: its product sums over", f"Use axis={right}, or")
+        finding(
+            found, f"{name}, weight: its product sums over", f"Use axis={right}, or"
+        )
     text = "conv, weight: its product sums over axis (0, 1, 2) of (3, 3, 16, 32)"
     finding(found, text, "Use axis=(0, 1, 2), or cage.resolve.")
     # A float32 scale for each four weights.
@@ -222,7 +224,12 @@ def test_scales_of_inputs_that_save_nothing(rng):
         return report(apply, rules, params, data).findings
 
     window, costs = findings(int8(axis=-1))
-    finding([window], "conv, input", "a window of (3, 3) places", "Leave `axis` out, or use axis=None")
+    finding(
+        [window],
+        "conv, input",
+        "a window of (3, 3) places",
+        "Leave `axis` out, or use axis=None",
+    )
     finding([costs], "conv, input", "cost 32 bits a value", "(values per scale: 1)")
     # Of 2 bits, 16 values cost what a float32 scale does.
     found = findings(int2(axis=-1))

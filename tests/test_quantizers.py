@@ -280,7 +280,9 @@ def test_quest_has_the_published_error(rng):
 def test_groups_and_scales():
     table = [
         (int4(), (64, 32), {0: 64}, (1, 32)),
-        (int4(), (2, 64, 32), {1: 64}, (2, 1, 32)),
+        (int4(axis=-2), (2, 64, 32), {1: 64}, (2, 1, 32)),
+        (int4(axis=None), (2, 64, 32), {1: 64, 2: 32}, (2, 1, 1)),
+        (int4(axis=(0, 1, 2)), (2, 64, 32), {0: 2, 1: 64, 2: 32}, (1, 1, 1)),
         (int4(axis=-1), (64, 32), {1: 32}, (64, 1)),
         (int4(axis=None), (64, 32), {0: 64, 1: 32}, (1, 1)),
         (int4(axis=None), (), {}, ()),
@@ -557,6 +559,6 @@ def test_blocks_are_made_once_for_a_quantizer_and_a_shape():
     assert quest(4, hadamard=32).blocks((64, 32)).pieces == ((0, 64),)
     rotated = int4(hadamard=32, group_size=16).blocks((64, 32))
     assert rotated.pieces == ((0, 32),)  # a rotation mixes two groups
-    tensor = nvfp4().blocks((2, 64, 32))
+    tensor = nvfp4(axis=-2).blocks((2, 64, 32))
     assert tensor.pieces == ((1, 64), (2, 32))
     assert tensor.tensor_shape == (2, 1, 1)

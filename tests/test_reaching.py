@@ -182,9 +182,7 @@ def test_a_convolution_has_a_scale_per_example(rng):
         )
 
     def flipped(p, x):
-        return lax.conv_transpose(
-            x, p["kernel"], (2, 2), "SAME", transpose_kernel=True
-        )
+        return lax.conv_transpose(x, p["kernel"], (2, 2), "SAME", transpose_kernel=True)
 
     def per_example(x):
         return per_token(x.reshape(2, -1)).reshape(x.shape)
@@ -226,9 +224,7 @@ def kernel(p, x):
 
 
 def asked_in_a_loop(p, x):
-    return lax.while_loop(
-        lambda h: (h @ p["w"]).sum() > 1e9, lambda h: h @ p["v"], x
-    )
+    return lax.while_loop(lambda h: (h @ p["w"]).sum() > 1e9, lambda h: h @ p["v"], x)
 
 
 def computed_elsewhere(p, x):

@@ -266,7 +266,9 @@ def test_a_resolved_table_is_used_everywhere(rng):
     function = einsum("td,dhk->thk")
     rules = cage.resolve(INT4, function, {"w": w}, x)
     expected = absmax_round(w, axis=0)
-    np.testing.assert_allclose(cage.fake_quant({"w": w}, rules)["w"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        cage.fake_quant({"w": w}, rules)["w"], expected, rtol=1e-6
+    )
     codes = cage.quantize({"w": w}, rules)
     np.testing.assert_allclose(cage.dequantize(codes)["w"], expected, rtol=1e-6)
     found = cage.quantization_error({"w": w}, rules)["w"]
@@ -337,7 +339,9 @@ def test_contracted_axes_need_a_program():
     quantizer = cage.int4()
     assert str(quantizer) == "int4 absmax, identity"
     assert quantizer.at((32, 8)).axis == -2
-    with pytest.raises(ValueError, match=r"rules = cage\.resolve\(rules, function, par"):
+    with pytest.raises(
+        ValueError, match=r"rules = cage\.resolve\(rules, function, par"
+    ):
         cage.fake_quant(np.ones((2, 32, 8), np.float32), quantizer)
     with pytest.raises(ValueError, match=r"\(r'\.\*bias', None\)"):
         cage.fake_quant(np.ones(8, np.float32), quantizer)

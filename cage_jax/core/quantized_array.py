@@ -207,6 +207,7 @@ class QuantizedArray:
           ValueError: for a shape that the quantizer does not fit.
         """
         shape, wide = tuple(shape), compute_dtype(jnp.dtype(dtype))
+        quantizer = quantizer.at(shape)
         blocks = quantizer.blocks(shape)
         of: Any = jax.ShapeDtypeStruct
         scale = of(blocks.scale_shape, quantizer.scale_type.dtype or wide)
