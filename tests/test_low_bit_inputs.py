@@ -126,5 +126,5 @@ def test_a_product_out_of_reach_is_an_error():
 
     rules = cage.Rules([("w", cage.int4(), cage.int8(axis=-1))])
     codes = cage.quantize({"w": jnp.eye(4)}, rules)
-    with pytest.raises(ValueError, match="`w`: its input .* is inside `while`"):
+    with pytest.raises(ValueError, match=r"`w`: its input .* is inside `while`"):
         cage.low_bit(loop, rules)(codes, jnp.ones((2, 4)))

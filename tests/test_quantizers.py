@@ -522,8 +522,8 @@ def test_shapes_that_do_not_fit():
             (2, 64, 32),
             "`axis` must be known for an array of more than two dimensions; got axis="
             "'contracted' (the default of most presets), shape (2, 64, 32). Find the "
-            "axes that its product sums over with rules = cage.resolve(rules, function, "
-            "params, x), or name them, such as axis=-2 for a stack of (in, out) "
+            "axes that its product sums over with rules = cage.resolve(rules, function,"
+            " params, x), or name them, such as axis=-2 for a stack of (in, out) "
             "matrices and axis=(0, 1, 2) for a convolution.",
         ),
         (

@@ -1,5 +1,6 @@
 """Inputs that are reached, whatever is around their product, or named in an error."""
 
+import functools
 import re
 import warnings
 
@@ -145,30 +146,25 @@ def test_an_input_is_reached(program, params, x):
     assert abs(expected - unquantized).max() > 1e-2
 
 
-def test_a_gradient_through_branches_and_shards(params, x):
-    def through(x):
+@pytest.mark.parametrize("program", [branch, branches_in_a_loop, sharded, gathered])
+def test_a_gradient_through_it(program, params, x):
+    def straight_through(x):
         return x + lax.stop_gradient(per_token(x) - x)
 
-    for program in (branch, branches_in_a_loop, sharded, gathered):
+    quantized = cage.quantize_activations(lambda p, x: program(p, x, as_it_is), RULES)
 
-        def plain(p, x, program=program):
-            return program(p, x, as_it_is)
+    @jax.jit
+    def both(p, x):
+        def of(function, *more):
+            return jax.grad(
+                lambda p, x: (function(p, x, *more) ** 2).sum(), argnums=(0, 1)
+            )(p, x)
 
-        def loss(function, p, x):
-            return (function(p, x) ** 2).sum()
+        return of(quantized), of(program, straight_through)
 
-        @jax.jit
-        def both(p, x, program=program, plain=plain):
-            quantized = cage.quantize_activations(plain, RULES)
-            by_hand = lambda p, x: program(p, x, through)  # noqa: E731
-            return [
-                jax.grad(lambda p, x: loss(f, p, x), argnums=(0, 1))(p, x)
-                for f in (quantized, by_hand)
-            ]
-
-        found, expected = map(jax.tree.leaves, both(params, x))
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    found, expected = map(jax.tree.leaves, both(params, x))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_convolution_has_a_scale_per_example(rng):
@@ -187,15 +183,15 @@ def test_a_convolution_has_a_scale_per_example(rng):
     def per_example(x):
         return per_token(x.reshape(2, -1)).reshape(x.shape)
 
-    y = rng.standard_normal((2, 6, 6, 8)).astype(np.float32)
-    point = kernel[:1, :1]
-    for function, kernel, x, by_hand in (
+    outputs = rng.standard_normal((2, 6, 6, 8)).astype(np.float32)
+    for function, weight, inputs, by_hand in (
         (apply, kernel, x, per_example),
-        (flipped, kernel, y, per_example),
-        (apply, point, x, per_token),  # sums of one place each, as of a Dense layer
+        (flipped, kernel, outputs, per_example),
+        (apply, kernel[:1, :1], x, per_token),  # sums of one place, as of a Dense layer
     ):
-        found = cage.quantize_activations(function, RULES)({"kernel": kernel}, x)
-        expected = function({"kernel": kernel}, by_hand(x))
+        p = {"kernel": weight}
+        found = cage.quantize_activations(function, RULES)(p, inputs)
+        expected = function(p, by_hand(inputs))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -319,7 +315,7 @@ def test_calibration_and_codes_take_strict_too(params, x):
 
     table = cage.Rules([("w|v", "int8", "int8"), (".*", None)])
     codes = cage.quantize(params, table)
-    with pytest.raises(ValueError, match="`w`: its input cannot .*`pallas_call`"):
+    with pytest.raises(ValueError, match=r"`w`: its input cannot .*`pallas_call`"):
         cage.low_bit(kernel, table)(codes, x)
 
 
@@ -327,5 +323,6 @@ def test_a_calibrated_input_of_a_loop_cannot_be_joined(params, x):
     static = cage.int8(axis=None, scale=cage.scales.Calibrated())
     rules = cage.Rules([("w", None, static)])
     for program, name in ((loop, "while"), (sharded, "shard_map")):
+        plain = functools.partial(program, q=as_it_is)
         with pytest.raises(ValueError, match=f"`w`: .* must not be inside {name}"):
-            cage.calibrate(lambda p, x: program(p, x, as_it_is), rules, params, [(x,)])
+            cage.calibrate(plain, rules, params, [(x,)])

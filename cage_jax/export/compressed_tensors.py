@@ -99,9 +99,8 @@ def compressed_tensors(
       >>> from cage_jax.export.compressed_tensors import compressed_tensors, read
       >>> from cage_jax.llama.config import LlamaConfig
       >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
-      >>> rules = cage.Rules(
-      ...     [("layers/.*/kernel", cage.ct_w4a16(axis=-2, group_size=32)), (".*", None)]
-      ... )
+      >>> kernels = cage.ct_w4a16(axis=-2, group_size=32)
+      >>> rules = cage.Rules([("layers/.*/kernel", kernels), (".*", None)])
       >>> codes = cage.quantize(llama.initial_params(config, seed=0), rules)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     compressed_tensors(codes, config, folder)
