@@ -142,6 +142,14 @@ ONE_WEIGHT = {
         transposed_kernel,
         *((3, 3, 16, 32), [shape(2, 5, 5, 32)], (0, 1, 3)),
     ),
+    "gathered experts of each token": (
+        lambda p, x, ids: jax.vmap(lambda x, i: x @ p["w"][i].T)(x, ids),
+        *((4, 32, 32), [X, IDS], (2,)),
+    ),
+    "multiplied with a constant": (
+        lambda p, x: x @ jnp.einsum("oi,oj->ij", p["w"], jnp.eye(32) * 2),
+        *((32, 32), [X], (1,)),
+    ),
     "masked": (lambda p, x, m: x @ (p["w"] * m).T, (32, 32), [X, MASK], (1,)),
     "chosen": (
         lambda p, x, m: x @ jnp.where(m > 0, p["w"], 0.0).T,

@@ -213,7 +213,8 @@ class _Follower:
             return [origins[0]], [], {}
         if name == "optimization_barrier":
             return origins, [], {}
-        if name == "dot_general" and all(origin.paths for origin in origins):
+        weights = any(each.paths for each in origins)
+        if name == "dot_general" and weights and not any(o.is_data for o in origins):
             return [_product_of_weights(eqn, origins)], [], {}
         inner = _INNER.get(name, _Follower._after_call)(self, eqn, origins)
         if inner is not None:
@@ -381,10 +382,14 @@ def _weight_side(origins):
 
 
 def _product_of_weights(eqn, origins):
-    """Returns the origin of a product of parameters with each other, as in LoRA."""
+    """Returns the origin of a product of parameters with each other, as in LoRA, or
+    with constants."""
     numbers = eqn.params["dimension_numbers"]
-    kept = [
-        _sides_of_dot(numbers, side, eqn.invars[side].aval.ndim)[2] for side in (0, 1)
+    ndims = [atom.aval.ndim for atom in eqn.invars]
+    kept = [_sides_of_dot(numbers, side, ndims[side])[2] for side in (0, 1)]
+    origins = [
+        origin if origin.paths else origin._replace(axes=(frozenset(),) * ndim)
+        for origin, ndim in zip(origins, ndims)
     ]
     return dot_axes(origins, numbers, kept)
 
