@@ -350,11 +350,8 @@ def _product(eqn, origins) -> tuple[Product, int] | None:
     features = summed = tuple(sorted(features))
     window: tuple[int, ...] = ()
     if eqn.primitive.name == "conv_general_dilated":
-        _, _, *places = eqn.params["dimension_numbers"].rhs_spec
-        window = tuple(eqn.invars[1].aval.shape[axis] for axis in places)
-        if math.prod(window) > 1:
-            examples = eqn.params["dimension_numbers"][1 - side][0]
-            summed = tuple(a for a in range(len(places) + 2) if a != examples)
+        numbers, shape = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+        window, summed = sums_of_convolution(numbers, shape, 1 - side)
     product = Product(
         paths=weight.paths,
         operation=eqn.primitive.name,
@@ -366,6 +363,23 @@ def _product(eqn, origins) -> tuple[Product, int] | None:
         kept=frozenset().union(*(weight.axes[axis] for axis in kept)),
     )
     return product, 1 - side
+
+
+def sums_of_convolution(
+    numbers: Any, kernel: tuple[int, ...], side: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the window of a convolution, and the axes that its sums range over.
+
+    Args:
+      numbers: its `jax.lax.ConvDimensionNumbers`.
+      kernel: the shape of its second argument.
+      side: the number of the argument whose axes are returned.
+    """
+    window = tuple(kernel[axis] for axis in numbers.rhs_spec[2:])
+    examples, features, *_ = numbers[side]
+    if math.prod(window) == 1:
+        return window, (features,)
+    return window, tuple(a for a in range(len(kernel)) if a != examples)
 
 
 def _weight_side(origins):
@@ -382,8 +396,7 @@ def _weight_side(origins):
 
 
 def _product_of_weights(eqn, origins):
-    """Returns the origin of a product of parameters with each other, as in LoRA, or
-    with constants."""
+    """Returns the origin of a product of parameters, as in LoRA, or with constants."""
     numbers = eqn.params["dimension_numbers"]
     ndims = [atom.aval.ndim for atom in eqn.invars]
     kept = [_sides_of_dot(numbers, side, ndims[side])[2] for side in (0, 1)]
@@ -395,7 +408,7 @@ def _product_of_weights(eqn, origins):
 
 
 def _sides_of_dot(numbers, side, ndim, groups=()):
-    """Returns the axes that are summed over of the input and of the weight, and kept ones."""
+    """Returns the axes of the input and of the weight that are summed over, and kept."""
     summed, batch = numbers
     gone = (*summed[side], *batch[side], *groups)
     kept = [axis for axis in range(ndim) if axis not in gone]
