@@ -50,8 +50,8 @@ LAYOUTS = {
     "attention out": ((4, 16, 32), int4(axis=(0, 1), group_size=(None, 8))),
     "attention in": ((32, 4, 16), Quantizer(Integer(4), AbsMax(), axis=0)),
     "convolution": ((3, 3, 16, 8), int8(axis=(0, 1, 2))),
-    "scanned": ((2, 64, 16), int4(group_size=32)),
-    "scanned quest": ((2, 64, 16), quest(4, hadamard=32)),
+    "scanned": ((2, 64, 16), int4(axis=-2, group_size=32)),
+    "scanned quest": ((2, 64, 16), quest(4, axis=-2, hadamard=32)),
 }
 
 CASES = {name: (KERNEL, quantizer) for name, quantizer in QUANTIZERS.items()} | LAYOUTS

@@ -26,7 +26,7 @@ class Oracle:
 
     def __init__(self, x, quantizer):
         x = np.float64(x)
-        axis = quantizer.axis
+        (axis,) = oracles.shared_axes(quantizer, x.ndim)
         (size,) = quantizer.blocks(x.shape).sizes
         rotated = rotate(x, quantizer)
         groups = in_groups(rotated, axis, size)
@@ -81,7 +81,9 @@ class Oracle:
 
 def rotate(x, quantizer):
     """`x` in the basis of a quantizer of one axis, or back."""
-    return oracles.rotate(x, quantizer.hadamard, quantizer.axis)
+    return oracles.rotate(
+        x, quantizer.hadamard, oracles.rotated_axis(quantizer, x.ndim)
+    )
 
 
 def in_groups(x, axis, size):
@@ -150,9 +152,10 @@ def check_kernel(kernel, x, quantizer):
     found = np.isnan(np.float32(kernel(jnp.asarray(spoilt))[0]))
     # A rotation spreads one over its block, and so over all groups of the block.
     size = math.lcm(*quantizer.blocks(x.shape).sizes, quantizer.hadamard or 1)
-    groups = in_groups(~np.isfinite(np.float32(spoilt)), quantizer.axis, size)
+    (axis,) = oracles.shared_axes(quantizer, x.ndim)
+    groups = in_groups(~np.isfinite(np.float32(spoilt)), axis, size)
     nan = np.broadcast_to(groups.any(-1, keepdims=True), groups.shape)
-    nan = out_of_groups(nan, quantizer.axis, x.shape)
+    nan = out_of_groups(nan, axis, x.shape)
     assert nan.sum() == 3 * size
     np.testing.assert_array_equal(found, nan)
     zeros = np.float32(kernel(jnp.zeros(x.shape, x.dtype))[0])

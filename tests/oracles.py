@@ -77,10 +77,27 @@ def absmax_round(x, top=7, group=None, axis=-2):
     return np.round(np.asarray(x, np.float64) / scale) * scale
 
 
+def shared_axes(quantizer, ndim):
+    """The axes that share a scale, from 0: by number, or the inputs of a matrix, or
+    without any those of the matrices of a stack."""
+    axes = quantizer.axis
+    if axes == "contracted":
+        assert ndim == 2
+        axes = -2
+    if axes is None:
+        axes = range(max(ndim - 2, 0), ndim)
+    axes = [axes] if isinstance(axes, int) else axes
+    return [axis % ndim for axis in axes]
+
+
+def rotated_axis(quantizer, ndim):
+    """The axis of a rotation; any where there is none."""
+    return -1 if quantizer.hadamard is None else shared_axes(quantizer, ndim)[-1]
+
+
 def group_slices(shape, quantizer):
     """The index of each group's scale, and the slices of its values."""
-    axes = range(len(shape)) if quantizer.axis is None else quantizer.axis
-    axes = [axes] if isinstance(axes, int) else list(axes)
+    axes = shared_axes(quantizer, len(shape))
     sizes = quantizer.group_size
     sizes = sizes if isinstance(sizes, tuple) else [sizes] * len(axes)
     lengths = [1] * len(shape)
@@ -136,7 +153,8 @@ def quantized(x, quantizer):
         value: a function from levels to values.
         size: the largest value, a number.
     """
-    x = rotate(x, quantizer.hadamard, _one_axis(quantizer))
+    axis = rotated_axis(quantizer, np.ndim(x))
+    x = rotate(x, quantizer.hadamard, axis)
     format, rule = quantizer.format, quantizer.scale
     levels, codes = levels_of(format)
     bounds = _tensor_bounds(x, quantizer)
@@ -181,7 +199,7 @@ def quantized(x, quantizer):
     def value(levels):
         steps = found.scale / tensor_divisor
         flat = (levels - found.zero_point) * steps + found.offset
-        return rotate(flat, quantizer.hadamard, _one_axis(quantizer))
+        return rotate(flat, quantizer.hadamard, axis)
 
     found.levels, found.codes, found.tie = levels, codes, gaps < 40 * EPS * reach
     found.tensor_divisor, found.passes, found.value = tensor_divisor, passes, value
@@ -191,13 +209,8 @@ def quantized(x, quantizer):
 
 def masked(tangent, passes, quantizer):
     """A gradient where it passes, in the basis of the quantizer."""
-    block, axis = quantizer.hadamard, _one_axis(quantizer)
+    block, axis = quantizer.hadamard, rotated_axis(quantizer, np.ndim(tangent))
     return rotate(passes * rotate(tangent, block, axis), block, axis)
-
-
-def _one_axis(quantizer):
-    """The axis of a rotation; any where there is none."""
-    return -1 if quantizer.hadamard is None else quantizer.axis
 
 
 def _bound(group, rule, format, levels):

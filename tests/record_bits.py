@@ -33,20 +33,26 @@ SHAPES = [
     (512, 32),
 ]
 DTYPES = ["float32", "bfloat16", "float16"]
+INPUTS = {"axis": -2}  # of stacks too, in which no program tells them
 PRESETS = {
-    **{f"quest {bits}": cage.quest(bits, hadamard=32) for bits in (1, 2, 3, 4)},
-    "quest 4, 64": cage.quest(4, hadamard=64, group_size=64),
-    "int4 group 32": cage.int4(group_size=32),
-    "int4 asymmetric": cage.int4(symmetric=False, group_size=32),
-    "int4 rotated": cage.int4(hadamard=32, group_size=32),
+    **{
+        f"quest {bits}": cage.quest(bits, hadamard=32, **INPUTS)
+        for bits in (1, 2, 3, 4)
+    },
+    "quest 4, 64": cage.quest(4, hadamard=64, group_size=64, **INPUTS),
+    "int4 group 32": cage.int4(group_size=32, **INPUTS),
+    "int4 asymmetric": cage.int4(symmetric=False, group_size=32, **INPUTS),
+    "int4 rotated": cage.int4(hadamard=32, group_size=32, **INPUTS),
     "int8 tensor": cage.int8(axis=None),
     "int8 tokens": cage.int8(axis=-1),
     "lsq": cage.lsq(),
     "lsq 2": cage.lsq(2),
+    "binary": cage.binary(),
+    "ternary": cage.ternary(),
     **{
-        preset.__name__: preset()
+        preset.__name__: preset(**INPUTS)
         for preset in (
-            *(cage.int8, cage.int4, cage.int3, cage.int2, cage.binary, cage.ternary),
+            *(cage.int8, cage.int4, cage.int3, cage.int2),
             *(cage.ct_w4a16, cage.ct_w8a8, cage.fp8, cage.mxfp4, cage.mxfp6),
             *(cage.mxfp8, cage.nf4, cage.nvfp4, cage.q4_0, cage.q4_1, cage.q8_0),
         )

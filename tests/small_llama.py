@@ -75,6 +75,8 @@ def with_codes(tree, path, quantizer, seed=0):
     node = tree
     for name in path.split("/"):
         node = node[name]
+    if quantizer.axis == "contracted":  # kernels are (in, out), alone or in a stack
+        quantizer = dataclasses.replace(quantizer, axis=-2)
     rng = np.random.default_rng(seed)
     return with_leaf(tree, path, random_codes(rng, of_stack(quantizer), node.shape))
 

@@ -128,7 +128,7 @@ def test_batches_of_zeros_say_nothing(params, x):
 def test_learned_grids_of_inputs_are_trained(params, rng):
     # Small weights, where tanh is not flat, and tokens enough to learn from.
     params, x = {"stack": params["stack"] / 2}, normal(rng, 64, 8)
-    rules = Rules([("stack", int4(), cage.lsq(4))])
+    rules = Rules([("stack", int4(axis=-2), cage.lsq(4))])
     variables = calibrate(scanned, rules, params, [(x,)])
     start = np.asarray(variables["grids"]["stack/inputs"].scale)
     first = 2 * np.abs(np.float64(x)).mean() / np.sqrt(7)

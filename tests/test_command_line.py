@@ -40,7 +40,11 @@ WRITTEN = [name for name, each in target.targets().items() if each.write]
 CONFIG = dataclasses.replace(TIED, context=2048)
 PARAMS = params_of(CONFIG)
 RULES = cage.Rules(
-    [(r"layers/.*/kernel", cage.q4_0()), (r"emb.*", cage.q8_0(axis=-1)), (r".*", None)]
+    [
+        (r"layers/.*/kernel", cage.q4_0(axis=-2)),
+        (r"emb.*", cage.q8_0(axis=-1)),
+        (r".*", None),
+    ]
 )
 
 

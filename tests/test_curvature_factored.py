@@ -17,7 +17,7 @@ CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 PARAMETERS = {
     "kernel": (cage.int4(group_size=8), (16, 8), (0,), (1,), 1),
     "transposed": (cage.int4(axis=-1), (6, 16), (1,), (0,), 1),
-    "stack": (cage.int4(), (3, 16, 8), (1,), (2,), 1),
+    "stack": (cage.int4(axis=-2), (3, 16, 8), (1,), (2,), 1),
     "query": (cage.int4(axis=0), (8, 2, 4), (0,), (1, 2), 1),
     "out": (cage.int4(axis=(0, 1)), (2, 4, 8), (0, 1), (2,), 1),
     "whole": (cage.int4(axis=None), (4, 8), (0,), (1,), 1),

@@ -88,7 +88,7 @@ def test_inputs_are_those_behind_quantized_layers(params, x):
 
 def test_the_text(params, x):
     x = x * np.array([1, 1, 1, 100], np.float32)
-    rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(), int8(axis=-1))])
+    rules = Rules([("w", int4(), int4(axis=None)), ("s", int4(axis=-2), int8(axis=-1))])
     text = str(report(model, rules, params, x))
     lines = text.splitlines()
     head = "path shape weight inputs error clipped unused input error clipped unused"
@@ -143,7 +143,7 @@ def test_rules_that_do_nothing_are_found(params, x):
     finding(found, "nothing is quantized")
     rules = Rules([("w", None, int8(axis=-1)), ("b", None, int8(axis=-1))])
     found = report(model, rules, params, x).findings
-    finding(found, "b: a rule quantizes its input, but it is in no matrix product")
+    finding(found, "b: no parameter of the rule 'b' is in a product with data")
     assert not any("nothing is quantized" in line for line in found)
 
 
@@ -176,20 +176,28 @@ def test_scales_across_what_is_summed_over(rng):
         )
         return [*found, convolved]
 
-    def findings(axes):
+    def findings(axes, resolve=False):
         rules = Rules([(name, int4(axis=axis)) for name, axis in axes.items()])
+        if resolve:
+            rules = cage.resolve(rules, apply, params, data)
         return report(apply, rules, params, data).findings
 
     found = findings({name: row[2] for name, row in EQUATIONS.items()} | {"conv": -2})
     for name, (_, _, _, right) in EQUATIONS.items():
-        finding(found, f"{name}, weight: its product sums over", f"Use axis={right}.")
+        finding(
+            found, f"{name}, weight: its product sums over", f"Use axis={right}, or"
+        )
     text = "conv, weight: its product sums over axis (0, 1, 2) of (3, 3, 16, 32)"
-    finding(found, text, "Use axis=(0, 1, 2).")
+    finding(found, text, "Use axis=(0, 1, 2), or cage.resolve.")
     # A float32 scale for each four weights.
     finding(found, "`heads`: its scales cost 8.0 bits a weight", "(128, 1, 32)")
     right = {name: row[3] for name, row in EQUATIONS.items()}
     assert findings(right | {"conv": (0, 1, 2)}) == ()
-    assert findings(dict.fromkeys(EQUATIONS)) == ()
+    for axis in (None, "contracted"):
+        assert findings(dict.fromkeys(params, axis), resolve=True) == ()
+    # Of a stack without more, a scale for each matrix of the last two axes.
+    (found,) = findings(dict.fromkeys(EQUATIONS))
+    assert found.startswith("heads, weight: its product sums over axis 0")
 
 
 def test_scales_of_inputs_that_save_nothing(rng):
@@ -216,13 +224,18 @@ def test_scales_of_inputs_that_save_nothing(rng):
         return report(apply, rules, params, data).findings
 
     window, costs = findings(int8(axis=-1))
-    finding([window], "conv, input", "a window of (3, 3) places", "Use axis=None")
+    finding(
+        [window],
+        "conv, input",
+        "a window of (3, 3) places",
+        "Leave `axis` out, or use axis=None",
+    )
     finding([costs], "conv, input", "cost 32 bits a value", "(values per scale: 1)")
     # Of 2 bits, 16 values cost what a float32 scale does.
     found = findings(int2(axis=-1))
     finding(found, "dense, input: its scales cost 4 bits a value beside codes of 2")
     finding(found, "point, input: its scales cost 4 bits")
-    assert findings(int8(axis=None)) == ()
+    assert findings(int8(axis=None)) == findings(int8()) == ()
 
 
 def test_values_of_one_sign_need_a_zero_point(params, x):
@@ -262,8 +275,10 @@ def test_learned_calibrated_and_stochastic(params, x):
 
 
 def test_what_is_out_of_reach_is_in_the_table(params, x):
-    def conditional(p, x):
-        return jax.lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: x @ p["w"] * 2)
+    @jax.custom_jvp
+    def product(x, w):
+        return x @ w
 
     rules = Rules([("w", int4(), int8(axis=-1))])
-    assert "- out of reach in cond" in str(report(conditional, rules, params, x))
+    found = report(lambda p, x: product(x, p["w"]), rules, params, x)
+    assert "- out of reach in custom_jvp_call" in str(found)

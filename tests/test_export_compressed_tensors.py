@@ -381,7 +381,7 @@ def test_quantizers_that_the_format_lacks(tmp_path):
         [
             row(cage.quest(8, hadamard=None), "got midrise8 .*leave it unquantized"),
             row(cage.int4(hadamard=32), "hadamard 32.*rotation cannot be folded"),
-            row(cage.ternary(), "per tensor.*Quantize along the inputs, axis=-2"),
+            row(cage.ternary(), r"axis \(-2, -1\).*Quantize along the inputs, axis=-2"),
             row(cage.int4(axis=-1), "axis -1.*Quantize along the inputs"),
             row(
                 cage.int4(axis=(-2, -1), group_size=(32, 32)),

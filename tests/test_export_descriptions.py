@@ -98,7 +98,7 @@ any_scale = st.one_of(
 @given(
     any_format,
     any_scale,
-    st.integers(-3, 3),
+    st.integers(-3, 3) | st.just("contracted"),
     st.none() | st.integers(1, 256),
     st.sampled_from([None, 2, 128]),
     st.sampled_from(["identity", "clip", "trust"]),
@@ -121,9 +121,15 @@ def test_any_quantizer_there_and_back(format, scale, axis, size, hadamard, gradi
 def test_defaults_but_the_axis_are_left_out():
     assert describe(cage.int4()) == {
         "class": "Quantizer",
+        "axis": "contracted",
         "format": {"class": "Integer", "bits": 4},
         "axis": "contracted",
     }
+
+
+def test_a_description_without_an_axis_is_of_an_older_file():
+    older = {"class": "Quantizer", "format": {"class": "Integer", "bits": 4}}
+    assert quantizer_of(older) == cage.int4(axis=-2)
 
 
 def test_every_class_is_known():

@@ -209,7 +209,7 @@ def test_codes_of_other_presets_that_fit(tmp_path):
     again = read(tmp_path / "model.gguf").params["layers"]
     for name, kind in {"query": "q4_0", "key": "q4_0", "value": "q8_0"}.items():
         found, expected = (tree[name]["kernel"] for tree in (again, codes["layers"]))
-        assert found.quantizer == getattr(cage, kind)()
+        assert found.quantizer == getattr(cage, kind)(axis=-2)
         np.testing.assert_array_equal(in_float32(found, -2), in_float32(expected, -2))
 
 
@@ -230,7 +230,7 @@ def test_layers_of_several_kinds_become_floats(tmp_path, rng):
         codes = with_leaf(codes, f"layers/{number}/up/kernel", up)
     gguf(codes, CONFIG, tmp_path / "model.gguf")
     found = read(tmp_path / "model.gguf").params["layers"]
-    assert found["up"]["kernel"].quantizer == cage.q4_0()
+    assert found["up"]["kernel"].quantizer == cage.q4_0(axis=-2)
     expected = [in_float32(codes["layers"][n]["down"]["kernel"], -2) for n in "01"]
     np.testing.assert_array_equal(found["down"]["kernel"], np.stack(expected))
 

@@ -202,7 +202,7 @@ def test_a_rotation_of_the_output_folds_into_the_values(block, kv_heads):
         {name: tree["layers"][name]["kernel"] for name in ("value", "output")}
         for tree in (codes, plain)
     )
-    assert after["output"].quantizer == cage.int4(group_size=32)
+    assert after["output"].quantizer == cage.int4(axis=-2, group_size=32)
     np.testing.assert_array_equal(after["output"].codes, before["output"].codes)
     np.testing.assert_array_equal(after["output"].scale, before["output"].scale)
     scale = np.float64(after["output"].scale).repeat(32, axis=1)

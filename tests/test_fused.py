@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 RULES = cage.Rules(
     [
-        ("layers/kernel", cage.quest(4)),
+        ("layers/kernel", cage.quest(4, axis=-2)),
         ("groups", cage.int4(group_size=32)),
         ("rows", cage.int8(axis=-1)),
         ("small", cage.int4()),

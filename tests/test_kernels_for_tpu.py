@@ -22,6 +22,7 @@ import cage_jax as cage
 import hlo, jax, kernels, low_bit
 
 QUEST, GROUPS = cage.quest(4), cage.int4(group_size=32, axis=-1)
+ZEROS = cage.int4(group_size=32, symmetric=False, axis=-2)
 cases = [
     kernels.Case(QUEST, "forward and backward"),
     kernels.Case(GROUPS, "step"),
@@ -32,10 +33,10 @@ for case in cases:
     assert found["kernels"] == case.kernels, case
     kernel.append([found["units"] / case.least, found["in place"] - case.in_place])
 for shape, quantizer, dtype in (
-    ((64, 1536, 576), cage.quest(4), "float32"),
+    ((64, 1536, 576), cage.quest(4, axis=-2), "float32"),
     ((64, 576, 576), cage.int4(axis=-1), "float32"),
     ((32, 960, 2560), GROUPS, "bfloat16"),
-    ((32, 960, 2560), cage.int4(group_size=32, symmetric=False), "float32"),
+    ((32, 960, 2560), ZEROS, "float32"),
 ):
     x = kernels.array(shape, dtype, "v5e")
     program = kernels.lowered(kernels.Case(quantizer, "step"), x, "pallas").compile()

@@ -91,7 +91,8 @@ def test_inputs_are_those_of_the_trained_model(name, rng):
     function, of_weight, of_input = PRODUCTS[name]
     params = {"w": rng.standard_normal(of_weight).astype(np.float32)}
     x = rng.standard_normal(of_input).astype(np.float32)
-    check_as_trained(function, params, x, cage.int4(axis=None))
+    # Whole numbers of int4 times int4 are often halfway between two of int4.
+    check_as_trained(function, params, x, cage.int8(axis=None))
     if name != "nothing summed":
         check_as_trained(function, params, x, cage.int2(axis=-1))
 
@@ -120,10 +121,10 @@ def test_convolutions_of_flax(groups, key, rng):
 
 
 def test_a_product_out_of_reach_is_an_error():
-    def conditional(params, x):
-        return lax.cond(x.sum() > 0, lambda: x @ params["w"], lambda: x)
+    def loop(params, x):
+        return lax.while_loop(lambda h: (h @ params["w"]).sum() < 9, lambda h: 2 * h, x)
 
     rules = cage.Rules([("w", cage.int4(), cage.int8(axis=-1))])
     codes = cage.quantize({"w": jnp.eye(4)}, rules)
-    with pytest.raises(ValueError, match=r"`w`: a product .* must not be inside cond"):
-        cage.low_bit(conditional, rules)(codes, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"`w`: its input .* is inside `while`"):
+        cage.low_bit(loop, rules)(codes, jnp.ones((2, 4)))

@@ -84,8 +84,8 @@ def test_the_gradient_of_a_mask(rng):
 ADAMW = AdamW(b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0, weight_decay=0.1)
 ROWS = cage.int4(group_size=32, axis=-1)
 STEPS = [
-    (cage.quest(4), (2, 384, 32), False, False, "float32"),
-    (cage.quest(4), (2, 384, 32), False, True, "float32"),
+    (cage.quest(4, axis=-2), (2, 384, 32), False, False, "float32"),
+    (cage.quest(4, axis=-2), (2, 384, 32), False, True, "float32"),
     (ROWS, (64, 128), False, True, "float32"),
     (ROWS, (64, 128), True, False, "float32"),
     (ROWS, (64, 128), True, True, "bfloat16"),

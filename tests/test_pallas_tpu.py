@@ -232,7 +232,7 @@ def test_what_no_kernel_is_for():
 
 def test_small_arrays_are_left_to_the_compiler(monkeypatch):
     monkeypatch.setattr(candidates, "SMALLEST", 2 * 256 * 128)
-    quantizer = cage.int4(group_size=32)
+    quantizer = cage.int4(axis=-2, group_size=32)
     small, large = (
         candidates.fake_quant_kernels(
             quantizer, jnp.ones(shape), None, None, masked=False

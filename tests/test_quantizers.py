@@ -280,7 +280,9 @@ def test_quest_has_the_published_error(rng):
 def test_groups_and_scales():
     table = [
         (int4(), (64, 32), {0: 64}, (1, 32)),
-        (int4(), (2, 64, 32), {1: 64}, (2, 1, 32)),
+        (int4(axis=-2), (2, 64, 32), {1: 64}, (2, 1, 32)),
+        (int4(axis=None), (2, 64, 32), {1: 64, 2: 32}, (2, 1, 1)),
+        (int4(axis=(0, 1, 2)), (2, 64, 32), {0: 2, 1: 64, 2: 32}, (1, 1, 1)),
         (int4(axis=-1), (64, 32), {1: 32}, (64, 1)),
         (int4(axis=None), (64, 32), {0: 64, 1: 32}, (1, 1)),
         (int4(axis=None), (), {}, ()),
@@ -329,7 +331,9 @@ def test_storage_is_what_the_arrays_take():
 
 def test_text():
     table = [
-        (int4(), "int4 absmax, axis -2, identity"),
+        (int4(), "int4 absmax, identity"),
+        (int4(axis=-2), "int4 absmax, axis -2, identity"),
+        (int4(group_size=32), "int4 absmax, group 32, identity"),
         (int3(axis=None), "int3 absmax, per tensor, identity"),
         (
             int4(axis=0, group_size=32, symmetric=False),
@@ -339,10 +343,10 @@ def test_text():
             int8(scale=AbsMax(0.5), axis=(0, 1)),
             "int8 absmax clip 0.5, axis (0, 1), clip",
         ),
-        (int2(scale=Fixed(0.25)), "int2 fixed 0.25, axis -2, clip"),
+        (int2(scale=Fixed(0.25)), "int2 fixed 0.25, clip"),
         (
             quest(2, gradient="trust"),
-            "midrise2 gaussian, axis -2, hadamard 128, trust",
+            "midrise2 gaussian, hadamard 128, trust",
         ),
     ]
     for quantizer, text in table:
@@ -364,14 +368,14 @@ def test_is_a_value():
 def test_presets():
     for preset, bits in ((int2, 2), (int3, 3), (int4, 4), (int8, 8)):
         narrow, full = Integer(bits), Integer(bits, narrow=False)
-        assert preset() == Quantizer(narrow, AbsMax(), axis=-2)
+        assert preset() == Quantizer(narrow, AbsMax(), axis="contracted")
         assert preset(symmetric=False) == Quantizer(full, MinMax())
         clipped = Quantizer(full, AbsMax(), gradient="clip")
         assert preset(narrow=False) == clipped
         assert preset(scale=Gaussian()).gradient == "clip"
         assert preset(scale=Gaussian(), gradient="identity").gradient == "identity"
         assert preset.__name__ == f"int{bits}"
-    expected = Quantizer(MidRise(4), Gaussian(), axis=-2, hadamard=128, gradient="clip")
+    expected = Quantizer(MidRise(4), Gaussian(), hadamard=128, gradient="clip")
     assert quest(4) == expected
     assert not quest(4).idempotent
 
@@ -493,17 +497,34 @@ def test_shapes_that_do_not_fit():
             int4(group_size=48),
             (128, 64),
             "`group_size` must divide axis -2 of `x`; got group_size=48, x.shape=(128, "
-            "64). Use a divisor of 128, or None for one scale per channel; where "
+            "64). Use 32, or None for one scale per channel; where "
             "another axis is summed over, name that one, such as axis=(0, 1, 2) for a "
             "convolution.",
         ),
         (
             int4(),
             (64,),
-            "`axis` must be within the dimensions of the array; got axis=-2 (the "
-            "default of most presets) and shape (64,). Scales are shared along it: use "
-            "an axis from -1 to 0, or axis=None for one scale per tensor. To leave "
-            "parameters alone, put a line such as (r'.*bias', None) before this rule.",
+            "`axis` must be within the dimensions of the array; got axis='contracted' "
+            "(the default of most presets) and shape (64,). Leave the parameter alone "
+            "by a line such as (r'.*bias', None) before this rule, or use axis=-1 or "
+            "axis=None for one scale.",
+        ),
+        (
+            int4(axis=-2),
+            (64,),
+            "`axis` must be within the dimensions of the array; got axis=-2 and shape "
+            "(64,). Scales are shared along it: use an axis from -1 to 0, or axis=None "
+            "for one scale per tensor. To leave parameters alone, put a line such as "
+            "(r'.*bias', None) before this rule.",
+        ),
+        (
+            int4(),
+            (2, 64, 32),
+            "`axis` must be known for an array of more than two dimensions; got axis="
+            "'contracted' (the default of most presets), shape (2, 64, 32). Find the "
+            "axes that its product sums over with rules = cage.resolve(rules, function,"
+            " params, x), or name them, such as axis=-2 for a stack of (in, out) "
+            "matrices and axis=(0, 1, 2) for a convolution.",
         ),
         (
             int4(axis=(0, -2)),
@@ -538,6 +559,6 @@ def test_blocks_are_made_once_for_a_quantizer_and_a_shape():
     assert quest(4, hadamard=32).blocks((64, 32)).pieces == ((0, 64),)
     rotated = int4(hadamard=32, group_size=16).blocks((64, 32))
     assert rotated.pieces == ((0, 32),)  # a rotation mixes two groups
-    tensor = nvfp4().blocks((2, 64, 32))
+    tensor = nvfp4(axis=-2).blocks((2, 64, 32))
     assert tensor.pieces == ((1, 64), (2, 32))
     assert tensor.tensor_shape == (2, 1, 1)

@@ -73,7 +73,8 @@ def test_rows(params):
     for row in report.rows:
         x = PARAMS[row.path]
         assert (row.shape, row.dtype, row.size) == (x.shape, x.dtype, x.size)
-        assert row.quantizer == (RULES.match(row.path) if row.path in BITS else None)
+        quantizer = RULES.match(row.path) if row.path in BITS else None
+        assert row.quantizer == (quantizer and quantizer.at(x.shape))
         assert row.quantized_bits == BITS.get(row.path)
         assert row.reason == REASONS.get(row.path)
         assert row.bytes_before == BEFORE[row.path]
@@ -137,8 +138,8 @@ def test_scales_that_cost_too_much():
     axes += "and axis=(0, 1, 2) for the kernel of a convolution."
     leave = "Leave it alone by a rule with None, or use axis=None for one scale."
     table = [  # by hand: a float32 scale for each 16, 1, 8 and 2 weights
-        (int4(), shape(3, 3, 16, 32), (2, 4, (3, 3, 1, 32), 18432, 3456, axes)),
-        (int4(), shape(3, 3, 1, 64), (32, 4, (3, 3, 1, 64), 2304, 2592, leave)),
+        (int4(axis=-2), shape(3, 3, 16, 32), (2, 4, (3, 3, 1, 32), 18432, 3456, axes)),
+        (int4(axis=-2), shape(3, 3, 1, 64), (32, 4, (3, 3, 1, 64), 2304, 2592, leave)),
         (int4(), shape(8, 4096), (4, 4, (1, 4096), 131072, 32768, leave)),
         (
             int4(group_size=2),
@@ -198,7 +199,7 @@ def sharded(shape, *axes):
 
 
 def test_what_shards_cut():
-    rules = Rules([("rotated.*", quest(4)), ("groups", int4(group_size=32))])
+    rules = Rules([("rotated.*", quest(4, axis=-2)), ("groups", int4(group_size=32))])
     params = {
         "rotated": [
             sharded((256, 8), ("data", "model")),

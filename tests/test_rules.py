@@ -143,8 +143,7 @@ def test_is_a_value():
     assert copy.deepcopy(rules) == copy.copy(rules) == rules
     assert pickle.loads(pickle.dumps(rules)) == rules
     assert repr(rules) == (
-        "Rules([('.*kernel', int4 absmax, group 32 of axis -2, identity), "
-        "('.*', None)])"
+        "Rules([('.*kernel', int4 absmax, group 32, identity), ('.*', None)])"
     )
 
 
@@ -270,9 +269,9 @@ def test_the_name_of_a_preset_stands_for_it():
     rules = cage.Rules([("up", "int4"), ("down", "nf4", "int8"), ("head", None, "lsq")])
     up, down, head = rules
     assert (up.weights, up.inputs) == (cage.int4(), None)
-    assert (down.weights, down.inputs) == (cage.nf4(), cage.int8(axis=-1))
+    assert (down.weights, down.inputs) == (cage.nf4(), cage.int8())
     assert (head.weights, head.inputs) == (None, cage.lsq())
-    same = [("up", cage.int4()), ("down", cage.nf4(), cage.int8(axis=-1))]
+    same = [("up", cage.int4()), ("down", cage.nf4(), cage.int8())]
     assert rules == cage.Rules([*same, ("head", None, cage.lsq())])
 
 
@@ -286,7 +285,7 @@ def test_every_preset_that_needs_no_setting_has_a_name():
         rule = cage.Rules([("x", name, name)]).rule_of("x")
         assert rule.weights == getattr(cage, name)()
         # A scale for each token, or one for all.
-        assert rule.inputs.axis in (-1, None)
+        assert rule.inputs.axis in ("contracted", None)
 
 
 def test_an_unknown_name_of_a_preset():
@@ -357,7 +356,7 @@ def test_a_group_that_does_not_divide_names_the_parameter():
     rules = Rules([(".*mlp", int4(group_size=48)), (".*", None)])
     message = (
         r"^`blocks/0/mlp`: `group_size` must divide axis -2 of `x`; got group_size=48, "
-        r"x\.shape=\(32, 16\)\. Use a divisor of 32, or None"
+        r"x\.shape=\(32, 16\)\. Use 32, or None"
     )
     with pytest.raises(ValueError, match=message):
         rules.report(PARAMS)

@@ -9,7 +9,7 @@ import pytest
 from cases import assert_raises, random_codes
 from flax import linen as nn
 from flax import nnx
-from oracles import hadamard, levels_of, spread
+from oracles import hadamard, levels_of, rotated_axis, spread
 
 import cage_jax as cage
 from cage_jax import formats
@@ -87,7 +87,7 @@ def weights_of(quantized):
     size = abs(step) * (abs(level) + abs(zero)) + abs(offset)
     if quantizer.hadamard is None:
         return in_basis, size
-    axis = quantizer.axis
+    axis = rotated_axis(quantizer, len(shape))
     turn = rotation(quantizer, shape[axis])
 
     def rotated(turn, x):
@@ -185,23 +185,34 @@ AXES = {
         (3, 8, 32),
         "thd,hdo->to",
     ),
-    "experts": ((4, 64, 24), cage.q4_1(), (4, 3, 64), "eti,eio->eto"),
-    "experts of nvfp4": ((4, 64, 24), cage.nvfp4(), (4, 3, 64), "eti,eio->eto"),
+    "experts": ((4, 64, 24), cage.q4_1(axis=-2), (4, 3, 64), "eti,eio->eto"),
+    "experts of nvfp4": (
+        (4, 64, 24),
+        cage.nvfp4(axis=-2),
+        (4, 3, 64),
+        "eti,eio->eto",
+    ),
     "pairs of experts": (
         (4, 64, 24),
         cage.int4(axis=(0, 1), group_size=(2, 16)),
         (4, 3, 64),
         "eti,eio->eto",
     ),
-    "one scale for all experts": (
+    "one scale for each expert": (
         (4, 64, 24),
         cage.int4(axis=None),
         (4, 3, 64),
         "eti,eio->eto",
     ),
+    "one scale for all experts": (
+        (4, 64, 24),
+        cage.int4(axis=(0, 1, 2)),
+        (4, 3, 64),
+        "eti,eio->eto",
+    ),
     "rotated heads": (
         (4, 32, 24),
-        cage.quest(4, hadamard=32),
+        cage.quest(4, axis=-2, hadamard=32),
         (3, 4, 32),
         "thd,hdo->to",
     ),
@@ -241,7 +252,7 @@ def test_any_axes(rng):
 
 
 def test_a_stack_by_vmap(rng):
-    codes = random_codes(rng, cage.int4(group_size=32), (3, 64, 8))
+    codes = random_codes(rng, cage.int4(axis=-2, group_size=32), (3, 64, 8))
     x = normal(rng, 3, 5, 64)
     found = jax.jit(jax.vmap(cage.low_bit_dot))(x, codes)
     check(found, x, codes, einsum="sti,sio->sto")

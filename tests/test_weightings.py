@@ -179,7 +179,7 @@ def test_beyond_the_grid_the_last_step_goes_on():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_dose_stays_the_same(name, rng):
-    rules = cage.Rules([(".*", cage.int4(group_size=8))])
+    rules = cage.Rules([(".*", cage.int4(axis=-2, group_size=8))])
     shapes = {"v": (16, 4), "w": (2, 8, 3)}
     source = SOURCES[name]()
     state = source.init({k: (cage.int4(), jnp.zeros(s)) for k, s in shapes.items()})

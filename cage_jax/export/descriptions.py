@@ -109,6 +109,9 @@ def quantizer_of(description: Any) -> Quantizer:
       >>> quantizer_of(describe(cage.nvfp4())) == cage.nvfp4()
       True
     """
+    if isinstance(description, dict):
+        # A file without an axis is from when -2 was the default.
+        description = {"axis": -2, **description}
     try:
         return _built(description, Quantizer)
     except RecursionError as error:

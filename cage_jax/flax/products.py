@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from cage_jax.core.inputs import quantize_input
+from cage_jax.program.products import Product, sums_of_convolution
 from cage_jax.quantizers.quantizer import Quantizer
 
 
@@ -64,7 +65,8 @@ class conv_general_dilated(_QuantizedProduct):  # noqa: N801, the name of Flax's
     """A `jax.lax.conv_general_dilated` that quantizes its first argument.
 
     Pass it as `conv_general_dilated` to `nn.Conv` and `nnx.Conv`. The features are the
-    channels, so `axis=-1` gives one scale per pixel.
+    channels, so `axis=-1` gives one scale per pixel; without an axis there is one for
+    each example, or per pixel if the kernel has one place.
 
     Args:
       inputs: the quantizer, along axis -1, 0 or None.
@@ -89,5 +91,8 @@ class conv_general_dilated(_QuantizedProduct):  # noqa: N801, the name of Flax's
         numbers = lax.conv_dimension_numbers(
             lhs.shape, rhs.shape, bound.arguments.get("dimension_numbers")
         )
-        lhs = quantize_input(lhs, (numbers.lhs_spec[1],), self.inputs, None)
+        features = (numbers.lhs_spec[1],)
+        _, summed = sums_of_convolution(numbers, rhs.shape)
+        product = Product((), "", features=features, summed=summed)
+        lhs = quantize_input(lhs, product.axes_for(self.inputs), self.inputs, None)
         return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)

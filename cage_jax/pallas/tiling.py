@@ -190,6 +190,7 @@ def _merged(quantizer, shape):
     The elements of a group must be neighbours: it is whole along all axes behind the
     one that it cuts, and has length 1 along those before.
     """
+    quantizer = quantizer.at(shape)
     if not isinstance(quantizer.axis, tuple):
         return shape, quantizer
     groups = quantizer.blocks(shape).by_axis

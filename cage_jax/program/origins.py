@@ -150,6 +150,10 @@ def _moved(eqn, place, axes, out):
         )
     if name == "squeeze":
         return _without(axes, params["dimensions"])
+    if name == "stack":
+        return (*axes[: params["axis"]], _NONE, *axes[params["axis"] :])
+    if name == "unstack":
+        return _without(axes, [params["axis"]])
     if name == "gather":
         return _gathered(axes, eqn, out)
     if name.startswith(("reduce_", "arg")) and "axes" in params:

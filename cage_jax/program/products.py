@@ -217,7 +217,8 @@ class _Follower:
             return [origins[0]], [], {}
         if name == "optimization_barrier":
             return origins, [], {}
-        if name == "dot_general" and all(origin.paths for origin in origins):
+        weights = any(each.paths for each in origins)
+        if name == "dot_general" and weights and not any(o.is_data for o in origins):
             return [_product_of_weights(eqn, origins)], [], {}
         inner = _INNER.get(name, _Follower._after_call)(self, eqn, origins)
         if inner is not None:
@@ -353,11 +354,8 @@ def _product(eqn, origins) -> tuple[Product, int] | None:
     features = summed = tuple(sorted(features))
     window: tuple[int, ...] = ()
     if eqn.primitive.name == "conv_general_dilated":
-        _, _, *places = eqn.params["dimension_numbers"].rhs_spec
-        window = tuple(eqn.invars[1].aval.shape[axis] for axis in places)
-        if math.prod(window) > 1:
-            examples = eqn.params["dimension_numbers"][1 - side][0]
-            summed = tuple(a for a in range(len(places) + 2) if a != examples)
+        numbers, shape = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+        window, summed = sums_of_convolution(numbers, shape, 1 - side)
     product = Product(
         paths=weight.paths,
         operation=eqn.primitive.name,
@@ -369,6 +367,23 @@ def _product(eqn, origins) -> tuple[Product, int] | None:
         kept=frozenset().union(*(weight.axes[axis] for axis in kept)),
     )
     return product, 1 - side
+
+
+def sums_of_convolution(
+    numbers: Any, kernel: tuple[int, ...], side: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the window of a convolution, and the axes that its sums range over.
+
+    Args:
+      numbers: its `jax.lax.ConvDimensionNumbers`.
+      kernel: the shape of its second argument.
+      side: the number of the argument whose axes are returned.
+    """
+    window = tuple(kernel[axis] for axis in numbers.rhs_spec[2:])
+    examples, features, *_ = numbers[side]
+    if math.prod(window) == 1:
+        return window, (features,)
+    return window, tuple(a for a in range(len(kernel)) if a != examples)
 
 
 def _weight_side(origins):
@@ -385,10 +400,13 @@ def _weight_side(origins):
 
 
 def _product_of_weights(eqn, origins):
-    """Returns the origin of a product of parameters with each other, as in LoRA."""
+    """Returns the origin of a product of parameters, as in LoRA, or with constants."""
     numbers = eqn.params["dimension_numbers"]
-    kept = [
-        _sides_of_dot(numbers, side, eqn.invars[side].aval.ndim)[2] for side in (0, 1)
+    ndims = [atom.aval.ndim for atom in eqn.invars]
+    kept = [_sides_of_dot(numbers, side, ndims[side])[2] for side in (0, 1)]
+    origins = [
+        origin if origin.paths else origin._replace(axes=(frozenset(),) * ndim)
+        for origin, ndim in zip(origins, ndims)
     ]
     return dot_axes(origins, numbers, kept)
 
@@ -422,6 +440,7 @@ _SIDES = {
     "ragged_dot_general": _sides_of_ragged_dot,
     "conv_general_dilated": _sides_of_convolution,
 }
+PRODUCTS = (*_SIDES,)
 
 
 # --- running with other inputs --------------------------------------------------------

@@ -8,7 +8,7 @@ from cage_jax.arrays.checks import warn
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.rules import Rules
 from cage_jax.core.unused import unused_text
-from cage_jax.program.products import Followed, Product, follow, map_inputs
+from cage_jax.program.products import PRODUCTS, Followed, Product, follow, map_inputs
 from cage_jax.program.tracing import trace
 from cage_jax.quantizers.grid import Grid
 
@@ -148,6 +148,11 @@ def _why_lost(loss):
     if loss.rows:
         return (
             f"it is only looked up (`{loss.operation}`), so it has no input. {remedy}"
+        )
+    if loss.operation in PRODUCTS:
+        return (
+            f"both factors of `{loss.operation}` depend on the same data, so it is not "
+            f"known which one is the weight. {remedy}"
         )
     return (
         f"`{loss.operation}` joins it with data, and no matrix product or convolution "
