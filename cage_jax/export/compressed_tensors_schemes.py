@@ -122,17 +122,18 @@ class Scheme(NamedTuple):
         return -(-length * self.bits // 32)
 
     def quantizer(self, scale_dtype: str) -> Quantizer:
-        """Returns the preset with the codes and scales of the scheme."""
+        """Returns the preset with the codes and scales of the scheme, for (in, out)."""
         if self == MXFP4:
-            return mxfp4()
+            return mxfp4(axis=-2)
         if self == NVFP4:
-            return nvfp4()
+            return nvfp4(axis=-2)
         if self == FP8:
             full = scale_dtype == "float32"
             scale_type = Full() if full else Narrow(scale_dtype)  # type: ignore
-            return dataclasses.replace(fp8(), scale_type=scale_type)
+            return dataclasses.replace(fp8(axis=-2), scale_type=scale_type)
         return dataclasses.replace(
             ct_w4a16(
+                axis=-2,
                 group_size=self.group_size,
                 symmetric=self.symmetric,
                 scale_dtype=scale_dtype,
