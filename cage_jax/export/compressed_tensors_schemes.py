@@ -122,7 +122,7 @@ class Scheme(NamedTuple):
         return -(-length * self.bits // 32)
 
     def quantizer(self, scale_dtype: str) -> Quantizer:
-        """Returns the preset with the codes and scales of the scheme."""
+        """Returns the preset with the codes and scales of the scheme, for (in, out)."""
         if self == MXFP4:
             return mxfp4(axis=-2)
         if self == NVFP4:

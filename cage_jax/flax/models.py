@@ -337,15 +337,12 @@ def _why_inputs_unquantized(theirs, rules):
     def inputs(rules):
         return [(rule.pattern, rule.inputs) for rule in rules if rule.inputs]
 
-    if not inputs(rules):
-        return None
-    if not theirs:
-        return (
-            "`rules` quantize inputs, but `model` does not. Use the new model that "
-            "cage_jax.flax.quantize_activations(model, rules) returns, or "
-            "cage_jax.flax.fake_quant(model, rules) in the loss."
-        )
-    if all(inputs(each) != inputs(rules) for each in theirs):
+    # `fake_quant` quantizes the inputs of a model without rules of its own.
+    if (
+        theirs
+        and inputs(rules)
+        and all(inputs(each) != inputs(rules) for each in theirs)
+    ):
         return (
             "`rules` do not quantize the same inputs as the rules that `model` was "
             "quantized with; it keeps those. Quantize the original model with `rules`."

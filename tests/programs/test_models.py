@@ -12,7 +12,7 @@ import pytest
 
 import cage_jax as cage
 from cage_jax import Rules, fake_quant, int4, int8
-from cage_jax.flax import quantize_activations, report
+from cage_jax.flax import quantize_activations, report, resolve
 
 STEPS = 20
 SILENCE = 0.5
@@ -94,20 +94,28 @@ def test_the_llama_of_tunix(tied):
     )
     plain = nnx.eval_shape(lambda: llama.Llama3(config, rngs=nnx.Rngs(0)))
     nnx.update(plain, drawn(np.random.default_rng(0), nnx.state(plain)))
-    inputs = int8(axis=-1)
+    inputs = int8()
     rules = Rules(
         [
-            (r".*attn/o_proj/w", int4(axis=(0, 1)), inputs),
-            (r".*attn/._proj/w", int4(axis=0), inputs),
+            (r".*attn/._proj/w", int4(), inputs),
             (r".*mlp/.*kernel", int4(group_size=32), inputs),
-            (r"lm_head/w", int8(axis=0), inputs),
-            (r"embedder/input_embedding", int8(axis=1), inputs if tied else None),
+            (r"lm_head/w", int8(), inputs),
+            (r"embedder/input_embedding", int8(), inputs if tied else None),
         ]
     )
-    model = quantize_activations(plain, rules)
     tokens = windows(4, 32, 0)[:, :-1]
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     mask = jnp.tril(jnp.ones((32, 32), bool))[None]
+    rules = resolve(rules, plain, tokens, positions, None, mask)
+    axes = {path.split("/", 2)[-1]: q.axis for path, q in rules.resolved.items()}
+    assert axes == {
+        **dict.fromkeys(PROJECTIONS, -3),  # (in, heads, size)
+        **dict.fromkeys((name for name in PROJECTIONS if "kernel" in name), -2),
+        "attn/o_proj/w": (-3, -2),  # (heads, size, out)
+        "embedder/input_embedding": -1,
+        **({} if tied else {"lm_head/w": -2}),
+    }
+    model = quantize_activations(plain, rules)
 
     found = {
         layer.weight.path: layer
@@ -166,15 +174,16 @@ def test_the_resnet_of_flaxmodels(monkeypatch):
     x = jnp.asarray(images[:32])
     like = jax.eval_shape(plain.init, jax.random.key(0), x)
     variables = drawn(np.random.default_rng(0), like)
-    kernels = int4(axis=(0, 1, 2))
-    inputs = int8(axis=None)
     rules = Rules(
         [
-            (r"Conv_0/kernel", int8(axis=(0, 1, 2)), inputs),
-            (r".*Conv_.*kernel", kernels, inputs),
-            (r"Dense_0/kernel", int8(), int8(axis=-1)),
+            (r"Conv_0/kernel", int8(), int8()),
+            (r".*Conv_.*kernel", int4(), int8()),
+            (r"Dense_0/kernel", int8(), int8()),
         ]
     )
+    rules = resolve(rules, plain, x, variables=like, train=False)
+    for path, quantizer in rules.resolved.items():
+        assert quantizer.axis == ((-4, -3, -2) if "Conv" in path else -2), path
     model = quantize_activations(plain, rules)
 
     found = {
