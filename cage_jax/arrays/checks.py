@@ -1,5 +1,6 @@
 """Checks of arguments, with one wording for all errors."""
 
+import dataclasses
 import math
 import sys
 import warnings
@@ -28,6 +29,23 @@ def _package(frame):
 def is_int(value: Any) -> bool:
     """Tells whether a value is an int, of Python or NumPy, and not a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """Returns Python's number for one of NumPy, also in a tuple.
+
+    NumPy's numbers look otherwise in a repr, and JSON does not take them.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(plain, value)) if type(value) is tuple else value
+
+
+def make_plain(description: Any) -> None:
+    """Makes the numbers in the fields of a frozen dataclass those of Python."""
+    for field in dataclasses.fields(description):
+        value = getattr(description, field.name)
+        object.__setattr__(description, field.name, plain(value))
 
 
 def check_int(
