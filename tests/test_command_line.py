@@ -24,7 +24,7 @@ import cage_jax as cage
 from cage_jax.cli.main import main
 from cage_jax.export import target
 from cage_jax.export.checking import differences
-from cage_jax.export.files import new_folder
+from cage_jax.export.writing import new_folder
 from cage_jax.llama.tensors import by_path
 from cage_jax.quantizers.registry import PRESETS
 
@@ -284,7 +284,7 @@ ERRORS = [
     ),
     (
         ["export", "{codes}", "{strange}", "--overwrite"],
-        "`OUT` must hold only an export to be overwritten; got {strange}: thesis.tex.",
+        "`OUT` must hold only an export to be overwritten; got {strange}: thesis.tex, ",
     ),
     (
         ["export", "{codes}", "{strange}", "--overwrite", "--format", "gguf"],

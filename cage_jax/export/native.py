@@ -8,11 +8,11 @@ from cage_jax.export.files import (
     Path,
     as_path,
     malformed,
-    new_folder,
     read_json,
     write_json,
 )
 from cage_jax.export.target import Target
+from cage_jax.export.writing import new_folder
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path
@@ -26,10 +26,12 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
     Args:
       model: a model with parameters of any quantizer.
       path: path of the folder.
-      overwrite: whether to replace an existing folder.
+      overwrite: whether to replace a folder that an export wrote, with nothing else
+        in it.
 
     Raises:
-      FileExistsError: if the path exists, unless `overwrite`.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
+        holds anything that no export wrote.
       TypeError: if a parameter is neither floats nor codes.
       ValueError: if the model has no dimensions.
     """
@@ -77,5 +79,4 @@ TARGET = Target(
     holds="every quantizer, a Llama",
     recognises=is_folder,
     read=read,
-    files=(CODES, CONFIG, *tokenizer_files.NAMES),
 )
