@@ -156,7 +156,10 @@ def test_every_command_refuses_what_is_not_finite(tmp_path, folder, capsys):
     kernel[0, 3] = np.nan
     params = with_leaf(PARAMS, "layers/up/kernel", kernel)
     model, out = tmp_path / "nan", tmp_path / "out"
-    save(Model(params, CONFIG, {}), model)
+    with pytest.MonkeyPatch.context() as patch:  # as another program may write it
+        for module in ("native", "trees"):
+            patch.setattr(f"cage_jax.export.{module}.check_finite", lambda *_: None)
+        save(Model(params, CONFIG, {}), model)
     places = kernel.shape[-1]
     message = f"the values must be finite; got NaN or infinity in {places} places"
     for arguments in (

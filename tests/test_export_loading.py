@@ -288,7 +288,10 @@ def test_what_is_wrong_with_a_parameter(rng):
             made(cage.q4_1(), offset=lambda codes: endless(codes.offset)),
             "the offsets must be finite; got NaN or infinity in 2 places",
         ),
-        (fp8, "codes must be numbers; got NaN"),
+        (
+            fp8,
+            f"the codes must be finite; got NaN or infinity in {fp8.codes.size} places",
+        ),
         (low, "codes must be from -7 to 7; got -8 to -8"),
     ]:
         assert problems("a", leaf) == ([f"`a`: {text}"] if text else [])

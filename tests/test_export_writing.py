@@ -4,10 +4,9 @@ import json
 import os
 import stat
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from all_writers import RULES, WRITERS
 from small_llama import CONFIG, params_of
 
 import cage_jax as cage
@@ -288,55 +287,19 @@ def test_the_old_or_the_new_is_there_after_ctrl_c(tmp_path, monkeypatch, moment)
 
 # --- every writer ---------------------------------------------------------------------
 
-RULES = cage.Rules([(r"layers/.*/kernel", cage.q4_0()), (r".*", None)])
-
-
-def writers():
-    """Calls of all writers with a path, and whether it is a folder's."""
-    codes = cage.quantize(params_of(), RULES)
-    model = Model(codes, CONFIG, {})
-    tree = {"kernel": jnp.ones((32, 2))}
-    x = [jax.ShapeDtypeStruct((1, 32), jnp.float32)]
-
-    def program(path, **options):
-        pytest.importorskip("flatbuffers")
-        cage.export.stablehlo(
-            lambda p, x: x @ p["kernel"], tree, path, arguments=x, **options
-        )
-
-    def gguf(path, **options):
-        pytest.importorskip("gguf")
-        cage.export.gguf(codes, CONFIG, path.with_suffix(".gguf"), **options)
-
-    def orbax(path, **options):
-        pytest.importorskip("orbax.checkpoint")
-        cage.export.save_orbax(tree, path, **options)
-
-    return {
-        "native": lambda path, **options: native.save(model, path, **options),
-        "compressed_tensors": lambda path, **options: cage.export.compressed_tensors(
-            codes, CONFIG, path, **options
-        ),
-        "stablehlo": program,
-        "orbax": orbax,
-        "gguf": gguf,
-        "save": lambda path, **options: cage.export.save(
-            tree, path.with_suffix(".safetensors"), **options
-        ),
-    }
-
 
 def names_in(folder):
     """Below a folder and its folders: Orbax draws the names that are deeper."""
     return {"/".join(name.split("/")[:2]) for name in contents(folder)}
 
 
-NAMES = ("native", "compressed_tensors", "stablehlo", "orbax", "gguf", "save")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_replaces_its_own_and_nothing_else(tmp_path, writer):
+    codes, path = cage.quantize(params_of(), RULES), tmp_path / "a"
 
+    def call(path, **options):
+        WRITERS[writer](codes, path, **options)
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_writer_replaces_its_own_and_nothing_else(tmp_path, name):
-    call, path = writers()[name], tmp_path / "a"
     call(path)
     (written,) = tmp_path.iterdir()
     before = names_in(tmp_path)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from cage_jax.core.finite import check_finite
 from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import (
     MalformedFileError,
@@ -33,14 +34,14 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
         holds anything that no export wrote.
       TypeError: if a parameter is neither floats nor codes.
-      ValueError: if the model has no dimensions.
+      ValueError: if the model has no dimensions, or a parameter NaN or infinities.
     """
     if model.config is None:
         raise ValueError(
             "`model` must have a `config`; got None. Use cage_jax.export.save for a "
             "tree of any model."
         )
-    by_path(model.params)
+    check_finite(by_path(model.params), "model")
     with new_folder(path, overwrite=overwrite) as folder:
         trees.save(model.params, folder / CODES)
         write_json(folder / CONFIG, model.config.to_huggingface())

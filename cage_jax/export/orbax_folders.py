@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.files import Path, as_path, check_installed, malformed
 from cage_jax.export.target import Target
@@ -45,7 +46,8 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
       TypeError: if a leaf is not such an array.
-      ValueError: if the tree has no arrays, or an array of size 0.
+      ValueError: if the tree has no arrays, or an array of size 0 or with NaN or
+        infinities.
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
         holds anything that no export wrote.
     """
@@ -53,6 +55,7 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
     import orbax.checkpoint as ocp
 
     entries, leaves = entries_of(codes)
+    check_finite(leaves)
     if not leaves:
         raise ValueError(
             "`codes` must contain an array; got none. Pass the trained parameters."

@@ -28,6 +28,7 @@ from jax import lax
 from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.packing import unpack_bits
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
     Path,
@@ -92,7 +93,7 @@ def stablehlo(
         program, and to read it.
       TypeError: if a leaf or an argument is not an array.
       ValueError: if `weights` has another value, if constants need almost 2 GiB or
-        more, or if two arrays have one path.
+        more, if two arrays have one path, or if one has NaN or infinities.
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
         holds anything that no export wrote.
 
@@ -138,6 +139,7 @@ def stablehlo(
             )
     entries, _ = entries_of(codes)  # which checks the leaves
     paths, leaves, structure = flatten_with_paths(codes, QuantizedArray)
+    check_finite(dict(zip(paths, leaves)))
     words = _packed(paths, leaves)
     is_constant = weights == "constants"
     size = sum(array.nbytes for array in words.values())

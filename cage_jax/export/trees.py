@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import orbax_folders
 from cage_jax.export.files import MalformedFileError, Path, as_path, malformed
@@ -44,8 +45,8 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
       TypeError: if a leaf is not such an array.
-      ValueError: if `path` has another ending, or if parts of an array are not on this
-        machine.
+      ValueError: if `path` has another ending, if an array has NaN or infinities, or
+        if parts of one are not on this machine.
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if
         this function did not write it.
 
@@ -69,6 +70,7 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
             f"`path` must end in .safetensors; got {path}. Use save_orbax for a folder."
         )
     entries, leaves = entries_of(codes)
+    check_finite(leaves)
     arrays = {}
     for name, leaf in leaves.items():
         parts = jax.tree.leaves(leaf)
