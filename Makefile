@@ -20,7 +20,7 @@ stamp = $(VENV)/.installed-$(subst $(comma),-,$(1))
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help demo docs notebooks notebooks-fresh test test-all fuzz coverage mutants \
-  test-cuda-aot lint format wheel bench clean
+  test-cuda-aot test-transformers lint format wheel bench clean
 help:
 	@echo "make demo      train small models with CAGE and see what it buys (6 minutes)"
 	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
@@ -32,6 +32,8 @@ help:
 	@echo "make coverage  run the tests and count the lines they run, at least 95 %"
 	@echo "make mutants   put small faults into the library and see the tests find them (an hour)"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
+	@echo "make test-transformers  quantize the Flax models of transformers, in an environment"
+	@echo "               of its own (900 MB)"
 	@echo "make lint      check format, style and types"
 	@echo "make wheel     build a wheel and an sdist in dist/, and try the wheel elsewhere"
 	@echo "make bench     measure the figures of benchmarks/README.md (over an hour)"
@@ -59,7 +61,7 @@ docs: $(call stamp,test$(comma)docs)
 	@echo "[docs] open docs/_build/html/index.html"
 
 test: $(call stamp,$(EXTRAS))
-	@echo "[test] running the library's own tests; six minutes on two cores, three the next time"
+	@echo "[test] running tests; the library's own take six minutes on two cores, three the next time"
 	@$(PYTEST) $(TESTS)
 
 test-all: test
@@ -101,6 +103,11 @@ mutants: $(call stamp,$(EXTRAS))
 test-cuda-aot: $(call stamp,test$(comma)cuda)
 	@echo "[test] compiling for an H200; half a minute"
 	@$(BIN)/python -m pytest tests/programs/test_kernels_for_cuda.py
+
+# Its version is of before the one that the readers need.
+test-transformers:
+	@$(MAKE) VENV=.venv-transformers test EXTRAS=transformers \
+	  TESTS=tests/programs/test_transformers_flax.py
 
 lint: $(call stamp,test$(comma)lint)
 	@$(BIN)/ruff format --check .

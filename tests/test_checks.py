@@ -1,5 +1,6 @@
 """Tests of the checks of arguments."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -43,6 +44,33 @@ def test_the_ends_of_a_range():
     check_number("x", np.float16(1), "Use 1.0.", least=0, most=1)
     with pytest.raises(ValueError, match="`x` must be finite; got nan"):
         check_number("x", math.nan, "Use 1.0.")
+
+
+def test_numbers_of_numpy_are_stored_as_those_of_python():
+    """Or the same quantizer would be printed in two ways, and JSON would refuse one."""
+    scales = cage.scales
+    for given, expected in (
+        (cage.int4(group_size=np.int64(32)), cage.int4(group_size=32)),
+        (
+            cage.int4(axis=(np.int8(0), np.int64(1)), group_size=(None, np.int64(32))),
+            cage.int4(axis=(0, 1), group_size=(None, 32)),
+        ),
+        (cage.quest(np.int64(4), hadamard=np.uint8(32)), cage.quest(4, hadamard=32)),
+        (cage.formats.Integer(np.int64(4), np.True_), cage.formats.Integer(4)),
+        (
+            cage.formats.Codebook(tuple(np.float64([-1, 0.5]))),
+            cage.formats.Codebook((-1.0, 0.5)),
+        ),
+        (scales.AbsMax(np.float32(0.9)), scales.AbsMax(float(np.float32(0.9)))),
+        (scales.Searched(np.int64(9)), scales.Searched(9)),
+        (scales.Fixed(np.float64(0.5)), scales.Fixed(0.5)),
+        (scales.Percentile(np.float64(99)), scales.Percentile(99.0)),
+        (scales.Calibrated(decay=np.float64(0.5)), scales.Calibrated(decay=0.5)),
+    ):
+        assert given == expected
+        assert hash(given) == hash(expected)
+        fields = [dataclasses.asdict(each) for each in (given, expected)]
+        assert repr(fields[0]) == repr(fields[1])
 
 
 def test_a_warning_is_of_the_line_that_called_the_library():

@@ -310,7 +310,7 @@ def test_sizes(tmp_path):
         assert program < 20_000
         assert stored <= sizes["arguments", "weights.safetensors"] < stored + 1000
         assert stored <= sizes["constants", "program.bin"] < stored + program + 1000
-        assert len(sizes) == 5
+        assert len(sizes) == 7
 
 
 def test_codes_stay_codes_where_they_are_constants(tmp_path):

@@ -16,7 +16,14 @@ from cases import assert_raises
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cage_jax import dose, ramp_to_dose, silence_then_constant, silence_then_ramp
+import cage_jax as cage
+from cage_jax import (
+    contrib,
+    dose,
+    ramp_to_dose,
+    silence_then_constant,
+    silence_then_ramp,
+)
 from cage_jax.optim.schedules import check_learning_rate, check_strength
 
 EPS = float(np.finfo(np.float32).eps)
@@ -226,6 +233,7 @@ def test_bad_arguments_of_a_schedule(schedule):
         ((10, NAN), ValueError, "peak", "nan", "0.0 for no correction"),
         ((10, math.inf), ValueError, "peak", "inf", "0.0 for no correction"),
         ((10, "10"), TypeError, "peak", "'10'", "a number"),
+        ((10, jnp.float32(-1)), ValueError, "peak", "-1.0", "0.0 for no correction"),
         ((10, math.sqrt), TypeError, "peak", "a function", "Pass a schedule of your"),
         ((10, 1.0, 1.0), ValueError, "silence", "1.0", "The paper uses 0.8"),
         ((10, 1.0, -0.1), ValueError, "silence", "-0.1", "The paper uses 0.8"),
@@ -243,6 +251,48 @@ def test_bad_arguments_of_a_dose():
     for steps, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
         text = rf"^`total_steps` must be .*got {steps}\. Use the"
         assert_raises([(functools.partial(dose, 0.1, 1.0, steps), error, text)])
+    table = [
+        (-0.1, 1.0, ValueError, "`learning_rate` must be at least 0; got -0.1"),
+        (0.1, "1", TypeError, "`strength` must be a number; got '1'"),
+        (0.1, lambda count: None, TypeError, "`strength`.*which returned None"),
+        (lambda count: jnp.ones(2), 1.0, TypeError, "`learning_rate`.*which returned"),
+    ]
+    for rate, strength, error, text in table:
+        assert_raises([(functools.partial(dose, rate, strength, 10), error, text)])
+
+
+def test_a_training_longer_than_steps_can_be_counted():
+    for make in (silence_then_ramp, silence_then_constant, contrib.cosine_ramp):
+        text = "`total_steps` must be from 1 to 2147483647; got 1099511627776"
+        assert_raises([(functools.partial(make, 2**40), ValueError, text)])
+        make(2**31 - 1)(3)
+
+
+def wrong_after(first, value, *, branches):
+    """A schedule that is 0.1 up to a step, and wrong from there on."""
+    if branches:
+        return lambda count: 0.1 if count < first else value
+    return lambda count: jnp.where(count < first, 0.1, value)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("value", [NAN, math.inf, -1.0])
+def test_a_schedule_that_is_wrong_at_a_step(value, branches, standard_promotion):
+    """Each step is tried where their number is known, else the first one."""
+    at_once, later = (wrong_after(n, value, branches=branches) for n in (0, 7))
+    rules = cage.Rules([(".*", "int4")])
+    calls = [
+        ("strength", 0, lambda: cage.coupled(rules, strength=at_once)),
+        ("learning_rate", 0, lambda: cage.cage_sgd(at_once, rules, strength=1.0)),
+        ("threshold", 0, lambda: contrib.freezing(rules, at_once)),
+        ("strength", 7, lambda: dose(0.1, later, 10)),
+        ("learning_rate", 7, lambda: ramp_to_dose(later, 10)),
+        ("learning_rate", 7, lambda: cage.cage_adamw(later, rules, total_steps=10)),
+    ]
+    for name, step, call in calls:
+        text = f"`{name}` must be at least 0, and finite.* got {value:g} at step {step}"
+        assert_raises([(call, ValueError, text)])
+    cage.coupled(rules, strength=later)
 
 
 @pytest.mark.parametrize(
@@ -251,20 +301,36 @@ def test_bad_arguments_of_a_dose():
 )
 def test_checks(check, name):
     two = np.float32(2.0)
-    for good in (0.0, 1, two, jnp.asarray(two), silence_then_ramp(10)):
+    for good in (0.0, 1, two, np.asarray(two), jnp.asarray(two), silence_then_ramp(10)):
         check(good)
     bad = ((-1.0, ValueError), (NAN, ValueError), ("1", TypeError), (None, TypeError))
     for value, error in bad:
         text = rf"^`{name}` must be .*got {value!r}\. Use "
         assert_raises([(functools.partial(check, value), error, text)])
+    arrays = (
+        (jnp.float32(-1), ValueError, "-1.0"),
+        (jnp.bfloat16(NAN), ValueError, "nan"),
+        (np.asarray(-1.0), ValueError, "-1.0"),
+        (jnp.ones(3), TypeError, r"an array of shape \(3,\) and dtype float32"),
+        (np.ones(3), TypeError, r"an array of shape \(3,\) and dtype float64"),
+        (jnp.asarray(True), TypeError, r"an array of shape \(\) and dtype bool"),
+    )
+    for value, error, got in arrays:
+        text = rf"^`{name}` must be .*got {got}\. Use "
+        assert_raises([(functools.partial(check, value), error, text)])
+    # What is traced is not known, but its shape is.
+    jax.jit(check)(-1.0)
+    with pytest.raises(TypeError, match=r"got an array of shape \(3,\)"):
+        jax.jit(check)(np.ones(3, np.float32))
 
 
 def test_what_cannot_be_a_dose_is_refused(standard_promotion):
     table = [
         ({"dose": -1.0}, "`dose` must be at least 0; got -1.0"),
-        ({"power": math.nan}, "`power` must be at least 0; got nan"),
+        ({"power": math.nan}, "`power` must be above 0; got nan"),
+        ({"power": 0.0}, "`power` must be above 0; got 0.0"),
         ({"silence": 1.0}, "`silence` must be at least 0 and below 1; got 1.0"),
-        ({"total_steps": 0}, "`total_steps` must be at least 1; got 0"),
+        ({"total_steps": 0}, "`total_steps` must be from 1 to 2147483647; got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be positive in some step"),
     ]
     for arguments, text in table:

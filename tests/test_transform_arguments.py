@@ -138,6 +138,34 @@ def test_a_schedule_with_a_condition_runs_outside_of_jit(name, standard_promotio
     assert np.isfinite(np.asarray(updates["kernel"])).all()
 
 
+@pytest.mark.parametrize("name", list(BUILD))
+def test_a_schedule_with_a_condition_says_under_jit_what_to_do(
+    name, standard_promotion
+):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    for arguments in (_condition, 0.1), (1.0, _condition):
+        tx = BUILD[name](*arguments)
+        if arguments == (1.0, _condition) and name == "cage":
+            continue  # it has no learning rate
+        with pytest.raises(jax.errors.TracerBoolConversionError) as found:
+            jax.eval_shape(tx.update, params, tx.init(params), params)
+        assert "must not branch on the step's count" in found.value.__notes__[0]
+
+
+def test_a_learning_rate_with_a_condition_gives_the_dose_of_one_without():
+    def rate(count):
+        return 0.1 if count < 300 else 0.01
+
+    table = jnp.asarray([rate(count) for count in range(400)])
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    updates = []
+    for learning_rate in (rate, lambda count: table[count]):
+        tx = cage.cage_sgd(learning_rate, RULES, total_steps=400)
+        state = optax.tree_utils.tree_set(tx.init(params), cage_count=jnp.int32(350))
+        updates.append(tx.update(params, state, params)[0])
+    np.testing.assert_array_equal(updates[0]["kernel"], updates[1]["kernel"])
+
+
 def test_a_strength_that_looks_like_a_number_of_steps_is_warned_of():
     for name in WITH_RATE:
         with pytest.warns(UserWarning, match="moves a weight by 100 of its distance"):

@@ -1,11 +1,13 @@
 """A target in a dozen lines: an .npz of the codes and scales of int8()."""
 
+import zipfile
+
 import numpy as np
 
 import cage_jax as cage
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import new_file
 from cage_jax.export.target import Target
+from cage_jax.export.writing import new_file
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path, nested
 
@@ -16,7 +18,10 @@ def write(codes, config, path, *, tokenizer, overwrite):
         if isinstance(leaf, QuantizedArray):
             arrays[f"{name} scale"], leaf = leaf.scale, leaf.codes
         arrays[name] = leaf
-    with new_file(path, overwrite=overwrite) as place, place.open("wb") as file:
+    with (
+        new_file(path, is_export=zipfile.is_zipfile, overwrite=overwrite) as place,
+        place.open("wb") as file,
+    ):
         np.savez(file, **arrays)
 
 
@@ -36,5 +41,6 @@ TARGET = Target(
     read=read,
     write=write,
     suffix=".npz",
+    is_export=zipfile.is_zipfile,
     presets=("int8",),
 )

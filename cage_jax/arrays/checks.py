@@ -1,5 +1,6 @@
 """Checks of arguments, with one wording for all errors."""
 
+import dataclasses
 import math
 import sys
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Packages through which a user's line comes to a warning.
@@ -30,6 +32,23 @@ def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def plain(value: Any) -> Any:
+    """Returns Python's number for one of NumPy, also in a tuple.
+
+    NumPy's numbers look otherwise in a repr, and JSON does not take them.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(plain, value)) if type(value) is tuple else value
+
+
+def make_plain(description: Any) -> None:
+    """Makes the numbers in the fields of a frozen dataclass those of Python."""
+    for field in dataclasses.fields(description):
+        value = getattr(description, field.name)
+        object.__setattr__(description, field.name, plain(value))
+
+
 def check_int(
     name: str,
     value: Any,
@@ -41,7 +60,9 @@ def check_int(
 ) -> None:
     """Raises as `check_number` does, for anything but an int in range."""
     if or_array and isinstance(value, (jax.Array, np.ndarray)):
-        return
+        value = _number_in(name, value, remedy, "an int", np.integer)
+        if value is None:
+            return
     if not is_int(value):
         raise TypeError(f"`{name}` must be an int; got {value!r}. {remedy}")
     if not least <= value <= most:
@@ -68,11 +89,14 @@ def check_number(
       remedy: a sentence that says what to use instead.
       least, above, most, below: the range; `least` and `most` belong to it. Infinities
         and NaN are always out of range.
-      or_array: whether an array passes unchecked. Its value may be known only when the
-        program runs, as under `optax.inject_hyperparams`.
+      or_array: whether the number may be in an array without axes. If its value is
+        known only when the program runs, as under `optax.inject_hyperparams` in a
+        `jax.jit`, it is not checked.
     """
     if or_array and isinstance(value, (jax.Array, np.ndarray)):
-        return
+        value = _number_in(name, value, remedy, "a number", np.integer, np.floating)
+        if value is None:
+            return
     if not is_int(value) and not isinstance(value, (float, np.floating)):
         raise TypeError(f"`{name}` must be a number; got {value!r}. {remedy}")
     number = value if is_int(value) else float(value)  # NumPy's warn of large limits
@@ -83,6 +107,26 @@ def check_number(
     rules = [f"{word} {x:g}" for word, x in limits.items() if math.isfinite(x)]
     rule = " and ".join(rules or ["finite"])
     raise ValueError(f"`{name}` must be {rule}; got {value}. {remedy}")
+
+
+def _number_in(name, array, remedy, kind, *dtypes):
+    """Returns the number in an array without axes, or None if it is not known yet."""
+    if array.shape or not any(jnp.issubdtype(array.dtype, each) for each in dtypes):
+        raise TypeError(
+            f"`{name}` must be {kind}; got an array of shape {array.shape} and dtype "
+            f"{array.dtype}. {remedy}"
+        )
+    return None if is_traced(array) else np.asarray(array).item()
+
+
+def is_traced(array: Any) -> bool:
+    """Tells whether the value of an array is not known here.
+
+    It is traced, or a part of it is with other processes.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return True
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
 def check_choice(

@@ -10,8 +10,9 @@ from cage_jax.cli.terminal import Terminal
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.weight_report import Report, Row
 from cage_jax.export.checking import problems
-from cage_jax.export.files import as_path, is_free, unexpected_files
+from cage_jax.export.files import as_path
 from cage_jax.export.loading import load
+from cage_jax.export.writing import IsExport, check_place
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path
@@ -91,41 +92,32 @@ def load_llama(path: str, terminal: Terminal) -> tuple[Model, LlamaConfig]:
     return model, model.config
 
 
-def check_out(options: argparse.Namespace, *, is_folder: bool) -> None:
-    """Checks OUT early, because reading a model first may take minutes."""
+def check_out(options: argparse.Namespace, is_export: IsExport | None = None) -> None:
+    """Checks OUT early, because reading a model first may take minutes.
+
+    Args:
+      options: has `out`, `model` and `overwrite`.
+      is_export: of the target, if it is a file; None for a folder.
+    """
     out = as_path(options.out, "OUT")
     if not _is_writable(out):
         raise ValueError(
             f"`OUT` must be in a folder that can be written to; got {options.out!r}. "
             f"Use another name."
         )
-    if is_free(out):
-        if not is_folder and out.is_dir():
-            raise ValueError(
-                f"`OUT` must be a file for this format; got {out}, a folder. Use "
-                f"another name."
-            )
-        return
-    if not options.overwrite:
-        raise FileExistsError(
-            f"`OUT` must not exist; got {options.out}. Use --overwrite, or another "
-            f"name."
-        )
     model = as_path(options.model, "MODEL")
-    if model.exists() and model.resolve() == out.resolve():
+    if options.overwrite and model.exists() and model.resolve() == out.resolve():
         raise ValueError(
             f"`OUT` must differ from MODEL; got {options.out} for both. Use another "
             f"name."
         )
-    if is_folder:
-        unexpected = unexpected_files(out)
-    else:
-        unexpected = "a folder" if out.is_dir() else ""
-    if unexpected:
-        raise FileExistsError(
-            f"`OUT` must hold only an export to be overwritten; got {options.out}: "
-            f"{unexpected}. Remove it yourself, or use another name."
-        )
+    check_place(
+        out,
+        "OUT",
+        overwrite=options.overwrite,
+        is_export=is_export,
+        flag="--overwrite",
+    )
 
 
 def _is_writable(path):

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Writes the model."""
     name = options.format or _default_format(pathlib.Path(options.out).suffix.lower())
     target = targets_to_write()[name]
-    check_out(options, is_folder=not target.suffix)
+    check_out(options, target.is_export if target.suffix else None)
     model, config = load_llama(options.model, terminal)
     if not model.tokenizer:
         terminal.warn(

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
             f"`OUT` must be the name of a folder; got {options.out}. Use codes/, and "
             f"then cage-jax export codes/ {options.out}."
         )
-    check_out(options, is_folder=True)
+    check_out(options)
     model, _ = load_llama(options.model, terminal)
     # Parameters without a flag stay unchanged, also if they are codes.
     params, floats = by_path(model.params), by_path(model.floats())

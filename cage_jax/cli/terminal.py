@@ -143,7 +143,7 @@ def _text(error):
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     # The library's `path` is MODEL here, because OUT was checked before.
-    return str(error).replace("`path`", "`MODEL`")
+    return str(error).replace("`path`", "`MODEL`").replace("`params`", "`MODEL`")
 
 
 def _one_line(message):

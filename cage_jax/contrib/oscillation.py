@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import compute_dtype, select
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
@@ -19,6 +19,7 @@ from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     Schedule,
     check_strength,
+    check_total_steps,
     value_at,
 )
 from cage_jax.quantizers.quantizer import check_has_codes
@@ -113,8 +114,7 @@ def cosine_ramp(total_steps: int, peak: float = 0.1) -> Schedule:
 
     Source: Nagel et al., arXiv 2203.11086, for the strength of dampening.
     """
-    remedy = "Use the number of optimizer steps."
-    check_int("total_steps", total_steps, remedy, least=1, or_array=True)
+    check_total_steps(total_steps, or_array=True)
     check_number("peak", peak, "The paper uses 0.1.", least=0, or_array=True)
 
     def schedule(count):

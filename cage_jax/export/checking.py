@@ -5,35 +5,27 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.core.finite import not_finite
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.tensors import Array
 
 
 def problems(path: str, leaf: Array) -> list[str]:
     """Lists the problems of a parameter, one sentence each."""
-    if not isinstance(leaf, QuantizedArray):
-        return _not_finite(path, "the values", leaf)
-    sentences = []
-    for name in ("scale", "offset", "tensor_divisor"):
-        part = getattr(leaf, name)
-        if part is not None:
-            sentences += _not_finite(path, f"the {name.replace('_', ' ')}s", part)
+    sentences = [
+        f"`{path}`: the {what} must be finite; got NaN or infinity in {count} places"
+        for what, count in not_finite(leaf).items()
+    ]
+    if sentences or not isinstance(leaf, QuantizedArray):
+        return sentences
     format = leaf.quantizer.format
     values = np.asarray(format.decode(leaf.codes, jnp.float32))
-    if values.size and not np.isfinite(values).all():
-        sentences.append(f"`{path}`: codes must be numbers; got NaN")
-    elif values.size and not format.low <= values.min() <= values.max() <= format.high:
+    if values.size and not format.low <= values.min() <= values.max() <= format.high:
         sentences.append(
             f"`{path}`: codes must be from {format.low:g} to {format.high:g}; got "
             f"{values.min():g} to {values.max():g}"
         )
     return sentences
-
-
-def _not_finite(path, what, array):
-    count = int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
-    text = f"`{path}`: {what} must be finite; got NaN or infinity in {count} places"
-    return [text] if count else []
 
 
 def differences(one: Mapping[str, Array], other: Mapping[str, Array]) -> list[str]:

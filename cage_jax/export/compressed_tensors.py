@@ -34,12 +34,12 @@ from cage_jax.export.files import (
     as_path,
     inside,
     malformed,
-    new_folder,
     read_json,
     write_json,
 )
 from cage_jax.export.safetensors_files import read_shards, write_shards
 from cage_jax.export.target import Target
+from cage_jax.export.writing import new_folder
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path, expected_tensors, tensors, tree_of
@@ -84,10 +84,12 @@ def compressed_tensors(
         scales to it, so float32 scales need "float32". They decode FP4 as bfloat16, so
         FP4 needs "bfloat16".
       shard_bytes: maximum bytes of tensors in one file.
-      overwrite: whether to replace an existing folder.
+      overwrite: whether to replace a folder that an export wrote, with nothing else
+        in it.
 
     Raises:
-      FileExistsError: if the path exists, unless `overwrite`.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
+        holds anything that no export wrote.
       TypeError: if a leaf is neither floats nor a `QuantizedArray`.
       ValueError: if the format cannot hold a parameter, or if the parameters are not
         those of `config`.
@@ -216,7 +218,6 @@ TARGET = Target(
     recognises=lambda path: (path / "config.json").is_file(),
     read=read,
     write=compressed_tensors,
-    files=("*.safetensors", "*.json", *tokenizer_files.NAMES),
     presets=(
         *("q4_0", "q8_0", "ct_w4a16", "ct_w8a8", "fp8", "mxfp4", "nvfp4"),
         *("int8", "int4", "int3", "int2", "ternary"),

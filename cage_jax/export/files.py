@@ -1,15 +1,10 @@
-"""Files, written completely or not at all, and read without trusting them."""
+"""Paths, and files that are read without trusting them."""
 
-import contextlib
 import errno
 import importlib.util
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from reprlib import repr as short
 from typing import Any
 
@@ -35,75 +30,6 @@ def check_installed(package: str, purpose: str) -> None:
     """Raises ImportError if a package is missing, with the command that installs it."""
     if importlib.util.find_spec(package) is None:
         raise missing(package, purpose, "export")
-
-
-@contextlib.contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path for a file and moves it to `path` on success.
-
-    Raises:
-      FileExistsError: if the path exists, unless `overwrite`.
-    """
-    path = as_path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(
-            f"`path` must not be a folder; got {path}. Use another path."
-        )
-    _check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_hidden(path), dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder and moves it to `path` on success.
-
-    Raises:
-      FileExistsError: if the path exists and is not an empty folder, unless
-        `overwrite`. With `overwrite`, if it has files that no export wrote.
-    """
-    path = as_path(path)
-    _check_free(path, overwrite)
-    if unexpected := unexpected_files(path):
-        raise FileExistsError(
-            f"`path` must hold only an export to be overwritten; got {path}: "
-            f"{unexpected}. Remove it yourself, or use another path."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.chmod(0o777 & ~_umask())
-        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-            path.rmdir()
-        if path.exists():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent))
-            os.replace(path, old / path.name)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.replace(old / path.name, path)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,51 +110,3 @@ def as_path(path: Any, argument: str = "path") -> pathlib.Path:
                 f"another name."
             ) from error
     return pathlib.Path(path)
-
-
-def unexpected_files(path: pathlib.Path) -> str:
-    """Lists what is at a path that no export writes; "" if nothing."""
-    if path.is_symlink():
-        return "a link"
-    if not path.exists():
-        return ""
-    if not path.is_dir():
-        return "a file"
-    from cage_jax.export.target import targets  # which needs this module
-
-    known = {pattern for target in targets().values() for pattern in target.files}
-    names = sorted(file.name for file in path.iterdir())
-    others = [n for n in names if not any(fnmatchcase(n, each) for each in known)]
-    return ", ".join(others[:3])
-
-
-def is_free(path: pathlib.Path) -> bool:
-    """Tells whether a path does not exist or is an empty folder."""
-    empty = path.is_dir() and not any(path.iterdir())
-    return empty or not (path.exists() or path.is_symlink())
-
-
-def _check_free(path, overwrite):
-    if not overwrite and not is_free(path):
-        raise FileExistsError(
-            f"`path` must not exist; got {path}. Use overwrite=True, or another path."
-        )
-
-
-def _hidden(path):
-    """Returns the begin of a temporary name, with room for the rest of it."""
-    return f".{path.name[:32]}."
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,11 +9,18 @@ import numpy as np
 
 from cage_jax.arrays.checks import check_choice
 from cage_jax.export import tokenizer_files
-from cage_jax.export.files import Path, as_path, check_installed, malformed, new_file
+from cage_jax.export.files import (
+    MalformedFileError,
+    Path,
+    as_path,
+    check_installed,
+    malformed,
+)
 from cage_jax.export.gguf_blocks import array_of, layout_of, rows_of
 from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
 from cage_jax.export.target import Target
+from cage_jax.export.writing import new_file
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import PARAMETERS, expected_tensors, tensors, tree_of
@@ -28,6 +35,8 @@ _DIMENSIONS = {
     "heads": "llama.attention.head_count",
     "context": "llama.context_length",
 }
+# Marks our own files, which alone are replaced.
+_WRITER = {"general.quantized_by": "cage_jax"}
 
 
 def gguf(
@@ -68,10 +77,11 @@ def gguf(
       float_dtype: dtype of unquantized parameters, "float32" or "float16"; norms are
         always float32.
       name: name of the model; None for the name of the file.
-      overwrite: whether to replace an existing file.
+      overwrite: whether to replace a file that this function wrote.
 
     Raises:
-      FileExistsError: if the path exists, unless `overwrite`.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if
+        this function did not write it.
       TypeError: if `config` is not a `LlamaConfig`, or if a leaf is neither codes nor
         floats.
       ValueError: if the format cannot hold the codes, floats or tokenizer; the error
@@ -114,7 +124,7 @@ def gguf(
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.resolve(tokenizer, config), config)
     metadata["general.file_type"] = _file_type(layouts)
-    with new_file(path, overwrite=overwrite) as temporary:
+    with new_file(path, is_export=is_export, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")
         try:
             for key, value in metadata.items():
@@ -193,6 +203,7 @@ def _metadata(config, name):
     return {
         "general.type": "model",
         "general.name": name,
+        **_WRITER,
         **dimensions,
         "llama.vocab_size": config.vocabulary,
         "llama.attention.head_count_kv": config.kv_heads,
@@ -334,6 +345,14 @@ def is_file(path: pathlib.Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def is_export(path: pathlib.Path) -> bool:
+    """Tells whether `gguf` wrote a file."""
+    try:
+        return read_content(path).metadata.items() >= _WRITER.items()
+    except MalformedFileError:
+        return False
+
+
 TARGET = Target(
     written_by="export.gguf",
     read_by="llama.cpp",
@@ -342,6 +361,7 @@ TARGET = Target(
     read=read,
     write=gguf,
     suffix=".gguf",
+    is_export=is_export,
     presets=("q4_0", "q4_1", "q8_0"),
     packages=("gguf",),
 )

@@ -2,17 +2,18 @@
 
 import pathlib
 
+from cage_jax.core.finite import check_finite
 from cage_jax.export import tokenizer_files, trees
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
     as_path,
     malformed,
-    new_folder,
     read_json,
     write_json,
 )
 from cage_jax.export.target import Target
+from cage_jax.export.writing import new_folder
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path
@@ -26,19 +27,21 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
     Args:
       model: a model with parameters of any quantizer.
       path: path of the folder.
-      overwrite: whether to replace an existing folder.
+      overwrite: whether to replace a folder that an export wrote, with nothing else
+        in it.
 
     Raises:
-      FileExistsError: if the path exists, unless `overwrite`.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
+        holds anything that no export wrote.
       TypeError: if a parameter is neither floats nor codes.
-      ValueError: if the model has no dimensions.
+      ValueError: if the model has no dimensions, or a parameter NaN or infinities.
     """
     if model.config is None:
         raise ValueError(
             "`model` must have a `config`; got None. Use cage_jax.export.save for a "
             "tree of any model."
         )
-    by_path(model.params)
+    check_finite(by_path(model.params), "model")
     with new_folder(path, overwrite=overwrite) as folder:
         trees.save(model.params, folder / CODES)
         write_json(folder / CONFIG, model.config.to_huggingface())
@@ -77,5 +80,4 @@ TARGET = Target(
     holds="every quantizer, a Llama",
     recognises=is_folder,
     read=read,
-    files=(CODES, CONFIG, *tokenizer_files.NAMES),
 )

@@ -6,13 +6,17 @@ devices, and a description of each leaf, see `tree_entries`.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import Path, as_path, check_installed, malformed, new_folder
+from cage_jax.export.files import Path, as_path, check_installed, malformed
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
     Tree,
@@ -21,7 +25,10 @@ from cage_jax.export.tree_entries import (
     metadata_of,
     parts_of,
 )
+from cage_jax.export.writing import check_place, new_folder
 from cage_jax.llama.loaded import Model
+
+_MOST_LETTERS = 255  # of a file's name
 
 
 def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
@@ -34,18 +41,21 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
     Args:
       codes: as in `save`.
       path: path of the folder.
-      overwrite: whether to replace an existing folder; with several processes it is
-        removed before the new one is written.
+      overwrite: whether to replace a folder that an export wrote, with nothing else
+        in it.
 
     Raises:
       TypeError: if a leaf is not such an array.
-      ValueError: if the tree has no arrays, or an array of size 0.
-      FileExistsError: if the path exists, unless `overwrite`.
+      ValueError: if the tree has no arrays, or an array of size 0 or with NaN or
+        infinities.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
+        holds anything that no export wrote.
     """
     check_installed("orbax", "writing an Orbax folder")
     import orbax.checkpoint as ocp
 
     entries, leaves = entries_of(codes)
+    check_finite(leaves)
     if not leaves:
         raise ValueError(
             "`codes` must contain an array; got none. Pass the trained parameters."
@@ -62,18 +72,33 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         arrays=ocp.args.StandardSave(arrays),
         description=ocp.args.JsonSave(metadata_of(entries)),
     )
-    path = as_path(path).absolute()
-    alone = jax.process_count() == 1
-    if not alone and not overwrite and path.exists():  # else a process would hang
-        raise FileExistsError(
-            f"`path` must not exist; got {path}. Use overwrite=True, or another path."
-        )
-    place = new_folder(path, overwrite=overwrite)
     with (
-        place if alone else contextlib.nullcontext(path) as folder,
+        _new_folder(as_path(path).absolute(), overwrite) as folder,
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
-        checkpointer.save(folder, content, force=alone or overwrite)
+        checkpointer.save(folder, content, force=True)
+
+
+@contextlib.contextmanager
+def _new_folder(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Yields the same temporary folder to all processes; moves it to `path`."""
+    if jax.process_count() == 1:
+        with new_folder(path, overwrite=overwrite) as folder:
+            yield folder
+        return
+    from jax.experimental import multihost_utils
+
+    # In each process, because the others would wait for one that fails alone.
+    check_place(path, overwrite=overwrite)
+    is_first = jax.process_index() == 0
+    place = new_folder(path, overwrite=overwrite) if is_first else None
+    with place or contextlib.nullcontext(path) as folder:
+        letters = np.zeros(_MOST_LETTERS, np.uint8)
+        name = np.frombuffer(os.fsencode(folder.name), np.uint8)
+        letters[: len(name)] = name
+        letters = np.asarray(multihost_utils.broadcast_one_to_all(letters))
+        yield path.parent / os.fsdecode(letters.tobytes().rstrip(b"\0"))
+    multihost_utils.sync_global_devices("the folder is in its place")
 
 
 def load(path: pathlib.Path, shardings: Any = None) -> Any:
@@ -148,6 +173,5 @@ TARGET = Target(
     holds="every quantizer, any model",
     recognises=is_folder,
     read=lambda path: Model(load(path), None, {}),
-    files=("arrays", "description", "_CHECKPOINT_METADATA", "commit_success.txt"),
     packages=("orbax",),
 )

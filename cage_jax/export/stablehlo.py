@@ -28,6 +28,7 @@ from jax import lax
 from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.packing import unpack_bits
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray, decoded, packed
 from cage_jax.export.files import (
     Path,
@@ -35,13 +36,13 @@ from cage_jax.export.files import (
     check_installed,
     inside,
     malformed,
-    new_folder,
     read_json,
     write_json,
 )
 from cage_jax.export.safetensors_files import read, write
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import Tree, check_array, entries_of, parts_of
+from cage_jax.export.writing import new_folder
 from cage_jax.llama.loaded import Model
 
 Weights = Literal["arguments", "constants"]
@@ -84,15 +85,17 @@ def stablehlo(
       weights: "arguments" makes them the program's first argument, a dict of the arrays
         in the file; "constants" puts them into the program.
       platforms: platforms that can run the program; this machine need not have them.
-      overwrite: whether to replace an existing folder.
+      overwrite: whether to replace a folder that an export wrote, with nothing else
+        in it.
 
     Raises:
       ImportError: if flatbuffers is missing, which `jax.export` needs to write the
         program, and to read it.
       TypeError: if a leaf or an argument is not an array.
       ValueError: if `weights` has another value, if constants need almost 2 GiB or
-        more, or if two arrays have one path.
-      FileExistsError: if the path exists, unless `overwrite`.
+        more, if two arrays have one path, or if one has NaN or infinities.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
+        holds anything that no export wrote.
 
     Example:
       >>> import cage_jax as cage
@@ -136,6 +139,7 @@ def stablehlo(
             )
     entries, _ = entries_of(codes)  # which checks the leaves
     paths, leaves, structure = flatten_with_paths(codes, QuantizedArray)
+    check_finite(dict(zip(paths, leaves)))
     words = _packed(paths, leaves)
     is_constant = weights == "constants"
     size = sum(array.nbytes for array in words.values())
@@ -321,5 +325,4 @@ TARGET = Target(
     holds="every quantizer, any model",
     recognises=is_folder,
     read=lambda path: Model(read_codes(path), None, {}),
-    files=(PROGRAM, WEIGHTS, DESCRIPTION),
 )

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from cage_jax.export.writing import IsExport
 from cage_jax.llama.loaded import Model
 
 MODULES = {
@@ -38,8 +39,8 @@ class Target:
         raises ValueError for what the target cannot hold. None if only Python programs
         can write it.
       suffix: ending of a file, such as ".gguf"; "" for a folder.
-      files: names in a folder, as patterns such as `*.json`; a folder with other files
-        is never replaced.
+      is_export: tells whether `write` wrote an existing file, which only then is
+        replaced. A folder is known by its marker.
       presets: the choices of `cage-jax quantize --weights` that it holds.
       packages: packages that reading needs, in the extra "export".
       lacks: says what the file of the given codes lacks, in a sentence; "" for nothing.
@@ -52,7 +53,7 @@ class Target:
     read: Callable[[pathlib.Path], Model]
     write: Callable[..., None] | None = None
     suffix: str = ""
-    files: tuple[str, ...] = ()
+    is_export: IsExport = lambda path: False
     presets: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     lacks: Callable[[Any], str] = lambda codes: ""

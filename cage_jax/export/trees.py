@@ -12,18 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import orbax_folders
-from cage_jax.export.files import Path, as_path, malformed, new_file
+from cage_jax.export.files import MalformedFileError, Path, as_path, malformed
 from cage_jax.export.safetensors_files import read, write
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
+    FORMAT,
     Tree,
     check_array,
     check_version,
     entries_of,
     metadata_of,
 )
+from cage_jax.export.writing import new_file
 from cage_jax.llama.loaded import Model
 
 
@@ -38,13 +41,14 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         such as the result of `quantize`. It may have dicts, lists, and other nodes such
         as `nnx.State`.
       path: path of the file, which ends in ".safetensors".
-      overwrite: whether to replace an existing file.
+      overwrite: whether to replace a file that this function wrote.
 
     Raises:
       TypeError: if a leaf is not such an array.
-      ValueError: if `path` has another ending, or if parts of an array are not on this
-        machine.
-      FileExistsError: if the path exists, unless `overwrite`.
+      ValueError: if `path` has another ending, if an array has NaN or infinities, or
+        if parts of one are not on this machine.
+      FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if
+        this function did not write it.
 
     Example:
       >>> import cage_jax as cage
@@ -66,6 +70,7 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
             f"`path` must end in .safetensors; got {path}. Use save_orbax for a folder."
         )
     entries, leaves = entries_of(codes)
+    check_finite(leaves)
     arrays = {}
     for name, leaf in leaves.items():
         parts = jax.tree.leaves(leaf)
@@ -77,8 +82,15 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         if isinstance(leaf, QuantizedArray):
             leaf = np.frombuffer(leaf.to_bytes(), np.uint8)
         arrays[name] = leaf
-    with new_file(path, overwrite=overwrite) as temporary:
+    with new_file(path, is_export=_is_export, overwrite=overwrite) as temporary:
         write(temporary, arrays, metadata_of(json.dumps(entries)))
+
+
+def _is_export(path):
+    try:
+        return read(path)[1].get("format") == FORMAT
+    except MalformedFileError:
+        return False
 
 
 def load(path: Path, *, shardings: Any = None) -> Any:

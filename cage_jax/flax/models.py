@@ -332,7 +332,7 @@ def _rules_of_inputs(model) -> list[Rules]:
 
 
 def _why_inputs_unquantized(theirs, rules):
-    """Explains why a model with the rules `theirs` quantizes inputs otherwise, or None."""
+    """Explains why a model by the rules `theirs` does not follow `rules`, or None."""
 
     def inputs(rules):
         return [(rule.pattern, rule.inputs) for rule in rules if rule.inputs]

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.checks import check_int, check_number, make_plain
 
 # Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
@@ -58,6 +58,7 @@ class LlamaConfig:
     eos: tuple[int, ...] = ()
 
     def __post_init__(self):
+        make_plain(self)
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
         counts = ("vocabulary", "width", "hidden", "layers", "heads", "kv_heads")

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.core.finite import check_finite
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.model import logits as logits_of
+from cage_jax.llama.tensors import by_path
 
 
 class Perplexity(NamedTuple):
@@ -84,7 +86,7 @@ def perplexity(
 
     Raises:
       ValueError: if the text has fewer than two tokens, or tokens that are not in the
-        model's vocabulary.
+        model's vocabulary, or if the loss is NaN or infinite.
 
     Example:
       >>> from cage_jax import llama
@@ -106,6 +108,12 @@ def perplexity(
     parts = [cut[start : start + batch] for start in range(0, len(cut), batch)]
     for part in track(iter(parts)):
         total += float(loss_of(params, jnp.asarray(part)))
+    if not math.isfinite(total):
+        check_finite(by_path(params), "params")
+        raise ValueError(
+            f"`params` must give finite logits for the text; got a loss of {total}. "
+            f"Look at the last steps of the training, or compute in float32."
+        )
     count = cut.size - len(cut)
     return Perplexity(total / count, count)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantize import dequantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
@@ -153,19 +154,8 @@ def tensors(codes: Any, config: LlamaConfig) -> Iterator[Tensor]:
             array = layer_of(given[names.path], layer)
         else:
             array = given[names.path_in(layer)]
-        _check_finite(names.path_in(layer), array)
+        check_finite({names.path_in(layer): array})
         yield Tensor(names, layer, array)
-
-
-def _check_finite(path, array):
-    what, values = "values", array
-    if isinstance(array, QuantizedArray):
-        what, values = "scales", array.scale
-    if not jnp.isfinite(values.astype(jnp.float32)).all():
-        raise ValueError(
-            f"`{path}`: `codes` must have finite {what}; got NaN or infinity. Look at "
-            f"the last steps of the training, or take an earlier checkpoint."
-        )
 
 
 def by_path(tree: Any) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from cage_jax.optim.curvature import Curvature
 from cage_jax.optim.fused_adamw import FusedAdamW, FusedOptions, with_fused_step
 from cage_jax.optim.placements import decoupled, post_step
 from cage_jax.optim.recommended import resolve_strength
-from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate
+from cage_jax.optim.schedules import ScalarOrSchedule, check_learning_rate, with_remedy
 
 Placement = Literal["decoupled", "post_step"]
 
@@ -86,7 +86,7 @@ def cage_adamw(
     check_learning_rate(learning_rate)
     check_rules(rules)
     adamw = optax.adamw(
-        learning_rate,
+        with_remedy(learning_rate),
         b1=b1,
         b2=b2,
         eps=eps,
@@ -180,7 +180,7 @@ def cage_sgd(
         learning_rate, strength, total_steps, curvature
     )
     return decoupled(
-        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+        optax.sgd(with_remedy(learning_rate), momentum=momentum, nesterov=nesterov),
         rules,
         learning_rate=learning_rate,
         strength=strength,

@@ -5,14 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cage_jax.arrays.checks import warn
+from cage_jax.arrays.checks import is_traced, warn
 from cage_jax.arrays.names import names_checked
 from cage_jax.optim.curvature import Curvature, fisher
 from cage_jax.optim.schedules import (
     ScalarOrSchedule,
     ramp_to_dose,
-    sum_of_steps,
+    steps,
+    sum_of_products,
     value_at,
+    values_at,
 )
 
 _LARGEST = 3.0
@@ -73,35 +75,35 @@ def recommended(
     quadratics and a small language model, as good or better on digits. The paper uses
     `silence_then_ramp(total_steps)` and no curvature.
     """
-    found = _limited(learning_rate, total_steps, dose, silence, coupled)
-    _warn_of_little(learning_rate, found["strength"], total_steps, dose)
-    return found
-
-
-def _limited(learning_rate, total_steps, dose, silence=0.5, coupled=False):
-    """Makes a ramp of the dose, within the limits of a step and of the strength."""
+    # A ramp of the dose, within the limits of a step and of the strength.
     ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
 
-    def strength(count):
+    def limited(count, rate):
         peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
         share = jnp.minimum(1.0, _STRONGEST / peak)
-        rate, asked = value_at(learning_rate, count), share * ramp(count)
+        asked = share * ramp(count)
         # A weight whose curvature is at its bound must not be moved beyond the grid.
         most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
         return jnp.where(rate > 0, jnp.minimum(asked, most), asked)
 
+    def strength(count):
+        return limited(count, value_at(learning_rate, count))
+
+    _warn_of_little(learning_rate, limited, total_steps, dose)
     return {
         "strength": strength,
         "curvature": fisher(factored=True, largest=_LARGEST, times_root=coupled),
     }
 
 
-def _warn_of_little(learning_rate, strength, total_steps, dose):
+def _warn_of_little(learning_rate, limited, total_steps, dose):
     """Warns if the limits of the strength leave little of the dose."""
-    try:
-        total = sum_of_steps(learning_rate, strength, total_steps)
-    except jax.errors.JAXTypeError:
-        return  # it is not known while it is traced
+    counts = steps(total_steps)
+    rates = values_at("learning_rate", learning_rate, counts)
+    strengths = jax.jit(jax.vmap(limited))(counts, rates)
+    if is_traced(strengths):
+        return
+    total = sum_of_products(rates, strengths)
     if total < _LEAST_SHARE * dose:
         aim = "the default aims at" if dose == _DOSE else "you asked for"
         warn(
@@ -143,6 +145,5 @@ def resolve_strength(
             "**recommended(learning_rate, total_steps) in place of `total_steps`, or "
             "int(total_steps) if only that is an array."
         )
-    found = _limited(learning_rate, total_steps, _DOSE, coupled=coupled)
-    _warn_of_little(learning_rate, found["strength"], total_steps, _DOSE)
+    found = recommended(learning_rate, total_steps, coupled=coupled)
     return found["strength"], curvature or found["curvature"]

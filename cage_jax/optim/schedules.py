@@ -1,5 +1,7 @@
 """Schedules of the correction's strength, and its dose."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import check_int, check_number, warn
+from cage_jax.arrays.checks import check_int, check_number, is_int, is_traced, warn
 from cage_jax.arrays.names import names_checked
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -16,6 +18,15 @@ ScalarOrSchedule = float | jax.Array | Schedule
 
 # The published runs have doses of 1.6 to 2.9; above 3 gains were seen to reverse.
 _LARGEST_DOSE = 3.0
+
+# Steps are counted in int32.
+_MOST_STEPS = 2**31 - 1
+
+_BRANCHES = (
+    "A schedule must not branch on the step's count in Python, because jax.jit does "
+    "not know it. Use jnp.where(count < 10, 0.1, 0.01), or one of Optax's schedules "
+    "such as optax.join_schedules."
+)
 
 
 @names_checked
@@ -129,16 +140,19 @@ def ramp_to_dose(
       0.7
     """
     ramp = silence_then_ramp(total_steps, 1.0, silence)
-    for name, value in (("dose", dose), ("power", power)):
-        remedy = f"Use ramp_to_dose(lr, steps, {name}=1.0)."
-        check_number(name, value, remedy, least=0, or_array=True)
+    remedy = "Use 0.7, or 0.0 for no correction."
+    check_number("dose", dose, remedy, least=0, or_array=True)
+    # With a power of 0 there would be no silence.
+    remedy = "Use 3.0, 1.0 for a line, or silence_then_constant for a step."
+    check_number("power", power, remedy, above=0, or_array=True)
     check_learning_rate(learning_rate)
 
     def shape(count):
         return ramp(count) ** power
 
-    counts = jnp.arange(total_steps)
-    total = jnp.sum(_values(learning_rate, counts) * _values(shape, counts))
+    counts = steps(total_steps)
+    rates = values_at("learning_rate", learning_rate, counts)
+    total = jnp.sum(rates * values_at("strength", shape, counts))
     if not isinstance(total, jax.core.Tracer) and not total > 0:
         raise ValueError(
             f"`learning_rate` must be positive in some step after the silence, or "
@@ -170,15 +184,20 @@ def dose(
       The dose, summed in float64. Warns when it is above 3.
 
     Raises:
-      TypeError, ValueError: for a number of steps that is not positive.
+      TypeError, ValueError: for arguments out of range, and for a schedule that is
+        negative or NaN at a step.
 
     Example:
       >>> import cage_jax as cage
       >>> round(cage.dose(1.2e-3, cage.silence_then_ramp(1000), 1000), 2)
       1.21
     """
-    _check_total_steps(total_steps)
-    total = sum_of_steps(learning_rate, strength, total_steps)
+    check_total_steps(total_steps)
+    check_learning_rate(learning_rate)
+    check_strength(strength)
+    counts = steps(total_steps)
+    rates = values_at("learning_rate", learning_rate, counts)
+    total = sum_of_products(rates, values_at("strength", strength, counts))
     if total > _LARGEST_DOSE:
         warn(
             f"the dose is {total:.3g}, above {_LARGEST_DOSE:g}, where CAGE was seen to "
@@ -187,23 +206,42 @@ def dose(
     return total
 
 
-def sum_of_steps(
-    learning_rate: ScalarOrSchedule, strength: ScalarOrSchedule, total_steps: int
-) -> float:
-    """Sums learning rate times strength over all steps, in float64."""
-    counts = jnp.arange(total_steps)
-    rates, strengths = (
-        np.asarray(_values(schedule, counts), np.float64)
-        for schedule in (learning_rate, strength)
-    )
-    return float(np.sum(rates * strengths))
+def sum_of_products(rates: jax.Array, strengths: jax.Array) -> float:
+    """Sums learning rate times strength over steps, in float64."""
+    return float(np.sum(np.float64(rates) * np.float64(strengths)))
 
 
-def _values(schedule, counts):
-    """Evaluates a schedule or a number at each step, in one compiled program."""
-    if not callable(schedule):
-        return jnp.full(counts.shape, schedule, jnp.result_type(float))
-    return jax.jit(jax.vmap(schedule))(counts)
+def values_at(
+    name: str, number_or_schedule: ScalarOrSchedule, counts: jax.Array | np.ndarray
+) -> jax.Array:
+    """Evaluates a schedule or a number at each of some steps, in one program.
+
+    Raises:
+      ValueError: if a value is known and negative, infinite or NaN.
+    """
+    if not callable(number_or_schedule):
+        return jnp.full(counts.shape, number_or_schedule, jnp.result_type(float))
+    schedule = number_or_schedule
+    try:
+        values = jax.jit(jax.vmap(schedule))(counts)
+    except jax.errors.JAXTypeError:  # it branches on the count
+        each = [float(schedule(count)) for count in np.asarray(counts)]
+        values = jnp.asarray(each, jnp.result_type(float))
+    if not is_traced(values):
+        known = np.asarray(values, np.float64)
+        wrong = ~(np.isfinite(known) & (known >= 0))
+        if wrong.any():
+            step = np.argmax(wrong)
+            raise ValueError(
+                f"`{name}` must be at least 0, and finite, at each step; got "
+                f"{known[step]:g} at step {counts[step]}. Mend the schedule."
+            )
+    return values
+
+
+def steps(total_steps: int) -> jax.Array:
+    """Returns the counts of all steps, int32."""
+    return jnp.arange(total_steps, dtype=jnp.int32)
 
 
 def check_strength(strength, name: str = "strength") -> None:
@@ -231,11 +269,17 @@ def _check_number_or_schedule(name, value, remedy):
         )
     if not callable(value):
         check_number(name, value, remedy, least=0, or_array=True)
-    elif why := _why_no_schedule(value):
-        got = getattr(value, "__name__", "a function")
-        raise TypeError(
-            f"{rule}; got {got}, which {why}. If it makes a schedule, call it. {remedy}"
-        )
+        return
+    # Optax's schedules multiply ints and floats.
+    with jax.numpy_dtype_promotion("standard"):
+        if why := _why_no_schedule(value):
+            got = getattr(value, "__name__", "a function")
+            raise TypeError(
+                f"{rule}; got {got}, which {why}. If it makes a schedule, call it. "
+                f"{remedy}"
+            )
+        with contextlib.suppress(jax.errors.JAXTypeError):  # it is traced
+            values_at(name, value, np.zeros(1, np.int32))
 
 
 def is_optimizer(value: Any) -> bool:
@@ -245,25 +289,36 @@ def is_optimizer(value: Any) -> bool:
 
 def _why_no_schedule(function) -> str | None:
     """Says what a function does that maps no step count to a number, or None."""
+    first = np.int32(0)
     try:
-        with jax.numpy_dtype_promotion("standard"):  # Optax's schedules have ints
-            found = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+        try:
+            found = jax.eval_shape(function, first)
+        except jax.errors.JAXTypeError:
+            found = function(first)  # it branches on the count
     except jax.errors.JAXTypeError:
-        return None  # it branches on the count, which works if nothing is traced
+        return None  # it depends on what is traced
     except Exception as error:
         return f"raised {type(error).__name__}, {str(error).rstrip('.')}"
-    is_number = isinstance(found, jax.ShapeDtypeStruct) and not found.shape
-    return None if is_number else f"returned {found}"
+    if getattr(found, "shape", None) == () or is_int(found) or isinstance(found, float):
+        return None
+    return f"returned {found}"
 
 
-def _check_total_steps(total_steps):
-    remedy = "Use the number of optimizer steps, or int(n) of an array."
-    check_int("total_steps", total_steps, remedy, least=1)
+def check_total_steps(total_steps: Any, *, or_array: bool = False) -> None:
+    """Raises for anything but a number of steps that an int32 can count."""
+    check_int(
+        "total_steps",
+        total_steps,
+        "Use the number of optimizer steps, or int(n) of an array.",
+        least=1,
+        most=_MOST_STEPS,
+        or_array=or_array,
+    )
 
 
 def _silent_steps(total_steps, peak, silence) -> int:
     """Counts the steps without correction, after checking the arguments."""
-    _check_total_steps(total_steps)
+    check_total_steps(total_steps)
     if callable(peak):
         raise TypeError(
             "`peak` must be a number; got a function. Pass a schedule of your own "
@@ -284,6 +339,18 @@ def _silent_steps(total_steps, peak, silence) -> int:
 
 def value_at(number_or_schedule: ScalarOrSchedule, count: jax.Array) -> Any:
     """Returns the number, or the value of the schedule at a step."""
-    if callable(number_or_schedule):
+    if not callable(number_or_schedule):
+        return number_or_schedule
+    try:
         return number_or_schedule(count)
-    return number_or_schedule
+    except jax.errors.JAXTypeError as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note(_BRANCHES)
+        raise
+
+
+def with_remedy(number_or_schedule: ScalarOrSchedule) -> ScalarOrSchedule:
+    """Makes a schedule that branches on the count say what to do about it."""
+    if not callable(number_or_schedule):
+        return number_or_schedule
+    return functools.partial(value_at, number_or_schedule)

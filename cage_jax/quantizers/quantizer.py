@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.blocks import Blocks
-from cage_jax.arrays.checks import check_choice, check_int
+from cage_jax.arrays.checks import check_choice, check_int, make_plain
 from cage_jax.quantizers.axes import (
     CONTRACTED,
     Axis,
@@ -98,6 +98,7 @@ class Quantizer:
     has_codes = True
 
     def __post_init__(self):
+        make_plain(self)
         for name, (kind, example, remedy) in _PARTS.items():
             value = getattr(self, name)
             if not isinstance(value, kind):

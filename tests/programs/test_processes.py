@@ -135,6 +135,18 @@ try:
     cage.export.save_orbax({"kernel": codes}, folder)
 except FileExistsError:
     print("there already")
+cage.export.save_orbax({"kernel": codes}, folder, overwrite=True)
+again = load(folder, shardings=rows)["kernel"]
+for one, other in zip(again.codes.addressable_shards, codes.codes.addressable_shards):
+    np.testing.assert_array_equal(one.data, other.data)
+if processes.is_first():
+    with open(folder + "/thesis.tex", "w") as file:
+        file.write("of years")
+processes.gather(0)
+try:
+    cage.export.save_orbax({"kernel": codes}, folder, overwrite=True)
+except FileExistsError as error:
+    print("thesis.tex. Remove" in str(error) and "kept")
 """
 
 
@@ -145,12 +157,14 @@ def test_processes_save_codes_that_one_reads(tmp_path):
         [sys.executable, EXAMPLES / "launch.py", "2", program, folder],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(EXAMPLES)},
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": ":".join(sys.path)},
         timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "there already" in done.stdout
+    assert done.stdout.count("there already") == done.stdout.count("kept") == 2
+    assert (folder / "thesis.tex").read_text() == "of years"
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
     found = cage.load(folder).params["kernel"]
     numbers = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     expected = cage.quantize(numbers, cage.int4(group_size=16))

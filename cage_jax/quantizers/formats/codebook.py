@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from cage_jax.arrays.checks import make_plain
 from cage_jax.quantizers.formats.base import Format, constant
 
 
@@ -25,6 +26,7 @@ class Codebook(Format):
     name: str = "codebook"
 
     def __post_init__(self):
+        make_plain(self)
         levels = self.levels
         if not isinstance(levels, tuple) or not 2 <= len(levels) <= 256:
             raise ValueError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.checks import check_choice, check_int
+from cage_jax.arrays.checks import check_choice, check_int, make_plain
 from cage_jax.arrays.exact import clamp, select, to_int8
 from cage_jax.quantizers.formats.base import Format, constant
 
@@ -59,6 +59,7 @@ class Integer(EvenlySpaced):
     has_zero = True
 
     def __post_init__(self):
+        make_plain(self)
         check_int("bits", self.bits, _REMEDY, least=2, most=8)
         remedy = "Use 'even' unless a file format rounds otherwise."
         check_choice("ties", self.ties, get_args(Ties), remedy)
@@ -130,6 +131,7 @@ class MidRise(EvenlySpaced):
     has_zero = False
 
     def __post_init__(self):
+        make_plain(self)
         check_int("bits", self.bits, _REMEDY, least=1, most=8)
 
     @functools.cached_property

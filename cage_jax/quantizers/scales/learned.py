@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.checks import check_number, make_plain
 from cage_jax.arrays.exact import uncontracted
 from cage_jax.quantizers.scale_types import FULL, Full
 from cage_jax.quantizers.scales.asymmetric import MinMax
@@ -76,6 +76,7 @@ class Calibrated(ScaleRule):
     needs_grid = True
 
     def __post_init__(self):
+        make_plain(self)
         if not isinstance(self.rule, ScaleRule) or self.rule.needs_grid:
             raise TypeError(
                 f"`rule` must be a rule that finds a scale in data; got {self.rule!r}. "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.checks import check_number, make_plain
 from cage_jax.arrays.exact import clamp, finite
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.grid import Grid
@@ -85,6 +85,7 @@ class AbsMax(ReducedScale):
     clip: float = 1.0
 
     def __post_init__(self):
+        make_plain(self)
         check_number("clip", self.clip, "Use 1.0 to keep all values in range.", above=0)
 
     joined_values = staticmethod(larger_magnitude)

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.checks import check_int, check_number, make_plain
 from cage_jax.arrays.exact import divide, power_below, uncontracted
 from cage_jax.quantizers.scale_types import FULL
 from cage_jax.quantizers.scales.reduced import largest_magnitude, size_along
@@ -67,6 +67,7 @@ class Percentile(ScaleRule):
     percent: float = 99.9
 
     def __post_init__(self):
+        make_plain(self)
         remedy = "Use 99.9, or AbsMax() to keep all values in range."
         check_number("percent", self.percent, remedy, above=0, most=100)
 
@@ -101,6 +102,7 @@ class Searched(ScaleRule):
     least: float = 0.2
 
     def __post_init__(self):
+        make_plain(self)
         check_int("count", self.count, "Use 40.", least=2)
         check_number("least", self.least, "Use 0.2.", above=0, below=1)
 
@@ -151,6 +153,7 @@ class Fixed(ScaleRule):
     scale: float
 
     def __post_init__(self):
+        make_plain(self)
         remedy = "Use the distance between two levels."
         check_number("scale", self.scale, remedy, above=0)
 

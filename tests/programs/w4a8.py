@@ -1,0 +1,103 @@
+"""W4A8 by the library, compared with what the walker finds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import walker
+
+import cage_jax as cage
+
+FAKE_QUANT = "_cage_jax_fake_quant"
+
+
+def check(function, rules, table, params, batches, count, compilations):
+    """Compares outputs and gradients of two batches, with one compiled program.
+
+    Args:
+      function: of parameters and data, at full precision.
+      rules: as a user writes them.
+      table: the walker's lines for the same kernels.
+      params: its parameters.
+      batches: two tuples of data.
+      count: how many products have a kernel; one in a scan counts once.
+      compilations: the fixture.
+    """
+    products = []
+    walked = walker.quantized(function, table, products)
+    quantized = cage.quantize_activations(function, rules)
+
+    def ours(params, *args):
+        return quantized(cage.fake_quant(params, rules), *args)
+
+    def theirs(params, *args):
+        return walked(walker.rounded_weights(params, table), *args)
+
+    def derived(function, params, args):
+        def loss(params):
+            outputs = function(params, *args)
+            return sum(map(weighted, jax.tree.leaves(outputs))), outputs
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    # So that equal programs, compiled apart, do not round otherwise.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def all_three(params, *args):
+        both = (derived(each, params, args) for each in (ours, theirs))
+        return *both, function(params, *args)
+
+    with compilations(1):
+        results = [all_three(params, *batch) for batch in batches]
+    for found, expected, plain in results:
+        jax.tree.map_with_path(assert_equal, found, expected)
+        pairs = zip(jax.tree.leaves(found[0][1]), jax.tree.leaves(plain), strict=True)
+        assert any(np.any(x != y) for x, y in pairs)
+    # Each traced once.
+    products.clear()
+    jax.make_jaxpr(walked)(params, *batches[0])
+    assert len(products) == count
+    rounded = rounds_in(jax.make_jaxpr(quantized)(params, *batches[0]).jaxpr)
+    assert (
+        rounded - rounds_in(jax.make_jaxpr(function)(params, *batches[0]).jaxpr)
+        == count
+    )
+    return products
+
+
+def assert_equal(path, found, expected):
+    np.testing.assert_array_equal(found, expected, jax.tree_util.keystr(path))
+
+
+def weighted(x):
+    """A sum in which each element counts differently."""
+    weights = np.cos(np.arange(x.size)).reshape(x.shape)
+    return jnp.sum(x.astype(jnp.float32) * weights.astype(np.float32)) / x.size**0.5
+
+
+def rounds_in(jaxpr):
+    """Counts the calls of `fake_quant` in a program."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == FAKE_QUANT:
+            count += 1
+            continue
+        for inside in jax.tree.leaves([*eqn.params.values()], is_leaf=is_program):
+            if is_program(inside):
+                count += rounds_in(getattr(inside, "jaxpr", inside))
+    return count
+
+
+def is_program(x):
+    return hasattr(x, "eqns")
+
+
+def drawn(rng, like):
+    """Parameters to start from, of the shapes of `like`."""
+
+    def of(leaf):
+        scale = 1 / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0.5
+        values = rng.standard_normal(leaf.shape) * scale + (leaf.ndim < 2)
+        return jax.device_put(values.astype(leaf.dtype))
+
+    return jax.tree.map(of, like)
