@@ -87,6 +87,13 @@ PRESETS = {
 }
 
 
+def along_inputs(quantizer):
+    """Names the axis of a quantizer for kernels (in, out), alone or in a stack."""
+    if quantizer.axis != "contracted":
+        return quantizer
+    return dataclasses.replace(quantizer, axis=-2)
+
+
 def normal(rng, *shape, dtype="float32"):
     """Standard normal numbers as a jax array."""
     return jnp.asarray(rng.standard_normal(shape), dtype)

@@ -47,12 +47,11 @@ PRESETS = {
     "int8 tokens": cage.int8(axis=-1),
     "lsq": cage.lsq(),
     "lsq 2": cage.lsq(2),
-    "binary": cage.binary(),
     "ternary": cage.ternary(),
     **{
         preset.__name__: preset(**INPUTS)
         for preset in (
-            *(cage.int8, cage.int4, cage.int3, cage.int2),
+            *(cage.int8, cage.int4, cage.int3, cage.int2, cage.binary),
             *(cage.ct_w4a16, cage.ct_w8a8, cage.fp8, cage.mxfp4, cage.mxfp6),
             *(cage.mxfp8, cage.nf4, cage.nvfp4, cage.q4_0, cage.q4_1, cage.q8_0),
         )

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import random_codes
+from cases import along_inputs, random_codes
 
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import safetensors_files
@@ -75,10 +75,13 @@ def with_codes(tree, path, quantizer, seed=0):
     node = tree
     for name in path.split("/"):
         node = node[name]
-    if quantizer.axis == "contracted":  # kernels are (in, out), alone or in a stack
-        quantizer = dataclasses.replace(quantizer, axis=-2)
     rng = np.random.default_rng(seed)
+<<<<<<< HEAD
     return with_leaf(tree, path, random_codes(rng, of_stack(quantizer), node.shape))
+=======
+    codes = random_codes(rng, along_inputs(quantizer), node.shape)
+    return with_leaf(tree, path, codes)
+>>>>>>> 9c361e0764c0b7fe283a553d82b695ef1a0851e3
 
 
 def with_kernels(quantizer, config=CONFIG):

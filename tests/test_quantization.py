@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import CASES, KERNEL, PRESETS, assert_same, awkward, normal
+from cases import (
+    CASES,
+    KERNEL,
+    PRESETS,
+    along_inputs,
+    assert_same,
+    awkward,
+    normal,
+)
 
 from cage_jax import (
     QuantizedArray,
@@ -29,7 +37,7 @@ EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)
 
 EVERY = CASES | {name: (KERNEL, quantizer) for name, quantizer in PRESETS.items()}
-quantizer_of = {name: quantizer for name, (_, quantizer) in EVERY.items()}
+quantizer_of = {name: along_inputs(quantizer) for name, (_, quantizer) in EVERY.items()}
 
 
 class Found(NamedTuple):
@@ -145,7 +153,7 @@ def test_the_same_bits_alone_and_together(case, rng):
         assert_same(together.restored, value)
     assert isinstance(codes, QuantizedArray)
     assert (codes.shape, codes.bits) == (case.shape, quantizer.bits)
-    assert (codes.quantizer, codes.dtype) == (quantizer, jnp.float32)
+    assert (codes.quantizer, codes.dtype) == (along_inputs(quantizer), jnp.float32)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), codes)
     assert like == QuantizedArray.abstract(quantizer, case.shape)
     assert codes.codes.dtype == quantizer.format.code_dtype

@@ -448,13 +448,6 @@ def test_bad_arguments():
             "power of two",
         ),
         (
-            lambda: int4(axis=(0, 1), hadamard=32),
-            ValueError,
-            "hadamard",
-            "axis=(0, 1)",
-            "hadamard=None",
-        ),
-        (
             lambda: int4(axis=None, hadamard=32),
             ValueError,
             "hadamard",

@@ -126,7 +126,7 @@ def test_bad_arguments():
             ValueError,
             "`group_size` must",
             "3,",
-            "divisor of 8",
+            "Use 2, or None",
         ),
         (ONES, quest(4), ValueError, "`hadamard` must", "128", "Use 8 or less"),
     ]

@@ -122,7 +122,7 @@ def normalized(p, x, q):
     return q(x) @ (p["w"] / norm)
 
 
-MASK = np.arange(64).reshape(8, 8) % 3
+MASK = np.float32(np.arange(64).reshape(8, 8) % 3)
 REACHED = [
     *(branch, other_branch, one_of_three, branches_in_a_loop, loop, loop_over_layers),
     *(sharded, barrier, masked, chosen, one_of_two, gathered, ragged),
@@ -229,7 +229,7 @@ def computed_elsewhere(p, x):
 
 
 def summed_by_hand(p, x):
-    return ((x @ p["v"])[:, :, None] * p["w"]).sum(1)
+    return ((x @ p["v"])[:, :, None] * p["w"][None]).sum(1)
 
 
 def looked_up(p, x):

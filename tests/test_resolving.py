@@ -285,6 +285,20 @@ def test_a_resolved_table_is_used_everywhere(rng):
     np.testing.assert_allclose(found, np.einsum("td,dhk->thk", x, expected), atol=1e-4)
 
 
+def test_arguments_are_those_of_the_function():
+    """Any number of them, by position or name, and some that are no arrays."""
+
+    def apply(p, a, b, c, *, transposed, scale):
+        x = (a + b + c) * scale
+        return x @ (p["w"].T if transposed else p["w"])
+
+    for transposed, axis in ((True, -1), (False, -2)):
+        rules = cage.resolve(
+            INT4, apply, {"w": shape(32, 32)}, X, X, X, transposed=transposed, scale=2.0
+        )
+        assert rules.match("w").axis == axis
+
+
 def test_what_is_in_no_product():
     params = {"a": shape(2, 3, 4), "b": shape(2, 3, 4), "c": shape(32, 32)}
 

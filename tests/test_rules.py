@@ -49,10 +49,10 @@ def test_the_first_match_wins():
         ]
     )
     assert quantized(rules) == {
-        "blocks/0/attention/kernel": int8(),
-        "blocks/0/mlp": int8(),
-        "blocks/1/attention/kernel": int4(),
-        "blocks/1/mlp": int2(),
+        "blocks/0/attention/kernel": int8(axis=-2),
+        "blocks/0/mlp": int8(axis=-2),
+        "blocks/1/attention/kernel": int4(axis=-2),
+        "blocks/1/mlp": int2(axis=-2),
     }
 
 
@@ -88,7 +88,7 @@ def test_none_leaves_alone():
 def test_a_single_array_has_the_empty_path():
     rules = Rules([("", int4())])
     x = ones(4, 2)
-    assert quantized(rules, x) == {"": int4()}
+    assert quantized(rules, x) == {"": int4(axis=-2)}
     assert rules.map(lambda path, quantizer, x: path, x) == ""
 
 
@@ -98,7 +98,7 @@ def test_a_single_array_has_the_empty_path():
 def test_map_visits_what_is_quantized():
     rules = Rules([(".*mlp", int8()), ("scale", int8())])
     result = rules.map(lambda path, quantizer, x: (path, quantizer, x.shape), PARAMS)
-    assert result["blocks"][1]["mlp"] == ("blocks/1/mlp", int8(), (32, 16))
+    assert result["blocks"][1]["mlp"] == ("blocks/1/mlp", int8(axis=-2), (32, 16))
     assert result["embed"] is PARAMS["embed"]
     assert result["scale"] is PARAMS["scale"]
     assert result["none"] is None

@@ -276,7 +276,7 @@ def _apply(function, x, quantizer, grid, key=None):
     _check_array(x, quantizer)
     if key is not None and quantizer.rounding != "stochastic":
         raise _unused_key(quantizer)
-    return function(x, quantizer.at(jnp.shape(x)), grid, key)
+    return function(x, quantizer.at(np.shape(x)), grid, key)
 
 
 def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):

@@ -20,7 +20,7 @@ class LearnedScale(nnx.Param):
 
 
 def quantized(model, rules, *, strict=True):
-    """Returns a module with the same variables, whose public methods quantize inputs."""
+    """Returns a module with the same variables whose public methods quantize inputs."""
     # Made as `nnx.merge` makes a module: of another class, without its `__init__`.
     new = object.__new__(_quantized_class(type(model)))  # type: ignore[arg-type]
     vars(new).update(vars(model))

@@ -13,7 +13,6 @@ from cage_jax.core.rules import Rules, check_rules
 from cage_jax.program.tracing import check_function, split_arrays, split_grids
 from cage_jax.program.visiting import INPUTS, check_reached, input_path, visit_inputs
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer
 
 Result = TypeVar("Result")
 
@@ -152,17 +151,16 @@ def calibrate(
     """
     check_rules(rules)
     params, grids = split_grids(params)
-    quantizers: dict[str, Quantizer] = {}
 
     def visit(path, product, quantizer, x, grid):
         if not quantizer.scale.needs_grid:
             axes = product.axes_for(quantizer)
             return quantize_input(x, axes, quantizer, None), None
-        quantizers[path] = quantizer
         return x, fit_input_grid(x, product.features, quantizer)
 
     def merged(path, grids):
-        scale, format = quantizers[path].scale, quantizers[path].format
+        quantizer = rules.match_inputs(path)
+        scale, format = quantizer.scale, quantizer.format
         return functools.reduce(lambda a, b: scale.merged(a, b, format), grids)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -172,7 +170,11 @@ def calibrate(
         check_reached(rules, visited, strict=strict)
         _check_measured(rules, visited.followed.products)
         # One weight may multiply several inputs.
-        return {path: merged(path, visited.records[path]) for path in quantizers}
+        return {
+            path: merged(path, grids)
+            for path, grids in visited.records.items()
+            if grids[0] is not None
+        }
 
     seen: dict[str, Grid] | None = None
     for batch in batches:

@@ -112,9 +112,10 @@ class Followed(NamedTuple):
     equations: list[tuple[list[Origin], list[Product]]]
 
 
-# Takes the name, a product, its input and its grid or None; returns the input to use
-# instead, and an array or tree to record.
-Visit = Callable[[str, Product, jax.Array, Any], tuple[jax.Array, Any]]
+# Takes the name, a product, its input, its grid or None, and a dict that lives as long
+# as the run of the program around; returns the input to use instead, and an array or
+# tree to record.
+Visit = Callable[[str, Product, jax.Array, Any, dict], tuple[jax.Array, Any]]
 
 
 def follow(program: ClosedJaxpr, origins: Sequence[Origin]) -> Followed:
@@ -460,6 +461,7 @@ class _Run(NamedTuple):
     def run(self, program: ClosedJaxpr, values, *, origins) -> list[Any]:
         *values, grids = values
         records: dict[str, list[Any]] = {}
+        shared: dict[Any, Any] = {}
         followed = self.follower.follow(program, origins)
         rules = {}
         for place, (inputs, products) in enumerate(followed.equations):
@@ -470,22 +472,22 @@ class _Run(NamedTuple):
                     self._replaced if eqn.primitive.name in _SIDES else self._entered
                 )
                 rules[place] = functools.partial(
-                    replaced, eqn, inputs, names, grids, records
+                    replaced, eqn, inputs, names, grids, records, shared
                 )
         outputs = evaluate_except(program.jaxpr, [*program.consts, *values], rules)
         return [*outputs, records]
 
-    def _replaced(self, eqn, origins, names, grids, records, values):
+    def _replaced(self, eqn, origins, names, grids, records, shared, values):
         """Computes a product with another input."""
         found = _product(eqn, origins)
         assert found is not None
         (name,), (product, side) = names, found
-        x, record = self.visit(name, product, values[side], grids.get(name))
+        x, record = self.visit(name, product, values[side], grids.get(name), shared)
         records.setdefault(name, []).append(record)
         values[side] = x.astype(values[side].dtype)
         return unchanged(eqn, values)
 
-    def _entered(self, eqn, origins, names, grids, records, values):
+    def _entered(self, eqn, origins, names, grids, records, _, values):
         """Computes an operation that has such products inside."""
         inside = self.follower.inside(eqn, origins)
         parts = {name: grids[name] for name in names if name in grids}

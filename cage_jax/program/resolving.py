@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.program.origins import axes_of
 from cage_jax.program.products import Followed
@@ -12,7 +11,6 @@ from cage_jax.program.visiting import follow_function
 from cage_jax.quantizers.axes import WeightAxes
 
 
-@names_checked
 def resolve(
     rules: Rules, function: Callable, params: Any, *args: Any, **kwargs: Any
 ) -> Rules:

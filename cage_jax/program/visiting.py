@@ -66,9 +66,18 @@ def visit_inputs(
     """
     traced = trace(function, params, args, kwargs)
 
-    def visit_one(path, product, x, grid):
-        with path_in_errors(path + INPUTS):
-            return visit(path, product, rules.match_inputs(path), x, grid)
+    def visit_one(path, product, x, grid, shared):
+        quantizer = rules.match_inputs(path)
+        # Several layers may have one input, such as queries, keys and values; it is kept
+        # with the result, so that no other array gets its number.
+        key = id(x), product.axes_for(quantizer), quantizer
+        if grid is not None or key not in shared:
+            with path_in_errors(path + INPUTS):
+                found = visit(path, product, quantizer, x, grid)
+            if grid is not None:
+                return found
+            shared[key] = x, found
+        return shared[key][1]
 
     given = {
         path.removesuffix(INPUTS): grid

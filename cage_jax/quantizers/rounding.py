@@ -71,7 +71,8 @@ class Rounding:
         """Converts to units of the grid, in which the values of the format lie."""
         spread, factor = self._spread, self._factor
         if self.rounding_grid is None:
-            position = divide(self._from_offset(), spread(self._step / factor))
+            step = self._step if factor == 1 else self._step / factor
+            position = divide(self._from_offset(), spread(step))
             # This changes no value, but lets compilers divide and round in one pass.
             position = uncontracted(position)
         else:

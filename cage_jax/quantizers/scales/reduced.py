@@ -4,8 +4,6 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +20,7 @@ from cage_jax.quantizers.scales.rule import ScaleRule
 
 @dataclasses.dataclass(frozen=True)
 class ReducedScale(ScaleRule):
-    """A rule that reduces a group to one number, which can be computed in parts.
-
-    Attributes:
-      joined_values: makes one value of two with the same number, to the bit, or None.
-    """
-
-    joined_values: ClassVar[Callable | None] = None
+    """A rule that reduces a group to one number, which can be computed in parts."""
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
@@ -69,13 +61,8 @@ class ReducedScale(ScaleRule):
     def fit_groups(self, x, blocks, format, scale_type, largest=None):
         count, axes = blocks.count, blocks.tensor_axes
         part = functools.partial(self.part, count=count)
-        whole = blocks.reduce(part, x, ignores_zeros=True, joined=self.joined_values)
+        whole = blocks.reduce(part, x, ignores_zeros=True)
         return self.stored(whole, count, format, scale_type, axes, largest)
-
-
-def larger_magnitude(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns the larger magnitude of each two; NaN if one of them is NaN."""
-    return lax.max(lax.abs(one), lax.abs(other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +75,17 @@ class AbsMax(ReducedScale):
         make_plain(self)
         check_number("clip", self.clip, "Use 1.0 to keep all values in range.", above=0)
 
-    joined_values = staticmethod(larger_magnitude)
-
     def part(self, x, axes, count):
         return largest_magnitude(x, axes)
+
+    def fit_groups(self, x, blocks, format, scale_type, largest=None):
+        # As integers, magnitudes have the same order and no NaN: fewer operations.
+        bits = blocks.reduce(
+            _largest, magnitude_bits(x), ignores_zeros=True, joined=lax.max
+        )
+        whole = from_magnitude_bits(bits, x.dtype)
+        axes = blocks.tensor_axes
+        return self.stored(whole, blocks.count, format, scale_type, axes, largest)
 
     def joined(self, one, other):
         return lax.max(one, other)
@@ -197,11 +191,25 @@ def infinite_if_nan(x: jax.Array) -> jax.Array:
     It does so without an infinity per element, which XLA would pass to a loop as an
     array.
     """
-    word = np.dtype(f"int{8 * x.dtype.itemsize}")
-    infinity = np.array(np.inf, x.dtype).view(word)[()]
-    # Read as integers, the bits of NaN are above those of infinity.
-    bits = lax.clamp(word.type(0), lax.bitcast_convert_type(lax.abs(x), word), infinity)
-    return lax.select(lax.ne(x, x), lax.bitcast_convert_type(bits, x.dtype), x)
+    magnitudes = from_magnitude_bits(magnitude_bits(x), x.dtype)
+    return lax.select(lax.ne(x, x), magnitudes, x)
+
+
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    """Reads magnitudes as integers, which are in the same order; NaN is the largest."""
+    return lax.bitcast_convert_type(lax.abs(x), np.dtype(f"int{8 * x.dtype.itemsize}"))
+
+
+def from_magnitude_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns the numbers of `magnitude_bits`, with infinity in place of NaN."""
+    infinity = np.array(np.inf, dtype).view(bits.dtype)[()]
+    return lax.bitcast_convert_type(clamp(bits, 0, infinity), dtype)
+
+
+def _largest(bits, axes):
+    """Returns the largest integer along `axes`, kept with size 1; 0 of none."""
+    initial = 0 if 0 in bits.shape else None
+    return jnp.max(bits, axis=axes, keepdims=True, initial=initial)
 
 
 def _sum(sizes, x, axes, count):
