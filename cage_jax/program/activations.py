@@ -160,6 +160,7 @@ def calibrate(
 
     def merged(path, grids):
         quantizer = rules.match_inputs(path)
+        assert quantizer is not None
         scale, format = quantizer.scale, quantizer.format
         return functools.reduce(lambda a, b: scale.merged(a, b, format), grids)
 
