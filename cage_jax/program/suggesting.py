@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
 from cage_jax.core.tables import table
 from cage_jax.program.products import Followed
@@ -26,7 +25,6 @@ _FEWEST_WEIGHTS = 1024  # smaller parameters are not worth it
 _ROUTER = re.compile(r"(.*/)?(router|gating|gate|switch)(/(kernel|weight|w))?")
 
 
-@names_checked
 def suggest(
     function: Callable,
     params: Any,
