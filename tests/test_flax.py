@@ -833,7 +833,8 @@ def test_resolve_from_shapes_of_a_model_with_other_variables():
 
     rules = Rules([(".*kernel", int4())])
     x = jax.ShapeDtypeStruct((2, 5, 5, 3), jnp.float32)
-    variables = jax.eval_shape(Linen().init, jax.random.key(0), x, train=False)
+    init = functools.partial(Linen().init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), x)
     for found in (
         cage_flax.resolve(rules, nnx.eval_shape(Net), x),
         cage_flax.resolve(rules, Linen(), x, variables=variables, train=False),
