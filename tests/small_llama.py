@@ -65,23 +65,14 @@ def with_leaf(tree, path, leaf):
     return tree | {first: with_leaf(tree[first], rest[0], leaf) if rest else leaf}
 
 
-def of_stack(quantizer):
-    """Names the axis of kernels in a stack, (layers, in, out)."""
-    return quantizer.at((1, 1))
-
-
 def with_codes(tree, path, quantizer, seed=0):
     """Copies a tree, with random codes at a path, which no program has computed."""
     node = tree
     for name in path.split("/"):
         node = node[name]
     rng = np.random.default_rng(seed)
-<<<<<<< HEAD
-    return with_leaf(tree, path, random_codes(rng, of_stack(quantizer), node.shape))
-=======
     codes = random_codes(rng, along_inputs(quantizer), node.shape)
     return with_leaf(tree, path, codes)
->>>>>>> 9c361e0764c0b7fe283a553d82b695ef1a0851e3
 
 
 def with_kernels(quantizer, config=CONFIG):

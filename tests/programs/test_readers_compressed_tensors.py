@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same
-from small_llama import of_stack
+from cases import along_inputs, assert_same
 
 import cage_jax as cage
 
@@ -43,7 +42,8 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (2, 16))
 
 def rules_of(*pairs):
     """Rules of stacked kernels, (layers, in, out)."""
-    return cage.Rules([*((path, of_stack(q)) for path, q in pairs), (r".*", None)])
+    named = ((path, along_inputs(quantizer)) for path, quantizer in pairs)
+    return cage.Rules([*named, (r".*", None)])
 
 
 def all_kernels(quantizer):
