@@ -99,7 +99,7 @@ def _unknown_text(quantizer, shape):
     return (
         f"`axis` must be known for an array of more than two dimensions; got axis="
         f"'contracted' (the default of most presets), shape {shape}. Find the axes "
-        f"that its product sums over with rules = cage.resolve(rules, function, params, "
-        f"x), or name them, such as axis=-2 for a stack of (in, out) matrices and "
-        f"axis=(0, 1, 2) for a convolution."
+        f"that its product sums over with rules = cage.resolve(rules, function, "
+        f"params, x), or name them, such as axis=-2 for a stack of (in, out) matrices "
+        f"and axis=(0, 1, 2) for a convolution."
     )
