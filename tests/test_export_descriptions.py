@@ -123,7 +123,6 @@ def test_defaults_but_the_axis_are_left_out():
         "class": "Quantizer",
         "axis": "contracted",
         "format": {"class": "Integer", "bits": 4},
-        "axis": "contracted",
     }
 
 

@@ -811,3 +811,33 @@ def test_the_report_lists_every_parameter(x, variables):
     assert {"up/kernel", "up/bias", "w", "norm/scale"} <= {
         layer.weight.path for layer in plain.layers
     }
+
+
+def test_resolve_from_shapes_of_a_model_with_other_variables():
+    """Statistics and keys are shapes too, in a model that was never made."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.drop(self.norm(self.conv(x)))
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x))
+
+    rules = Rules([(".*kernel", int4())])
+    x = jax.ShapeDtypeStruct((2, 5, 5, 3), jnp.float32)
+    init = functools.partial(Linen().init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), x)
+    for found in (
+        cage_flax.resolve(rules, nnx.eval_shape(Net), x),
+        cage_flax.resolve(rules, Linen(), x, variables=variables, train=False),
+    ):
+        (quantizer,) = found.resolved.values()
+        assert quantizer.axis == (-4, -3, -2)

@@ -8,6 +8,8 @@ import pytest
 import scipy.special
 from small_llama import CONFIG, TIED, on_host, params_of
 
+import cage_jax as cage
+
 llama = pytest.importorskip("cage_jax.llama.model", reason="the model needs flax")
 
 
@@ -66,3 +68,11 @@ def test_logits(config, rng):
     expected = np.stack([expected_logits(params, line, config) for line in tokens])
     # Sums of 64 to 128 terms in float32, two layers of them.
     np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * abs(expected).max())
+
+
+def test_suggested_rules_take_the_gate_for_no_router():
+    params = jax.eval_shape(lambda: params_of(CONFIG))
+    tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
+    rules = cage.suggest(llama.logits, params, tokens, CONFIG, show=False)
+    kernels = {path for path in CONFIG.shapes() if path.endswith("/kernel")}
+    assert kernels - rules.resolved.keys() == {"head/kernel"}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, Unpack, overload
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from cage_jax.arrays.checks import warn
@@ -352,17 +353,27 @@ def _why_inputs_unquantized(theirs, rules):
 
 def _of_parameters(function, state):
     """Closes a function over all variables but the parameters; returns both."""
+
+    def new(rest):
+        # The call may change variables, so it gets new ones made in its own trace.
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x, rest
+        )
+
     if isinstance(state, nnx.State):
         variables, rest = nnx.split_state(state, nnx.Param, ...)
 
         def with_rest(variables, *args, **kwargs):
-            # The call may change variables, so it gets new ones made in its own trace.
-            new = jax.tree.map(lambda leaf: leaf, rest)
-            return function(nnx.merge_state(variables, new), *args, **kwargs)
+            return function(nnx.merge_state(variables, new(rest)), *args, **kwargs)
 
         return with_rest, variables
     params = {"params": state.get("params", {})}
-    return lambda p, *a, **k: function({**state, **p}, *a, **k), params
+    rest = {name: part for name, part in state.items() if name != "params"}
+    return lambda p, *a, **k: function({**new(rest), **p}, *a, **k), params
+
+
+def _is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _program(model, variables, call):

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
 from cage_jax.core.tables import table
+from cage_jax.program.origins import axes_of
 from cage_jax.program.products import Followed
 from cage_jax.program.resolving import weight_axes
 from cage_jax.program.tracing import check_function, split_grids
@@ -21,12 +21,14 @@ from cage_jax.quantizers.registry import named, takes_groups
 
 _GROUPS = (128, 64, 32)  # for codes of at most 4 bits, the first that divides
 _MOST_BITS_IN_GROUPS = 4
+_FEW_EXPERTS = 4  # times as many inputs has a router
 _FEWEST_WEIGHTS = 1024  # smaller parameters are not worth it
 # Routers of experts are small, and an error in them sends a token elsewhere.
-_ROUTER = re.compile(r"(.*/)?(router|gating|gate|switch)(/(kernel|weight|w))?")
+_ROUTER = re.compile(
+    r"(.*/)?(router|gating|switch|(?P<gate>gate))(/(kernel|weight|w))?"
+)
 
 
-@names_checked
 def suggest(
     function: Callable,
     params: Any,
@@ -163,7 +165,7 @@ def _reasons(followed, shapes) -> dict[str, str]:
             found[path] = "in no product with data"
         elif path not in large:
             found[path] = f"fewer than {_FEWEST_WEIGHTS} weights"
-        elif _ROUTER.fullmatch(path):
+        elif _is_router(path, shapes[path], products):
             found[path] = "a router of experts"
     # In a stack of layers no layer is the first or the last.
     if products and not looked_up and not products[0].repeats:
@@ -171,6 +173,20 @@ def _reasons(followed, shapes) -> dict[str, str]:
     if products and not products[-1].repeats:
         found |= dict.fromkeys(products[-1].paths, "the last layer")
     return found
+
+
+def _is_router(path, shape, products):
+    """Tells by its name whether a parameter routes tokens to experts."""
+    name = _ROUTER.fullmatch(path)
+    if name is None or name["gate"] is None:
+        return name is not None
+    # A "gate" is also a layer of a Llama, which has as many outputs as others.
+    product = next(each for each in products if path in each.paths)
+    inputs, outputs = (
+        math.prod(shape[axis] for axis in axes_of(labels, path))
+        for labels in (product.contracted, product.kept)
+    )
+    return _FEW_EXPERTS * outputs <= inputs
 
 
 def _candidates(argument, quantizer, groups) -> list[Quantizer]:

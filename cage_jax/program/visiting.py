@@ -68,8 +68,8 @@ def visit_inputs(
 
     def visit_one(path, product, x, grid, shared):
         quantizer = rules.match_inputs(path)
-        # Several layers may have one input, as queries, keys and values have. It is kept
-        # beside the result, so that no other array gets its number.
+        # Several layers may have one input, such as queries, keys and values; it is
+        # kept with the result, so that no other array gets its number.
         key = id(x), product.axes_for(quantizer), quantizer
         if grid is not None or key not in shared:
             with path_in_errors(path + INPUTS):

@@ -60,7 +60,7 @@ def numbered(
 
 
 def dividing_size(size: int, lengths: tuple[int, ...]) -> int:
-    """Returns the largest size up to `size` of groups that divide axes as if they were one."""
+    """Returns the largest size up to `size` that divides axes as if they were one."""
     return next(n for n in range(size, 0, -1) if _sizes(n, lengths))
 
 
@@ -98,8 +98,8 @@ def _unknown_text(quantizer, shape):
         )
     return (
         f"`axis` must be known for an array of more than two dimensions; got axis="
-        f"'contracted' (the default of most presets), shape {shape}. Find the axes that "
-        f"its product sums over with rules = cage.resolve(rules, function, params, x), "
-        f"or name them, such as axis=-2 for a stack of (in, out) matrices and axis="
-        f"(0, 1, 2) for a convolution."
+        f"'contracted' (the default of most presets), shape {shape}. Find the axes "
+        f"that its product sums over with rules = cage.resolve(rules, function, "
+        f"params, x), or name them, such as axis=-2 for a stack of (in, out) matrices "
+        f"and axis=(0, 1, 2) for a convolution."
     )

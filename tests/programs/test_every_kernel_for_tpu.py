@@ -194,7 +194,7 @@ def quantized(quantizer):
     return lambda x: cage.fake_quant(x, quantizer, implementation="xla")
 
 LAST = {size: cage.int4(group_size=size, axis=-1) for size in (32, 128)}
-ROWS, shape = cage.int4(group_size=32), (65536, 4096)
+ROWS, shape = cage.int4(group_size=32, axis=-2), (65536, 4096)
 found = {f"{size}": moved(quantized(LAST[size]), shape) for size in LAST}
 found["of rows"] = moved(quantized(ROWS), shape)
 found["codes"] = moved(lambda x: cage.quantize(x, LAST[128]).codes, shape)
@@ -276,10 +276,10 @@ for chip in sys.argv[1:]:
 print(json.dumps(len(list(here.every_product()))))
 """
 TAKEN_BY_ITSELF = [
-    low_bit.Case(cage.int4(group_size=32)),
-    low_bit.Case(cage.mxfp4()),
-    low_bit.Case(cage.nvfp4(), 1),
-    low_bit.Case(cage.int4(group_size=128), 4096),
+    low_bit.Case(cage.int4(group_size=32, axis=-2)),
+    low_bit.Case(cage.mxfp4(axis=-2)),
+    low_bit.Case(cage.nvfp4(axis=-2), 1),
+    low_bit.Case(cage.int4(group_size=128, axis=-2), 4096),
 ]
 
 
@@ -309,10 +309,10 @@ def every_product():
 @needs_libtpu
 def test_products_with_codes_move_codes_alone():
     asked = [
-        low_bit.Case(cage.int4(group_size=128), 1),
-        low_bit.Case(cage.int4(group_size=32)),
-        low_bit.Case(cage.quest(4)),
-        low_bit.Case(cage.int4(group_size=128), 8, low_bit.PER_TOKEN),
+        low_bit.Case(cage.int4(group_size=128, axis=-2), 1),
+        low_bit.Case(cage.int4(group_size=32, axis=-2)),
+        low_bit.Case(cage.quest(4, axis=-2)),
+        low_bit.Case(cage.int4(group_size=128, axis=-2), 8, low_bit.PER_TOKEN),
     ]
     found = on([str(low_bit.CASES.index(case)) for case in asked], PRODUCTS)
     for case, units in zip(asked, found, strict=True):

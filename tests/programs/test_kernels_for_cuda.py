@@ -143,7 +143,7 @@ def test_both_forms_of_every_case_give_the_same_arrays():
 
 def test_a_wrong_kernel_is_noticed(monkeypatch):
     case = CASES[6]
-    wrong = case._replace(quantizer=cage.int4(group_size=64))
+    wrong = case._replace(quantizer=cage.int4(group_size=64, axis=-2))
     monkeypatch.setattr(gpu, "kernel", lambda *_: gpu.xla(wrong))
     with pytest.raises(AssertionError, match="agree with"):
         gpu.check(case, interpret=True)

@@ -42,7 +42,8 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (2, 16))
 
 def rules_of(*pairs):
     """Rules of stacked kernels, (layers, in, out)."""
-    return cage.Rules([*((path, along_inputs(q)) for path, q in pairs), (r".*", None)])
+    named = ((path, along_inputs(quantizer)) for path, quantizer in pairs)
+    return cage.Rules([*named, (r".*", None)])
 
 
 def all_kernels(quantizer):
