@@ -136,6 +136,7 @@ def test_tokens_alone_are_as_in_numpy(rng):
         (cage.int4(axis=-1), 7, -1),
         (cage.int8(axis=-1), 127, -1),
         (cage.int4(axis=(-2, -1)), 7, (-2, -1)),
+        (cage.int4(axis=None), 7, (-2, -1)),  # the heads of a token are a matrix
     ]
     seen = jax.jit(lambda k, v: [quantize_kv(k, v, row[0], None) for row in table])
     causal = np.tril(np.ones((TOKENS, TOKENS), bool))
@@ -382,7 +383,8 @@ def test_quantizers_that_do_not_fit(rng):
     rotated = cage.quest(4, axis=-3, hadamard=4, group_size=4)
     for quantizer, error, text in (
         (cage.int4, TypeError, "must be a Quantizer or None; got <function int4"),
-        (cage.int4(axis=None), ValueError, "must not share a scale among all tokens"),
+        (cage.int4(), ValueError, "must name its axes.*Use axis=-1"),
+        (cage.int4(axis=(1, 2, 3)), ValueError, "must not share a scale among all tok"),
         (cage.int4(axis=-3), ValueError, "must not share a scale among all tokens"),
         (cage.int4(axis=(1, 3)), ValueError, "must not share a scale among all tok"),
         (cage.int4(axis=0), ValueError, "must not share a scale among sequences"),

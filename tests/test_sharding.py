@@ -34,11 +34,11 @@ SPECS = {
 }
 # Groups and rotations of 16 rows lie inside a shard of 128 / 8 rows.
 QUANTIZERS = {
-    "group": cage.int4(group_size=16),
-    "channel": cage.int4(),
+    "group": cage.int4(axis=-2, group_size=16),
+    "channel": cage.int4(axis=-2),
     "tensor": cage.int4(axis=None),
-    "asymmetric": cage.int4(group_size=16, symmetric=False),
-    "hadamard": cage.quest(4, hadamard=16),
+    "asymmetric": cage.int4(axis=-2, group_size=16, symmetric=False),
+    "hadamard": cage.quest(4, axis=-2, hadamard=16),
 }
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 

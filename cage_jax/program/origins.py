@@ -97,7 +97,10 @@ def after(eqn: JaxprEqn, origins: Sequence[Origin]) -> tuple[Origin, frozenset[L
         weights = [place for place in weights if place in operands]
     if any(origin.is_data for origin in origins):
         mixes = eqn.primitive.name in _MIXING
-        whole = all(_is_matrix(origins[p], _shape(eqn.invars[p])) for p in weights)
+        shapes = {p: _shape(eqn.invars[p]) for p in weights}
+        whole = all(_is_matrix(origins[p], shape) for p, shape in shapes.items())
+        # A weight that is repeated for each example becomes data.
+        whole &= all(shape == _shape(eqn.outvars[0]) for shape in shapes.values())
         if not (mixes and whole):
             return only_data(origins), _NONE
     out = _shape(eqn.outvars[0])
