@@ -35,13 +35,18 @@ def quantize_input(
     Returns:
       An array like `x`.
     """
+    check_calibrated(quantizer, grid)
+    x, quantizer, grid, back = arranged(x, features, quantizer, grid)
+    return back(fake_quant(x, quantizer, grid=grid))
+
+
+def check_calibrated(quantizer: Quantizer, grid: Grid | None) -> None:
+    """Raises if an input has no grid, and its quantizer needs one."""
     if quantizer.scale.needs_grid and grid is None:
         raise ValueError(
             f"`inputs` of this weight must be calibrated first; got no grid for "
             f"{quantizer}. Use variables = calibrate(model, rules, [(x,), ...])."
         )
-    x, quantizer, grid, back = arranged(x, features, quantizer, grid)
-    return back(fake_quant(x, quantizer, grid=grid))
 
 
 def fit_input_grid(

@@ -1,57 +1,35 @@
 """The report of a model: its parameters, their inputs, and what may be wrong."""
 
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from cage_jax.core.grids import grid_at
-from cage_jax.core.inputs import arranged, of_features, quantize_input
-from cage_jax.core.quantize import fake_quant, gaussian_error, quantization_error
+from cage_jax.core.inputs import of_features
+from cage_jax.core.quantize import gaussian_error
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.core.tables import Cells, Shown
 from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Row
+from cage_jax.program.measuring import GridFit, Measured, measure
 from cage_jax.program.origins import axes_of
 from cage_jax.program.products import Loss, Product
-from cage_jax.program.tracing import split_arrays, split_grids
+from cage_jax.program.tracing import split_grids
 from cage_jax.program.visiting import (
     follow_function,
     input_path,
     out_of_reach,
-    visit_inputs,
 )
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.rounding import rounding
 
 # The limits beyond which something is a finding.
 _MAX_CLIPPED = 0.01  # fraction of values beyond the grid
 _MAX_UNUSED = 0.5  # fraction of the levels that no value takes
 _MIN_VALUES_PER_LEVEL = 16  # values per level, for unused levels to mean something
 _MAX_ERROR_RATIO = 1.5  # error divided by that of normal numbers
-
-
-class GridFit(NamedTuple):
-    """How well an array fits its grid.
-
-    Attributes:
-      error: ||x - Q(x)|| / ||x||.
-      clipped: fraction of the values beyond the ends of the grid.
-      unused: fraction of the grid's levels that no value takes.
-      one_sign: fraction of the scans' repetitions, or 1 or 0 without a scan, in which
-        all values have one sign on a grid that has both.
-    """
-
-    error: float
-    clipped: float
-    unused: float
-    one_sign: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +113,7 @@ def report(
 
     Example:
       >>> import cage_jax as cage
-      >>> import jax.numpy as jnp
-      >>> from cage_jax.program.model_report import report
+      >>>       >>> from cage_jax.program.model_report import report
       >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
       >>> params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
       >>> def apply(params, x):
@@ -154,9 +131,9 @@ def report(
         isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((params, args))
     ):
         followed, shapes = follow_function(function, values, args, kwargs)
-        measured = _Measured({}, {})
+        measured = Measured({}, {})
     else:
-        followed, shapes, measured = _measured(function, rules, params, args, kwargs)
+        followed, shapes, measured = measure(function, rules, params, args, kwargs)
     inputs: dict[str, list[Input]] = {}
     for product in followed.products:
         path = input_path(rules, product)
@@ -182,93 +159,6 @@ def report(
     ]
     findings = (*unused, *rows.splits, *rows.costs, *reach, *_findings(layers))
     return ModelReport(layers, findings)
-
-
-# --- measuring ------------------------------------------------------------------------
-
-
-class _Measured(NamedTuple):
-    """How well arrays fit their grids, by path.
-
-    Attributes:
-      weights: of each quantized weight.
-      inputs: of each product whose input is quantized; None if it did not run.
-    """
-
-    weights: dict[str, GridFit | None]
-    inputs: dict[str, list[GridFit | None]]
-
-
-def _measured(function, rules, params, args, kwargs):
-    """Measures weights and inputs in one program: op by op, there would be hundreds."""
-    rules = _to_nearest(rules)
-    arrays, static = split_arrays(args, kwargs)
-    about: list[Any] = []  # known while the program is traced
-
-    def visit(path, product, quantizer, x, grid):
-        axes = product.axes_for(quantizer)
-        figures = _figures_of(*arranged(x, axes, quantizer, grid)[:3])
-        return quantize_input(x, axes, quantizer, grid), figures
-
-    @jax.jit
-    def observed(params, arrays):
-        args, kwargs = static.joined(arrays)
-        values, grids = split_grids(params)
-        weights = {
-            path: _figures_of(x, quantizer, grid_at(path, params, None))
-            for path, (quantizer, x) in rules.quantized(values).items()
-        }
-        quantized, _ = split_grids(fake_quant(params, rules))
-        visited = visit_inputs(function, rules, visit, quantized, grids, args, kwargs)
-        about.extend((visited.followed, visited.shapes))
-        return weights, visited.records
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        weights, inputs = jax.device_get(observed(params, arrays))
-    figures = _Measured(
-        {path: _mean(each) for path, each in weights.items()},
-        {path: [*map(_mean, entries)] for path, entries in inputs.items()},
-    )
-    return *about, figures
-
-
-def _to_nearest(rules):
-    def nearest(quantizer):
-        return quantizer and dataclasses.replace(quantizer, rounding="nearest")
-
-    return Rules(
-        [(r.pattern, nearest(r.weights), nearest(r.inputs)) for r in rules],
-        resolved={path: nearest(each) for path, each in rules.resolved.items()},
-    )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _figures_of(x, quantizer, grid):
-    """Computes the figures of `GridFit` as arrays, and 1 for having run."""
-    error = jnp.linalg.norm(quantization_error(x, quantizer, grid=grid).ravel())
-    size = jnp.linalg.norm(x.ravel())
-    error = error / jnp.where(size == 0, 1, size)
-    if not quantizer.has_codes:
-        return error, *[jnp.zeros([])] * 3, jnp.ones([])
-    found, format = rounding(x, quantizer, grid), quantizer.format
-    values = found.code_values()
-    # Half a step beyond the end is rounded, not clipped.
-    beyond = ~found.is_inside(format.edge)
-    levels = jnp.asarray(format.values, values.dtype)
-    used = jnp.zeros(levels.size, bool)
-    used = used.at[jnp.searchsorted(levels, values.ravel())].set(True, mode="drop")
-    one_sign = jnp.all(values >= 0) | jnp.all(values <= 0)
-    one_sign &= not quantizer.asymmetric and not quantizer.scale.has_offset
-    return error, jnp.mean(beyond), jnp.mean(~used), one_sign, jnp.ones([])
-
-
-def _mean(arrays) -> GridFit | None:
-    """Averages figures over the repetitions that ran."""
-    *figures, ran = (np.asarray(array, np.float64) for array in arrays)
-    if not ran.sum():
-        return None
-    return GridFit(*(float(np.sum(each * ran) / ran.sum()) for each in figures))
 
 
 # --- words ----------------------------------------------------------------------------
