@@ -47,6 +47,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
+        """Returns the values of the next layer, and nothing to stack."""
         heads = max(1, self.width // 64)
         x = x + nn.MultiHeadDotProductAttention(num_heads=heads)(nn.LayerNorm()(x))
         h = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
@@ -62,6 +63,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
+        """Returns the logits of the next tokens."""
         x = nn.Embed(8 * self.width, self.width)(tokens)
         if self.scan:
             options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}

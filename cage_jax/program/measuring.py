@@ -1,7 +1,12 @@
-"""How well the weights and inputs of a program fit their grids."""
+"""How well the weights and inputs of a program fit their grids.
+
+Each is judged by some of its values, 2**20 of a weight and 2**14 of an input, so that a
+report compiles little more than the program itself.
+"""
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -17,9 +22,12 @@ from cage_jax.core.rules import Rules
 from cage_jax.program.products import Followed
 from cage_jax.program.tracing import split_arrays, split_grids
 from cage_jax.program.visiting import visit_inputs
+from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import dequantized, rounding
 
-_MOST_COUNTED = 2**16  # values whose levels are counted, evenly spread
+# The values of an array that are measured, in even steps.
+_MOST_OF_WEIGHTS = 2**20
+_MOST_OF_INPUTS = 2**14  # which are kept until the program ends
 
 
 class GridFit(NamedTuple):
@@ -28,8 +36,7 @@ class GridFit(NamedTuple):
     Attributes:
       error: ||x - Q(x)|| / ||x||.
       clipped: fraction of the values beyond the ends of the grid.
-      unused: fraction of the grid's levels that no value takes, of 65,536 values that
-        are evenly spread if there are more.
+      unused: fraction of the grid's levels that no value takes.
       one_sign: fraction of the scans' repetitions, or 1 or 0 without a scan, in which
         all values have one sign on a grid that has both.
     """
@@ -63,14 +70,15 @@ def measure(
     rules = _to_nearest(rules)
     arrays, static = split_arrays(args, kwargs)
     values, grids = split_grids(params)
-    weights = {}
+    weights: dict[str, GridFit | None] = {}
     about: list[Any] = []  # known while the program is traced
 
     def quantized_weight(path, quantizer, x):
         grid = grid_at(path, params, None)
         if grid is not None:
             check_grid(grid, quantizer, quantizer.blocks(x.shape))
-        x, weights[path] = _quantized(x, quantizer, grid)
+        x, sample = _quantized(x, quantizer, grid, _MOST_OF_WEIGHTS)
+        weights[path] = _fit(jax.device_get(sample), quantizer)
         return x
 
     def visit(path, product, quantizer, x, grid):
@@ -78,8 +86,8 @@ def measure(
         x, quantizer, grid, back = arranged(
             x, product.axes_for(quantizer), quantizer, grid
         )
-        x, figures = _quantized(x, quantizer, grid)
-        return back(x), figures
+        x, sample = _quantized(x, quantizer, grid, _MOST_OF_INPUTS)
+        return back(x), sample
 
     # One program: op by op, there would be hundreds.
     @jax.jit
@@ -94,14 +102,11 @@ def measure(
         # Weights are measured outside of it, with a program for each shape.
         quantized = rules.map(quantized_weight, values)
         inputs = observed(quantized, grids, arrays)
-    figures = Measured(
-        {path: _mean(each) for path, each in jax.device_get(weights).items()},
-        {
-            path: [*map(_mean, entries)]
-            for path, entries in jax.device_get(inputs).items()
-        },
-    )
-    return *about, figures
+    inputs = {
+        path: [_fit(sample, rules.match_inputs(path)) for sample in samples]
+        for path, samples in jax.device_get(inputs).items()
+    }
+    return *about, Measured(weights, inputs)
 
 
 def _to_nearest(rules):
@@ -114,39 +119,65 @@ def _to_nearest(rules):
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantized(x, quantizer, grid):
-    """Returns the quantized array, and the figures of `GridFit` with 1 for having run."""
+class _Sample(NamedTuple):
+    """What is kept of an array, to compute its `GridFit` on the host.
+
+    Attributes:
+      x, values: some of the values, and the same ones quantized.
+      positions, code_values: the same in units of the grid, and rounded to its levels.
+      poison: 0, or NaN if any value of the whole array is not finite.
+      ran: 1, and 0 where a branch was not taken.
+    """
+
+    x: Any
+    values: Any
+    positions: Any
+    code_values: Any
+    poison: Any
+    ran: Any
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _quantized(x, quantizer, grid, most):
+    """Returns the quantized array, and a sample of both."""
     found = rounding(x, quantizer, grid)
     code_values = found.code_values()
     values = dequantized(code_values, quantizer, found.grid, x)
-    wide = x.astype(found.rotated.dtype)
-    size = _norm(wide)
-    error = _norm(wide - values.astype(wide.dtype)) / jnp.where(size == 0, 1, size)
+    parts = (
+        x,
+        values,
+        *([found.position(), code_values] if quantizer.has_codes else [x, x]),
+    )
+    size, step = math.prod(x.shape), 1
+    if size > most:
+        # In steps without a common divisor with the size, all rows and columns occur.
+        step = next(
+            n for n in itertools.count(-(-size // most)) if math.gcd(n, size) == 1
+        )
+    poison = jnp.sum(values * 0)
+    sample = _Sample(*(jnp.ravel(part)[::step] for part in parts), poison, jnp.ones([]))
+    return values, sample
+
+
+def _fit(sample: _Sample, quantizer: Quantizer) -> GridFit | None:
+    """Computes how well a sample fits, averaged over the repetitions that ran."""
+    *parts, poison, ran = map(np.asarray, sample)
+    rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+    each = zip(*rows, poison.ravel(), ran.ravel())
+    fits = [_fit_of_one(quantizer, *row) for *row, ran in each if ran and row[0].size]
+    return GridFit(*(float(np.mean(part)) for part in zip(*fits))) if fits else None
+
+
+def _fit_of_one(quantizer, x, values, positions, code_values, poison) -> GridFit:
+    x, values = (part.astype(np.float64) for part in (x, values))
+    error = np.linalg.norm(x - values) / (np.linalg.norm(x) or 1) + poison
     if not quantizer.has_codes:
-        return values, (error, *[jnp.zeros([])] * 3, jnp.ones([]))
+        return GridFit(error, 0, 0, 0)
+    format = quantizer.format
     # Half a step beyond the end is rounded, not clipped.
-    beyond = jnp.mean(~found.is_inside(quantizer.format.edge))
-    one_sign = (jnp.min(code_values) >= 0) | (jnp.max(code_values) <= 0)
-    one_sign &= not quantizer.asymmetric and not quantizer.scale.has_offset
-    unused = _unused(code_values, quantizer.format)
-    return values, (error, beyond, unused, one_sign, jnp.ones([]))
-
-
-def _norm(x):
-    return jnp.sqrt(jnp.sum(x * x))
-
-
-def _unused(code_values, format):
-    """Returns the fraction of the levels that none of the counted values takes."""
-    counted = code_values.ravel()[:: math.ceil(code_values.size / _MOST_COUNTED)]
-    levels = jnp.asarray(format.values, counted.dtype)
-    return jnp.mean(~jnp.any(counted[:, None] == levels[None], axis=0))
-
-
-def _mean(arrays) -> GridFit | None:
-    """Averages figures over the repetitions that ran."""
-    *figures, ran = (np.asarray(array, np.float64) for array in arrays)
-    if not ran.sum():
-        return None
-    return GridFit(*(float(np.sum(each * ran) / ran.sum()) for each in figures))
+    beyond = positions < format.low - format.edge
+    beyond |= positions > format.high + format.edge
+    used = np.isin(np.asarray(format.values, code_values.dtype), code_values)
+    has_sides = not quantizer.asymmetric and not quantizer.scale.has_offset
+    one_sign = has_sides and ((code_values >= 0).all() or (code_values <= 0).all())
+    return GridFit(error, np.mean(beyond), np.mean(~used), one_sign)
