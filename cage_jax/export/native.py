@@ -43,7 +43,7 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
         )
     check_finite(by_path(model.params), "model")
     with new_folder(path, overwrite=overwrite) as folder:
-        trees.save(model.params, folder / CODES)
+        trees.write_tree(model.params, folder / CODES)
         write_json(folder / CONFIG, model.config.to_huggingface())
         for name, data in model.tokenizer.items():
             if name in tokenizer_files.NAMES:
