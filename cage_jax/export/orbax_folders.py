@@ -17,7 +17,13 @@ import numpy as np
 
 from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import Path, as_path, check_installed, malformed
+from cage_jax.export.files import (
+    Path,
+    as_path,
+    check_all_inside,
+    check_installed,
+    malformed,
+)
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
     Tree,
@@ -125,6 +131,7 @@ def load(path: pathlib.Path, shardings: Any = None) -> Any:
     import orbax.checkpoint as ocp
 
     path = path.absolute()  # which Orbax wants
+    check_all_inside(path)
     if shardings is None:
         if jax.process_count() > 1:
             raise ValueError(
