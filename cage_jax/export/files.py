@@ -39,12 +39,10 @@ def read_bytes(path: pathlib.Path) -> bytes:
     Raises:
       MalformedFileError: if it is larger.
     """
-    with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        size = path.stat().st_size
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
         raise malformed(f"{path.name} must have at most {_MOST_BYTES} bytes", size)
-    return content
+    return path.read_bytes()
 
 
 def read_json(path: Path) -> dict[str, Any]:
