@@ -39,7 +39,7 @@ from cage_jax.llama.loaded import Model
 
 SECONDS, TIMES_THE_FILE, SPARE = 1.0, 10, 4 * 2**20
 # Of a process: seconds for a file, memory beside what the whole files take.
-MOST_SECONDS, MOST_MEMORY, FILES_OF_A_PROCESS = 10, 2**30, 1000
+MOST_SECONDS, MOST_MEMORY, FILES_OF_A_PROCESS = 10, 2**30, 2500
 HUGE = (0, 1, 0x7F, 0xFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
 TRICKS = ("../../etc/passwd", "/etc/passwd", "..", "a\0b", "C:\\x", "~", "", "." * 5000)
 
