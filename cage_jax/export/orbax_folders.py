@@ -206,7 +206,7 @@ def _check_stored(path, arrays):
         found = opened.shape, opened.dtype.numpy_dtype
         if expected is None or found != (expected.shape, expected.dtype):
             raise ValueError(f"an array {name!r} that does not match its description")
-        part = opened.chunk_layout.read_chunk.shape or ()  # None for a scalar
+        part: Any = opened.chunk_layout.read_chunk.shape or ()  # None for a scalar
         if any(map(operator.gt, part, opened.shape)):
             raise ValueError(f"parts of {name!r} that are larger than the array")
         opened.read().result()

@@ -11,7 +11,7 @@ from cage_jax.llama.config_fields import READ, check_layers, dimensions_of, in_t
 # Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
 # Limits that float32 holds, far from any model's.
-_RANGES = {
+_RANGES: dict[str, Any] = {
     "rope_theta": {"least": 1, "most": 1e30},
     "norm_epsilon": {"least": 1e-30, "most": 1},
 }
