@@ -6,7 +6,6 @@ devices, and a description of each leaf, see `tree_entries`.
 
 import contextlib
 import dataclasses
-import operator
 import os
 import pathlib
 import time
@@ -160,8 +159,6 @@ def load(path: pathlib.Path, shardings: Any = None) -> Any:
             for name, like in placed.items()
         }
         with _as_malformed(path):
-            if jax.process_count() == 1:
-                _check_stored(path, arrays)
             # Checked first, because Orbax would convert 4-bit codes to 8 bits and
             # allocate any shape.
             stored = checkpointer.metadata(path).item_metadata["arrays"].tree
@@ -176,42 +173,6 @@ def load(path: pathlib.Path, shardings: Any = None) -> Any:
             for name, like in placed.items()
         }
     )
-
-
-def _check_stored(path, arrays):
-    """Reads each array and forgets it; raises if one is damaged.
-
-    Orbax reads all of them at once. With the first error it leaves the others behind,
-    which then end the process with a segmentation fault.
-    """
-    import tensorstore
-
-    like = {
-        f"{name}.{part}" if isinstance(parts, dict) else name: array
-        for name, parts in arrays.items()
-        for part, array in (parts if isinstance(parts, dict) else {"": parts}).items()
-    }
-    store = {
-        "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{path / 'arrays'}/"},
-    }
-    for key in tensorstore.KvStore.open(store).result().list().result():
-        name, _, file = key.decode().rpartition("/")
-        if file != ".zarray":
-            continue
-        opened = tensorstore.open(
-            {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
-        ).result()
-        expected = like.pop(name, None)
-        found = opened.shape, opened.dtype.numpy_dtype
-        if expected is None or found != (expected.shape, expected.dtype):
-            raise ValueError(f"an array {name!r} that does not match its description")
-        part: Any = opened.chunk_layout.read_chunk.shape or ()  # None for a scalar
-        if any(map(operator.gt, part, opened.shape)):
-            raise ValueError(f"parts of {name!r} that are larger than the array")
-        opened.read().result()
-    if like:
-        raise ValueError(f"no array {next(iter(like))!r}")
 
 
 def _shapes_and_dtypes(tree):
