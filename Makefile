@@ -28,7 +28,7 @@ help:
 	@echo "               (EXTRAS=test,oracles,models,tpu: none is skipped for want of a package)"
 	@echo "make docs      build the pages of docs/ and the reference, in docs/_build/html"
 	@echo "make notebooks run the notebooks and write their outputs (notebooks-fresh: install cells too)"
-	@echo "make fuzz      load 10,000 damaged model files (ten minutes)"
+	@echo "make fuzz      load 20,000 damaged model files (half an hour)"
 	@echo "make coverage  run the tests and count the lines they run, at least 95 %"
 	@echo "make mutants   put small faults into the library and see the tests find them (an hour)"
 	@echo "make test-cuda-aot  compile the kernels for an H200 that need not be here"
@@ -89,7 +89,7 @@ notebooks-fresh: $(BIN)/python
 	done
 
 fuzz: $(call stamp,test)
-	@echo "[fuzz] loading 10,000 damaged files"
+	@echo "[fuzz] loading 20,000 damaged files"
 	@$(BIN)/python tests/fuzzing.py
 
 coverage: $(call stamp,$(EXTRAS))

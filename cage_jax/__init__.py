@@ -19,7 +19,7 @@ from cage_jax.core.quantize import (
     quantize,
 )
 from cage_jax.core.rules import Rules
-from cage_jax.optim.continuing import init_from
+from cage_jax.optim.continuing import init_from, move_state
 from cage_jax.optim.optimizers import cage_adamw, cage_sgd
 from cage_jax.optim.placements import cage, coupled, decoupled, post_step
 from cage_jax.optim.recommended import recommended
@@ -75,6 +75,7 @@ __all__ = [
     "low_bit",
     "low_bit_dot",
     "lsq",
+    "move_state",
     "mxfp4",
     "mxfp6",
     "mxfp8",

@@ -122,7 +122,8 @@ class Checkpoints:
             with self._failing("close"):
                 self._manager.close()
         elif not processes.lost(error):  # closing would wait for that process
-            self._manager.close()
+            with contextlib.suppress(Exception):  # the first error says what is wrong
+                self._manager.close()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import signal
 
@@ -323,6 +324,34 @@ def test_errors_are_one_line(folder, capsys):
         assert message.format(**places) in found.err
         assert not (folder / "out").exists(), arguments
         assert (folder / "strange" / "thesis.tex").exists(), arguments
+
+
+def test_nobody_reads_what_is_said(folder, monkeypatch, tmp_path):
+    """A program goes on where its progress and warnings go nowhere."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    out = tmp_path / "out"
+    assert main(["quantize", str(folder / "codes"), str(out), "--weights", "int8"]) == 0
+    assert cage.load(out).config == CONFIG
+    assert main(["check", "nowhere"]) == 1
+
+
+def test_links_that_lead_nowhere(folder, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    flags = ["quantize", folder / "floats", link, "--weights", "int8", "--overwrite"]
+    assert "link: a link. Remove" in printed(capsys, *flags, code=1).err
+
+
+def test_an_orbax_folder_by_a_relative_path(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("orbax.checkpoint")
+    cage.export.save_orbax({"kernel": np.ones((4, 4), np.float32)}, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    assert "well-formed: 16 weights" in printed(capsys, "check", "a").out
 
 
 def test_flags_that_there_are_not():

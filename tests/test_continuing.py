@@ -9,6 +9,7 @@ import pytest
 from cases import assert_raises
 
 import cage_jax as cage
+from cage_jax import contrib, curvature, weightings
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 RULES = cage.Rules([(".*kernel", "int4")])
@@ -202,3 +203,181 @@ def test_the_order_of_the_arguments_is_told(start):
         ):
             with pytest.raises(TypeError, match=f"^`{name}` must be .*{order}"):
                 cage.init_from(*swapped)
+
+
+# --- other rules ----------------------------------------------------------------------
+
+TREE = {"a": {"kernel": (8, 4)}, "b": {"kernel": (8, 4)}, "bias": (4,)}
+ONE, BOTH = cage.Rules([("a/kernel", "int4")]), cage.Rules([(".*kernel", "int4")])
+GROUPS = cage.Rules([("a/.*", "int4"), (".*kernel", cage.int4(group_size=4))])
+UNEVEN = cage.Rules([("a/.*", "int4"), (".*kernel", cage.int4(symmetric=False))])
+STATES = {
+    "recommended": lambda rules: cage.cage_adamw(0.1, rules, total_steps=1000),
+    "statistics": lambda rules: cage.cage_sgd(
+        0.1, rules, strength=1.0, statistics=True
+    ),
+    "frozen": lambda rules: cage.post_step(
+        optax.sgd(0.1), rules, learning_rate=0.1, strength=1.0, freeze_scale=True
+    ),
+    "fisher": lambda rules: _weighted(rules, curvature.fisher()),
+    "kronecker": lambda rules: _weighted(rules, curvature.kronecker()),
+    "flips": lambda rules: _weighted(rules, weightings.by_flips()),
+    "freezing": lambda rules: contrib.freezing(rules, 0.1),
+    "lotion": lambda rules: contrib.lotion(rules),
+    "rows": lambda rules: contrib.trained_rows(rules, 0.5, every=2),
+}
+
+
+def _weighted(rules, source):
+    return cage.coupled(rules, strength=1.0, curvature=source)
+
+
+def tree(make=np.ones):
+    return jax.tree.map(
+        lambda shape: jnp.asarray(make(shape), jnp.float32),
+        TREE,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_other_rules_is_told_by_the_paths(name):
+    params = tree()
+
+    def step(new, old):
+        state = jax.eval_shape(STATES[name](old).init, params)
+        return lambda: jax.eval_shape(STATES[name](new).update, params, state, params)
+
+    text = "^`state` must be that of these rules; it {} b/kernel. Use the rules"
+    assert_raises(
+        (
+            (step(BOTH, ONE), ValueError, text.format("lacks")),
+            (step(ONE, BOTH), ValueError, text.format("has")),
+        )
+    )
+    step(BOTH, BOTH)()
+    if name in ("recommended", "statistics"):
+        state = STATES[name](ONE).init(params)
+        tx = cage.cage_adamw(
+            0.1,
+            BOTH,
+            **(
+                {"total_steps": 1000}
+                if name == "recommended"
+                else {"strength": 1.0, "statistics": True}
+            ),
+        )
+        state = (tx.init(params)[0], state[1])
+        with pytest.raises(ValueError, match=text.format("lacks")):
+            tx.fused_step(params, state, params)
+
+
+def test_a_frozen_grid_of_another_kind_is_told():
+    params, make = tree(), STATES["frozen"]
+    state = make(BOTH).init(params)
+    for rules, text in (
+        (GROUPS, r"it has shape \(1, 4\), not \(2, 4\), at grids/b/kernel/scale"),
+        (UNEVEN, "it lacks grids/b/kernel/zero_point"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            jax.eval_shape(make(rules).update, params, state, params)
+
+
+@pytest.mark.parametrize("name", [n for n in STATES if n != "recommended"])
+def test_a_gradient_of_none_passes_where_the_optimizer_lets_it(name):
+    params, tx = tree(), STATES[name](BOTH)
+    gradients = {**params, "a": {"kernel": None}, "bias": None}
+    state = tx.init(params)
+    updates, after = jax.eval_shape(tx.update, gradients, state, params)
+    assert updates["a"]["kernel"] is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    recommended = cage.cage_sgd(0.1, BOTH, total_steps=100)
+    jax.eval_shape(recommended.update, gradients, recommended.init(params), params)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_moved_state_fits_and_the_same_rules_keep_all(name):
+    params, rng = tree(), np.random.default_rng(0)
+    old = jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(1, 5, size=x.shape), x.dtype),
+        STATES[name](BOTH).init(params),
+    )
+    for rules in (ONE, GROUPS, UNEVEN):
+        tx = STATES[name](rules)
+        state = cage.move_state(tx, params, old, old_rules=BOTH, new_rules=rules)
+        jax.eval_shape(tx.update, params, state, params)
+    tx = STATES[name](BOTH)
+    same = cage.move_state(tx, params, old, old_rules=BOTH, new_rules=BOTH)
+    chex.assert_trees_all_equal(same, old)
+
+
+def test_what_a_moved_state_keeps_and_what_begins_anew():
+    options = {
+        "strength": 1.0,
+        "freeze_scale": True,
+        "statistics": True,
+        "curvature": curvature.fisher(),
+    }
+    make = lambda rules: cage.cage_adamw(0.1, rules, **options)  # noqa: E731
+    params = tree()
+    old = jax.tree.map(lambda x: x + 3, make(BOTH).init(params))
+    tx = make(GROUPS)
+    fresh = tx.init(params)
+    adam, new = cage.move_state(tx, params, old, old_rules=BOTH, new_rules=GROUPS)
+    chex.assert_trees_all_equal(adam, old[0])
+    assert new.cage_count == 3
+    chex.assert_trees_all_equal(new.grids["a/kernel"], old[1].grids["a/kernel"])
+    chex.assert_trees_all_equal(new.grids["b/kernel"], fresh[1].grids["b/kernel"])
+    codes = new.statistics.previous_codes
+    chex.assert_trees_all_equal(
+        codes,
+        {
+            "a/kernel": old[1].statistics.previous_codes["a/kernel"],
+            "b/kernel": fresh[1].statistics.previous_codes["b/kernel"],
+        },
+    )
+    numbers = new.statistics._replace(previous_codes={})
+    wanted = fresh[1].statistics._replace(previous_codes={})
+    chex.assert_trees_all_equal(numbers, wanted)
+    chex.assert_trees_all_equal(new.curvature, fresh[1].curvature)
+    # Other bits, which no shape shows.
+    bits = cage.Rules([("a/.*", "int4"), (".*kernel", "int8")])
+    _, new = cage.move_state(make(bits), params, old, old_rules=BOTH, new_rules=bits)
+    chex.assert_trees_all_equal(new.grids["a/kernel"], old[1].grids["a/kernel"])
+    np.testing.assert_array_equal(new.grids["b/kernel"].scale, 0)
+    # A layer more, whose moments begin at 0.
+    larger = {**params, "c": {"kernel": jnp.ones((8, 4))}}
+    (adam, *_), new = cage.move_state(
+        make(BOTH), larger, old, old_rules=BOTH, new_rules=BOTH
+    )
+    chex.assert_trees_all_equal(adam.mu["a"], old[0][0].mu["a"])
+    np.testing.assert_array_equal(adam.mu["c"]["kernel"], 0)
+    assert adam.count == 3
+    assert set(new.grids) == {"a/kernel", "b/kernel", "c/kernel"}
+
+
+def test_a_state_that_cannot_be_moved(start):
+    params, _ = start
+    tx = cage.cage_adamw(0.1, RULES, strength=0.1)
+    rules = {"old_rules": RULES, "new_rules": RULES}
+    sgd = cage.cage_sgd(0.1, RULES, strength=0.1, momentum=0.9)
+
+    def move(state, **changed):
+        return lambda: cage.move_state(tx, params, state, **{**rules, **changed})
+
+    assert_raises(
+        (
+            (move(sgd.init(params)), ValueError, "has TraceState.trace"),
+            (
+                move(optax.adamw(0.1).init(params)),
+                ValueError,
+                r"lacks CageState.cage_count. .*cage\.init_from\(tx, params, state\)",
+            ),
+            (move(tx.init(params), old_rules=[]), TypeError, "must be Rules"),
+            (
+                lambda: cage.move_state(tx, tx.init(params), params, **rules),
+                TypeError,
+                "The order is tx, params, state",
+            ),
+        )
+    )

@@ -54,7 +54,7 @@ def test_configurations_that_are_not_of_the_tensors(folder):
         ("num_hidden_layers", 1, "only the tensors of a Llama; got"),
         ("vocab_size", 319, "shape"),
         ("model_type", "gpt2", "config.json: .*model_type='gpt2'"),
-        ("hidden_size", "many", "`width` must be an int"),
+        ("hidden_size", "many", "`hidden_size` must be an int"),
         ("quantization_config", 3, "an object"),
         ("quantization_config", None, "of a matrix"),
         ("quantization_config__quant_method", "gptq", "got 'gptq'"),

@@ -119,8 +119,13 @@ def refuses_counts(huge, small_file, tmp_path):
 def test_numbers_that_are_no_model(small_file, tmp_path):
     for key, old, new, text in [
         ("llama.block_count", 2, 2**12, "have 36867 tensors"),
-        ("llama.block_count", 2, 2**24, "`layers` must be from 1 to 4096"),
-        ("llama.block_count", 2, 0, "`layers` must be from 1 to 4096; got 0"),
+        ("llama.block_count", 2, 2**24, "`llama.block_count` must be from 1 to 4096"),
+        (
+            "llama.block_count",
+            2,
+            0,
+            "`llama.block_count` must be from 1 to 4096; got 0",
+        ),
         ("llama.block_count", 2, 3, "have 30 tensors .* got 21"),
         ("llama.embedding_length", 64, 2**24, r"have the shape \(320, 16777216\)"),
         ("llama.attention.head_count_kv", 2, 4, "have the shape"),
@@ -168,13 +173,37 @@ def test_models_that_are_not_here(tmp_path):
         ("llama.rope.scaling.factor", 8.0, "FLOAT32", "rope.scaling.factor 0; got 8"),
         ("llama.expert_count", 8, "UINT32", "expert_count 0; got 8"),
         ("llama.expert_count", [8, 8], "ARRAY", r"expert_count 0; got array\("),
-        ("llama.block_count", [8, 8], "ARRAY", r"`layers` must be an int; got array"),
-        ("llama.rope.freq_base", 1e300, "FLOAT64", "`rope_theta` must be above 0"),
+        (
+            "llama.block_count",
+            [8, 8],
+            "ARRAY",
+            r"`llama.block_count` must be an int; got array",
+        ),
+        (
+            "llama.rope.freq_base",
+            1e300,
+            "FLOAT64",
+            "`llama.rope.freq_base` must be at l",
+        ),
         ("general.alignment", 3, "UINT32", "power of two as general.alignment; got 3"),
     ]:
         metadata = [(key, value, ggml.GGUFValueType[kind])]
         rewritten(plain, new, lambda _, data: (data, None), metadata)
         refuses(new.read_bytes(), tmp_path, text)
+    # A plain file with a key of the package gguf: read, or refused by name.
+    keys = {
+        key.format(arch="llama", dense="dense")
+        for part in vars(ggml.Keys).values()
+        for key in (vars(part).values() if isinstance(part, type) else ())
+        if isinstance(key, str) and key.startswith("{arch}.")
+    }
+    metadata = ggml.GGUFReader(plain).fields.keys()
+    for key in keys - metadata:
+        kind = ggml.GGUFValueType.FLOAT32
+        rewritten(plain, new, lambda _, data: (data, None), [(key, 0.7, kind)])
+        refuses(
+            new.read_bytes(), tmp_path, f"have {key} |to compute a Llama; got {key}"
+        )
     content = plain.read_bytes()
     content = content.replace(b"blk.1.ffn_norm.weight", b"blk.1.attn_norm.biase")
     refuses(content, tmp_path, "have blk.1.ffn_norm.weight; got none")

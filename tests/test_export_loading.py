@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,9 @@ pytest.importorskip("gguf", reason="files of GGUF are written with it")
 
 from cage_jax.export import tokenizer_files
 from cage_jax.export.checking import differences, problems
+from cage_jax.export.files import MalformedFileError
 from cage_jax.export.native import save
+from cage_jax.export.writing import MARKER
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path
 
@@ -206,6 +210,37 @@ def test_files_and_folders_of_something_else(tmp_path):
     (tmp_path / "folder" / "notes").write_text("text")
     with pytest.raises(ValueError, match=r"with a config.json; got .*\['notes'\]"):
         cage.load(tmp_path / "folder")
+
+
+def test_what_has_no_end_is_not_opened(codes, tokenizer, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", pathlib.Path("/dev/zero")):
+        with pytest.raises(MalformedFileError, match="a FIFO, a socket or a device"):
+            cage.load(path)
+    save(Model(codes, CONFIG, tokenizer), tmp_path / "native")
+    cage.export.compressed_tensors(
+        codes, CONFIG, tmp_path / "shards", tokenizer=tokenizer, shard_bytes=100_000
+    )
+    cage.export.stablehlo(
+        lambda params, x: x @ params["a"],
+        {"a": codes["layers"]["up"]["kernel"]},
+        tmp_path / "program",
+        arguments=[np.ones((3, 64), np.float32)],
+    )
+    for name in ("native", "shards", "program"):
+        folder = tmp_path / name
+        for file in sorted(folder.iterdir()):
+            if file.name in ("program.bin", "generation_config.json", MARKER):
+                continue  # which are not read
+            for other in (lambda path: path.symlink_to("/etc/hostname"), os.mkfifo):
+                file.rename(tmp_path / "kept")
+                other(file)
+                with pytest.raises(MalformedFileError, match=r"FIFO|link to"):
+                    cage.load(folder)
+                    pytest.fail(file.name)
+                file.unlink()
+                (tmp_path / "kept").rename(file)
+        cage.load(folder)
 
 
 def test_a_folder_that_lost_its_config(codes, tmp_path):

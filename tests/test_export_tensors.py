@@ -47,37 +47,90 @@ def test_config_there_and_back():
     assert LlamaConfig.from_huggingface(CONFIG.to_huggingface()) == CONFIG
 
 
+def changed(**changes):
+    """Makes a config.json with other fields; those that are `...` are missing."""
+    whole = CONFIG.to_huggingface() | changes
+    return {name: value for name, value in whole.items() if value is not ...}
+
+
+def test_config_without_effect():
+    plain = {"rope_type": "default", "rope_theta": CONFIG.rope_theta}
+    linear = {"type": "linear", "factor": 1.0, "rope_theta": CONFIG.rope_theta}
+    for changes in [
+        {"model_type": "mistral", "sliding_window": None},
+        {"hidden_act": "swish", "attention_dropout": 0.5, "use_cache": False},
+        {"rope_scaling": linear, "rope_parameters": None},
+        {"rope_scaling": {"type": "linear", "factor": 1}},
+        {"rope_scaling": {}, "rope_theta": ..., "rope_parameters": plain},
+        {"rope_parameters": ..., "rope_scaling": None, "rope_interleaved": False},
+        {"layer_types": ["full_attention"] * 2, "final_logit_softcapping": None},
+        {"is_llama_config": True, "pad_token_id": -1, "architectures": None},
+    ]:
+        assert LlamaConfig.from_huggingface(changed(**changes)) == CONFIG
+    mistral = changed(
+        model_type="mistral", sliding_window=None, num_key_value_heads=...
+    )
+    with pytest.raises(ValueError, match="`num_key_value_heads` must divide"):
+        LlamaConfig.from_huggingface(mistral)  # 8 of them where the file has none
+
+
 def test_config_refused():
-    whole = CONFIG.to_huggingface()
-    less = {name: value for name, value in whole.items() if name != "vocab_size"}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"full_attention": plain, "sliding_attention": plain}
     assert_raises(
         (
-            lambda change=change: LlamaConfig.from_huggingface(whole | change),
+            lambda change=change: LlamaConfig.from_huggingface(changed(**change)),
             (ValueError, TypeError),
             text,
         )
         for change, text in [
             ({"model_type": "gpt2"}, "model_type='gpt2'"),
+            ({"model_type": "qwen2"}, "'qwen2', with biases of queries"),
+            ({"model_type": "qwen3"}, "'qwen3', with norms of queries"),
+            ({"vocab_size": ...}, "must have 'vocab_size'"),
+            ({"architectures": ["LlamaForCausalLMEagle"]}, "architectures=None; got"),
             ({"attention_bias": True}, "attention_bias=False; got True"),
+            ({"attention_bias": 0}, "attention_bias=False; got 0"),
+            ({"mlp_bias": "false"}, "mlp_bias=False; got 'false'"),
+            ({"tie_word_embeddings": "false"}, "`tie_word_embeddings` must be a bool"),
+            ({"hidden_act": "gelu"}, "hidden_act='silu'; got 'gelu'"),
+            ({"sliding_window": 4096}, "sliding_window=None; got 4096"),
+            ({"model_type": "mistral"}, "sliding_window=None; got 4096"),
             (
-                {"rope_parameters": {"rope_type": "yarn"}},
-                "rope_type='default'; got 'yarn'",
+                {"layer_types": ["full_attention", "sliding_attention"]},
+                r"layer_types=\['full_attention', 'full_attention'\]; got",
             ),
-            ({"hidden_size": 2**60}, "`width` must be from 1 to"),
-            ({"hidden_size": "many"}, "`width` must be an int"),
-            ({"num_key_value_heads": 3}, "`kv_heads` must divide"),
-            (
-                {"rope_parameters": {"rope_theta": 10**400}},
-                "`rope_theta` must be above 0",
-            ),
-            ({"rms_norm_eps": float("nan")}, "`norm_epsilon` must be above 0"),
-            ({"num_hidden_layers": 10**6}, "`layers` must be from 1 to 4096"),
-            ({"eos_token_id": {}}, "`eos` must be an int"),
+            ({"final_logit_softcapping": 30.0}, "softcapping=None; got 30.0"),
+            ({"use_qk_norm": True}, "use_qk_norm=False; got True"),
+            ({"a_new_field": 3}, "known to compute a Llama; got a_new_field=3. Rem"),
+            ({"hidden_size": 2**60}, "`hidden_size` must be from 1 to"),
+            ({"hidden_size": "many"}, "`hidden_size` must be an int"),
+            ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide"),
+            ({"num_hidden_layers": 10**6}, "`num_hidden_layers` must be from 1 to 4"),
+            ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be at least 1e-30"),
+            ({"rms_norm_eps": 10**400}, "`rms_norm_eps` must be .* at most 1; got 10"),
+            ({"eos_token_id": {}}, "`eos_token_id` must be an int"),
+            ({"eos_token_id": -1}, "`eos_token_id` must be from 0 to 319; got -1"),
+            ({"eos_token_id": [2, 320]}, "`eos_token_id` must be from 0 to 319"),
+            ({"bos_token_id": 10**9}, "`bos_token_id` must be from 0 to 319; got 10"),
+            # Rotations in both spellings, and what only one of them says.
             ({"rope_parameters": "plain"}, "object in rope_parameters; got 'plain'"),
+            ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='default'; got 'y"),
+            ({"rope_scaling": {"type": "linear", "factor": 4}}, "factor=1; got 4"),
+            ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor=1; got 8.0"),
+            ({"rope_parameters": nested}, "no rope_parameters.full_attention; got {"),
+            ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=1; got 0.5"),
+            ({"rope_parameters": plain}, "rope_theta=50000.0, rope_parameters.rope_th"),
+            (
+                {"rope_theta": ..., "rope_scaling": {"type": "default"}},
+                "rope_parameters.rope_theta=50000.0, of which transformers takes 1000",
+            ),
+            (
+                {"rope_theta": 10**400, "rope_parameters": ...},
+                "`rope_theta` must be at least 1 and at most 1e.30",
+            ),
         ]
     )
-    with pytest.raises(ValueError, match="must have 'vocab_size'"):
-        LlamaConfig.from_huggingface(less)
 
 
 # --- trees ----------------------------------------------------------------------------

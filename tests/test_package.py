@@ -27,6 +27,7 @@ CONTRACT = [
     "cage",
     "coupled",
     "init_from",
+    "move_state",
     "post_step",
     "decoupled",
     "cage_adamw",

@@ -106,7 +106,7 @@ def check_out(options: argparse.Namespace, is_export: IsExport | None = None) ->
             f"Use another name."
         )
     model = as_path(options.model, "MODEL")
-    if options.overwrite and model.exists() and model.resolve() == out.resolve():
+    if options.overwrite and out.exists() and model.exists() and out.samefile(model):
         raise ValueError(
             f"`OUT` must differ from MODEL; got {options.out} for both. Use another "
             f"name."

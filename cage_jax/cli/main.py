@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from cage_jax.cli import check, evaluate, export, quantize, report
-from cage_jax.cli.terminal import Terminal, run
+from cage_jax.cli.terminal import Terminal, prepare_streams, run
 
 COMMANDS = tuple(m.COMMAND for m in (report, quantize, export, evaluate, check))
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success; 1: failure, explained in one line; 2: wrong flags; 3: `check` found a
     difference; 129, 130 and 143: stopped by the end of the terminal, Ctrl-C or `kill`.
     """
+    prepare_streams()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser().print_help()
         return 2

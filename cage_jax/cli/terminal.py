@@ -1,6 +1,7 @@
 """Output of a command: its result on stdout, everything else on stderr."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -31,15 +32,15 @@ class Terminal:
 
     def result(self, content: Any, text: str) -> None:
         """Prints the result: `content` as JSON, or `text`."""
-        print(json.dumps(content, indent=2) if self._json else text)
+        print(json.dumps(content, indent=2) if self._json else text, flush=True)
 
     def warn(self, message: Any) -> None:
         """Prints a warning."""
-        print(f"warning: {_one_line(message)}", file=sys.stderr)
+        _say(f"warning: {_one_line(message)}")
 
     def fail(self, message: Any, more: dict[str, Any]) -> int:
         """Prints an error, with `more` in its JSON; returns the exit code."""
-        print(f"error: {_one_line(message)}", file=sys.stderr)
+        _say(f"error: {_one_line(message)}")
         if self._json:
             print(json.dumps(more | {"error": _one_line(message)}, indent=2))
         return FAILED
@@ -50,7 +51,7 @@ class Terminal:
         if self._quiet:
             yield
         elif not sys.stderr.isatty():
-            print(what, file=sys.stderr, flush=True)
+            _say(what)
             yield
         else:
             from rich.console import Console
@@ -67,7 +68,7 @@ class Terminal:
             for number, part in enumerate(parts):
                 if time.monotonic() - said >= _SECONDS:
                     said = time.monotonic()
-                    print(f"{what}: {number} of {count}", file=sys.stderr, flush=True)
+                    _say(f"{what}: {number} of {count}")
                 yield part
         else:
             from rich.console import Console
@@ -99,9 +100,7 @@ def run(
             warnings.showwarning = lambda message, *_: terminal.warn(message)
             return command()
     except (KeyboardInterrupt, _StoppedError) as stop:
-        print(
-            "stopped; nothing was written." if writes else "stopped.", file=sys.stderr
-        )
+        _say("stopped; nothing was written." if writes else "stopped.")
         return stop.exit_code if isinstance(stop, _StoppedError) else STOPPED
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,6 +109,25 @@ def run(
         if debug:
             traceback.print_exc()
         return terminal.fail(_text(error), more or {})
+
+
+def prepare_streams() -> None:
+    """Makes stdout and stderr take any text, and stand for none where they are closed.
+
+    Names of files may have characters that the terminal's encoding has not.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _say(text):
+    """Prints a line to stderr; a command goes on where nobody reads that any more."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class _StoppedError(BaseException):

@@ -9,6 +9,7 @@ import optax
 from cage_jax.arrays.checks import warn
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.optim.correction import check_params
+from cage_jax.optim.states import check_state, first_state
 
 
 def transformation(
@@ -29,15 +30,19 @@ def transformation(
     """
     check_rules(rules)
 
+    def first(params):
+        dicts = init(rules.quantized(params), params)
+        return state_type(jnp.zeros([], jnp.int32), *dicts)
+
     def init_state(params):
-        quantized = rules.quantized(params)
-        if not quantized:
+        if not rules.quantized(params):
             warn(nothing_quantized(rules, params, ", so there is nothing to do"))
-        return state_type(jnp.zeros([], jnp.int32), *init(quantized, params))
+        return first_state(first, params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
+        check_state(state, first, params)
         count, *dicts = state
         after = state_type(optax.safe_increment(count), *map(dict, dicts))
         function = step(state, after, params)

@@ -32,6 +32,7 @@ from cage_jax.export.files import (
     MalformedFileError,
     Path,
     as_path,
+    has,
     inside,
     malformed,
     read_json,
@@ -215,7 +216,7 @@ TARGET = Target(
     read_by="transformers, vLLM",
     holds="`ct_w4a16(group_size=32)`, `ct_w8a8()`, other `int4` and `int8` by groups "
     "or channels, `fp8()`, `mxfp4()`, `nvfp4()`",
-    recognises=lambda path: (path / "config.json").is_file(),
+    recognises=lambda path: has(path, "config.json"),
     read=read,
     write=compressed_tensors,
     presets=(

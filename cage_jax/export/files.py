@@ -12,7 +12,8 @@ from cage_jax._project import missing
 
 Path = str | os.PathLike[str]
 
-_MOST_JSON, _MOST_LETTERS = 64 * 2**20, 255
+# Limits of files that are read as a whole, and of names.
+_MOST_BYTES, _MOST_LETTERS = 64 * 2**20, 255
 
 
 class MalformedFileError(ValueError):
@@ -32,6 +33,18 @@ def check_installed(package: str, purpose: str) -> None:
         raise missing(package, purpose, "export")
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+    """Reads a file of at most 64 MiB, as all but those of weights are.
+
+    Raises:
+      MalformedFileError: if it is larger.
+    """
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise malformed(f"{path.name} must have at most {_MOST_BYTES} bytes", size)
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
@@ -39,11 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
       MalformedFileError: if the file holds anything else.
     """
     path = pathlib.Path(path)
-    size = path.stat().st_size
-    if size > _MOST_JSON:
-        raise malformed(f"{path.name} must have at most {_MOST_JSON} bytes", size)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except MalformedFileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise malformed(f"{path.name} must be JSON", error) from error
     if not isinstance(content, dict):
@@ -74,8 +86,52 @@ def inside(folder: Path, name: Any) -> pathlib.Path:
         )
     path = pathlib.Path(folder) / name
     if len(name) > _MOST_LETTERS or not path.is_file():
-        raise malformed(f"{name[:_MOST_LETTERS]} must be a file in the folder", "none")
+        got = "none" if len(name) > _MOST_LETTERS else _kind(path)
+        raise malformed(f"{name[:_MOST_LETTERS]} must be a file in the folder", got)
+    _check_link(path, pathlib.Path(folder).resolve())
     return path
+
+
+def has(folder: pathlib.Path, *names: str) -> bool:
+    """Tells whether a folder has all of these names; `inside` checks what they are."""
+    return all(os.path.lexists(folder / name) for name in names)
+
+
+def check_all_inside(folder: pathlib.Path) -> None:
+    """Raises MalformedFileError for links out of a folder, and for FIFOs and devices.
+
+    For a folder whose files another library opens.
+    """
+    home = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (pathlib.Path(parent, name) for name in (*folders, *files)):
+            if not (path.is_file() or path.is_dir()):
+                rule = f"{path.relative_to(folder)} must be a file or a folder"
+                raise malformed(rule, _kind(path))
+            _check_link(path, home)
+
+
+def _check_link(path, home):
+    """Raises if a link leads out of its folder, except into the hub's cache."""
+    place = path.resolve()
+    if place.is_relative_to(home):
+        return
+    # There, models--a--b/snapshots/1234/name is a link to models--a--b/blobs/5678.
+    if home.parent.name == "snapshots" and place.parent == home.parents[1] / "blobs":
+        return
+    raise malformed(
+        f"{path.name} must be a file of the folder, and no link to another one",
+        f"a link to {place}",
+        "Copy that file into the folder, if it belongs to the model.",
+    )
+
+
+def _kind(path):
+    if not os.path.lexists(path):
+        return "none"
+    if path.is_dir():
+        return "a folder"
+    return "a FIFO, a socket or a device" if path.exists() else "a link to nothing"
 
 
 def as_path(path: Any, argument: str = "path") -> pathlib.Path:

@@ -22,6 +22,7 @@ from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
 from cage_jax.export.target import Target
 from cage_jax.export.writing import new_file
 from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.config_fields import in_terms_of
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import PARAMETERS, expected_tensors, tensors, tree_of
 
@@ -37,6 +38,14 @@ _DIMENSIONS = {
 }
 # Marks our own files, which alone are replaced.
 _WRITER = {"general.quantized_by": "cage_jax"}
+# All keys of the model that are read.
+_READ = _DIMENSIONS | {
+    "vocabulary": "llama.vocab_size",
+    "kv_heads": "llama.attention.head_count_kv",
+    "head_size": "llama.attention.key_length",
+    "norm_epsilon": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
 
 
 def gguf(
@@ -287,19 +296,41 @@ def _config(metadata, found):
             eos=eos,
         )
     except (TypeError, ValueError) as error:
-        raise malformed("the file's metadata must describe a Llama", error) from error
-    for key, supported in {
-        "llama.attention.value_length": (config.head_size,),
-        "llama.rope.dimension_count": (config.head_size,),
+        message = in_terms_of(error, _READ)
+        raise MalformedFileError(f"the file's metadata: {message}") from error
+    _check_keys(metadata, config)
+    return config
+
+
+def _check_keys(metadata, config):
+    """Raises for a key of the model that is not read, except one without effect."""
+    same = (config.head_size,)
+    without_effect = {
+        "llama.attention.value_length": same,
+        "llama.rope.dimension_count": same,
         "llama.rope.scaling.type": ("none",),
         "llama.rope.scaling.factor": (0, 1),
+        "llama.rope.scaling.attn_factor": (1,),
         "llama.rope.scale_linear": (0, 1),
+        "llama.attention.causal": (True,),
+        "llama.attention.sliding_window": (0,),
+        "llama.attention.scale": (0,),
+        "llama.attn_logit_softcapping": (0,),
+        "llama.final_logit_softcapping": (0,),
+        "llama.logit_scale": (0,),
+        # The only layout of queries and keys, which some files name.
+        "llama.tensor_data_layout": ("Meta AI original pth",),
         "llama.expert_count": (0,),
-    }.items():
-        given = metadata.get(key, supported[0])
-        if isinstance(given, np.ndarray) or given not in supported:
-            _refuse(f"have {key} {supported[0]}", repr(given)[:80])
-    return config
+        "llama.expert_used_count": (0,),
+    }
+    for key, value in metadata.items():
+        if not key.startswith("llama.") or key in _READ.values():
+            continue
+        supported = without_effect.get(key)
+        if supported is None:
+            _refuse("have keys that are known to compute a Llama", f"{key[:80]}")
+        if isinstance(value, np.ndarray | list) or value not in supported:
+            _refuse(f"have {key} {supported[0]}", repr(value)[:80])
 
 
 def _check_count(found, config):

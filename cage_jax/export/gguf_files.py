@@ -17,6 +17,8 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 # Limit of keys and of tensors: far above any model, far below what exhausts memory.
 _MOST_ENTRIES = 2**16
+# Limit of all that comes before the tensors: real vocabularies take up to 20 MB.
+_MOST_METADATA = 64 * 2**20
 _MOST_DIMENSIONS = 4
 _LONGEST_KEY, _LONGEST_NAME = 2**16, 64  # in bytes, from the format
 
@@ -141,10 +143,10 @@ def _located(table, cursor, alignment, content):
 
 
 class _Cursor:
-    """A cursor over the bytes of a file that never passes their end."""
+    """A cursor over the first bytes of a file that never passes their end."""
 
     def __init__(self, content, name):
-        self.view = memoryview(content)
+        self.view = memoryview(content[:_MOST_METADATA])
         self.name = name
         self.position = 0
 
@@ -213,6 +215,8 @@ class _Cursor:
         return _NUMBERS[kind]
 
     def _end(self, stop):
+        if len(self.view) == _MOST_METADATA:
+            self.refuse(f"have at most {_MOST_METADATA} bytes before its tensors", stop)
         self.refuse(f"have {stop} bytes or more", len(self.view))
 
     def refuse(self, rule, got) -> NoReturn:

@@ -82,6 +82,12 @@ def load(path: Path) -> Model:
             f"{location}, which has {names}. Pass the folder that holds config.json, "
             f"or the GGUF itself."
         )
+    if not location.is_file():
+        raise malformed(
+            "`path` must be a file or a folder",
+            f"{location}, a FIFO, a socket or a device",
+            "Copy its content into a file.",
+        )
     _check_converted(location)
     raise malformed(
         "`path` must be a model",

@@ -8,6 +8,8 @@ from cage_jax.export.files import (
     MalformedFileError,
     Path,
     as_path,
+    has,
+    inside,
     malformed,
     read_json,
     write_json,
@@ -43,7 +45,7 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> None:
         )
     check_finite(by_path(model.params), "model")
     with new_folder(path, overwrite=overwrite) as folder:
-        trees.save(model.params, folder / CODES)
+        trees.write_tree(model.params, folder / CODES)
         write_json(folder / CONFIG, model.config.to_huggingface())
         for name, data in model.tokenizer.items():
             if name in tokenizer_files.NAMES:
@@ -57,9 +59,9 @@ def read(path: Path) -> Model:
       MalformedFileError: if the folder is damaged.
     """
     folder = as_path(path)
-    params = trees.load(folder / CODES)
+    params = trees.load(inside(folder, CODES))
     try:
-        config = LlamaConfig.from_huggingface(read_json(folder / CONFIG))
+        config = LlamaConfig.from_huggingface(read_json(inside(folder, CONFIG)))
     except (TypeError, ValueError) as error:
         raise MalformedFileError(f"{CONFIG}: {error}") from error
     shapes = {name: leaf.shape for name, leaf in by_path(params).items()}
@@ -71,7 +73,7 @@ def read(path: Path) -> Model:
 
 def is_folder(path: pathlib.Path) -> bool:
     """Tells whether a folder has the files that `save` writes."""
-    return (path / CODES).is_file() and (path / CONFIG).is_file()
+    return has(path, CODES, CONFIG)
 
 
 TARGET = Target(

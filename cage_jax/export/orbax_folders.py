@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,13 @@ import numpy as np
 
 from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import Path, as_path, check_installed, malformed
+from cage_jax.export.files import (
+    Path,
+    as_path,
+    check_all_inside,
+    check_installed,
+    malformed,
+)
 from cage_jax.export.target import Target
 from cage_jax.export.tree_entries import (
     Tree,
@@ -29,6 +36,7 @@ from cage_jax.export.writing import check_place, new_folder
 from cage_jax.llama.loaded import Model
 
 _MOST_LETTERS = 255  # of a file's name
+_INNER = "written"
 
 
 def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
@@ -73,18 +81,26 @@ def save_orbax(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         description=ocp.args.JsonSave(metadata_of(entries)),
     )
     with (
-        _new_folder(as_path(path).absolute(), overwrite) as folder,
+        _new_folder(as_path(path), overwrite) as folder,
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
-        checkpointer.save(folder, content, force=True)
+        try:
+            checkpointer.save(folder, content)
+        except ValueError as error:  # of a disk, such as a full one
+            time.sleep(0.5)  # its threads still write, into what is removed then
+            raise OSError(str(error).rpartition(": ")[2]) from error
 
 
 @contextlib.contextmanager
 def _new_folder(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields the same temporary folder to all processes; moves it to `path`."""
+    """Yields the same path to all processes; moves what is written there to `path`.
+
+    It is in a temporary folder, since Orbax leaves files beside it where it fails.
+    """
     if jax.process_count() == 1:
         with new_folder(path, overwrite=overwrite) as folder:
-            yield folder
+            yield folder / _INNER
+            _move_up(folder)
         return
     from jax.experimental import multihost_utils
 
@@ -94,17 +110,28 @@ def _new_folder(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     place = new_folder(path, overwrite=overwrite) if is_first else None
     with place or contextlib.nullcontext(path) as folder:
         letters = np.zeros(_MOST_LETTERS, np.uint8)
-        name = np.frombuffer(os.fsencode(folder.name), np.uint8)
-        letters[: len(name)] = name
+        own = np.frombuffer(os.fsencode(folder.name), np.uint8)
+        letters[: len(own)] = own
         letters = np.asarray(multihost_utils.broadcast_one_to_all(letters))
-        yield path.parent / os.fsdecode(letters.tobytes().rstrip(b"\0"))
+        name = os.fsdecode(letters.tobytes().rstrip(b"\0"))
+        yield path.absolute().parent / name / _INNER
+        if is_first:
+            _move_up(folder)
     multihost_utils.sync_global_devices("the folder is in its place")
+
+
+def _move_up(folder):
+    for entry in (folder / _INNER).iterdir():
+        entry.rename(folder / entry.name)
+    (folder / _INNER).rmdir()
 
 
 def load(path: pathlib.Path, shardings: Any = None) -> Any:
     """Reads a folder of `save_orbax`; see `cage_jax.export.trees.load`."""
     import orbax.checkpoint as ocp
 
+    path = path.absolute()  # which Orbax wants
+    check_all_inside(path)
     if shardings is None:
         if jax.process_count() > 1:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.export.files import Path, inside, malformed, read_json, write_json
+from cage_jax.export.files import Path, has, inside, malformed, read_json, write_json
 
 # Dtypes of at least one byte by their names in files, little-endian.
 _DTYPES = {
@@ -212,9 +212,9 @@ def _split(arrays, shard_bytes):
 def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of all files by name."""
     name = "model.safetensors.index.json"
-    if not (folder / name).is_file():
+    if not has(folder, name):
         return read(inside(folder, "model.safetensors"))[0]
-    places = read_json(folder / name).get("weight_map")
+    places = read_json(inside(folder, name)).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) for shard in places.values()
     ):

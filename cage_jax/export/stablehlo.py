@@ -34,6 +34,7 @@ from cage_jax.export.files import (
     Path,
     as_path,
     check_installed,
+    has,
     inside,
     malformed,
     read_json,
@@ -204,7 +205,7 @@ def _no_source_locations() -> Iterator[None]:
 
 def is_folder(path: pathlib.Path) -> bool:
     """Tells whether a folder has the files that `stablehlo` writes."""
-    return (path / PROGRAM).is_file() and (path / DESCRIPTION).is_file()
+    return has(path, PROGRAM, DESCRIPTION)
 
 
 def read_codes(path: Path) -> Any:
@@ -215,7 +216,7 @@ def read_codes(path: Path) -> Any:
       ValueError: if the codes are constants in the program.
     """
     folder = as_path(path)
-    description = read_json(folder / DESCRIPTION)
+    description = read_json(inside(folder, DESCRIPTION))
     said = description.get("format"), description.get("version")
     if said != (FORMAT, VERSION):
         rule = f"{DESCRIPTION} must describe a program of version {VERSION}"

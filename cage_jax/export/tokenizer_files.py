@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cage_jax.export.files import Path, as_path
+from cage_jax.export.files import Path, as_path, has, inside, read_bytes
 from cage_jax.llama.config import LlamaConfig
 
 NAMES = (
@@ -22,12 +22,15 @@ _REMEDY = "Pass the folder that save_pretrained of the tokenizer wrote."
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    """Reads the tokenizer files of a folder by name."""
+    """Reads the tokenizer files of a folder by name.
+
+    Raises:
+      MalformedFileError: if one is no regular file, too large, or a link out of the
+        folder.
+    """
     folder = as_path(folder, "tokenizer")
     return {
-        name: (folder / name).read_bytes()
-        for name in NAMES
-        if (folder / name).is_file()
+        name: read_bytes(inside(folder, name)) for name in NAMES if has(folder, name)
     }
 
 

@@ -6,6 +6,7 @@ A file is safetensors, with the description of each leaf in its metadata, see
 """
 
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -69,6 +70,12 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         raise ValueError(
             f"`path` must end in .safetensors; got {path}. Use save_orbax for a folder."
         )
+    with new_file(path, is_export=_is_export, overwrite=overwrite) as temporary:
+        write_tree(codes, temporary)
+
+
+def write_tree(codes: Any, path: pathlib.Path) -> None:
+    """Writes a tree to a file as `save` does, in the place of whatever is there."""
     entries, leaves = entries_of(codes)
     check_finite(leaves)
     arrays = {}
@@ -82,8 +89,7 @@ def save(codes: Any, path: Path, *, overwrite: bool = False) -> None:
         if isinstance(leaf, QuantizedArray):
             leaf = np.frombuffer(leaf.to_bytes(), np.uint8)
         arrays[name] = leaf
-    with new_file(path, is_export=_is_export, overwrite=overwrite) as temporary:
-        write(temporary, arrays, metadata_of(json.dumps(entries)))
+    write(path, arrays, metadata_of(json.dumps(entries)))
 
 
 def _is_export(path):
@@ -116,7 +122,7 @@ def load(path: Path, *, shardings: Any = None) -> Any:
       ValueError: if there are 64-bit arrays and jax does not have them enabled, if
         `shardings` do not fit the tree, or if they are missing with several processes.
     """
-    path = as_path(path).absolute()
+    path = as_path(path)
     if path.is_dir():
         return orbax_folders.load(path, shardings)
     arrays, metadata = read(path)

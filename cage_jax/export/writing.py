@@ -6,6 +6,7 @@ a function that tells whether an export wrote it.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -50,8 +51,9 @@ def new_file(
     os.close(handle)
     temporary = pathlib.Path(name)
     try:
-        yield temporary
-        _sync(temporary)
+        with _failing(path):
+            yield temporary
+            _sync(temporary)
         temporary.chmod(0o666 & ~_umask())
         check_place(path, overwrite=overwrite, is_export=is_export)
         os.replace(temporary, path)
@@ -75,11 +77,13 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent))
     try:
-        yield temporary
-        content = {"written_by": f"cage_jax {VERSION}", "files": _entries(temporary)}
-        write_json(temporary / MARKER, content)
-        for file in temporary.rglob("*"):
-            _sync(file)
+        with _failing(path):
+            yield temporary
+            files = _entries(temporary)
+            content = {"written_by": f"cage_jax {VERSION}", "files": files}
+            write_json(temporary / MARKER, content)
+            for file in temporary.rglob("*"):
+                _sync(file)
         temporary.chmod(0o777 & ~_umask())
         # Others may have written there since.
         check_place(path, overwrite=overwrite)
@@ -185,6 +189,19 @@ def _entries(folder):
 
 def _fail(error):
     raise error
+
+
+@contextlib.contextmanager
+def _failing(path: pathlib.Path) -> Iterator[None]:
+    """Names the path in the error of a disk that is full, which names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or isinstance(error, FileExistsError):
+            raise
+        reason = error.strerror or f"the disk may be full ({error})"
+        text = f"{reason}. Make room, or use another path; nothing is left of it"
+        raise OSError(error.errno or errno.EIO, text, str(path)) from error
 
 
 def _replace(path, folder):

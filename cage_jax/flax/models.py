@@ -368,8 +368,8 @@ def _of_parameters(function, state):
 
         return with_rest, variables
     params = {"params": state.get("params", {})}
-    rest = {name: part for name, part in state.items() if name != "params"}
-    return lambda p, *a, **k: function({**new(rest), **p}, *a, **k), params
+    others = {name: part for name, part in state.items() if name != "params"}
+    return lambda p, *a, **k: function({**new(others), **p}, *a, **k), params
 
 
 def _is_shape(leaf):

@@ -3,12 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from cage_jax.arrays.checks import check_int, check_number, make_plain
+from cage_jax.llama.config_fields import READ, check_layers, dimensions_of, in_terms_of
 
 # Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
+# Limits that float32 holds, far from any model's.
+_RANGES: dict[str, Any] = {
+    "rope_theta": {"least": 1, "most": 1e30},
+    "norm_epsilon": {"least": 1e-30, "most": 1},
+}
 _REMEDY = "Use the dimensions of the model."
 
 
@@ -83,12 +89,19 @@ class LlamaConfig:
                 f"`kv_heads` must divide `heads`; got kv_heads={self.kv_heads}, heads="
                 f"{self.heads}. Use None for as many as `heads`."
             )
-        for name in ("rope_theta", "norm_epsilon"):
-            check_number(name, getattr(self, name), _REMEDY, above=0)
-        for token in self.eos:
-            check_int("eos", token, _REMEDY)
-        if self.bos is not None:
-            check_int("bos", self.bos, _REMEDY)
+        for name, limits in _RANGES.items():
+            check_number(name, getattr(self, name), _REMEDY, **limits)
+        if not isinstance(self.tied, bool):
+            raise TypeError(f"`tied` must be a bool; got {self.tied!r}. Use True.")
+        if not isinstance(self.eos, tuple):
+            raise TypeError(
+                f"`eos` must be a tuple; got {self.eos!r}. Use (2,) for one token."
+            )
+        remedy = "Use a token of the vocabulary, or none."
+        begins = () if self.bos is None else (self.bos,)
+        for name, tokens in (("bos", begins), ("eos", self.eos)):
+            for token in tokens:
+                check_int(name, token, remedy, least=0, most=self.vocabulary - 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each parameter by path, with stacked layers."""
@@ -129,53 +142,17 @@ class LlamaConfig:
           config: the file as a dict.
 
         Raises:
-          ValueError: if the model is not a Llama, or has features that `LlamaConfig`
-            lacks, such as biases or scaled rotary embeddings.
+          TypeError, ValueError: if the model is not a Llama, has features that
+            `LlamaConfig` lacks, such as biases or scaled rotary embeddings, or has
+            fields whose effect is not known.
         """
-        kind = config.get("model_type")
-        if kind not in ("llama", "mistral"):
-            raise ValueError(
-                f"`config` must describe a Llama; got model_type={kind!r}. Load the "
-                f"parameters of other models with their own library."
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(
-                f"`config` must have an object in rope_parameters; got {rope!r}. "
-                f"{_REMEDY}"
-            )
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        _check_supported("rope_type", kind, "default")
-        _check_supported("hidden_act", config.get("hidden_act", "silu"), "silu")
-        for name in ("attention_bias", "mlp_bias"):
-            _check_supported(name, bool(config.get(name, False)), False)
-        _check_supported("sliding_window", config.get("sliding_window"), None)
-
-        def needed(name):
-            if name not in config:
-                raise ValueError(
-                    f"`config` must have {name!r}; got {sorted(config)}. Use the "
-                    f"config.json of the model."
-                )
-            return config[name]
-
-        eos = config.get("eos_token_id")
-        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-        return cls(
-            vocabulary=needed("vocab_size"),
-            width=needed("hidden_size"),
-            hidden=needed("intermediate_size"),
-            layers=needed("num_hidden_layers"),
-            heads=needed("num_attention_heads"),
-            kv_heads=cast(int, config.get("num_key_value_heads")),
-            head_size=cast(int, config.get("head_dim")),
-            rope_theta=theta,
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            context=config.get("max_position_embeddings", 2048),
-            bos=config.get("bos_token_id"),
-            eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
+        found = dimensions_of(config)
+        try:
+            made = cls(**found)
+        except (TypeError, ValueError) as error:
+            raise type(error)(in_terms_of(error, READ)) from error
+        check_layers(config, made.layers)
+        return made
 
     def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
         """Returns the `config.json` of transformers as a dict.
@@ -209,11 +186,3 @@ class LlamaConfig:
             "dtype": dtype,
             "torch_dtype": dtype,
         }
-
-
-def _check_supported(name, value, supported):
-    if value != supported:
-        raise ValueError(
-            f"`config` must have {name}={supported!r}; got {value!r}, which is not "
-            f"supported. Use a model without it."
-        )

@@ -3,6 +3,7 @@
 All placements share it; see `placements` for where it goes.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from cage_jax.optim.schedules import (
     is_optimizer,
     value_at,
 )
+from cage_jax.optim.states import check_state, first_state
 from cage_jax.optim.statistics import (
     CageStatistics,
     ParameterStatistics,
@@ -125,25 +127,12 @@ def correction(
     """
     _check_arguments(rules, strength, curvature)
     period = steps_between(statistics)
-    needed = {
-        "grids": freeze_scale,
-        "statistics": statistics,
-        "curvature": curvature is not None,
-    }
+
+    first = FirstState(rules, curvature, freeze_scale, statistics)
 
     def init(params):
-        quantized = rules.quantized(params)
-        if freeze_scale:
-            _check_codes("freeze_scale", quantized)
-        if statistics:
-            _check_codes("statistics", quantized)
-        _warn_of_rules(rules, params, quantized)
-        return CageState(
-            cage_count=jnp.zeros([], jnp.int32),
-            grids=_unknown_grids(quantized) if freeze_scale else None,
-            statistics=initial_statistics(quantized) if statistics else None,
-            curvature=curvature and curvature.init(quantized),
-        )
+        _warn_of_rules(rules, params)
+        return first_state(first, params)
 
     def update(
         updates,
@@ -156,7 +145,8 @@ def correction(
         **extra_args,
     ):
         check_params(params)
-        _check_state(state, needed)
+        if fused is None:  # else it is checked, and the stepped parameters are left out
+            check_parts(state, first, params)
         count, grids, source = state.cage_count, state.grids, state.curvature
         strength_now = value_at(strength, count)
         factor = step_size(count) * strength_now
@@ -205,6 +195,30 @@ def correction(
         return updates, CageState(count, grids, measured, source)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstState:
+    """The first state of a correction as a function of the parameters; hashable."""
+
+    rules: Rules
+    curvature: Curvature | None
+    freeze_scale: bool
+    statistics: bool | int
+
+    def __call__(self, params: Any) -> CageState:
+        """Returns the state; nothing is fitted but for statistics and frozen grids."""
+        quantized, curvature = self.rules.quantized(params), self.curvature
+        if self.freeze_scale:
+            _check_codes("freeze_scale", quantized)
+        if self.statistics:
+            _check_codes("statistics", quantized)
+        return CageState(
+            cage_count=jnp.zeros([], jnp.int32),
+            grids=_unknown_grids(quantized) if self.freeze_scale else None,
+            statistics=initial_statistics(quantized) if self.statistics else None,
+            curvature=curvature and curvature.init(quantized),
+        )
 
 
 def _parameters(rules, params, updates, grids, at_updated):
@@ -356,8 +370,13 @@ def _check_arguments(rules, strength, curvature):
         )
 
 
-def _check_state(state, needed):
-    """Raises if the state lacks a part that this correction needs."""
+def check_parts(state: CageState, first: FirstState, params: Any) -> None:
+    """Raises unless a state has what this correction needs for these parameters."""
+    needed = {
+        "grids": first.freeze_scale,
+        "statistics": first.statistics,
+        "curvature": first.curvature is not None,
+    }
     for field, is_needed in needed.items():
         if is_needed and getattr(state, field) is None:
             option = "freeze_scale" if field == "grids" else field
@@ -366,12 +385,16 @@ def _check_state(state, needed):
                 f"`{option}`. Use tx.init(params), with the `cage_count` of the other "
                 f"state to go on from there, or leave `{option}` out."
             )
+    others: dict[str, Any] = {
+        f: None for f, is_needed in needed.items() if not is_needed
+    }
+    check_state(state._replace(**others), first, params)
 
 
-def _warn_of_rules(rules, params, quantized):
+def _warn_of_rules(rules, params):
     """Warns of rules that match nothing, and of a table that quantizes nothing."""
     unused = rules.why_unused(params)
-    if quantized:
+    if rules.quantized(params):
         for text in unused:
             warn(text)
         return

@@ -30,7 +30,13 @@ from cage_jax.arrays.paths import flatten_with_paths, nodes_of_type
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.core.grids import grid_at
 from cage_jax.core.rules import Rules
-from cage_jax.optim.correction import CageState, Fused, reductions_if
+from cage_jax.optim.correction import (
+    CageState,
+    FirstState,
+    Fused,
+    check_parts,
+    reductions_if,
+)
 from cage_jax.optim.curvature.source import Curvature, step_source
 from cage_jax.optim.schedules import ScalarOrSchedule, value_at
 from cage_jax.optim.statistics import ParameterStatistics, parameter_statistics
@@ -52,6 +58,7 @@ class FusedOptions:
       mask: which parameters decay, as in `optax.adamw`.
       at_updated: whether the error is taken at the updated weights, as in `post_step`.
       curvature: the source that weights the error, or None.
+      first: the first state of the correction.
     """
 
     rules: Rules
@@ -61,6 +68,7 @@ class FusedOptions:
     mask: Any | Callable | None
     at_updated: bool
     curvature: Curvature | None
+    first: FirstState
 
 
 class FusedAdamW(optax.GradientTransformationExtraArgs):
@@ -123,6 +131,7 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         """
         check_implementation(implementation)
         _check_state(state)
+        check_parts(state[1], self.options.first, params)
         kernel_steps = _kernel_steps(
             self.options, gradients, state, params, implementation
         )

@@ -9,6 +9,7 @@ from cage_jax.arrays.adamw import AdamW
 from cage_jax.arrays.checks import check_choice
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules, check_rules
+from cage_jax.optim.correction import FirstState
 from cage_jax.optim.curvature import Curvature
 from cage_jax.optim.fused_adamw import FusedAdamW, FusedOptions, with_fused_step
 from cage_jax.optim.placements import decoupled, post_step
@@ -127,6 +128,7 @@ def cage_adamw(
             mask,
             placement == "post_step",
             curvature,
+            FirstState(rules, curvature, freeze_scale, statistics),
         ),
     )
 

@@ -155,8 +155,8 @@ def _quantized(x, quantizer, grid, most):
             n for n in itertools.count(-(-size // most)) if math.gcd(n, size) == 1
         )
     poison = jnp.sum(values * 0)
-    sample = _Sample(*(jnp.ravel(part)[::step] for part in parts), poison, jnp.ones([]))
-    return values, sample
+    kept = [jnp.ravel(part)[::step] for part in parts]
+    return values, _Sample(*kept, poison=poison, ran=jnp.ones([]))
 
 
 def _fit(sample: _Sample, quantizer: Quantizer) -> GridFit | None:
@@ -180,4 +180,4 @@ def _fit_of_one(quantizer, x, values, positions, code_values, poison) -> GridFit
     used = np.isin(np.asarray(format.values, code_values.dtype), code_values)
     has_sides = not quantizer.asymmetric and not quantizer.scale.has_offset
     one_sign = has_sides and ((code_values >= 0).all() or (code_values <= 0).all())
-    return GridFit(error, np.mean(beyond), np.mean(~used), one_sign)
+    return GridFit(error, float(beyond.mean()), float((~used).mean()), one_sign)

@@ -196,25 +196,34 @@ def test_llama_cpp_goes_on_as_we_do(kind, trained, tmp_path):
     assert apart < APART[kind]
 
 
-# With the inputs rounded, too, what is left is the order of sums: seen were 1e-5
-# and 2e-5, and for Q4_1, where llama.cpp has the sum of a block in float16, 0.084.
-# Without rounding it would be 0.5 for Q4_0. A tie that falls to the other side, on
-# another processor, moves a hundredth.
-ROUNDED_APART = {"Q8_0": 0.05, "Q4_0": 0.05, "Q4_1": 0.2}
+# With the inputs rounded, too, what is left is the order of sums: seen were 1e-5, and
+# for Q4_1, where llama.cpp has the sum of a block in float16, 0.07. Without rounding it
+# would be 0.5 for Q4_0. A tie that falls to the other side, on another processor, moves
+# a hundredth, but not most of the 250. Of a head in Q4_0, whose inputs llama.cpp rounds
+# and we do not, 0.04 was seen.
+ROUNDED_APART = {
+    ("Q8_0", "layers/.*/kernel"): (0.05, 2e-5),
+    ("Q4_0", "layers/.*/kernel"): (0.05, 2e-5),
+    ("Q4_1", "layers/.*/kernel"): (0.2, 0.02),
+    ("Q4_0", ".*kernel"): (0.1, 0.02),
+}
 
 
-@pytest.mark.parametrize("kind", ROUNDED_APART)
-def test_llama_cpp_computes_as_we_do_with_rounded_inputs(kind, trained, tmp_path):
+@pytest.mark.parametrize(("kind", "which"), ROUNDED_APART)
+def test_llama_cpp_computes_as_we_do_with_rounded_inputs(
+    kind, which, trained, tmp_path
+):
     params, files, tokens = trained
-    rules = cage.Rules([("layers/.*/kernel", PRESETS[kind](axis=-2)), (".*", None)])
+    rules = cage.Rules([(which, PRESETS[kind](axis=-2)), (".*", None)])
     codes = cage.quantize(params, rules)
     gguf(codes, CONFIG, tmp_path / "model.gguf", tokenizer=files)
     found, _, tops = ask_for_50(tmp_path / "model.gguf", tokens[:12])
     inputs = cage.q8_0()
     expected, logarithms = greedy(cage.dequantize(codes), tokens[:12], 50, inputs)
     assert found == expected
-    apart = max(abs(theirs - logarithms[step, token]) for step, token, theirs in tops)
-    assert apart < ROUNDED_APART[kind]
+    apart = [abs(theirs - logarithms[step, token]) for step, token, theirs in tops]
+    most, median = ROUNDED_APART[kind, which]
+    assert max(apart) < most and np.median(apart) < median
 
 
 @pytest.mark.parametrize("template", [False, True])

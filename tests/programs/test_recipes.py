@@ -3,11 +3,13 @@
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracles import absmax_round
 
 import cage_jax as cage
 
@@ -17,6 +19,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
 TITLES = [
     "Recipes",
     "Flax's TrainState",
+    "Save and resume",
     "nnx.Optimizer",
     "Calibrated inputs",
     "Keys and values",
@@ -24,6 +27,9 @@ TITLES = [
     "Gradient accumulation",
     "Hyperparameters in the state",
     "Frozen parameters",
+    "Muon for matrices, Adam for the rest",
+    "Compute in bfloat16",
+    "Many devices",
     "Averaged weights",
     "LoRA inside the grid",
     "A model trained through qwix",
@@ -53,6 +59,19 @@ def test_train_state():
     found = recipe("Flax's TrainState")
     moved = found["state"].params["kernel"] - found["params"]["kernel"]
     assert float(jnp.abs(moved).max()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_resumed_in_the_middle_of_the_ramp():
+    found = recipe("Save and resume")
+    schedule = cage.recommended(1e-3, 1000)["strength"]
+    assert 0 < schedule(800) < schedule(900)
+    step, states = found["step"], [found["state"], found["resumed"]]
+    for _ in range(50):
+        states = [step(state) for state in states]
+    assert states[0].step == 850
+    chex.assert_trees_all_equal(*states)
+    moved = states[0].params["kernel"] - found["state"].params["kernel"]
+    assert np.any(np.asarray(moved) != 0)
 
 
 def test_nnx_optimizer():
@@ -97,11 +116,31 @@ def test_clipping_leaves_the_correction_alone():
 
 
 def test_gradient_accumulation():
+    """Four batches make the step of their mean gradient, and count as one."""
     found = recipe("Gradient accumulation")
-    assert not np.any(found["updates"]["kernel"])
-    assert int(found["state"].mini_step) == 1
-    inner = found["state"].inner_opt_state
-    assert int(found["optax"].tree_utils.tree_get(inner, "cage_count")) == 0
+    tx, params = found["tx"], found["params"]
+    inner = found["cage"].cage_adamw(1e-3, found["rules"], strength=found["strength"])
+    inner = inner.init(params), inner.update
+
+    def after(count):
+        """The state as if so many steps had been taken."""
+        return optax.tree_utils.tree_set(inner[0], count=count, cage_count=count)
+
+    ramp = jnp.int32(950)
+    state = tx.init(params)._replace(inner_opt_state=after(ramp))
+    rng = np.random.default_rng(0)
+    draws = [
+        jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+        for _ in range(4)
+    ]
+    for gradient in draws:
+        updates, state = tx.update(gradient, state, params)
+        assert np.any(updates["kernel"]) == (state.gradient_step == 1)
+    mean = jax.tree.map(lambda *each: np.mean(each, 0), *draws)
+    expected, last = inner[1](mean, after(ramp), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-9)
+    count = optax.tree_utils.tree_get(state.inner_opt_state, "cage_count")
+    assert count == optax.tree_utils.tree_get(last, "cage_count") == 951
 
 
 def test_hyperparameters(capsys):
@@ -114,6 +153,71 @@ def test_frozen_parameters():
     found = recipe("Frozen parameters")
     assert np.all(np.asarray(found["updates"]["bias"]) == 0)
     assert np.any(np.asarray(found["updates"]["kernel"]) != 0)
+
+
+def test_muon_pulls_with_its_own_rate():
+    found = recipe("Muon for matrices, Adam for the rest")
+    params, rules = found["params"], found["rules"]
+    gradient = jax.grad(found["loss"])(params)
+
+    def updates_of(strength):
+        muon = cage.decoupled(
+            optax.contrib.muon(0.02), rules, learning_rate=0.02, strength=strength
+        )
+        labels = {"kernel": "matrices", "bias": "others"}
+        parts = {"matrices": muon, "others": optax.adamw(1e-3)}
+        tx = optax.partition(parts, labels)
+        return tx.update(gradient, tx.init(params), params)[0]
+
+    without, pulled = updates_of(0.0), updates_of(5.0)
+    # The page's strength is 0 at the first step.
+    chex.assert_trees_all_equal(found["updates"], without)
+    alone = optax.contrib.muon(0.02)
+    kernel = {"kernel": params["kernel"]}
+    expected, _ = alone.update(
+        {"kernel": gradient["kernel"]}, alone.init(kernel), kernel
+    )
+    np.testing.assert_array_equal(without["kernel"], expected["kernel"])
+    weights = np.float64(params["kernel"])
+    pull = -0.02 * 5 * (weights - absmax_round(weights, top=7, group=16))
+    np.testing.assert_allclose(
+        pulled["kernel"] - without["kernel"], pull, rtol=1e-3, atol=1e-7
+    )
+
+
+def test_a_cast_after_rounding_keeps_the_codes():
+    found = recipe("Compute in bfloat16")
+    assert 1 / 300 < found["flipped"] < 1 / 100
+    params = found["params"]
+    value, gradient = jax.value_and_grad(found["low_loss"])(params)
+    assert gradient["kernel"].dtype == params["kernel"].dtype == np.float32
+    # The products are those of the shipped codes, cast; float32 sums of bfloat16.
+    codes = cage.quantize(params, found["rules"])["kernel"]
+    low = [np.asarray(a, jnp.bfloat16) for a in (found["x"], cage.dequantize(codes))]
+    outputs = np.float64(low[0]) @ np.float64(low[1])
+    expected = np.mean((outputs - np.float64(found["y"])) ** 2)
+    assert float(value) == pytest.approx(expected, rel=2**-8)
+
+
+def test_many_devices_take_the_step_of_one():
+    assert jax.device_count() == 8
+    found = recipe("Many devices")
+    params, tx = found["params"], found["tx"]
+    step = jax.jit(found["train_step"])
+    alone, _, value = step(params, tx.init(params), found["x"], found["y"])
+    for name, other in (("placed", "value"), ("same", "same_value")):
+        # Sums over devices are rounded in another order.
+        assert float(found[other]) == pytest.approx(float(value), rel=1e-6)
+        chex.assert_trees_all_close(found[name], alone, rtol=1e-5, atol=1e-6)
+    shards = found["placed"]["kernel"].addressable_shards
+    assert {shard.data.shape for shard in shards} == {(16, 1)}
+    # Inputs are rounded in float32: one is within its precision of a tie.
+    x = np.asarray(found["x"])
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    x = np.float64(np.round(x / scale)) * scale
+    outputs = x @ absmax_round(params["kernel"], top=7, group=16)
+    expected = np.mean((outputs - np.float64(found["y"])) ** 2)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 def test_averaged_weights():

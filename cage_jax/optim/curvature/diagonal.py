@@ -110,9 +110,9 @@ def diagonal(
     def update(state, step):
         def estimated():
             new = estimate(step, jax.random.fold_in(jax.random.key(seed), state.steps))
-            means = {
-                path: average(decay, before, new[path].astype(jnp.float32))
-                for path, before in state.diagonal.items()
+            means = state.diagonal | {  # a parameter without a gradient has none
+                path: average(decay, state.diagonal[path], h.astype(jnp.float32))
+                for path, h in new.items()
             }
             clamped = None
             if statistics:

@@ -87,8 +87,7 @@ def factored(
       matrix, or 12 with `times_root`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range; in `update` for a state of
-        another source.
+      TypeError, ValueError: for arguments out of range.
     """
     check_averaging(decay, period)
     check_number("largest", largest, "Use 3.0.", above=1)
@@ -112,7 +111,6 @@ def factored(
 
     def update(state, step):
         groups = _groups(step.quantized)
-        _check_state(state, groups)
         if not groups:  # the rules quantize nothing
             return state
 
@@ -395,19 +393,3 @@ def _unit(groups, level, largest):
         return unit * lax.psum(jnp.sum(size / total * bounded), tuple(axes))
 
     return lax.fori_loop(0, 1 + _ROUNDS, next_unit, jnp.float32(1))
-
-
-def _check_state(state, groups):
-    got = ""
-    if not isinstance(state, FactoredState):
-        got = f"a {type(state).__name__}, of another source or an older version"
-    elif [vectors.shape for vectors in state.means] != [
-        (len(group.members), *group.shape.lengths) for group in groups
-    ]:
-        got = f"one for {', '.join(state.rows)}, of other rules or shapes"
-    if got:
-        raise ValueError(
-            f"`state` must have the curvature of these parameters by "
-            f"fisher(factored=True), which the recommended pull uses; got {got}. To go "
-            f"on from there, replace it by the curvature in tx.init(params)."
-        )

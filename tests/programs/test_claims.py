@@ -1,0 +1,161 @@
+"""Numbers in the sentences of pages, from the benchmarks' files that they are of."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import report
+
+import cage_jax as cage
+from cage_jax import curvature
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name):
+    return " ".join((ROOT / name).read_text().split())
+
+
+def figures(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())["figures"]
+
+
+def numbers(pattern, name):
+    """The numbers in a sentence, which must be there once."""
+    (found,) = re.findall(pattern, page(name))
+    return [float(each) for each in found]
+
+
+def recovered(*rows, name="CAGE as recommended"):
+    """What a method recovers of the gap in lines of the study's summary."""
+    header, cells = report.summary()
+    place, found = header.index(name), set()
+    for row in rows:
+        lines = [line for line in cells if re.fullmatch(row, line[0])]
+        assert lines, row
+        for line in lines:
+            found |= {int(each) for each in re.findall(r"-?\d+", line[place])}
+    return [min(found), max(found)]
+
+
+def test_what_is_recovered():
+    text = r"(-?\d+) to (-?\d+) %"
+    readme, converged = "README.md", r"language model, 1 x 64, 4000 steps, rate to 10%"
+    found = numbers(rf"\*\*{text}\*\*, most at 2 and 3 bits", readme)
+    assert found == recovered(r".*MLP, rate to 10%", converged)
+    found = numbers(rf"; {text} with weights alone quantized", readme)
+    assert found == recovered(rf"{converged}, weights alone")
+    found = numbers(rf"\*\*{text}\*\* in convolutional networks and small V", readme)
+    assert found == recovered(r".*(CNN|ViT), rate to 10%")
+    found = numbers(rf"\*\*{text}\*\* in training that is cut short", readme)
+    assert found == recovered(r"SmolLM2.*", r".*1000 steps, rate to 10%")
+    found = numbers(rf"recovers {text} of the gap to full prec", "docs/strength.md")
+    to_zero = r"(?!quadratics).*, rate to 0%"
+    assert found == recovered(to_zero)
+    found = numbers(rf"the published one {text}: next", "docs/strength.md")
+    assert found == recovered(to_zero, name="CAGE as published")
+
+
+def test_what_a_step_costs():
+    steps = {
+        (each["size"], step["step"]): step["to_base"]
+        for each in figures("optimizer_step")
+        for step in each["steps"]
+    }
+    sizes = ("30M", "100M")
+
+    def cost(name):
+        return [round(steps[size, f"cage_jax, {name}"], 1) for size in sizes]
+
+    pattern = r"then (\S+) to (\S+) times \(int4\) or (\S+) to (\S+) times \(rotated\)"
+    found = numbers(pattern, "README.md")
+    names = ("int4, recommended, active", "quest, recommended, active")
+    assert found == cost(names[0]) + cost(names[1])
+    (most,) = re.findall(r"at most (\S+) times as long as AdamW's", page("README.md"))
+    silent = max(cost("int4, recommended, silent") + cost("quest, recommended, silent"))
+    assert float(most) == silent
+
+
+def test_what_a_sharded_step_costs():
+    found = numbers(r"its step takes (\S+) to (\S+) of AdamW's", "docs/pods.md")
+    ours = [figures("sharding")[f"{n}, CAGE"]["to AdamW"] for n in (1, 2, 4, 8)]
+    assert found == [round(min(ours), 2), round(max(ours), 2)]
+    found = numbers(r"from (\d+) to (\d+) chips", "docs/pods.md")
+    chips = [
+        int(n) * int(m)
+        for n, m in (
+            re.findall(r":(\d+)x(\d+)", name)[0] for name in figures("tpu_aot")
+        )
+    ]
+    assert found == [min(chips), max(chips)]
+
+
+def test_quadratics_where_hutchinsons_estimate_is_ahead():
+    assert "than both published strengths in eight of nine problems" in page(
+        "docs/placements.md"
+    )
+    shares = [
+        {name: arm["share"] for name, arm in each["arms"].items()}
+        for each in figures("effect_quadratic")
+    ]
+    published = ("CAGE 10/.8", "CAGE 3/.5")
+    ahead = [
+        each["Hutchinson, 1/.5"] < min(each[name] for name in published)
+        for each in shares
+    ]
+    assert (sum(ahead), len(ahead)) == (8, 9)
+
+
+def test_errors_of_normal_numbers():
+    """The bounds of the page on bad results are errors of the page on quantizers."""
+    row = r"\| `(\w+)\([^|]*\)` \|[^|]*\|[^|]*\|[^|]*\| (\S+) \| (?:yes|no) \|"
+    found = re.findall(row, page("docs/quantizers.md"))
+    errors = dict(reversed(found))  # of the first line of each name
+    text = r"normal numbers: int8 (\S+), int4 (\S+), int3 (\S+), int2 (\S+) \|"
+    found = numbers(text, "docs/worse.md")
+    for name, bound in zip(("int8", "int4", "int3", "int2"), found):
+        assert bound == pytest.approx(float(errors[name]) ** 0.5, rel=0.2), name
+
+
+def test_bytes_of_the_state_of_each_curvature():
+    rows, columns = 96, 64
+    params = {"kernel": jnp.ones((rows, columns))}
+    rules = cage.Rules([(r".*", cage.int4())])
+
+    def size(source):
+        tx = cage.coupled(rules, strength=1.0, curvature=source)
+        state = jax.eval_shape(tx.init, params)
+        # But for counts and keys.
+        leaves = [x for x in jax.tree.leaves(state) if x.size >= min(rows, columns)]
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    text = page("docs/placements.md")
+    row = r"\| `(\w+)\(\)` \|[^|]*\|[^|]*\| ([^|]*) \|"
+    assert dict(re.findall(row, text)) == {
+        "second_moment": "0",
+        "fisher": "4",
+        "hutchinson": "4",
+        "gauss_newton": "4",
+        "kronecker": "4 (rows / columns + columns / rows)",
+        "hessian": "0",
+    }
+    weights = rows * columns
+    assert size(curvature.fisher()) == 4 * weights
+    assert size(curvature.hutchinson()) == 4 * weights
+    assert size(curvature.gauss_newton()) == 4 * weights
+    assert size(curvature.hessian()) == 0
+    per_weight = 4 * (rows / columns + columns / rows)
+    assert size(curvature.kronecker()) == per_weight * weights
+    assert "takes 8 bytes for each input and each output" in text
+    assert size(curvature.fisher(factored=True)) == 8 * (rows + columns)
+
+
+def test_how_many_damaged_files_there_are():
+    (count,) = re.findall(r"tests them on (\S+) damaged files", page("docs/export.md"))
+    fuzzing = (ROOT / "tests" / "fuzzing.py").read_text()
+    (default,) = re.findall(r'"--files".*?default=([\d_]+)', fuzzing, re.DOTALL)
+    assert int(count.replace(",", "")) == int(default)
