@@ -6,6 +6,7 @@ layers are int8; both against full precision, in one process, in turns.
 """
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -85,7 +86,7 @@ def _compiled(function, *arguments) -> tuple[list[float], Any]:
     times.append(time.perf_counter())
     found = found.compile()
     times.append(time.perf_counter())
-    return [end - begin for begin, end in zip(times, times[1:])], found
+    return [end - begin for begin, end in itertools.pairwise(times)], found
 
 
 def _losses(model, variables, tokens):

@@ -22,7 +22,6 @@ from cage_jax.core.rules import Rules
 from cage_jax.program.products import Followed
 from cage_jax.program.tracing import split_arrays, split_grids
 from cage_jax.program.visiting import visit_inputs
-from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 # The values of an array that are measured, in even steps.
@@ -143,23 +142,18 @@ def _quantized(x, quantizer, grid, most):
     found = rounding(x, quantizer, grid)
     code_values = found.code_values()
     values = dequantized(code_values, quantizer, found.grid, x)
-    parts = (
-        x,
-        values,
-        *([found.position(), code_values] if quantizer.has_codes else [x, x]),
-    )
+    positions = found.position() if quantizer.has_codes else x
     size, step = math.prod(x.shape), 1
     if size > most:
         # In steps without a common divisor with the size, all rows and columns occur.
         step = next(
             n for n in itertools.count(-(-size // most)) if math.gcd(n, size) == 1
         )
-    poison = jnp.sum(values * 0)
-    kept = [jnp.ravel(part)[::step] for part in parts]
-    return values, _Sample(*kept, poison=poison, ran=jnp.ones([]))
+    some = [jnp.ravel(x)[::step] for x in (x, values, positions, code_values)]
+    return values, _Sample(*some, jnp.sum(values * 0), jnp.ones([]))
 
 
-def _fit(sample: _Sample, quantizer: Quantizer) -> GridFit | None:
+def _fit(sample: _Sample, quantizer: Any) -> GridFit | None:
     """Computes how well a sample fits, averaged over the repetitions that ran."""
     *parts, poison, ran = map(np.asarray, sample)
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
