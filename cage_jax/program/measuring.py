@@ -149,8 +149,18 @@ def _quantized(x, quantizer, grid, most):
         step = next(
             n for n in itertools.count(-(-size // most)) if math.gcd(n, size) == 1
         )
-    some = [jnp.ravel(x)[::step] for x in (x, values, positions, code_values)]
-    return values, _Sample(*some, jnp.sum(values * 0), jnp.ones([]))
+
+    def some(x):
+        return jnp.ravel(x)[::step]
+
+    return values, _Sample(
+        some(x),
+        some(values),
+        some(positions),
+        some(code_values),
+        poison=jnp.sum(values * 0),
+        ran=jnp.ones([]),
+    )
 
 
 def _fit(sample: _Sample, quantizer: Any) -> GridFit | None:

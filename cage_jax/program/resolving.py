@@ -23,7 +23,7 @@ def resolve(
     as for a tied weight, the first one in the program decides; `report` lists them. A
     parameter that is only looked up, such as an embedding, shares scales along the rows
     that are looked up. A quantizer with `axis=None` gets all axes but those that number
-    layers or experts.
+    layers or experts, which stand before the axes that are summed over.
 
     Args:
       rules: a table by path.
@@ -87,7 +87,11 @@ def _all_axes(followed, shapes):
     for product in followed.products:
         for path in product.paths:
             contracted = axes_of(product.contracted, path)
-            part = {*contracted, *axes_of(product.kept, path)}
+            kept = axes_of(product.kept, path)
+            if contracted and any(axis > contracted[-1] for axis in kept):
+                # Of (experts, in, out), all experts may be computed, and be outputs.
+                kept = tuple(axis for axis in kept if axis > contracted[0])
+            part = {*contracted, *kept}
             stack = tuple(a for a in range(len(shapes[path])) if a not in part)
             # Of factors such as those of LoRA, other products sum over some axes.
             alone = len(product.paths) == 1
