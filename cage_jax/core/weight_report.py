@@ -148,7 +148,7 @@ class Report(Shown):
         if inputs := [row for row in self.rows if row.inputs is not None]:
             notes.append(
                 f"inputs of {len(inputs)} parameters, such as {inputs[0].path}: "
-                f"{inputs[0].inputs}; quantized in the model that "
+                f"{inputs[0].inputs}; quantized only in the model that "
                 f"quantize_activations(model, rules) returns"
             )
         notes += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]

@@ -70,10 +70,10 @@ def _divided(quantizer, shape, axes):
     if found := _sizes(size, lengths):
         return found
     raise ValueError(
-        f"`group_size` must divide axis {axes[-1]} of `x`, or be a number of whole rows "
-        f"along it that divides the axis before, and so on; got group_size={size}, "
-        f"x.shape={shape}, axes {axes}. Use {dividing_size(size, lengths)}, or None for "
-        f"one scale per channel."
+        f"`group_size` must divide axis {axes[-1]} of `x`, or be a number of whole "
+        f"rows along it that divides the axis before, and so on; got group_size="
+        f"{size}, x.shape={shape}, axes {axes}. Use {dividing_size(size, lengths)}, "
+        f"or None for one scale per channel."
     )
 
 
