@@ -140,8 +140,10 @@ def fields_of_others() -> list[str]:
 def configs(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields configs with what is changed in them."""
 
+    plain = whole(kind)
+
     def changed(**changes):
-        content = whole(kind) | changes
+        content = plain | changes
         return (
             ", ".join(f"{name}={value!r}"[:100] for name, value in changes.items()),
             {name: value for name, value in content.items() if value is not MISSING},
