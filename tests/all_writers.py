@@ -10,7 +10,7 @@ from cage_jax.export import native
 from cage_jax.llama.loaded import Model
 
 # What every writer can hold.
-RULES = cage.Rules([(r"layers/.*/kernel", cage.q4_0()), (r".*", None)])
+RULES = cage.Rules([(r"layers/.*/kernel", cage.q4_0(axis=-2)), (r".*", None)])
 
 
 def _native(codes, path, **options):

@@ -196,8 +196,9 @@ def test_scales_across_what_is_summed_over(rng):
     for axis in (None, "contracted"):
         assert findings(dict.fromkeys(params, axis), resolve=True) == ()
     # Of a stack without more, a scale for each matrix of the last two axes.
-    (found,) = findings(dict.fromkeys(EQUATIONS))
-    assert found.startswith("heads, weight: its product sums over axis 0")
+    heads, out = findings(dict.fromkeys(EQUATIONS))
+    assert heads.startswith("heads, weight: its product sums over axis 0")
+    assert out.startswith("out, weight: its product sums over axis (0, 1)")
 
 
 def test_scales_of_inputs_that_save_nothing(rng):

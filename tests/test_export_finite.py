@@ -54,7 +54,7 @@ def test_no_writer_writes_them(tmp_path, writer):
 
 
 def test_codes_that_are_no_numbers(tmp_path):
-    rules = cage.Rules([(r"layers/.*/kernel", cage.fp8()), (r".*", None)])
+    rules = cage.Rules([(r"layers/.*/kernel", cage.fp8(axis=-2)), (r".*", None)])
     tree = with_part(cage.quantize(params_of(), rules), "codes", NAN)
     for writer in ("native", "compressed_tensors", "save"):
         with pytest.raises(ValueError, match=r"up/kernel`: .* must have finite codes"):

@@ -65,6 +65,7 @@ CONTRACT = [
     "load",
     "report",
     "resolve",
+    "suggest",
 ]
 
 # A folder imports only itself and those before it.

@@ -113,7 +113,7 @@ def test_scans_within_scans_and_calls():
             origins,
             [stacked, x],
             lambda product: product.paths[0],
-            lambda name, product, x, grid: (x + grid, x.sum()),
+            lambda name, product, x, grid, shared: (x + grid, x.sum()),
             {"w": more},
         )[:2]
 

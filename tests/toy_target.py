@@ -29,7 +29,7 @@ def read(path):
     arrays = dict(np.load(path))
     for name in [name for name in arrays if f"{name} scale" in arrays]:
         parts = arrays[name], arrays.pop(f"{name} scale"), None, None, None
-        arrays[name] = QuantizedArray(*parts, cage.int8(), np.dtype("float32"))
+        arrays[name] = QuantizedArray(*parts, cage.int8(axis=-2), np.dtype("float32"))
     return Model(nested(arrays), None, {})
 
 

@@ -249,7 +249,7 @@ def encoded(
 
     def stored(number):
         dtype = quantizer.scale_type.dtype or number.dtype
-        return _without_gradient(number).astype(dtype)
+        return _without_gradient(number, x).astype(dtype)
 
     return QuantizedArray(
         codes=encode(found.code_values(noise)),
@@ -263,7 +263,7 @@ def encoded(
 
 
 @jax.custom_vjp
-def _without_gradient(number):
+def _without_gradient(number, x):
     return number
 
 
@@ -274,7 +274,7 @@ def _refuse_gradient(_, __):
     )
 
 
-_without_gradient.defvjp(lambda number: (number, None), _refuse_gradient)
+_without_gradient.defvjp(lambda number, x: (number, None), _refuse_gradient)
 
 
 @jax.jit

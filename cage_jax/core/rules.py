@@ -14,7 +14,7 @@ from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
 from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Report, Row, split_text
-from cage_jax.quantizers.axes import WeightAxes
+from cage_jax.quantizers.axes import UnknownAxesError, WeightAxes
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.registry import named
@@ -331,15 +331,22 @@ class Rules:
         """
         found: list[Quantizer | None] = []
         errors: list[str] = []
+        unknown: list[str] = []
         for path, leaf in zip(paths, leaves):
             quantizer = self._quantizer(path, leaf)
             if quantizer is not None:
                 try:
                     quantizer = quantizer.at(leaf.shape, (axes or {}).get(path))
                     quantizer.blocks(leaf.shape)
+                except UnknownAxesError as error:
+                    unknown.append(f"`{path}`")
+                    errors += [f"`{path}`: {error}"] * (len(unknown) == 1)
                 except ValueError as error:
                     errors.append(f"`{path}`: {error}")
             found.append(quantizer)
+        errors += [
+            f"The axes of these are not known either: {', '.join(unknown[1:])}."
+        ] * (len(unknown) > 1)
         if more := errors[_MOST_TOLD:]:
             errors = [*errors[:_MOST_TOLD], f"and {len(more)} more."]
         if errors:

@@ -1,6 +1,6 @@
 """How well the weights and inputs of a program fit their grids.
 
-Each is judged by some of its values, 2**20 of a weight and 2**14 of an input, so that a
+Each is judged by some of its values, 2**20 of a weight and 2**16 of an input, so that a
 report compiles little more than the program itself.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.core.grids import check_grid, grid_at
+from cage_jax.core.grids import check_grid, needed_grid
 from cage_jax.core.inputs import arranged, check_calibrated
 from cage_jax.core.rules import Rules
 from cage_jax.program.products import Followed
@@ -26,7 +26,7 @@ from cage_jax.quantizers.rounding import dequantized, rounding
 
 # The values of an array that are measured, in even steps.
 _MOST_OF_WEIGHTS = 2**20
-_MOST_OF_INPUTS = 2**14  # which are kept until the program ends
+_MOST_OF_INPUTS = 2**16  # which are kept until the program ends
 
 
 class GridFit(NamedTuple):
@@ -73,7 +73,7 @@ def measure(
     about: list[Any] = []  # known while the program is traced
 
     def quantized_weight(path, quantizer, x):
-        grid = grid_at(path, params, None)
+        grid = needed_grid(path, quantizer, params)
         if grid is not None:
             check_grid(grid, quantizer, quantizer.blocks(x.shape))
         x, sample = _quantized(x, quantizer, grid, _MOST_OF_WEIGHTS)

@@ -113,12 +113,13 @@ def report(
 
     Example:
       >>> import cage_jax as cage
-      >>>       >>> from cage_jax.program.model_report import report
+      >>> import jax.numpy as jnp
       >>> rules = cage.Rules([(r"w", cage.int4(), cage.int8(axis=-1))])
       >>> params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
       >>> def apply(params, x):
       ...     return x @ params["w"] + params["b"][None, :]
-      >>> found = report(apply, rules, params, jnp.linspace(-1, 1, 16).reshape(2, 8))
+      >>> x = jnp.linspace(-1, 1, 16).reshape(2, 8)
+      >>> found = cage.report(apply, rules, params, x)
       >>> [len(layer.inputs) for layer in found.layers]
       [0, 1]
     """

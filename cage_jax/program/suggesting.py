@@ -74,7 +74,7 @@ def suggest(
       ...     for kernel in params:
       ...         x = jnp.tanh(x @ kernel)
       ...     return x
-      >>> rules = cage.suggest(apply, params, jnp.ones((2, 64)))
+      >>> rules = cage.suggest(apply, params, jnp.ones((2, 64)), show=False)
       >>> print(rules.match("1"))
       int4 absmax, group 32 of axis -2, identity
     """

@@ -1,4 +1,4 @@
-"""Which axes of an array share a scale: by number, or by their part in a product."""
+"""Axes of an array that share a scale, by number or by their part in a product."""
 
 import dataclasses
 import math
@@ -24,6 +24,10 @@ class WeightAxes(NamedTuple):
     stack: tuple[int, ...] = ()
 
 
+class UnknownAxesError(ValueError):
+    """The contracted axes of an array are not known."""
+
+
 def numbered(
     quantizer: "Quantizer", shape: tuple[int, ...], known: WeightAxes | None = None
 ) -> "Quantizer":
@@ -44,7 +48,7 @@ def numbered(
         if not axes and ndim == 2:
             axes = (0,)
         if not axes:
-            raise ValueError(_unknown_text(quantizer, shape))
+            raise UnknownAxesError(_unknown_text(quantizer, shape))
     elif quantizer.axis is None and ndim > 2:
         stack = known.stack if known else range(ndim - 2)
         axes = tuple(axis for axis in range(ndim) if axis not in stack)
