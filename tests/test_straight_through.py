@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import KERNEL, QUANTIZERS, normal
+from cases import KERNEL, QUANTIZERS, along_inputs, normal
 
 from cage_jax import Quantizer, Rules, fake_quant, int4, quest
 from cage_jax.arrays.jaxprs import scan_counts
@@ -206,6 +206,7 @@ def test_under_jit_and_remat(quantizer, rng):
 
 @each("int4 groups", "int4 clipped", "quest4")
 def test_vmap_and_scan_are_one_after_the_other(quantizer, rng):
+    quantizer = along_inputs(quantizer)  # of a stack, too
     stack, cotangents = rng.standard_normal((2, 2, *KERNEL)).astype(np.float32)
 
     def both(x, cotangent):

@@ -69,13 +69,13 @@ def test_pieces_are_whole_tiles_and_groups():
 
 QUANTIZERS = {
     "int4": cage.int4(group_size=32, axis=-1),
-    "int4 of rows": cage.int4(group_size=32),
+    "int4 of rows": cage.int4(group_size=32, axis=-2),
     "clipped": cage.int4(group_size=128, axis=-1, scale=scales.AbsMax(0.8)),
     "zero point": cage.int4(group_size=32, axis=-1, symmetric=False),
     "gaussian": cage.quest(4, group_size=64, axis=-1, hadamard=None),
-    "gaussian of rows": cage.quest(4, group_size=128, hadamard=None),
+    "gaussian of rows": cage.quest(4, group_size=128, axis=-2, hadamard=None),
     "mxfp4": cage.mxfp4(axis=-1),
-    "nvfp4": cage.nvfp4(),
+    "nvfp4": cage.nvfp4(axis=-2),
     "q4_0": cage.q4_0(axis=-1),
     "q4_1": cage.q4_1(axis=-1),
     "lsq": cage.lsq(4, group_size=32, axis=-1),

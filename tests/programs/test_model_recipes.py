@@ -14,8 +14,7 @@ from walker import Kernel
 import cage_jax as cage
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
-INPUTS = cage.int8(axis=-1)
-IMAGE = cage.int8(axis=None)
+KERNELS = cage.Rules([(r".*kernel", "int4", "int8")])
 
 
 def normal(rng, *shape):
@@ -59,14 +58,7 @@ def test_a_transformer_with_scan_and_remat(rng, compilations):
     model = Transformer()
     batches = [(jnp.asarray(rng.integers(0, 24, (2, 6))),) for _ in range(2)]
     params = started(model, rng, *batches[0])["params"]
-    rules = cage.Rules(
-        [
-            (r".*attn/out/kernel", cage.int4(axis=(-3, -2)), INPUTS),
-            (r".*attn/.*kernel", cage.int4(axis=-3), INPUTS),
-            (r".*kernel", cage.int4(), INPUTS),
-            (r"embed/embedding", cage.int8(axis=-1), INPUTS),
-        ]
-    )
+    rules = cage.Rules([*KERNELS, (r"embed/embedding", "int8", "int8")])
     table = [
         Kernel(r"layers/attn/out/kernel", (1, 2)),
         Kernel(r"layers/attn/(query|key|value)/kernel", 1),
@@ -86,13 +78,12 @@ def test_a_recurrent_network(cell, count, rng, compilations):
     model = nn.RNN(cell(8))
     batches = [(normal(rng, 2, 5, 6),) for _ in range(2)]
     params = started(model, rng, *batches[0])["params"]
-    rules = cage.Rules([(r".*kernel", cage.int4(), INPUTS)])
 
     def apply(params, x):
         return model.apply({"params": params}, x)
 
     table = [Kernel(r".*kernel", 0)]
-    check(apply, rules, table, params, batches, count, compilations)
+    check(apply, KERNELS, table, params, batches, count, compilations)
 
 
 class UNet(nn.Module):
@@ -114,21 +105,15 @@ def test_a_unet_with_transposed_convolutions(rng, compilations):
     model = UNet()
     batches = [(normal(rng, 2, 8, 8, 3),) for _ in range(2)]
     params = started(model, rng, *batches[0])["params"]
-    rules = cage.Rules(
-        [
-            (r"turned/kernel", cage.int4(axis=(0, 1, 3)), IMAGE),
-            (r".*kernel", cage.int4(axis=(0, 1, 2)), IMAGE),
-        ]
-    )
     table = [
-        Kernel(r"turned/kernel", (0, 1, 3), inputs="tensor"),
-        Kernel(r".*kernel", (0, 1, 2), inputs="tensor"),
+        Kernel(r"turned/kernel", (0, 1, 3)),
+        Kernel(r".*kernel", (0, 1, 2)),
     ]
 
     def apply(params, x):
         return model.apply({"params": params}, x)
 
-    check(apply, rules, table, params, batches, 7, compilations)
+    check(apply, KERNELS, table, params, batches, 7, compilations)
 
 
 class Depthwise(nn.Module):
@@ -147,22 +132,16 @@ def test_a_depthwise_network_with_batch_norm(rng, compilations):
     model = Depthwise()
     variables = started(model, rng, normal(rng, 2, 8, 8, 3), train=True)
     batches = [(variables["batch_stats"], normal(rng, 2, 8, 8, 3)) for _ in range(2)]
-    rules = cage.Rules(
-        [
-            (r"head/kernel", cage.int4(), INPUTS),
-            (r".*kernel", cage.int4(axis=(0, 1, 2)), IMAGE),
-        ]
-    )
     table = [
         Kernel(r"head/kernel", 0),
-        Kernel(r".*kernel", (0, 1, 2), inputs="tensor"),
+        Kernel(r".*kernel", (0, 1, 2)),
     ]
 
     def apply(params, statistics, x):
         variables = {"params": params, "batch_stats": statistics}
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    check(apply, rules, table, variables["params"], batches, 6, compilations)
+    check(apply, KERNELS, table, variables["params"], batches, 6, compilations)
 
 
 class DiTBlock(nnx.Module):
@@ -190,13 +169,6 @@ def test_a_diffusion_transformer_block(rng, compilations):
     graph, like = nnx.split(nnx.eval_shape(lambda: DiTBlock(16, nnx.Rngs(0))))
     params = nnx.to_pure_dict(drawn(rng, like))
     batches = [(normal(rng, 2, 6, 16), normal(rng, 2, 16)) for _ in range(2)]
-    rules = cage.Rules(
-        [
-            (r"attention/out/kernel", cage.int4(axis=(0, 1)), INPUTS),
-            (r"attention/.*kernel", cage.int4(axis=0), INPUTS),
-            (r".*kernel", cage.int4(), INPUTS),
-        ]
-    )
     table = [Kernel(r"attention/out/kernel", (0, 1)), Kernel(r".*kernel", 0)]
 
     def apply(params, x, condition):
@@ -204,7 +176,7 @@ def test_a_diffusion_transformer_block(rng, compilations):
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)(x, condition)
 
-    check(apply, rules, table, params, batches, 7, compilations)
+    check(apply, KERNELS, table, params, batches, 7, compilations)
 
 
 def test_equinox(rng, compilations):
@@ -230,14 +202,9 @@ def test_equinox(rng, compilations):
 
     params, static = eqx.partition(build(jax.random.key(0)), eqx.is_inexact_array)
     batches = [(normal(rng, 2, 3, 8, 8),) for _ in range(2)]
-    rules = cage.Rules(
-        [
-            (r"conv/weight", cage.int4(axis=(1, 2, 3)), IMAGE),
-            (r".*weight", cage.int4(axis=-1), INPUTS),
-        ]
-    )
+    rules = cage.Rules([(r".*weight", "int4", "int8")])
     table = [
-        Kernel(r"conv/weight", (1, 2, 3), inputs="tensor"),
+        Kernel(r"conv/weight", (1, 2, 3)),
         Kernel(r".*weight", 1),
     ]
 
@@ -261,13 +228,8 @@ def test_haiku(rng, compilations):
     model = hk.without_apply_rng(hk.transform(forward))
     batches = [(normal(rng, 2, 8, 8, 3),) for _ in range(2)]
     params = drawn(rng, jax.eval_shape(model.init, jax.random.key(0), *batches[0]))
-    rules = cage.Rules(
-        [
-            (r"conv2_d/w", cage.int4(axis=(0, 1, 2)), IMAGE),
-            (r".*/w", cage.int4(), INPUTS),
-        ]
-    )
-    table = [Kernel(r"conv2_d/w", (0, 1, 2), inputs="tensor"), Kernel(r".*/w", 0)]
+    rules = cage.Rules([(r".*/w", "int4", "int8")])
+    table = [Kernel(r"conv2_d/w", (0, 1, 2)), Kernel(r".*/w", 0)]
     check(model.apply, rules, table, params, batches, 7, compilations)
 
 
@@ -298,6 +260,5 @@ def test_a_distance_with_its_gradient_inside(rng, compilations):
         return (found - distances) ** 2, (jnp.linalg.norm(slopes, axis=-1) - 1) ** 2
 
     batches = [(normal(rng, 7, 3), normal(rng, 7)) for _ in range(2)]
-    rules = cage.Rules([(r".*kernel", cage.int4(axis=-2), INPUTS)])
     table = [Kernel(r".*kernel", 0)]
-    check(losses, rules, table, sdf_params(rng), batches, 5, compilations)
+    check(losses, KERNELS, table, sdf_params(rng), batches, 5, compilations)

@@ -32,6 +32,8 @@ TITLES = [
     "Many devices",
     "Averaged weights",
     "LoRA inside the grid",
+    "Models of other libraries",
+    "A derivative inside the loss",
     "A model trained through qwix",
 ]
 
@@ -245,6 +247,33 @@ def test_lora_is_trained_through_the_rounding_of_the_sum():
     a, b = np.float64(adapters["a"]), np.float64(adapters["b"])
     np.testing.assert_allclose(gradient["b"], at_the_sum @ a.T, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(gradient["a"], b.T @ at_the_sum, rtol=1e-4, atol=1e-7)
+
+
+def test_equinox():
+    pytest.importorskip("equinox")
+    found = recipe("Models of other libraries")
+    rules, arrays = found["mlp_rules"], found["arrays"]
+    assert {q.axis for q in rules.resolved.values()} == {-1}  # (out, in)
+    hidden = np.float64(found["x"])
+    for layer in arrays.layers:
+        weight = absmax_round(layer.weight, top=7, axis=1)
+        hidden = absmax_round(hidden, top=127, axis=1) @ weight.T
+        hidden += np.float64(layer.bias)
+        if layer is arrays.layers[0]:
+            hidden = np.maximum(hidden, 0)
+    expected = np.mean((hidden - np.float64(found["y"])) ** 2)
+    assert float(found["mlp_loss"](arrays)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_derivative_is_that_at_the_rounded_inputs():
+    found = recipe("A derivative inside the loss")
+    first, last = (np.float64(found["layers"][name]) for name in ("first", "last"))
+    first = absmax_round(first, top=7)
+    points = absmax_round(found["points"], top=127, axis=1)
+    slopes = 3 * np.cos(3 * points @ first) * last @ first.T
+    expected = np.mean((np.linalg.norm(slopes, axis=1) - 1) ** 2)
+    assert float(found["eikonal"]) == pytest.approx(expected, rel=1e-4)
+    assert np.all(np.isfinite(found["gradient"]["first"]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix's own

@@ -21,7 +21,6 @@ pytestmark = [
         "make test-transformers",
     ),
 ]
-INPUTS = cage.int8(axis=-1)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48}
 WORDS = {"vocab_size": 24, "max_position_embeddings": 16}
@@ -46,14 +45,13 @@ def test_gpt2(rng, compilations):
     )
     model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
     params = drawn(rng, model.params_shape_tree)
-    # These layers keep their kernels as (out, in).
     rules = cage.Rules(
         [
-            (r".*(attn|mlp).*kernel", cage.int4(axis=-1), INPUTS),
-            (r"transformer/wte/embedding", cage.int8(axis=-1), INPUTS),
+            (r".*(attn|mlp).*kernel", "int4", "int8"),
+            (r"transformer/wte/embedding", "int8", "int8"),
         ]
     )
-    table = [
+    table = [  # its layers keep kernels as (out, in)
         Kernel(r".*(c_attn|c_proj|c_fc)/kernel", 1),
         Kernel(r"transformer/wte/embedding", 1, bits=8),
     ]
@@ -64,7 +62,7 @@ def test_llama(rng, compilations):
     config = transformers.LlamaConfig(**SIZES, **WORDS, num_key_value_heads=2)
     model = transformers.FlaxLlamaForCausalLM(config, _do_init=False)
     params = drawn(rng, model.params_shape_tree)
-    rules = cage.Rules([(r".*kernel", cage.int4(), INPUTS)])
+    rules = cage.Rules([(r".*kernel", "int4", "int8")])
     table = [Kernel(r".*_proj/kernel|lm_head/kernel", 0)]
     check(outputs_of(model), rules, table, params, words(rng), 15, compilations)
 
@@ -78,12 +76,11 @@ def test_vit(rng, compilations):
     ]
     rules = cage.Rules(
         [
-            (r".*projection/kernel", cage.int4(axis=(0, 1, 2)), cage.int8(axis=None)),
-            (r".*kernel", cage.int4(), INPUTS),
+            (r".*kernel", "int4", "int8"),
         ]
     )
     table = [
-        Kernel(r".*projection/kernel", (0, 1, 2), inputs="tensor"),
+        Kernel(r".*projection/kernel", (0, 1, 2)),
         Kernel(r".*(query|key|value|dense|classifier)/kernel", 0),
     ]
     check(outputs_of(model), rules, table, params, batches, 14, compilations)
@@ -95,8 +92,8 @@ def test_bert(rng, compilations):
     params = drawn(rng, model.params_shape_tree)
     rules = cage.Rules(
         [
-            (r".*kernel", cage.int4(), INPUTS),
-            (r".*word_embeddings/embedding", cage.int8(axis=-1), INPUTS),
+            (r".*kernel", "int4", "int8"),
+            (r".*word_embeddings/embedding", "int8", "int8"),
         ]
     )
     table = [

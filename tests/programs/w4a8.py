@@ -18,7 +18,7 @@ def check(function, rules, table, params, batches, count, compilations):
 
     Args:
       function: of parameters and data, at full precision.
-      rules: as a user writes them.
+      rules: as a user writes them, without axes.
       table: the walker's lines for the same kernels.
       params: its parameters.
       batches: two tuples of data.
@@ -27,6 +27,7 @@ def check(function, rules, table, params, batches, count, compilations):
     """
     products = []
     walked = walker.quantized(function, table, products)
+    rules = cage.resolve(rules, function, params, *batches[0])
     quantized = cage.quantize_activations(function, rules)
 
     def ours(params, *args):

@@ -28,13 +28,11 @@ class Kernel(NamedTuple):
       pattern: of its path, written as `layers/0/kernel`.
       axes: the axes that its products sum over.
       bits: of its codes.
-      inputs: "token" for a scale per token of its inputs, "tensor" for one in all.
     """
 
     pattern: str
     axes: int | tuple[int, ...]
     bits: int = 4
-    inputs: str = "token"
 
 
 class Found(NamedTuple):
@@ -168,9 +166,8 @@ class Walk:
             if line is not None:
                 x = values[side]
                 self.found.append(Found(paths, eqn.primitive.name, x.shape))
-                axes = None if line.inputs == "tensor" else _summed(eqn, side)
                 values = [*values]
-                values[side] = rounded(x, 8, axes)
+                values[side] = rounded(x, 8, _summed(eqn, side))
         return values
 
     def inside(self, eqn, values, origins):
@@ -252,10 +249,16 @@ def _of_a_slice(eqn, origins):
 
 
 def _summed(eqn, side):
-    """The axes of a factor that are summed over; of a convolution the channels."""
+    """The axes of a factor that are summed over; of a convolution with a window, all.
+
+    All but the examples: each place is in many sums.
+    """
     params = eqn.params
     if eqn.primitive.name == "conv_general_dilated":
-        return (params["dimension_numbers"][side][1],)
+        (example, channels, *_), (_, _, *places), _ = params["dimension_numbers"]
+        if all(eqn.invars[1].aval.shape[axis] == 1 for axis in places):
+            return (channels,)
+        return tuple(a for a in range(eqn.invars[0].aval.ndim) if a != example)
     if eqn.primitive.name == "ragged_dot_general":
         numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     else:
