@@ -22,6 +22,11 @@ from cage_jax.quantizers.registry import named
 _REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
 Entry = Quantizer | str | None
 _MOST_TOLD = 8  # parameters in an error
+_NO_PRODUCT = (
+    "`axis` must be given, since it is in no product with data here, so that it is not "
+    "known what is summed over; got axis='contracted' (the default of most presets). "
+    "Name the axes, such as axis=-1, or leave it alone by a rule with None."
+)
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
 
 
@@ -340,13 +345,14 @@ class Rules:
                     quantizer.blocks(leaf.shape)
                 except UnknownAxesError as error:
                     unknown.append(f"`{path}`")
-                    errors += [f"`{path}`: {error}"] * (len(unknown) == 1)
+                    if len(unknown) == 1:
+                        text = str(error) if axes is None else _NO_PRODUCT
+                        errors.append(f"`{path}`: {text}")
                 except ValueError as error:
                     errors.append(f"`{path}`: {error}")
             found.append(quantizer)
-        errors += [
-            f"The axes of these are not known either: {', '.join(unknown[1:])}."
-        ] * (len(unknown) > 1)
+        if unknown[1:]:
+            errors.append(f"Nor are the axes of {', '.join(unknown[1:])} known.")
         if more := errors[_MOST_TOLD:]:
             errors = [*errors[:_MOST_TOLD], f"and {len(more)} more."]
         if errors:
