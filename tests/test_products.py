@@ -6,8 +6,10 @@ import numpy as np
 
 from cage_jax import fake_quant, quest
 from cage_jax.core.straight_through import FAKE_QUANT
+from cage_jax.program.following import follow
+from cage_jax.program.mapping import map_inputs
 from cage_jax.program.origins import CONSTANT, of_data, of_parameter
-from cage_jax.program.products import Product, follow, map_inputs
+from cage_jax.program.products import Product
 
 W, X = np.ones((8, 4), np.float32), np.ones((5, 8), np.float32)
 DATA, OF_W = of_data(0), of_parameter("w", 2)

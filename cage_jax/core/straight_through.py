@@ -48,7 +48,7 @@ def _cage_jax_fake_quant(quantizer, implementation, x, grid, noise):
 
 # Under `jax.jit` a program with many arrays of one shape traces this once.
 _fake_quant = jax.jit(_cage_jax_fake_quant, static_argnums=(0, 1))
-# Its name in a program, by which `program/products.py` finds quantized weights. No
+# Its name in a program, by which `program/following.py` finds quantized weights. No
 # function of a user may have the same.
 FAKE_QUANT = _cage_jax_fake_quant.__name__
 

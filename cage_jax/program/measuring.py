@@ -19,7 +19,7 @@ import numpy as np
 from cage_jax.core.grids import check_grid, needed_grid
 from cage_jax.core.inputs import arranged, check_calibrated
 from cage_jax.core.rules import Rules
-from cage_jax.program.products import Followed
+from cage_jax.program.following import Followed
 from cage_jax.program.tracing import split_arrays, split_grids
 from cage_jax.program.visiting import visit_inputs
 from cage_jax.quantizers.rounding import dequantized, rounding

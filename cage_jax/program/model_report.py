@@ -14,9 +14,10 @@ from cage_jax.core.rules import Rules, check_rules
 from cage_jax.core.tables import Cells, Shown
 from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Row
+from cage_jax.program.following import Loss
 from cage_jax.program.measuring import GridFit, Measured, measure
 from cage_jax.program.origins import axes_of
-from cage_jax.program.products import Loss, Product
+from cage_jax.program.products import Product
 from cage_jax.program.tracing import split_grids
 from cage_jax.program.visiting import (
     follow_function,

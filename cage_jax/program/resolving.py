@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cage_jax.core.rules import Rules, check_rules
+from cage_jax.program.following import Followed
 from cage_jax.program.origins import axes_of
-from cage_jax.program.products import Followed
 from cage_jax.program.tracing import check_function, split_grids
 from cage_jax.program.visiting import follow_function
 from cage_jax.quantizers.axes import WeightAxes

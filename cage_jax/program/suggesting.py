@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from cage_jax.core.rules import Rules
 from cage_jax.core.tables import table
+from cage_jax.program.following import Followed
 from cage_jax.program.origins import axes_of
-from cage_jax.program.products import Followed
 from cage_jax.program.resolving import weight_axes
 from cage_jax.program.tracing import check_function, split_grids
 from cage_jax.program.visiting import follow_function

@@ -8,7 +8,9 @@ from cage_jax.arrays.checks import warn
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.rules import Rules
 from cage_jax.core.unused import unused_text
-from cage_jax.program.products import PRODUCTS, Followed, Product, follow, map_inputs
+from cage_jax.program.following import Followed, follow
+from cage_jax.program.mapping import map_inputs
+from cage_jax.program.products import PRODUCTS, Product
 from cage_jax.program.tracing import trace
 from cage_jax.quantizers.grid import Grid
 
