@@ -232,7 +232,7 @@ def test_inside_shard_map_the_mean_is_over_all_devices(rng):
         "copied": jax.P(),
     }
     shapes = {"first": (4, 8, 4), "second": (2, 8, 4), "both": (8, 8, 4)}
-    rules = cage.Rules([(".*", cage.int4())])
+    rules = cage.Rules([(".*", cage.int4(axis=-2))])
     source = curvature.fisher(factored=True)
     gradients = {
         name: np.float32(np.exp(2 * rng.normal()) * rng.normal(size=shape))

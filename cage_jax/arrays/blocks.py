@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,20 @@ from cage_jax.arrays.tile_order import (
 FOLDS = 8
 # Values that are joined are this near, where the axis is long.
 _NEAR = 128
+
+
+class Folding(NamedTuple):
+    """A reduction of values that can be joined in any order.
+
+    Attributes:
+      prepare: maps an array to values that can be joined.
+      join: makes one of two values, elementwise.
+      reduce: takes joined values and the axes of a group, and keeps these axes.
+    """
+
+    prepare: Callable
+    join: Callable
+    reduce: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +126,7 @@ class Blocks:
         x: jax.Array,
         *,
         ignores_zeros: bool = False,
-        joined: Callable | None = None,
+        folding: Folding | None = None,
     ) -> Any:
         """Reduces each group to one number, or to a tree of numbers.
 
@@ -122,9 +136,7 @@ class Blocks:
           x: an array of `shape`.
           ignores_zeros: whether adding zeros to a group leaves the result of `function`
             unchanged; a TPU then has a faster form.
-          joined: makes one value of two, elementwise, such that `function` is the same
-            of a group as of its values joined in any order; a CPU then has a faster
-            form. None if there is no such operation.
+          folding: another way to the same result, which is faster on a CPU; or None.
 
         Returns:
           Arrays of `scale_shape`.
@@ -134,13 +146,14 @@ class Blocks:
             found = function(self.split(x), self.split_axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, self._places), found)
 
-        def folded(joined, x):
+        def folded(folding, x):
             axis = self._folded
             axes, places = (
                 (axis, *(each + (each >= axis) for each in axes))
                 for axes in (self.split_axes, self._places)
             )
-            found = function(fold_axis(joined, self.split(x), axis), axes)
+            x = fold_axis(folding.join, folding.prepare(self.split(x)), axis)
+            found = folding.reduce(x, axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
 
         def default(x):
@@ -151,9 +164,9 @@ class Blocks:
         variants: tuple[Variant, ...] = ()
         if ignores_zeros:
             variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
-        if joined is not None and self._is_large and self._folded is not None:
+        if folding is not None and self._is_large and self._folded is not None:
             # XLA for CPU stores what it reduces, so this leaves less to reduce.
-            fold = functools.partial(folded, joined)
+            fold = functools.partial(folded, folding)
             variants += (Variant("cpu", fold, if_divided(pieces=1)),)
         return dispatch(default, Variants(variants), x)
 

@@ -4,12 +4,14 @@ import abc
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cage_jax.arrays.blocks import Folding
 from cage_jax.arrays.checks import check_number, make_plain
 from cage_jax.arrays.exact import clamp, finite
 from cage_jax.quantizers.formats import Format
@@ -20,7 +22,13 @@ from cage_jax.quantizers.scales.rule import ScaleRule
 
 @dataclasses.dataclass(frozen=True)
 class ReducedScale(ScaleRule):
-    """A rule that reduces a group to one number, which can be computed in parts."""
+    """A rule that reduces a group to one number, which can be computed in parts.
+
+    Attributes:
+      folding: another way to this number, which is faster on a CPU; or None.
+    """
+
+    folding: ClassVar[Folding | None] = None
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
@@ -61,8 +69,32 @@ class ReducedScale(ScaleRule):
     def fit_groups(self, x, blocks, format, scale_type, largest=None):
         count, axes = blocks.count, blocks.tensor_axes
         part = functools.partial(self.part, count=count)
-        whole = blocks.reduce(part, x, ignores_zeros=True)
+        whole = blocks.reduce(part, x, ignores_zeros=True, folding=self.folding)
         return self.stored(whole, count, format, scale_type, axes, largest)
+
+
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    """Reads magnitudes as integers, which are in the same order; NaN is the largest."""
+    return lax.bitcast_convert_type(lax.abs(x), np.dtype(f"int{8 * x.dtype.itemsize}"))
+
+
+def from_magnitude_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns the numbers of `magnitude_bits`, with infinity in place of NaN."""
+    infinity = np.array(np.inf, dtype).view(bits.dtype)[()]
+    return lax.bitcast_convert_type(clamp(bits, 0, infinity), dtype)
+
+
+def largest_magnitude(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns max|x| along `axes`, kept with size 1; infinity for NaN."""
+    return _largest(magnitude_bits(x), axes)
+
+
+def _largest(bits, axes):
+    """Returns the number of the largest bits along `axes`, kept with size 1."""
+    # Of floats, XLA for CPU drops NaN from large maxima.
+    initial = 0 if 0 in bits.shape else None
+    bits = jnp.max(bits, axis=axes, keepdims=True, initial=initial)
+    return from_magnitude_bits(bits, np.dtype(f"float{8 * bits.dtype.itemsize}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +102,7 @@ class AbsMax(ReducedScale):
     """scale = clip * max|x| / half the format's range; `clip` below 1 cuts outliers."""
 
     clip: float = 1.0
+    folding = Folding(magnitude_bits, lax.max, _largest)
 
     def __post_init__(self):
         make_plain(self)
@@ -77,15 +110,6 @@ class AbsMax(ReducedScale):
 
     def part(self, x, axes, count):
         return largest_magnitude(x, axes)
-
-    def fit_groups(self, x, blocks, format, scale_type, largest=None):
-        # As integers, magnitudes have the same order and no NaN: fewer operations.
-        bits = blocks.reduce(
-            _largest, magnitude_bits(x), ignores_zeros=True, joined=lax.max
-        )
-        whole = from_magnitude_bits(bits, x.dtype)
-        axes = blocks.tensor_axes
-        return self.stored(whole, blocks.count, format, scale_type, axes, largest)
 
     def joined(self, one, other):
         return lax.max(one, other)
@@ -179,12 +203,6 @@ def size_along(x: jax.Array, axes: tuple[int, ...]) -> int:
     return math.prod(x.shape[axis] for axis in axes)
 
 
-def largest_magnitude(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns max|x| along `axes`, kept with size 1; infinity for NaN."""
-    sizes = infinite_if_nan(lax.abs(x))
-    return jnp.max(sizes, axis=axes, keepdims=True, initial=0)
-
-
 def infinite_if_nan(x: jax.Array) -> jax.Array:
     """Turns NaN into infinity, because XLA for CPU drops NaN from large maxima.
 
@@ -193,23 +211,6 @@ def infinite_if_nan(x: jax.Array) -> jax.Array:
     """
     magnitudes = from_magnitude_bits(magnitude_bits(x), x.dtype)
     return lax.select(lax.ne(x, x), magnitudes, x)
-
-
-def magnitude_bits(x: jax.Array) -> jax.Array:
-    """Reads magnitudes as integers, which are in the same order; NaN is the largest."""
-    return lax.bitcast_convert_type(lax.abs(x), np.dtype(f"int{8 * x.dtype.itemsize}"))
-
-
-def from_magnitude_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns the numbers of `magnitude_bits`, with infinity in place of NaN."""
-    infinity = np.array(np.inf, dtype).view(bits.dtype)[()]
-    return lax.bitcast_convert_type(clamp(bits, 0, infinity), dtype)
-
-
-def _largest(bits, axes):
-    """Returns the largest integer along `axes`, kept with size 1; 0 of none."""
-    initial = 0 if 0 in bits.shape else None
-    return jnp.max(bits, axis=axes, keepdims=True, initial=initial)
 
 
 def _sum(sizes, x, axes, count):
