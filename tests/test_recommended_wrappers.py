@@ -135,7 +135,9 @@ def test_a_state_of_another_source_or_version_is_named():
     )
     more = cage.Rules([(".*", cage.int4(axis=0))])
     other = cage.cage_adamw(0.01, more, total_steps=STEPS)
-    with pytest.raises(ValueError, match="of these rules; it lacks curvature/estimates/2"):
+    with pytest.raises(
+        ValueError, match="of these rules; it lacks curvature/estimates/2"
+    ):
         other.update(params, tx.init(params), params)
     inner, correction = old
     correction = correction._replace(curvature=tx.init(params)[1].curvature)
