@@ -225,6 +225,20 @@ def test_several_parameters_in_one_product():
     assert resolved(INT4, stacked, square, X) == {"a": (0,), "b": (1,)}
 
 
+def test_learned_latents_that_are_repeated_for_each_example_are_data():
+    params = {"latents": shape(6, 32), "w": shape(32, 48)}
+
+    def queries(p, x):
+        latents = jnp.broadcast_to(p["latents"], (4, 6, 32))
+        return (latents @ p["w"]) @ x.T
+
+    rules = cage.Rules([("w", "int4", "int8"), (".*", None)])
+    found = cage.resolve(rules, queries, params, shape(6, 48))
+    assert found.match("w").axis == -2
+    (product,) = cage.report(queries, found, params, shape(6, 48)).layers[1].inputs
+    assert product.product.shape == (4, 6, 32)
+
+
 def test_one_scale_for_each_matrix():
     rules = cage.Rules([(".*", cage.int8(axis=None))])
     for name, axes in (
