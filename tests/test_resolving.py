@@ -266,6 +266,9 @@ def test_the_first_product_decides_and_the_report_tells():
     rules = cage.resolve(INT4, tied, params, X)
     (found,) = cage.report(tied, rules, params, X).findings
     assert found.startswith("w, weight: its products sum over different axes")
+    assert found.endswith("If that product matters more, use axis=0.")
+    other = cage.report(tied, cage.Rules([(".*", cage.int4(axis=0))]), params, X)
+    assert other.findings[0].endswith("use axis=1.")
 
 
 def test_what_is_resolved_stays():
