@@ -348,6 +348,23 @@ def test_a_group_over_several_axes(size, block, rng):
     np.testing.assert_allclose(cage.dequantize(codes)["w"], expected, atol=3e-6)
 
 
+def test_experts_that_a_product_adds_up_share_scales_unless_an_axis_is_named():
+    params = {"down": shape(4, 32, 16)}
+    args = shape(6, 4), shape(6, 4, 32)
+    named = cage.Rules([(".*", cage.int4(axis=1))])
+
+    def added(p, gates, hidden):
+        return jnp.einsum("te,tef,efd->td", gates, hidden, p["down"])
+
+    def added_afterwards(p, gates, hidden):
+        out = jnp.einsum("tef,efd->ted", hidden, p["down"])
+        return jnp.einsum("te,ted->td", gates, out)
+
+    assert resolved(INT4, added, params, *args) == {"down": (0, 1)}
+    assert cage.resolve(named, added, params, *args).match("down").axis == 1
+    assert resolved(INT4, added_afterwards, params, *args) == {"down": (1,)}
+
+
 def test_one_scale_for_each_expert(rng):
     sizes = np.float32([1, 10, 100, 1e-3])[:, None, None]
     experts = sizes * rng.standard_normal((4, 32, 16)).astype(np.float32)
