@@ -221,6 +221,13 @@ def test_several_parameters_in_one_product():
     def stacked(p, x):
         return scanned(lambda w: w)({"w": jnp.stack([p["a"], p["b"].T])}, x)
 
+    def low_rank(p, x):
+        pairs = jnp.stack([p["a"].T, 2 * p["a"].T])
+        return jnp.einsum("td,ldf->tlf", x, pairs @ p["b"])
+
+    parts = {"a": shape(4, 32), "b": shape(4, 9)}
+    assert resolved(INT4, low_rank, parts, X) == {"a": (1,), "b": (0,)}
+
     square = {"a": shape(32, 32), "b": shape(32, 32)}
     assert resolved(INT4, stacked, square, X) == {"a": (0,), "b": (1,)}
 
