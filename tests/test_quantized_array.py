@@ -118,6 +118,8 @@ def test_it_is_no_array_and_says_so(rng):
     for use in (
         lambda codes: ones @ codes,
         lambda codes: codes @ ones,
+        lambda codes: ones + codes,
+        lambda codes: codes - ones,
         lambda codes: 2.0 * codes,
         lambda codes: ones[0] * codes,
         np.asarray,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cage_jax as cage
@@ -122,11 +122,22 @@ def normalized(p, x, q):
     return q(x) @ (p["w"] / norm)
 
 
+def latents(p, x, q):
+    """Learned ones that are repeated for each example, as in a Perceiver."""
+    repeated = jnp.broadcast_to(p["experts"], (2, 3, 8, 8)) * 2
+    keys = q(x) @ p["v"]
+    return (q(repeated) @ p["w"]) @ keys.T
+
+
+def diagonal(p, x, q):
+    return q(x) @ (jnp.diag(p["experts"][0, 0]) @ p["w"])
+
+
 MASK = np.float32(np.arange(64).reshape(8, 8) % 3)
 REACHED = [
     *(branch, other_branch, one_of_three, branches_in_a_loop, loop, loop_over_layers),
     *(sharded, barrier, masked, chosen, one_of_two, gathered, ragged),
-    *(ragged_after_dense, normalized),
+    *(ragged_after_dense, normalized, latents, diagonal),
 ]
 RULES = cage.Rules([(".*", None, cage.int4())])
 
@@ -248,7 +259,7 @@ NAMED = [
     (computed_elsewhere, "its product is inside `pure_callback`"),
     (summed_by_hand, "`mul` joins it with data, and no matrix product"),
     (looked_up, r"it is only looked up \(`gather`\)"),
-    (masked_by_the_same, "both factors of `dot_general` depend on the same data"),
+    (masked_by_the_same, "it is joined with data, and both factors of `dot_general`"),
 ]
 
 
@@ -326,3 +337,22 @@ def test_a_calibrated_input_of_a_loop_cannot_be_joined(params, x):
         plain = functools.partial(program, q=as_it_is)
         with pytest.raises(ValueError, match=f"`w`: .* must not be inside {name}"):
             cage.calibrate(plain, rules, params, [(x,)])
+
+
+def test_a_report_of_explicit_shards(params, x):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+
+    def apply(p, x):
+        return jnp.matmul(x, p["w"], out_sharding=P("d", None))
+
+    rules = cage.Rules([("w", cage.int4(axis=0), "int8"), (".*", None)])
+    expected = cage.report(lambda p, x: x @ p["w"], rules, params, x)
+    with jax.set_mesh(mesh):
+        placed = {"w": jax.device_put(params["w"], NamedSharding(mesh, P(None, "d")))}
+        rows = jax.device_put(x, NamedSharding(mesh, P("d")))
+        found = cage.report(apply, rules, placed, rows)
+    (layer,) = [each for each in expected.layers if each.weight.path == "w"]
+    np.testing.assert_allclose(found.layers[0].measured, layer.measured, rtol=1e-6)
+    measured = (each.layers[-1].inputs for each in (found, expected))
+    (mine,), (other,) = measured
+    np.testing.assert_allclose(mine.measured, other.measured, rtol=1e-6)

@@ -221,8 +221,29 @@ def test_several_parameters_in_one_product():
     def stacked(p, x):
         return scanned(lambda w: w)({"w": jnp.stack([p["a"], p["b"].T])}, x)
 
+    def low_rank(p, x):
+        pairs = jnp.stack([p["a"].T, 2 * p["a"].T])
+        return jnp.einsum("td,ldf->tlf", x, pairs @ p["b"])
+
+    parts = {"a": shape(4, 32), "b": shape(4, 9)}
+    assert resolved(INT4, low_rank, parts, X) == {"a": (1,), "b": (0,)}
+
     square = {"a": shape(32, 32), "b": shape(32, 32)}
     assert resolved(INT4, stacked, square, X) == {"a": (0,), "b": (1,)}
+
+
+def test_learned_latents_that_are_repeated_for_each_example_are_data():
+    params = {"latents": shape(6, 32), "w": shape(32, 48)}
+
+    def queries(p, x):
+        latents = jnp.broadcast_to(p["latents"], (4, 6, 32))
+        return (latents @ p["w"]) @ x.T
+
+    rules = cage.Rules([("w", "int4", "int8"), (".*", None)])
+    found = cage.resolve(rules, queries, params, shape(6, 48))
+    assert found.match("w").axis == -2
+    (product,) = cage.report(queries, found, params, shape(6, 48)).layers[1].inputs
+    assert product.product.shape == (4, 6, 32)
 
 
 def test_one_scale_for_each_matrix():
@@ -252,6 +273,9 @@ def test_the_first_product_decides_and_the_report_tells():
     rules = cage.resolve(INT4, tied, params, X)
     (found,) = cage.report(tied, rules, params, X).findings
     assert found.startswith("w, weight: its products sum over different axes")
+    assert found.endswith("If that product matters more, use axis=0.")
+    other = cage.report(tied, cage.Rules([(".*", cage.int4(axis=0))]), params, X)
+    assert other.findings[0].endswith("use axis=1.")
 
 
 def test_what_is_resolved_stays():
@@ -329,6 +353,23 @@ def test_a_group_over_several_axes(size, block, rng):
     np.testing.assert_allclose(found, expected, atol=1e-6 if block is None else 3e-6)
     codes = cage.quantize({"w": w}, rules)
     np.testing.assert_allclose(cage.dequantize(codes)["w"], expected, atol=3e-6)
+
+
+def test_experts_that_a_product_adds_up_share_scales_unless_an_axis_is_named():
+    params = {"down": shape(4, 32, 16)}
+    args = shape(6, 4), shape(6, 4, 32)
+    named = cage.Rules([(".*", cage.int4(axis=1))])
+
+    def added(p, gates, hidden):
+        return jnp.einsum("te,tef,efd->td", gates, hidden, p["down"])
+
+    def added_afterwards(p, gates, hidden):
+        out = jnp.einsum("tef,efd->ted", hidden, p["down"])
+        return jnp.einsum("te,ted->td", gates, out)
+
+    assert resolved(INT4, added, params, *args) == {"down": (0, 1)}
+    assert cage.resolve(named, added, params, *args).match("down").axis == 1
+    assert resolved(INT4, added_afterwards, params, *args) == {"down": (1,)}
 
 
 def test_one_scale_for_each_expert(rng):

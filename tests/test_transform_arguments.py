@@ -189,6 +189,11 @@ def test_a_state_of_another_optimizer_is_said(standard_promotion):
                 ValueError,
                 r"got a tuple without CAGE.*use cage\.init_from\(tx, params, state\)",
             ),
+            (  # as checkpoints are restored that are not told like what
+                lambda: tx.update(params, list(tx.init(params)), params),
+                ValueError,
+                r"got a list.*restored as lists.*tx\.init\(params\)",
+            ),
             *(
                 (
                     partial(other.update, params, tx.init(params), params),

@@ -93,6 +93,11 @@ class QuantizedArray:
 
     __rmatmul__ = __mul__ = __rmul__ = __matmul__
 
+    def __add__(self, other):
+        raise _no_array("added")
+
+    __radd__ = __sub__ = __rsub__ = __add__
+
     def to_bytes(self) -> bytes:
         """Packs all that is stored into `nbytes` bytes; for arrays on this machine.
 

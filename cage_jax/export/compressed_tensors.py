@@ -71,7 +71,9 @@ def compressed_tensors(
     - `fp8()`: `float-quantized`; `mxfp4()`: `mxfp4-pack-quantized`; `nvfp4()`:
       `nvfp4-pack-quantized`.
 
-    Rotations are folded into the preceding weights where possible.
+    Rotations are folded into the preceding weights where possible. vLLM computes query,
+    key and value as one layer, and gate and up, and refuses a model that has two
+    schemes in one of these: give them the same quantizer for vLLM.
 
     Args:
       codes: the result of `quantize(params, rules)`, with the paths and shapes of

@@ -333,7 +333,8 @@ def _then_pull(name, inner, pull):
                 f"`state` must be the pair that `init` returns, of `inner` and of the "
                 f"correction; got a {type(state).__name__} without CAGE. To go on from "
                 f"the state of the optimizer without CAGE use "
-                f"cage.init_from(tx, params, state)."
+                f"cage.init_from(tx, params, state); a checkpoint that is restored as "
+                f"lists and dicts needs tx.init(params) as what it is restored like."
             )
         gradients, (inner_state, cage_state) = updates, state
         updates, inner_state = inner_with_extra_args.update(

@@ -16,7 +16,13 @@ from cage_jax.program.origins import (
     of_data,
     only_data,
 )
-from cage_jax.program.products import PRODUCTS, Product, product_of, product_of_weights
+from cage_jax.program.products import (
+    PRODUCTS,
+    Product,
+    product_of,
+    product_of_weights,
+    repeated_as_data,
+)
 
 
 class Loss(NamedTuple):
@@ -88,6 +94,7 @@ class Follower:
         found = Followed([], [], {}, [])
 
         def rule(eqn, origins):
+            origins = repeated_as_data(eqn, origins)
             outputs, products, lost = self._after(eqn, origins)
             found.products.extend(products)
             found.equations.append((origins, products))

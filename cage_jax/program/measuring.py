@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.arrays.sharding import replicated
 from cage_jax.core.grids import check_grid, needed_grid
 from cage_jax.core.inputs import arranged, check_calibrated
 from cage_jax.core.rules import Rules
@@ -151,7 +152,7 @@ def _quantized(x, quantizer, grid, most):
         )
 
     def some(x):
-        return jnp.ravel(x)[::step]
+        return jnp.ravel(replicated(x))[::step]
 
     return values, _Sample(
         some(x),

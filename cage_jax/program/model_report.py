@@ -225,7 +225,8 @@ def _across(layer):
         yield (
             f"{row.path}, weight: its products sum over different axes of {row.shape}; "
             f"scales are shared along axis {row.quantizer.axis}, and cannot be "
-            f"factored out of the sum over axis {_told(across[0])}."
+            f"factored out of the sum over axis {_told(across[0])}. If that product "
+            f"matters more, use axis={_told(across[0])}."
         )
     if not each and layer.lost is not None and layer.lost.rows:
         rows = axes_of(layer.lost.rows, row.path)

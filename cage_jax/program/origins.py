@@ -14,6 +14,9 @@ from jax.extend.core import JaxprEqn
 
 Label = tuple[str, int]  # the path of a parameter, and one of its axes
 _NONE: frozenset[Label] = frozenset()
+_STACK = frozenset(
+    [("", 0)]
+)  # of an axis that numbers parameters, and is none of theirs
 
 # Operations on elements that leave a weight a weight if one of their factors is data.
 _MIXING = ("mul", "div", "add", "sub", "add_any", "max", "min", "select_n", "and", "or")
@@ -154,7 +157,10 @@ def _moved(eqn, place, axes, out):
     if name == "squeeze":
         return _without(axes, params["dimensions"])
     if name == "stack":
-        return (*axes[: params["axis"]], _NONE, *axes[params["axis"] :])
+        return (*axes[: params["axis"]], _STACK, *axes[params["axis"] :])
+    if name == "concatenate":
+        place = params["dimension"]
+        return (*axes[:place], axes[place] or _STACK, *axes[place + 1 :])
     if name == "unstack":
         return _without(axes, [params["axis"]])
     if name == "gather":

@@ -8,7 +8,7 @@ equation; `following` finds all of a program.
 import math
 from typing import Any, NamedTuple
 
-from cage_jax.program.origins import Label, Origin, dot_axes
+from cage_jax.program.origins import Label, Origin, dot_axes, of_data
 from cage_jax.quantizers.axes import CONTRACTED
 from cage_jax.quantizers.quantizer import Quantizer
 
@@ -114,6 +114,32 @@ def _weight_side(origins):
     return None
 
 
+def repeated_as_data(eqn: Any, origins: list[Origin]) -> list[Origin]:
+    """Returns the origins that a product of two weights sees.
+
+    A weight whose rows are repeated for each example, such as learned latents or
+    queries, is data for the other one.
+    """
+    if eqn.primitive.name != "dot_general":
+        return origins
+    if any(origin.data or not origin.paths for origin in origins):
+        return origins
+    numbers = eqn.params["dimension_numbers"]
+    repeated = []
+    for side, (atom, origin) in enumerate(zip(eqn.invars, origins)):
+        shape, axes = atom.aval.shape, origin.axes
+        _, summed, kept = _sides_of_dot(numbers, side, len(shape))
+        # A matrix with an axis of no parameter may be a diagonal one.
+        repeated.append(
+            len(shape) > 2
+            and all(axes[axis] for axis in summed)
+            and any(shape[axis] > 1 and not axes[axis] for axis in kept)
+        )
+    if sum(repeated) != 1:
+        return origins
+    return [of_data(_REPEATED) if r else o for r, o in zip(repeated, origins)]
+
+
 def product_of_weights(eqn: Any, origins: list[Origin]) -> Origin:
     """Returns the origin of a product of parameters, as in LoRA, or with constants."""
     numbers = eqn.params["dimension_numbers"]
@@ -155,4 +181,5 @@ _SIDES = {
     "ragged_dot_general": _sides_of_ragged_dot,
     "conv_general_dilated": _sides_of_convolution,
 }
+_REPEATED = 2**12 - 1  # numbers weights as data; more than there are arguments
 PRODUCTS = (*_SIDES,)  # the names of operations that are products

@@ -97,9 +97,9 @@ def suggest(
     if not any(choice.weights for choice in choices.values()):
         told = ", ".join(f"{path}: {c.reason}" for path, c in [*choices.items()][:4])
         raise ValueError(
-            f"`function` must multiply parameters with data for rules to be suggested; "
-            f"got none to quantize ({told or 'no parameters'}). Write "
-            f"Rules([(pattern, quantizer)])."
+            f"`function` must multiply parameters with data, other than those that are "
+            f"left alone; got {told or 'no parameters'}. Write rules yourself, such as "
+            f"Rules([('.*kernel', 'int4', 'int8'), ('.*', None)])."
         )
     patterns = _patterns(choices)
     entries = [

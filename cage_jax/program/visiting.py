@@ -162,8 +162,8 @@ def _why_lost(loss):
         )
     if loss.operation in PRODUCTS:
         return (
-            f"both factors of `{loss.operation}` depend on the same data, so it is not "
-            f"known which one is the weight. {remedy}"
+            f"it is joined with data, and both factors of `{loss.operation}` depend on "
+            f"that data, so it is not known which one is the weight. {remedy}"
         )
     return (
         f"`{loss.operation}` joins it with data, and no matrix product or convolution "
