@@ -6,7 +6,6 @@ there. Each cell is one training; what is under way has checkpoints.
 """
 
 import functools
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -301,7 +300,9 @@ class Finetuning:
         return state
 
     def _judged(self, weights, target) -> dict[str, float | None]:
-        """By text; None where it is not finite."""
+        """By text; None where the weights are not finite."""
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(weights)):
+            return dict.fromkeys(self._texts.judges)
         config, inputs = self._model.config, target.inputs
         context = self._size.sequence
         found = {
@@ -310,10 +311,7 @@ class Finetuning:
             ).loss
             for name, tokens in self._texts.judges.items()
         }
-        return {
-            name: round(loss, 6) if math.isfinite(loss) else None
-            for name, loss in found.items()
-        }
+        return {name: round(loss, 6) for name, loss in found.items()}
 
 
 def _training(target, steps, floor=FLOOR):
