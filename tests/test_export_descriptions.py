@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ import cage_jax as cage
 from cage_jax import formats, scale_types, scales
 from cage_jax.export.descriptions import classes, describe, quantizer_of
 from cage_jax.export.files import MalformedFileError
+from cage_jax.export.rules_json import rules_from_json, rules_to_json
 from cage_jax.quantizers.formats import Codebook, Float, Integer, MidRise
 from cage_jax.quantizers.registry import PRESETS
 from cage_jax.quantizers.scales import (
@@ -251,3 +253,33 @@ def test_anything_is_a_quantizer_or_malformed(data, value):
     except MalformedFileError:
         return
     assert there_and_back(quantizer) == quantizer
+
+
+# --- rules ----------------------------------------------------------------------------
+
+
+def test_rules_come_back_from_json_with_their_axes():
+    rules = cage.Rules([("a/.*", "mxfp4", "int8"), ("b", None, cage.int8(axis=None))])
+    shape = jax.ShapeDtypeStruct((4, 32, 64), np.float32)
+
+    def apply(params, x):
+        return x @ params["a"]["w"]
+
+    rules = cage.resolve(rules, apply, {"a": {"w": shape}}, np.ones((4, 2, 32)))
+    assert rules.match("a/w").axis == -2
+    found = rules_from_json(rules_to_json(rules))
+    assert found == rules and hash(found) == hash(rules)
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"rules": 3, "resolved": {}}',
+        '{"rules": [["(", null, null]], "resolved": {}}',
+        '{"rules": [[1, null, null]], "resolved": {}}',
+        '{"rules": [["a", {"class": "os"}, null]], "resolved": {}}',
+        '{"rules": [], "resolved": {"a": null}}',
+        '{"rules": [], "resolved": []}',
+        "[" * 100_000,
+    ):
+        with pytest.raises(MalformedFileError):
+            rules_from_json(text)

@@ -356,3 +356,15 @@ def test_a_report_of_explicit_shards(params, x):
     measured = (each.layers[-1].inputs for each in (found, expected))
     (mine,), (other,) = measured
     np.testing.assert_allclose(mine.measured, other.measured, rtol=1e-6)
+
+
+def test_a_model_that_holds_its_parameters_is_no_function():
+    class Pretrained:
+        module, params = object(), {}
+
+        def __call__(self, ids, params=None):
+            return ids
+
+    for function in (cage.quantize_activations, cage.low_bit):
+        with pytest.raises(TypeError, match=r"model Pretrained.*params=params\)"):
+            function(Pretrained(), cage.Rules([(".*", "int4", "int8")]))

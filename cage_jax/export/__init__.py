@@ -3,13 +3,14 @@
 `compressed_tensors` writes a folder for transformers and vLLM, `gguf` a file for
 llama.cpp, and `stablehlo` a program that runs without this library. `save` and
 `save_orbax` store a tree of codes of any model. `cage_jax.load` reads all of them, by
-the registry in `target`.
+the registry in `target`. `rules_to_json` stores a table of rules.
 """
 
 from cage_jax.export.compressed_tensors import compressed_tensors
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.gguf import gguf
 from cage_jax.export.orbax_folders import save_orbax
+from cage_jax.export.rules_json import rules_from_json, rules_to_json
 from cage_jax.export.stablehlo import stablehlo
 from cage_jax.export.trees import save
 
@@ -17,6 +18,8 @@ __all__ = [
     "MalformedFileError",
     "compressed_tensors",
     "gguf",
+    "rules_from_json",
+    "rules_to_json",
     "save",
     "save_orbax",
     "stablehlo",

@@ -55,6 +55,12 @@ def check_function(function: Any, name: str, remedy: str) -> None:
             f"`function` must be a function of the parameters and of data; got the "
             f"module {type(function).__name__}. {remedy}"
         )
+    if hasattr(function, "params") and hasattr(function, "module"):
+        raise TypeError(
+            f"`function` must be a function of the parameters and of data; got the "
+            f"model {type(function).__name__}, which holds its parameters. Use "
+            f"lambda params, *args: model(*args, params=params), with model.params."
+        )
     if not callable(function):
         raise TypeError(
             f"`function` must be a function of the parameters and of data; got a "
