@@ -1,12 +1,14 @@
 """Models of tunix, unedited, at W4A8: all products, outputs and gradients."""
 
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from w4a8 import check, drawn
 from walker import Kernel
 
 import cage_jax as cage
+import cage_jax.flax
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_have_it"),
@@ -66,6 +68,52 @@ def test_gemma(rng, compilations):
         Kernel(r"embedder/input_embedding", 1, bits=8),
     ]
     check(apply, rules, table, params, batches, 2 * 6 + 1, compilations)
+
+
+def test_gemma_is_trained_in_three_lines():
+    gemma = pytest.importorskip("tunix.models.gemma.model")
+    config = gemma.ModelConfig(
+        num_layers=2,
+        num_embed=WORDS,
+        embed_dim=64,
+        hidden_dim=96,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=2,
+        final_logit_softcap=None,
+        use_post_attn_norm=False,
+        use_post_ffw_norm=False,
+        attention_types=(gemma.AttentionType.GLOBAL,) * 2,
+    )
+    model = gemma.Gemma(config, rngs=nnx.Rngs(0))
+    tokens = jnp.tile(jnp.arange(LENGTH)[None], (2, 1))
+    mask = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
+    inputs = tokens, jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape), None, mask
+
+    rules = cage.flax.suggest(model, *inputs, show=False)  # the first line
+    tx = cage.cage_adamw(3e-3, rules, strength=1.0)  # the second, for optax.adamw(3e-3)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss(model):
+            model = cage.flax.fake_quant(model, rules)  # the third
+            logits = model(*inputs)[0][:, :-1]
+            return optax.losses.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean()
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(train_step(model, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    layers = cage.flax.report(model, rules, *inputs).layers
+    quantized = [layer for layer in layers if layer.weight.quantizer is not None]
+    # q, kv and output, and the three of the MLP; the tied embedding is left alone.
+    assert len(quantized) == 2 * 6
+    assert all(each.quantizer for layer in quantized for each in layer.inputs)
 
 
 def test_qwen3_with_experts(rng, compilations):
