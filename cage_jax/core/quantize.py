@@ -340,6 +340,7 @@ def _unused_key(quantizer):
     )
 
 
+@functools.cache
 def gaussian_error(quantizer: Quantizer) -> float:
     """Computes a quantizer's mean squared error on standard normal numbers.
 

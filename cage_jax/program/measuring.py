@@ -1,6 +1,6 @@
 """How well the weights and inputs of a program fit their grids.
 
-Each is judged by some of its values, 2**20 of a weight and 2**16 of an input, so that a
+Each is judged by some of its values, 2**18 of a weight and 2**16 of an input, so that a
 report compiles little more than the program itself.
 """
 
@@ -26,7 +26,7 @@ from cage_jax.program.visiting import visit_inputs
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 # The values of an array that are measured, in even steps.
-_MOST_OF_WEIGHTS = 2**20
+_MOST_OF_WEIGHTS = 2**18
 _MOST_OF_INPUTS = 2**16  # which are kept until the program ends
 
 
@@ -182,7 +182,9 @@ def _fit_of_one(quantizer, x, values, positions, code_values, poison) -> GridFit
     # Half a step beyond the end is rounded, not clipped.
     beyond = positions < format.low - format.edge
     beyond |= positions > format.high + format.edge
-    used = np.isin(np.asarray(format.values, code_values.dtype), code_values)
+    levels = np.asarray(format.values, code_values.dtype)
+    used = np.zeros(len(levels), bool)
+    used[np.searchsorted(levels, code_values).clip(max=len(levels) - 1)] = True
     has_sides = not quantizer.asymmetric and not quantizer.scale.has_offset
     one_sign = has_sides and ((code_values >= 0).all() or (code_values <= 0).all())
     return GridFit(error, float(beyond.mean()), float((~used).mean()), one_sign)
