@@ -409,3 +409,14 @@ def test_contracted_axes_need_a_program():
         cage.fake_quant(np.ones((2, 32, 8), np.float32), quantizer)
     with pytest.raises(ValueError, match=r"\(r'\.\*bias', None\)"):
         cage.fake_quant(np.ones(8, np.float32), quantizer)
+
+
+def test_factors_of_a_weight_are_left_alone_in_suggestions():
+    shapes = {"a": (32, 64), "b": (64, 32), "in": (32, 32), "out": (32, 32)}
+    params = {name: shape(*lengths) for name, lengths in shapes.items()}
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["in"]) @ (p["a"] @ p["b"])) @ p["out"]
+
+    rules = cage.suggest(apply, params, X, show=False)
+    assert [*rules.resolved] == ["a"]

@@ -23,6 +23,12 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
+def first_lines(lines: Sequence[str], most: int = 8) -> str:
+    """Joins the first lines of a text about many parameters, and counts the others."""
+    more = [f"and {len(lines) - most} more."] if len(lines) > most else []
+    return "\n".join([*lines[:most], *more])
+
+
 def _package(frame):
     return frame.f_globals.get("__name__", "").partition(".")[0]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import warn
+from cage_jax.arrays.checks import first_lines, warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
 from cage_jax.core.unused import unused_text
@@ -21,7 +21,6 @@ from cage_jax.quantizers.registry import named
 
 _REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
 Entry = Quantizer | str | None
-_MOST_TOLD = 8  # parameters in an error
 _NO_PRODUCT = (
     "`axis` must be given, since it is in no product with data here, so that it is not "
     "known what is summed over; got axis='contracted' (the default of most presets). "
@@ -120,7 +119,7 @@ class Rules:
           >>> cage.Rules([(r".*bias", None), (r".*", cage.int8())]).match("up/bias")
         """
         rule = self.rule_of(path)
-        return None if rule is None else self.resolved.get(path, rule.weights)
+        return None if rule is None else self._resolved.get(path, rule.weights)
 
     def match_inputs(self, path: str) -> Quantizer | None:
         """Returns the quantizer of the input of the parameter at `path`, or None.
@@ -353,10 +352,8 @@ class Rules:
             found.append(quantizer)
         if unknown[1:]:
             errors.append(f"Nor are the axes of {', '.join(unknown[1:])} known.")
-        if more := errors[_MOST_TOLD:]:
-            errors = [*errors[:_MOST_TOLD], f"and {len(more)} more."]
         if errors:
-            raise ValueError("\n".join(errors))
+            raise ValueError(first_lines(errors))
         return found
 
     def _quantizer(self, path, leaf) -> Quantizer | None:

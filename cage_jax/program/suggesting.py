@@ -91,7 +91,7 @@ def suggest(
         [] if inputs is None else _candidates("inputs", inputs, (None,)),
         followed,
         axes,
-        _reasons(followed, shapes),
+        _reasons(followed, shapes, axes),
     )
     choices = {path: choose(path, shape) for path, shape in shapes.items()}
     if not any(choice.weights for choice in choices.values()):
@@ -150,7 +150,7 @@ class _Chooser(NamedTuple):
         return _Choice(weights, inputs, None if inputs else "not quantized")
 
 
-def _reasons(followed, shapes) -> dict[str, str]:
+def _reasons(followed, shapes, axes) -> dict[str, str]:
     """Returns why parameters are left alone, by path."""
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     products = [p for p in followed.products if p.contracted]
@@ -163,6 +163,8 @@ def _reasons(followed, shapes) -> dict[str, str]:
             found[path] = "the first layer, an embedding"
         elif path not in multiplied:
             found[path] = "in no product with data"
+        elif path not in axes:
+            found[path] = "a factor of a weight, of which no product with data sums"
         elif path not in large:
             found[path] = f"fewer than {_FEWEST_WEIGHTS} weights"
         elif _is_router(path, shapes[path], products):

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from cage_jax.arrays.checks import warn
+from cage_jax.arrays.checks import first_lines, warn
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.rules import Rules
 from cage_jax.core.unused import unused_text
@@ -15,7 +15,6 @@ from cage_jax.program.tracing import trace
 from cage_jax.quantizers.grid import Grid
 
 INPUTS = "/inputs"  # after a weight's path: where the grid of its input is kept
-_MOST_TOLD = 8  # parameters in an error
 
 
 class Visited(NamedTuple):
@@ -107,8 +106,9 @@ def input_path(rules: Rules, product: Product) -> str | None:
 
 def check_reached(rules: Rules, visited: Visited, *, strict: bool = True) -> None:
     """Raises, or warns unless `strict`, for inputs that are not reached."""
+    used = {id(rules.rule_of(path)) for path in visited.shapes}
     for rule in rules:
-        if rule.inputs and not any(rules.rule_of(p) is rule for p in visited.shapes):
+        if rule.inputs and id(rule) not in used:
             warn(unused_text(rule.pattern, [*visited.shapes]))
     found = [
         f"`{path}`: its input cannot be quantized: {why}"
@@ -116,9 +116,7 @@ def check_reached(rules: Rules, visited: Visited, *, strict: bool = True) -> Non
     ]
     if not found:
         return
-    if more := found[_MOST_TOLD:]:
-        found = [*found[:_MOST_TOLD], f"and {len(more)} more."]
-    text = "\n".join(found)
+    text = first_lines(found)
     if strict:
         raise ValueError(f"{text} Use strict=False to leave such inputs as they are.")
     warn(text)
@@ -144,8 +142,9 @@ def out_of_reach(
         wanted = rules.match_inputs(path) and len(shape) > 1
         if wanted and path in lost and path not in reached | found.keys():
             found[path] = _why_lost(lost[path])
+    owners = {path: rules.rule_of(path) for path in shapes}
     for rule in rules:
-        own = [path for path in shapes if rules.rule_of(path) is rule]
+        own = [path for path, owner in owners.items() if owner is rule]
         if rule.inputs and own and not (reached | found.keys()).intersection(own):
             found[own[0]] = (
                 f"no parameter of the rule {rule.pattern!r} is in a product with data "
