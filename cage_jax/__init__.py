@@ -119,6 +119,7 @@ _MODULES = {
     "contrib": "contrib",
     "curvature": "optim.curvature",
     "export": "export",
+    "finetuning": "finetuning",
     "flax": "flax",
     "formats": "quantizers.formats",
     "kv_cache": "program.kv_cache",
@@ -142,6 +143,7 @@ _ELSEWHERE = {
 if TYPE_CHECKING:
     from cage_jax import contrib as contrib
     from cage_jax import export as export
+    from cage_jax import finetuning as finetuning
     from cage_jax import flax as flax
     from cage_jax import llama as llama
     from cage_jax import qwix as qwix

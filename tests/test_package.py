@@ -70,6 +70,7 @@ CONTRACT = [
 
 # A folder imports only itself and those before it.
 FOLDERS = ["arrays", "quantizers", "pallas", "core", "program", "optim", "contrib"]
+FOLDERS += ["finetuning"]
 FOLDERS += ["llama", "flax", "qwix", "export", "cli"]
 FOLDER = pathlib.Path(cage_jax.__file__).parent
 
@@ -131,10 +132,11 @@ def test_the_public_names():
 def test_public_modules_are_listed_and_imported_when_used():
     shown = set(dir(cage_jax)) - set(CONTRACT) - {"__version__"}
     assert shown == {
-        *("contrib", "curvature", "export", "flax", "formats", "kv_cache", "llama"),
+        *("contrib", "curvature", "export", "finetuning", "flax", "formats"),
+        *("kv_cache", "llama"),
         *("packing", "qwix", "scale_types", "scales", "weightings"),
     }
-    for name in ("contrib", "curvature", "formats", "scales", "export"):
+    for name in ("contrib", "curvature", "formats", "scales", "export", "finetuning"):
         assert inspect.ismodule(getattr(cage_jax, name))
     text = "no attribute 'int5'. Did you mean `int8` or `int4` or `int3`"
     with pytest.raises(AttributeError, match=text):
@@ -245,7 +247,7 @@ def test_cage_is_coupled():
 
 
 def test_every_public_function_answers_an_unknown_name():
-    for module in (cage_jax, cage_jax.contrib, cage_jax.curvature):
+    for module in (cage_jax, cage_jax.contrib, cage_jax.curvature, cage_jax.finetuning):
         for function in (getattr(module, name) for name in module.__all__):
             if inspect.isfunction(function) and not passes_names_on(function):
                 with pytest.raises(TypeError, match="has no argument `unknown`"):
@@ -259,7 +261,8 @@ def passes_names_on(function):
 
 
 def test_every_public_function_has_types():
-    for module in (cage_jax, cage_jax.contrib, cage_jax.curvature, cage_jax.flax):
+    modules = cage_jax, cage_jax.contrib, cage_jax.curvature, cage_jax.flax
+    for module in (*modules, cage_jax.finetuning):
         for function in (getattr(module, name) for name in module.__all__):
             if inspect.isfunction(function) and not typing.get_overloads(function):
                 signature = inspect.signature(function)
