@@ -248,7 +248,7 @@ def test_a_state_of_other_rules_is_told_by_the_paths(name):
         state = jax.eval_shape(STATES[name](old).init, params)
         return lambda: jax.eval_shape(STATES[name](new).update, params, state, params)
 
-    text = "^`state` must be that of these rules; it {} b/kernel. Use the rules"
+    text = "^`state` must be that of these rules and parameters; it {} b/kernel. "
     assert_raises(
         (
             (step(BOTH, ONE), ValueError, text.format("lacks")),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import train
+from cases import assert_raises, train
 from contrib_cases import (
     CLIPPED,
     CLIPPED_RULES,
@@ -109,6 +109,29 @@ def test_the_average_of_narrow_weights_is_wide():
     want = np.sum(weights * (1 + np.arange(1, 101) / 128)) / weights.sum()
     np.testing.assert_allclose(average["kernel"], want, rtol=1e-5)  # float32 sums
     np.testing.assert_array_equal(average["steps"], np.arange(2))
+
+
+def test_an_average_of_other_parameters_is_told():
+    tx, params = contrib.averaging(), {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+    def step(others):
+        state = jax.eval_shape(tx.init, others)
+        return lambda: jax.eval_shape(tx.update, params, state, params)
+
+    text = "^`state` must be that of these rules and parameters; it {}. Use those"
+    assert_raises(
+        (step(others), ValueError, text.format(told))
+        for others, told in (
+            ({"a": params["a"]}, "lacks b"),
+            ({**params, "c": jnp.ones(1)}, "has c"),
+            # This broadcasts.
+            (
+                {**params, "b": jnp.ones(1)},
+                r"has shape \(1,\), not \(3,\), at average/b",
+            ),
+        )
+    )
+    step(params)()
 
 
 def test_the_state_must_have_one_average():

@@ -129,14 +129,15 @@ def test_a_state_of_another_source_or_version_is_named():
             (
                 lambda: tx.update(params, old, params),
                 ValueError,
-                r"`state` must be that of these rules; it lacks curvature/estimates/0,",
+                "`state` must be that of these rules and parameters; it lacks "
+                "curvature/estimates/0,",
             )
         ]
     )
     more = cage.Rules([(".*", cage.int4(axis=0))])
     other = cage.cage_adamw(0.01, more, total_steps=STEPS)
     with pytest.raises(
-        ValueError, match="of these rules; it lacks curvature/estimates/2"
+        ValueError, match="and parameters; it lacks curvature/estimates/2"
     ):
         other.update(params, tx.init(params), params)
     inner, correction = old

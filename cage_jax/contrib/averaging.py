@@ -13,6 +13,7 @@ from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import nodes_of_type
 from cage_jax.arrays.reprs import brief_repr
 from cage_jax.optim.correction import check_params
+from cage_jax.optim.states import check_state
 
 
 @brief_repr
@@ -49,7 +50,8 @@ def averaging(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: for arguments out of range; in `update` without `params`.
+      TypeError, ValueError: for arguments out of range; in `update` without `params`,
+        and for a state of other parameters.
 
     Example:
       >>> from cage_jax import contrib
@@ -79,6 +81,7 @@ def averaging(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
+        check_state(state, init, params)
         count = optax.safe_increment(state.averaging_count)
         number = jnp.maximum(count - start, 1)
         share = _share(decay, number.astype(jnp.result_type(float)))

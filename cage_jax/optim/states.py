@@ -1,4 +1,4 @@
-"""Whether a state is that of these rules: its paths, parts and shapes.
+"""Whether a state is that of these rules and parameters: its paths, parts and shapes.
 
 All that transformations keep by path is checked here, while a step is traced. A digest
 of the rules is not kept. As an array it could not be compared under `jax.jit`, where
@@ -53,9 +53,9 @@ def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
     )
     if told:
         raise ValueError(
-            f"`state` must be that of these rules; it {' and '.join(told)}. Use the "
-            f"rules that it was made with, or cage.move_state(tx, params, state, "
-            f"old_rules=..., new_rules=...)."
+            f"`state` must be that of these rules and parameters; it "
+            f"{' and '.join(told)}. Use those that it was made with, or "
+            f"cage.move_state(tx, params, state, old_rules=..., new_rules=...)."
         )
 
 
