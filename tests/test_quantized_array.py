@@ -115,6 +115,7 @@ def test_its_bytes_keep_the_dtype(rng):
 def test_it_is_no_array_and_says_so(rng):
     codes = random_codes(rng, cage.int4(group_size=4), (8, 3))
     ones = jnp.asarray(np.ones((3, 8), np.float32))
+    remedy = r"dequantize\(codes\).*low_bit\(apply\)"
     for use in (
         lambda codes: ones @ codes,
         lambda codes: codes @ ones,
@@ -122,10 +123,19 @@ def test_it_is_no_array_and_says_so(rng):
         lambda codes: codes - ones,
         lambda codes: 2.0 * codes,
         lambda codes: ones[0] * codes,
+        lambda codes: codes / 2,
+        lambda codes: ones / codes,
+        lambda codes: codes // 2,
         np.asarray,
     ):
-        with pytest.raises(TypeError, match=r"dequantize\(codes\).*low_bit\(apply\)"):
+        with pytest.raises(TypeError, match=remedy):
             use(codes)
+    for name in ("T", "at", "astype", "ndim"):
+        assert not hasattr(codes, name)
+        with pytest.raises(AttributeError, match=rf"`\.{name}` like.*{remedy}"):
+            getattr(codes, name)
+    with pytest.raises(AttributeError, match="no attribute 'scales'$"):
+        codes.scales
     assert repr(codes).startswith(
         "QuantizedArray((8, 3), float32, int4 absmax, group 4"
     )

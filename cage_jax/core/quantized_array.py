@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,19 @@ class QuantizedArray:
         raise _no_array("added")
 
     __radd__ = __sub__ = __rsub__ = __add__
+
+    def __truediv__(self, other):
+        raise _no_array("divided")
+
+    __rtruediv__ = __floordiv__ = __rfloordiv__ = __truediv__
+
+    if not TYPE_CHECKING:  # a type checker would take any attribute for known
+
+        def __getattr__(self, name):
+            if not hasattr(jax.Array, name):
+                return object.__getattribute__(self, name)  # raises Python's error
+            error = _no_array(f"used with `.{name}`")
+            raise AttributeError(str(error), name=name, obj=self)
 
     def to_bytes(self) -> bytes:
         """Packs all that is stored into `nbytes` bytes; for arrays on this machine.
