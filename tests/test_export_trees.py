@@ -260,12 +260,14 @@ def test_memory(file):
 
 def test_what_is_no_tree_of_codes(tmp_path):
     path, one = tmp_path / "codes.safetensors", np.ones(3)
+    swapped = one.astype(one.dtype.newbyteorder())
     assert_raises(
         (lambda save=save, tree=tree: save(tree, path), error, text)
         for save in (trees.save, save_orbax)
         for tree, error, text in [
             ({"a": [1.0]}, TypeError, "`a/0`: `codes` must be .*; got float"),
             ({"a": "text"}, TypeError, "`a`: .*got str"),
+            ({"a": swapped}, ValueError, "`a`: .*byte order.*f8. Use array.astype"),
             ({"a": jax.random.key(0)}, TypeError, "`a`: .*got key<fry>"),
             ({"a": one.astype(jnp.int4)}, TypeError, "`a`: .*got int4"),
             ({"a": one.astype(complex)}, TypeError, "`a`: .*got complex128"),

@@ -134,8 +134,8 @@ def test_it_is_no_array_and_says_so(rng):
         assert not hasattr(codes, name)
         with pytest.raises(AttributeError, match=rf"`\.{name}` like.*{remedy}"):
             getattr(codes, name)
-    with pytest.raises(AttributeError, match="no attribute 'scales'$"):
-        codes.scales
+    with pytest.raises(AttributeError, match=r"no attribute 'scales'$"):
+        _ = codes.scales
     assert repr(codes).startswith(
         "QuantizedArray((8, 3), float32, int4 absmax, group 4"
     )

@@ -112,6 +112,14 @@ def test_bad_arguments():
         (ONES.astype("int32"), int4(), TypeError, "`x` must be", "int32", "Convert it"),
         (ONES > 0, int4(), TypeError, "`x` must be", "bool", "float32, bfloat16"),
         (
+            ONES.astype(ONES.dtype.newbyteorder()),
+            int4(),
+            ValueError,
+            "`x` must be in the byte order of this machine",
+            "f4",
+            "astype(",
+        ),
+        (
             ONES.astype("complex64"),
             int4(),
             TypeError,

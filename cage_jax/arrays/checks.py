@@ -125,6 +125,18 @@ def _number_in(name, array, remedy, kind, *dtypes):
     return None if is_traced(array) else np.asarray(array).item()
 
 
+def check_byte_order(what: str, array: Any) -> None:
+    """Raises ValueError for an array of NumPy in the other byte order.
+
+    JAX has no such arrays, and says only that they are none.
+    """
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        raise ValueError(
+            f"{what} must be in the byte order of this machine; got dtype "
+            f"{array.dtype}. Use array.astype(array.dtype.newbyteorder('='))."
+        )
+
+
 def is_traced(array: Any) -> bool:
     """Tells whether the value of an array is not known here.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.checks import warn
+from cage_jax.arrays.checks import check_byte_order, warn
 from cage_jax.arrays.dispatch import Implementation, check_implementation
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
@@ -264,7 +264,7 @@ def quantization_error(x, quantizer, *, grid=None):
       [0.0, 0.0, -0.20000004768371582]
     """
     if isinstance(quantizer, Rules):
-        zeros = jax.tree.map(jnp.zeros_like, x)
+        zeros = functools.partial(jax.tree.map, jnp.zeros_like)
         return _apply_to_tree(_error_array, x, quantizer, grid, elsewhere=zeros)
     return _apply(_error_array, x, quantizer, grid)
 
@@ -279,18 +279,16 @@ def _apply(function, x, quantizer, grid, key=None):
     return function(x, quantizer.at(np.shape(x)), grid, key)
 
 
-def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
+def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=lambda x: x):
     """Calls `function(leaf, quantizer, grid, key, path)` on quantized parameters.
 
-    The other leaves come from the tree `elsewhere`, or are those of `tree`.
+    The other leaves are those of the tree `elsewhere(tree)`.
     """
     _check_no_codes(tree, rules)
+    quantizers = [quantizer for quantizer, _ in rules.quantized(tree).values()]
     if rules.misses(tree):
         warn(nothing_quantized(rules, tree))
-    if key is not None and not any(
-        quantizer.rounding == "stochastic"
-        for quantizer, _ in rules.quantized(tree).values()
-    ):
+    if key is not None and not any(q.rounding == "stochastic" for q in quantizers):
         raise _unused_key(rules)
 
     def apply(path, quantizer, leaf, _):
@@ -299,7 +297,7 @@ def _apply_to_tree(function, tree, rules, grid, key=None, elsewhere=None):
             own = key_at(key, path)
         return function(leaf, quantizer, grid_at(path, tree, grid), own, path)
 
-    return rules.map(apply, tree, tree if elsewhere is None else elsewhere)
+    return rules.map(apply, tree, elsewhere(tree))
 
 
 def _check_array(x, quantizer):
@@ -413,6 +411,7 @@ def _error_array(x, quantizer, grid, key=None, path=""):
 
 
 def _checked(x, quantizer, grid, key, rounds=True):
+    check_byte_order("`x`", x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(

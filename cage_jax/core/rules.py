@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import first_lines, warn
+from cage_jax.arrays.checks import check_byte_order, first_lines, warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
 from cage_jax.core.unused import unused_text
@@ -367,6 +367,7 @@ class Rules:
                 f"{type(leaf).__name__}. Convert it with `jnp.asarray`, or give it a "
                 f"rule with None before the one that matches."
             )
+        check_byte_order(f"`{path}`: a quantized parameter", leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"`{path}`: a quantized parameter must be real floating; got dtype "

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import SequenceKey
 
+from cage_jax.arrays.checks import check_byte_order
 from cage_jax.arrays.paths import flatten_with_keys, name_of, path_in_errors
 from cage_jax.arrays.sharding import devices_along
 from cage_jax.core.quantized_array import QuantizedArray
@@ -86,6 +87,7 @@ def _entry(leaf):
     if isinstance(leaf, dict | list | tuple):
         return {"kind": "dict" if isinstance(leaf, dict) else "list"}
     if not isinstance(leaf, QuantizedArray):
+        check_byte_order("`codes`", leaf)
         dtype = getattr(leaf, "dtype", type(leaf).__name__)
         if str(dtype) not in _DTYPES:
             raise TypeError(
