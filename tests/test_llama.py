@@ -1,5 +1,6 @@
 """The Llama in Flax, against float64 NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -68,6 +69,29 @@ def test_logits(config, rng):
     expected = np.stack([expected_logits(params, line, config) for line in tokens])
     # Sums of 64 to 128 terms in float32, two layers of them.
     np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * abs(expected).max())
+
+
+def test_the_input_of_a_head_is_rounded_by_rules_alone(rng):
+    config, inputs = dataclasses.replace(CONFIG, vocabulary=64), cage.int8()
+    tokens, params = rng.integers(0, 64, (2, 8), dtype=np.int32), params_of(config)
+
+    @jax.jit
+    def found(params):
+        rules = cage.Rules([(r"(layers/.*|head)/kernel", cage.int4(axis=-2), inputs)])
+        by_rules = cage.quantize_activations(llama.logits, rules)
+        return by_rules(params, tokens, config)
+
+    @jax.jit
+    def by_the_option(params):
+        return llama.logits(params, tokens, config, inputs=inputs)
+
+    hidden = by_the_option({**params, "head": {"kernel": np.eye(64, dtype="float32")}})
+    bound = abs(np.asarray(hidden, np.float64)).max(-1, keepdims=True)
+    rounded = np.rint(hidden / bound * 127) * bound / 127
+    head = np.asarray(params["head"]["kernel"], np.float64)
+    # Sums of 64 terms in float32.
+    np.testing.assert_allclose(found(params), rounded @ head, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(by_the_option(params), hidden @ head, rtol=0, atol=1e-5)
 
 
 def test_suggested_rules_take_the_gate_for_no_router():

@@ -1,7 +1,7 @@
 """A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads.
 
 Weights are quantized outside the model, by `cage_jax.fake_quant(params, rules)`. The
-model quantizes the inputs of its linear layers token by token with the `inputs`
+model quantizes the inputs of its layers' products token by token with the `inputs`
 quantizer, and the keys and values of attention with the `kv` quantizer.
 
 The parameters of all layers are stacked, and the layers run as one loop, so a deep
@@ -37,7 +37,9 @@ class Llama(nnx.Module):
     Args:
       config: the model's dimensions.
       dtype: dtype of the computation; parameters and logits are float32.
-      inputs: quantizer of the linear layers' inputs, or None.
+      inputs: quantizer of the inputs of all linear layers but the head, or None. Where
+        the head is quantized too, leave this out and use
+        `cage_jax.quantize_activations(logits, rules)`, which follows the rules.
       kv: quantizer of keys and values, or None.
       rngs: random number generators for the initial weights.
 
