@@ -57,6 +57,7 @@ __all__ = [
     "cage_adamw",
     "cage_sgd",
     "calibrate",
+    "choose_bits",
     "choose_rotation",
     "coupled",
     "ct_w4a16",
@@ -105,6 +106,7 @@ __version__ = VERSION
 # Imported where they are first used, because they take time.
 _FUNCTIONS = {
     "calibrate": "program.activations",
+    "choose_bits": "finetuning.choosing_bits",
     "choose_rotation": "core.choose_rotation",
     "load": "export.loading",
     "low_bit": "program.low_bit",
@@ -151,6 +153,7 @@ if TYPE_CHECKING:
     from cage_jax.core.choose_rotation import choose_rotation
     from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.loading import load
+    from cage_jax.finetuning.choosing_bits import choose_bits
     from cage_jax.optim import curvature as curvature
     from cage_jax.optim import weightings as weightings
     from cage_jax.program import kv_cache as kv_cache

@@ -57,6 +57,7 @@ CONTRACT = [
     "q8_0",
     "ternary",
     "with_grids",
+    "choose_bits",
     "choose_rotation",
     "quantize_activations",
     "calibrate",

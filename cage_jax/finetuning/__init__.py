@@ -2,6 +2,12 @@
 
 The pieces are functions of parameters and batches, and work with models of any
 framework.
+
+- `choose_bits` gives each parameter the bits that cost the least loss in a budget.
+- `fisher` estimates, by squared gradients, how much the loss minds an error.
 """
 
-__all__: list[str] = []
+from cage_jax.finetuning.choosing_bits import choose_bits
+from cage_jax.finetuning.squared_gradients import fisher
+
+__all__ = ["choose_bits", "fisher"]

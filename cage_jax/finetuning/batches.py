@@ -1,0 +1,25 @@
+"""Batches as the pieces of this folder take them."""
+
+from collections.abc import Iterable, Iterator
+
+
+def checked_batches(batches: Iterable[tuple]) -> Iterator[tuple]:
+    """Walks batches once.
+
+    Raises:
+      TypeError: for a batch that is no tuple of arguments.
+      ValueError: if there are none.
+    """
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(
+                f"`batches` must be tuples of arguments; got one of "
+                f"{type(batch).__name__}. Use [(x,) for x in batches]."
+            )
+        empty = False
+        yield tuple(batch)
+    if empty:
+        raise ValueError(
+            "`batches` must have a batch; got none. Pass a list of tuples of arguments."
+        )
