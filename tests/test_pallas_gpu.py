@@ -59,6 +59,18 @@ def test_bfloat16_and_stacks(rng):
     check("quest", -2, (2, 3, 128, 32), rng, jnp.bfloat16)
 
 
+def test_levels_beyond_the_dtype_saturate(rng):
+    quantizer = dataclasses.replace(QUANTIZERS["zero points"], axis=-1)
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    x = jnp.asarray(largest * rng.choice([-1, 0.5, 1], (32, 128)), jnp.bfloat16)
+    cut = tiling.tiling_for_gpu(quantizer, x.shape, x.dtype)
+    kernel = partial(gpu.fake_quant, tiling=cut, masked=False, interpret=True)
+    (value,) = jax.tree.leaves(jax.jit(kernel)(x))
+    assert np.isfinite(np.float64(value)).all()
+    expected = cage.fake_quant(x, quantizer, implementation="xla")
+    np.testing.assert_array_equal(value, expected)
+
+
 def test_without_a_mask_the_values_are_the_same(rng):
     x = rng.standard_normal((32, 128)).astype(np.float32)
     quantizer = dataclasses.replace(QUANTIZERS["int4 channel"], axis=-1)

@@ -36,9 +36,12 @@ def divide(a: jax.Array, b: jax.Array | np.floating) -> jax.Array:
     return lax.div(a, lax.mul(b, one))
 
 
-def uncontracted(product: jax.Array) -> jax.Array:
-    """Returns a product that no compiler contracts with the sum that it goes into."""
-    largest = jnp.finfo(product.dtype).max
+def uncontracted(product: jax.Array, dtype: np.dtype | None = None) -> jax.Array:
+    """Returns a product that no compiler contracts with the sum that it goes into.
+
+    It saturates at the largest number of `dtype`, or of its own dtype.
+    """
+    largest = jnp.finfo(product.dtype if dtype is None else dtype).max
     return clamp(product, -largest, largest)
 
 

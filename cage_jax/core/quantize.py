@@ -76,7 +76,7 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
 
     An all-zero group gives zeros (tiny numbers if the grid has no zero). A NaN or an
     infinity makes its whole group NaN, and so does a rotation in which a sum exceeds
-    the largest float.
+    the largest float. A level above the largest number of the dtype becomes that one.
 
     Args:
       x: an array of real floats, or a tree of parameters.

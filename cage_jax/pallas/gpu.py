@@ -56,7 +56,8 @@ def fake_quant(
 
         def found(x):
             strip = strip_of(x)
-            return (strip.value(), strip.mask()) if masked else (strip.value(),)
+            value = strip.value(x.dtype)
+            return (value, strip.mask()) if masked else (value,)
 
         _each(exactly(found), (x_ref,), written, tiling)
 

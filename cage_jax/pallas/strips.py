@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from cage_jax.arrays.exact import times
+from cage_jax.arrays.exact import times, uncontracted
 from cage_jax.arrays.hadamard import hadamard_matrix
 from cage_jax.pallas.tiling import PartedScale, Tiling
 from cage_jax.quantizers.grid import Grid
@@ -62,9 +62,9 @@ class Strip(NamedTuple):
         poison = quantizer.blocks(rotated.shape).reduce(poison_of, rotated)
         return cls(x, rounding, poison, rotate)
 
-    def value(self) -> jax.Array:
-        """Quantizes and dequantizes the strip, float32."""
-        return self.dequantized(self.rounding.code_values())
+    def value(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Quantizes and dequantizes the strip, float32 in the range of `dtype`."""
+        return self.dequantized(self.rounding.code_values(), dtype)
 
     def codes(self, code_values: jax.Array) -> jax.Array:
         """Returns the codes of code values, as `encode` does, int32."""
@@ -73,8 +73,10 @@ class Strip(NamedTuple):
         codes = jnp.where(jnp.isnan(code_values), 0, code_values - offset)
         return codes.astype(jnp.int32)
 
-    def dequantized(self, code_values: jax.Array) -> jax.Array:
-        """Dequantizes the strip from its code values, float32."""
+    def dequantized(
+        self, code_values: jax.Array, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Dequantizes code values of the strip, float32 in the range of `dtype`."""
         quantizer, grid = self.rounding.quantizer, self.rounding.grid
         shape = code_values.shape
         # A rounded value has at most 8 bits of mantissa, unless it is scaled first.
@@ -82,7 +84,7 @@ class Strip(NamedTuple):
         rotate = partial(self.rotate, terms=terms)
         unrotated = unrotated_codes(code_values, quantizer, grid, rotate)
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
-        value = scaled(unrotated, quantizer, grid, like)
+        value = uncontracted(scaled(unrotated, quantizer, grid, like), dtype)
         # This keeps NaN even where a maximum or a clip dropped it: otherwise training
         # would go on and hide the divergence.
         return value + quantizer.blocks(shape).spread(self.poison)

@@ -59,7 +59,7 @@ def fake_quant(x: jax.Array, *, tiling: Tiling, masked: bool) -> Any:
         known = {"largest": refs.largest[:1, :1]} if "largest" in inputs else {}
 
         def write(i, strip):
-            _store(refs.value, i, strip.value(), tiling)
+            _store(refs.value, i, strip.value(x.dtype), tiling)
             if masked:
                 _store(refs.mask, i, strip.mask(), tiling)
 

@@ -241,15 +241,18 @@ def unrotated_codes(
 def scaled(
     unrotated: jax.Array, quantizer: Quantizer, grid: Grid, like: Any
 ) -> jax.Array:
-    """Scales the result of `unrotated_codes` and casts it to the dtype of `like`."""
+    """Scales the result of `unrotated_codes` and casts it to the dtype of `like`.
+
+    The levels above the largest number of this dtype become that number.
+    """
     factor = quantizer.basis(like.shape).factor
     if not scaled_last(quantizer, like.shape):
-        return uncontracted(times(unrotated, factor)).astype(like.dtype)
+        return uncontracted(times(unrotated, factor), like.dtype).astype(like.dtype)
     spread = quantizer.blocks(like.shape).spread
-    product = uncontracted(lax.mul(unrotated, spread(times(grid.step, factor))))
+    product = lax.mul(unrotated, spread(times(grid.step, factor)))
     if grid.offset is not None:
-        product = product + spread(grid.offset)
-    return product.astype(like.dtype)
+        product = uncontracted(product) + spread(grid.offset)
+    return uncontracted(product, like.dtype).astype(like.dtype)
 
 
 def scaled_last(quantizer: Quantizer, shape: tuple[int, ...]) -> bool:
