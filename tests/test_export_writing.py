@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and replace only exports."""
 
+import hashlib
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from small_llama import CONFIG, params_of
 
 import cage_jax as cage
 from cage_jax.cli.main import main
-from cage_jax.export import native
+from cage_jax.export import native, writing
 from cage_jax.export.writing import MARKER, new_file, new_folder
 from cage_jax.llama.loaded import Model
 
@@ -97,7 +98,19 @@ def test_an_export_is_replaced_as_a_whole(tmp_path, kind):
 def test_a_marker_lists_what_a_folder_has(tmp_path):
     write("folder", tmp_path / "a")
     found = json.loads((tmp_path / "a" / MARKER).read_text())
-    assert found == {"written_by": "cage_jax 0.1.0", "files": {"b": 4}}
+    entry = {"bytes": 4, "sha256_of_ends": hashlib.sha256(b"text").hexdigest()}
+    assert found == {"written_by": "cage_jax 0.1.0", "files": {"b": entry}}
+
+
+@pytest.mark.parametrize("size", [4, 5, 9])
+def test_both_ends_of_a_file_are_digested(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(writing, "_DIGESTED", 3)
+    file, content = tmp_path / "a", bytes(range(size))
+    file.write_bytes(content)
+    found = writing._entry(file)
+    ends = content if size <= 6 else content[:3] + content[-3:]
+    digest = hashlib.sha256(ends).hexdigest()
+    assert found == {"bytes": size, "sha256_of_ends": digest}
 
 
 def test_an_empty_folder_is_nothing_and_an_empty_file_is_replaced(tmp_path):
@@ -156,6 +169,7 @@ ADDED = {
     "subfolder": {"config.json/b": "1"},
     "in its subfolder": {"sub/mine": "1"},
     "another size": {"b": "longer text"},
+    "the same size": {"b": "test"},
 }
 
 

@@ -1,12 +1,13 @@
 """Files and folders that are written completely or not at all.
 
 They replace nothing but an export. Each folder has a `MARKER`, which lists its files
-and their sizes, so that a folder with anything else in it is known. A kind of file has
-a function that tells whether an export wrote it.
+with sizes and digests, so that a folder with anything else in it is known. A kind of
+file has a function that tells whether an export wrote it.
 """
 
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import shutil
@@ -24,6 +25,9 @@ from cage_jax.export.files import (
 )
 
 MARKER = "cage_jax_export.json"
+# Of each end of a file, that many bytes go into its digest: all of a configuration and
+# of a tokenizer, and enough of tensors to tell them from others, in little time.
+_DIGESTED = 32 * 2**20
 
 IsExport = Callable[[pathlib.Path], bool]
 
@@ -172,19 +176,29 @@ def _listed(folder):
         return {}
     if not isinstance(files, dict):
         return {}
-    return files | {MARKER: marker.stat().st_size}
+    return files | {MARKER: _entry(marker)}
 
 
 def _entries(folder):
-    """Returns all that is in a folder by its path: the sizes of files."""
+    """Returns the entry of all that is in a folder by its path."""
     found = {}
     for parent, folders, files in os.walk(folder, onerror=_fail):
         for path in (pathlib.Path(parent, name) for name in (*folders, *files)):
-            status = path.lstat()
-            kinds = {stat.S_IFREG: status.st_size, stat.S_IFDIR: "folder"}
-            kind = kinds.get(stat.S_IFMT(status.st_mode), "no regular file")
-            found[path.relative_to(folder).as_posix()] = kind
+            found[path.relative_to(folder).as_posix()] = _entry(path)
     return found
+
+
+def _entry(path):
+    """Returns the size and the digest of a file, or what else is at a path."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return "folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(_DIGESTED))
+        file.seek(max(status.st_size - _DIGESTED, file.tell()))
+        digest.update(file.read(_DIGESTED))
+    return {"bytes": status.st_size, "sha256_of_ends": digest.hexdigest()}
 
 
 def _fail(error):
