@@ -26,6 +26,8 @@ from cage_jax.llama.tensors import tensors
 
 pytest.importorskip("safetensors", reason="the files are of it")
 
+# The models here have many schemes, to test each.
+pytestmark = pytest.mark.filterwarnings("ignore:`codes` must have one quantizer")
 TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
 
 # What a file says of a scheme: the format, the type of codes, their bits, whether they
@@ -336,6 +338,22 @@ def test_what_the_configuration_says(folder, tmp_path):
     assert tokens == {"bos_token_id": 1, "eos_token_id": 0}
     compressed_tensors(on_host(params_of()), CONFIG, tmp_path / "floats")
     assert "quantization_config" not in config_of(tmp_path / "floats")
+
+
+def test_mixed_layers_are_warned_of(tmp_path):
+    mixed = on_host(
+        codes_of(
+            {
+                "layers/query/kernel": cage.ct_w4a16(group_size=32),
+                "layers/gate/kernel": cage.ct_w8a8(),
+                "layers/up/kernel": cage.int8(),  # of the same scheme
+            }
+        )
+    )
+    text = r"vLLM.*got several in model.layers.0.self_attn.\(q_proj\|k_proj\|v_proj\)"
+    with pytest.warns(UserWarning, match=text + " and 1 more"):
+        compressed_tensors(mixed, CONFIG, tmp_path / "mixed")
+    assert read(tmp_path / "mixed").config == CONFIG
 
 
 def test_a_dtype_is_chosen(tmp_path):

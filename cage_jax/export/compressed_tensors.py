@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.arrays.checks import check_choice, check_int
+from cage_jax.arrays.checks import check_choice, check_int, warn
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import tokenizer_files
 from cage_jax.export.compressed_tensors_arrays import (
@@ -25,6 +25,7 @@ from cage_jax.export.compressed_tensors_schemes import (
     Scheme,
     check_read,
     declared_schemes,
+    mixed_layers,
     quantization_config,
     scheme_of,
 )
@@ -73,7 +74,7 @@ def compressed_tensors(
 
     Rotations are folded into the preceding weights where possible. vLLM computes query,
     key and value as one layer, and gate and up, and refuses a model that has two
-    schemes in one of these: give them the same quantizer for vLLM.
+    schemes in one of these. Such a model is written with a warning.
 
     Args:
       codes: the result of `quantize(params, rules)`, with the paths and shapes of
@@ -147,6 +148,13 @@ def compressed_tensors(
         write_json(folder / "generation_config.json", tokens)
         for name, data in files.items():
             (folder / name).write_bytes(data)
+    if mixed := mixed_layers(schemes):
+        more = f" and {len(mixed) - 1} more" * (len(mixed) > 1)
+        warn(
+            f"`codes` must have one quantizer in each layer that vLLM computes as a "
+            f"whole, for vLLM to read them; got several in {mixed[0]}{more}. Give them "
+            f"the same one, unless only transformers reads {path}."
+        )
 
 
 def _has_fp4(codes):

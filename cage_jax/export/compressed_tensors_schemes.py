@@ -149,6 +149,10 @@ MXFP4 = Scheme("mxfp4-pack-quantized", "float", 4, 32)
 NVFP4 = Scheme("nvfp4-pack-quantized", "float", 4, 16)
 
 
+# What vLLM computes as one layer.
+_FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
 def scheme_of(tensor: Tensor, dtype: str) -> Scheme | None:
     """Finds the scheme that holds a tensor exactly.
 
@@ -250,6 +254,18 @@ def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def mixed_layers(schemes: Mapping[str, Scheme | None]) -> list[str]:
+    """Lists the modules that vLLM computes as one layer, but have several schemes."""
+    found = []
+    for first, *others in _FUSED:
+        for module in schemes:
+            start = module.removesuffix(first)
+            names = [start + name for name in (first, *others)]
+            if start != module and len({schemes[name] for name in names}) > 1:
+                found.append(f"{start}({'|'.join((first, *others))})")
+    return found
 
 
 def declared_schemes(quantization: Any) -> list[Scheme]:
