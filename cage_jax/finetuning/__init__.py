@@ -5,9 +5,13 @@ framework.
 
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
+- `low_rank` freezes weights in few bits and gives each a low-rank adapter.
+- `merge` makes codes of adapters and frozen weights.
+- `weights` makes parameters of them, through which the adapters are trained.
 """
 
+from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
 from cage_jax.finetuning.squared_gradients import fisher
 
-__all__ = ["choose_bits", "fisher"]
+__all__ = ["choose_bits", "fisher", "low_rank", "merge", "weights"]
