@@ -377,7 +377,7 @@ def test_training_lowers_the_loss_and_keeps_state_of_adapters_alone(
         },
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(adapters, state, frozen):
         def loss(adapters):
             kernel = finetuning.weights(adapters, frozen)["up"]["kernel"]

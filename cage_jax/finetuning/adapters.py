@@ -345,10 +345,9 @@ def _first_adapter(frozen, rank, key):
     size = (rank if frozen.units == "steps" else inputs) ** -0.5
     a = size * jax.random.normal(key, (*lengths[0], *lengths[1], rank), jnp.float32)
     adapter = {"a": a, "b": jnp.zeros((*lengths[0], rank, *lengths[2]), jnp.float32)}
-    if frozen.scale is not None:
-        adapter["scale"] = frozen.grid.scale
-        if frozen.grid.offset is not None:
-            adapter["offset"] = frozen.grid.offset
+    if frozen.scale is not None:  # copies, as what is trained may be donated
+        parts = {"scale": frozen.grid.scale, "offset": frozen.grid.offset}
+        adapter |= {name: jnp.copy(x) for name, x in parts.items() if x is not None}
     return adapter
 
 
