@@ -161,7 +161,9 @@ WORDS = {
     "ste": METHODS["ste"].words,
     "averaged": "STE, last fifth averaged",
     "ste0": "STE, learning rate to 0",
-} | {name: method.words for name, method in METHODS.items()}
+    **{name: method.words for name, method in METHODS.items()},
+    "recommended0": "CAGE as recommended, learning rate to 0",
+}
 AVERAGED_SHARE = 0.2
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cells import RESULTS
 from methods import WORDS
+from pretrained_report import measured as pretrained_measures
 from report import (
     finetuned,
     language_models_by_size,
@@ -94,6 +95,27 @@ def finetuning(record: Mapping[str, Any], path: Path) -> None:
     _shares(points, "each text is a point", path)
 
 
+def g2p(record: Mapping[str, Any], path: Path) -> None:
+    """What each method recovers of the gap to full precision, seed by seed."""
+    _pretrained(record, "cross-entropy", path)
+
+
+def minilm(record: Mapping[str, Any], path: Path) -> None:
+    """What each method recovers of the gap to full precision, seed by seed."""
+    _pretrained(record, "distance", path)
+
+
+def _pretrained(record, name, path):
+    points = []
+    for key, by_arm in pretrained_measures(record, name).items():
+        full, ste = (by_arm.get(arm, {}) for arm in ("full", "ste"))
+        for name, values in by_arm.items():
+            for seed in values.keys() & ste.keys() & full.keys():
+                share = (ste[seed] - values[seed]) / (ste[seed] - full[seed])
+                points.append((f"{', '.join(key[:2])}, from {key[2]}", name, share))
+    _shares(points, "each seed is a point", path)
+
+
 def paper(record: Mapping[str, Any], path: Path) -> None:
     """What each method recovers of the gap to full precision, width by width."""
     points = []
@@ -107,7 +129,7 @@ def paper(record: Mapping[str, Any], path: Path) -> None:
 
 def _shares(points, what, path):
     """Points (kind, method, share recovered), a line for each method."""
-    kinds = dict(zip(dict.fromkeys(kind for kind, *_ in points), "os^D"))
+    kinds = dict(zip(dict.fromkeys(kind for kind, *_ in points), "os^Dv<>P"))
     there = {name for _, name, _ in points} - {"full", "ptq", "ste"}
     names = [name for name in WORDS if name in there]
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
@@ -180,6 +202,8 @@ PLOTS = {
     "language_models": language_models,
     "tuned": tuned,
     "finetuning": finetuning,
+    "g2p": g2p,
+    "minilm": minilm,
     "paper": paper,
 }
 

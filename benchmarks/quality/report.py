@@ -12,6 +12,7 @@ from typing import Any
 
 import measurement
 import numpy as np
+import pretrained_report
 import tables
 from cells import RESULTS
 from measurement import Rows
@@ -445,6 +446,11 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "paper_recovered": ("paper", language_models_recovered),
     "finetuning": ("finetuning", finetuning),
     "finetuning_recovered": ("finetuning", finetuning_recovered),
+    "g2p": ("g2p", pretrained_report.means("cross-entropy")),
+    "g2p_words": ("g2p", pretrained_report.means("words right", 1, scale=100)),
+    "g2p_recovered": ("g2p", pretrained_report.recovered("cross-entropy")),
+    "minilm": ("minilm", pretrained_report.means("distance")),
+    "minilm_nearest": ("minilm", pretrained_report.means("same nearest", 1, 100)),
     "tuned": ("tuned", tuned),
     "classifiers_recovered": ("classifiers", classifiers_recovered),
     "classifiers_train_loss": ("classifiers", lambda r: classifiers(r, "train_loss")),

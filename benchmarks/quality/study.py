@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import classifiers
 import finetuning
+import g2p
 import language_models
+import minilm
 import paper
 import plots
 import prose
@@ -37,6 +39,8 @@ TABLES = {
     "tuned": tuned,
     "language_models": language_models,
     "finetuning": finetuning,
+    "g2p": g2p,
+    "minilm": minilm,
     "paper": paper,
 }
 PLAN = {
@@ -45,6 +49,8 @@ PLAN = {
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
+    "g2p": "285 cells, most of them trainings of 3000 steps of two GRUs: 20 hours",
+    "minilm": "133 cells, most of them trainings of 2000 steps of a BERT: 20 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }
 

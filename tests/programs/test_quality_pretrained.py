@@ -1,0 +1,182 @@
+"""The study's small pretrained models: the letters to phonemes of g2p-en."""
+
+import g2p
+import jax
+import minilm
+import numpy as np
+import pretrained
+import pretrained_report
+import pytest
+from cells import Table
+from rich.console import Console
+
+pytestmark = [
+    pytest.mark.usefixtures("as_users_have_it"),
+    pytest.mark.filterwarnings("ignore:the recommended strength, at most 15"),
+]
+
+ENTRIES = [
+    ("ab", ["AE1", "B"]),
+    ("cab", ["K", "AE1", "B"]),
+    ("badge", ["B", "AE1", "JH"]),
+    ("a" * 18, ["AA1"] * 7),
+]
+WIDTH = 8
+SHAPES = {
+    "enc_emb": (len(g2p.LETTERS), WIDTH),
+    "dec_emb": (len(g2p.PHONEMES), WIDTH),
+    "fc_w": (len(g2p.PHONEMES), WIDTH),
+    "fc_b": (len(g2p.PHONEMES),),
+} | {
+    f"{part}_{kind}_{gate}": (3 * WIDTH, WIDTH)[: 2 if kind == "w" else 1]
+    for part in ("enc", "dec")
+    for kind in "wb"
+    for gate in ("ih", "hh")
+}
+
+
+@pytest.fixture
+def params(rng):
+    return {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+
+
+def gru(params, part, x, h):
+    """One step in float64, as its paper has it."""
+
+    def parts(kind, value):
+        weight, bias = params[f"{part}_w_{kind}"], params[f"{part}_b_{kind}"]
+        return np.split(weight @ value + bias, 3)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    (reset, update, new), (r, z, n) = parts("ih", x), parts("hh", h)
+    gate, new = sigmoid(update + z), np.tanh(new + sigmoid(reset + r) * n)
+    return (1 - gate) * new + gate * h
+
+
+def test_the_model_is_two_grus(params):
+    words = g2p.encode(ENTRIES)
+    found = g2p.logits(jax.tree.map(np.float32, params), words)
+    for row, (word, sounds) in enumerate(ENTRIES):
+        h = np.zeros(WIDTH)
+        for letter in [*word, "</s>"]:
+            h = gru(params, "enc", params["enc_emb"][g2p.LETTERS.index(letter)], h)
+        for step, sound in enumerate(["<s>", *sounds]):
+            h = gru(params, "dec", params["dec_emb"][g2p.PHONEMES.index(sound)], h)
+            expected = params["fc_w"] @ h + params["fc_b"]
+            np.testing.assert_allclose(found[row, step], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def task(params):
+    params = jax.tree.map(np.float32, params)
+    words = g2p.encode(ENTRIES)
+    return g2p.task_of(params, words, words)._replace(steps=40, rate=1e-2)
+
+
+def test_cells_are_trainings_that_share_batches(task):
+    cells = pretrained.Cells(task)
+    (full,) = cells.measure("full precision").values()
+    (rounded,) = cells.measure("int2, rounded").values()
+    assert full["KL"] == 0 < rounded["KL"]
+    found = {
+        arm: cells.measure(f"int2, KL, from rounded: {arm}, seed 0")
+        for arm in ("ste", "recommended")
+    }
+    assert set(found["ste"]) == {"last", "averaged"}
+    assert found["ste"]["last"]["KL"] < rounded["KL"]
+    assert found["ste"]["last"] != found["recommended"]["last"]
+    again = pretrained.Cells(task).measure("int2, KL, from rounded: ste, seed 0")
+    assert again == found["ste"]
+
+
+def test_what_is_measured_is_not_measured_again(task, tmp_path):
+    console, names = Console(quiet=True), ["full precision", "int3, rounded"]
+    first = pretrained.fill("g2p", task, console, names[:1], table=table(tmp_path))
+    assert [*first.cells] == names[:1]
+    never = task._replace(judge=None)
+    with pytest.raises(TypeError):
+        pretrained.fill("g2p", never, console, names, table=table(tmp_path))
+    pretrained.fill("g2p", never, console, names[:1], table=table(tmp_path))
+
+
+def table(folder):
+    return Table("g2p", {}, folder)
+
+
+def test_names_are_those_of_cells():
+    names = g2p.names(seeds=2)
+    assert len(set(names)) == len(names)
+    trained = [name for name in names if "seed" in name]
+    assert all(pretrained.TRAINED.fullmatch(name) for name in trained)
+    assert len(trained) == 2 * 2 * 2 * 2 * len(pretrained.ARMS)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="'no-such-package' must be installed"):
+        pretrained.packaged_file("no-such-package", "file")
+
+
+def test_the_tables():
+    scores = {"cross-entropy": 1.0, "KL": 0.0, "words right": 0.5}
+    trained = "int2, KL, from GPTQ: {}, seed {}".format
+    cells = {
+        "full precision": {"": scores},
+        "int2, GPTQ": {"": scores | {"cross-entropy": 5.0}},
+    }
+    for seed, ste in enumerate((3.0, 4.0)):
+        cells[trained("ste", seed)] = {
+            "last": scores | {"cross-entropy": ste},
+            "averaged": scores | {"cross-entropy": ste + 0.5},
+        }
+    for seed, loss in enumerate((2.0, 3.0)):
+        cells[trained("recommended", seed)] = {"last": {"cross-entropy": loss}}
+    record = {"cells": cells}
+    rows = pretrained_report.means("cross-entropy")(record)
+    (line,) = [dict(zip(rows.header, line)) for line in rows.cells]
+    assert line["trained"] == "int2, KL, from GPTQ"
+    assert line["full precision"] == "1.000"
+    assert line["rounded after training (PTQ)"] == "5.000"
+    assert line["straight through (STE)"] == "3.500 ± 0.500"
+    rows = pretrained_report.recovered("cross-entropy")(record)
+    (line,) = [dict(zip(rows.header, line)) for line in rows.cells]
+    assert line["CAGE as recommended"] == "40%, 2 of 2"
+    assert line["STE, last fifth averaged"] == "-20%, 0 of 2"
+    assert "PARQ" not in line
+
+
+def test_a_sentence_is_near_itself_in_few_bits(rng):
+    found = rng.normal(size=(20, 8))
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    same = minilm.measures(found, found)
+    assert same == {"distance": 0, "Spearman": 1, "same nearest": 1}
+    other = minilm.measures(found, -found)
+    assert other["distance"] == 2 and other["Spearman"] == 1
+
+
+def test_the_embeddings_are_those_of_transformers(rng):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    torch = pytest.importorskip("torch", reason="the oracle")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=minilm.LAYERS,
+        num_attention_heads=minilm.HEADS,
+        intermediate_size=32,
+        initializer_range=0.5,
+        layer_norm_eps=minilm.EPSILON,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    tokens = rng.integers(1, 50, (3, 9))
+    tokens[1, 5:] = 0
+    known = torch.from_numpy(tokens != 0)
+    with torch.no_grad():
+        states = model(torch.from_numpy(tokens), attention_mask=known.long())[0]
+        mean = (states * known[..., None]).sum(1) / known.sum(1, keepdim=True)
+        expected = torch.nn.functional.normalize(mean).numpy()
+    params = {k.replace(".", "/"): v.numpy() for k, v in model.state_dict().items()}
+    found = minilm.embeddings(params, minilm.Sentences(tokens))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
