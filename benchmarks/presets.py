@@ -8,6 +8,7 @@ import tables
 
 from cage_jax.core.quantize import gaussian_error
 from cage_jax.quantizers.registry import PRESETS
+from cage_jax.quantizers.scales import FourOverSix
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "quantizers.md"
 BEGIN, END = "<!-- presets -->\n", "<!-- end of presets -->"
@@ -17,8 +18,10 @@ OPTIONS = {  # of the rows of a preset that does not have one without options
     "int3": [{"group_size": 64}],
     "int2": [{"group_size": 64}],
     "quest": [{"bits": 4}, {"bits": 2}],
+    "seq": [{}, {"levels": 3}],
     "fp8": [{}, {"name": "e5m2"}],
     "mxfp4": [{}, {"rounding": "up"}],
+    "nvfp4": [{}, {"scale": FourOverSix()}],
 }
 
 

@@ -44,6 +44,7 @@ from cage_jax.quantizers.presets import (
     nf4,
     nvfp4,
     quest,
+    seq,
     ternary,
 )
 from cage_jax.quantizers.quantizer import Quantizer
@@ -94,6 +95,7 @@ __all__ = [
     "recommended",
     "report",
     "resolve",
+    "seq",
     "silence_then_constant",
     "silence_then_ramp",
     "suggest",

@@ -22,6 +22,8 @@ from cage_jax.quantizers.scales import (
     AbsMax,
     Calibrated,
     Fixed,
+    FourOverSix,
+    Learned,
     MinMax,
     Percentile,
     Searched,
@@ -38,7 +40,11 @@ OPTIONS = {
     "mxfp8": [{"name": "e5m2", "rounding": "up"}],
     "mxfp6": [{"name": "e3m2"}],
     "mxfp4": [{"rounding": "nearest"}],
-    "nvfp4": [{"tensor_divisor": False}],
+    "nvfp4": [
+        {"tensor_divisor": False},
+        {"scale": FourOverSix()},
+        {"scale": Learned(start=Searched(most=1.5))},
+    ],
     "nf4": [{"group_size": 16}],
     "ternary": [{"axis": -2, "group_size": 64}],
     "binary": [{"axis": None}],
@@ -47,7 +53,8 @@ OPTIONS = {
     "q8_0": [{"axis": -1}],
     "ct_w4a16": [{"symmetric": False}, {"scale_dtype": "bfloat16"}],
     "ct_w8a8": [{"scale_dtype": "float32"}],
-    "lsq": [{"bits": 3, "offset": True}],
+    "lsq": [{"bits": 3, "offset": True}, {"start": AbsMax(0.9), "narrow": True}],
+    "seq": [{"levels": 3}],
 }
 
 
@@ -216,6 +223,10 @@ def test_malformed():
         (scale(clip=10**400), "`clip` of AbsMax must be float"),
         (scale(clip=-1), "`clip` must be above 0"),
         (scale(clip={"class": "AbsMax"}), "`clip` of AbsMax"),
+        (
+            changed(scale={"class": "Learned", "start": {"class": "Learned"}}),
+            "`start` must be a rule",
+        ),
         (changed(scale={"class": "SignedMax"}, format={"class": "Integer"}), "missing"),
         (nested(2), "`rule` must be a rule"),
         (nested(400), "nested so deeply|`rule` must be"),

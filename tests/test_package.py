@@ -66,6 +66,7 @@ CONTRACT = [
     "load",
     "report",
     "resolve",
+    "seq",
     "suggest",
 ]
 

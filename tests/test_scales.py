@@ -421,12 +421,6 @@ def test_what_does_not_fit_together():
             FULL_SCALE,
             "needs unsigned integers; got format int4 full range",
         ),
-        (
-            Learned(),
-            Integer(4),
-            PowerOfTwo(),
-            "`scale_type` of a learned scale must be Full.*got e8m0 scales down",
-        ),
     ]
     assert_raises(
         (functools.partial(rule.check, format, scale_type), ValueError, text)

@@ -28,7 +28,8 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
 
     Returns:
       `{"params": params, "grids": {path: Grid}}`, with the grids that the scale rules
-      find in the parameters.
+      find in the parameters. Learned scales are float32 here, whatever type they are
+      stored in: they are rounded where they are used.
 
     Raises:
       ValueError: if no rule with a learned quantizer matches.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cage_jax.arrays.dispatch import Variants, dispatch, kernel_required
-from cage_jax.arrays.exact import select
+from cage_jax.arrays.exact import divide, select
 from cage_jax.arrays.sharding import shards_of
 from cage_jax.pallas.candidates import fake_quant_kernels, masked_gradient_kernels
 from cage_jax.quantizers.grid import Grid
@@ -153,7 +153,10 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _learned_gradient(cotangent, found, noise, grid):
-    """Computes LSQ's gradient, that of `scale * round(x / scale)` straight through."""
+    """Computes LSQ's gradient, that of `scale * round(x / scale)` straight through.
+
+    The rounding of the scale to one that can be stored is passed straight through too.
+    """
     quantizer, shape = found.quantizer, cotangent.shape
     blocks, gradient = quantizer.blocks(shape), quantizer.basis(shape).rotate(cotangent)
     gradient_scale = (blocks.count * quantizer.format.high) ** -0.5
@@ -165,6 +168,8 @@ def _learned_gradient(cotangent, found, noise, grid):
     inside = found.gradient_mask().astype(gradient.dtype)
     slope = found.code_values(noise) - inside * found.position()
     scale = of_group(gradient * slope).astype(grid.scale.dtype)
+    if grid.tensor_divisor is not None:
+        scale = divide(scale, jnp.broadcast_to(grid.tensor_divisor, scale.shape))
     learned = jax.tree.map(jnp.zeros_like, grid)._replace(scale=scale)
     if grid.offset is not None:
         offset = of_group(gradient * (1 - inside))

@@ -7,11 +7,13 @@ framework.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `merge` makes codes of adapters and frozen weights.
+- `only_scales` trains learned scales and leaves the weights as they are.
 - `weights` makes parameters of them, through which the adapters are trained.
 """
 
 from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
+from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
 
-__all__ = ["choose_bits", "fisher", "low_rank", "merge", "weights"]
+__all__ = ["choose_bits", "fisher", "low_rank", "merge", "only_scales", "weights"]

@@ -51,7 +51,7 @@ def fake_quant_kernels(
     They map `(x, grid, noise)` to the values, and with `masked` also to a mask, int8.
     """
     if grid is not None or noise is not None:
-        return no_kernel("kernels do not take a grid or noise")
+        return no_kernel("kernels do not take a grid, such as a learned one, or noise")
 
     def kernel(module, tiling):
         return lambda x, grid, noise: module.fake_quant(x, tiling=tiling, masked=masked)

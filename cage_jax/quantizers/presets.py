@@ -5,10 +5,17 @@ import inspect
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
-from cage_jax.arrays.checks import check_choice
+from cage_jax.arrays.checks import check_choice, check_int
 from cage_jax.arrays.names import names_checked
 from cage_jax.quantizers.axes import CONTRACTED, Axis
-from cage_jax.quantizers.formats import NF4, Float, FloatName, Integer, MidRise
+from cage_jax.quantizers.formats import (
+    NF4,
+    Float,
+    FloatName,
+    Format,
+    Integer,
+    MidRise,
+)
 from cage_jax.quantizers.quantizer import Gradient, Quantizer
 from cage_jax.quantizers.scale_types import Float8, PowerOfTwo, PowerRounding
 from cage_jax.quantizers.scales import (
@@ -73,8 +80,7 @@ def _integers(
             f"{symmetric}. Leave one of them out."
         )
     if gradient is None:
-        clips = isinstance(scale, ScaleRule) and scale.clips(format)
-        gradient = "clip" if clips else "identity"
+        gradient = _gradient_for(scale, format)
     return Quantizer(
         format,
         scale,
@@ -83,6 +89,11 @@ def _integers(
         hadamard=hadamard,
         gradient=gradient,
     )
+
+
+def _gradient_for(scale: ScaleRule, format: Format) -> Gradient:
+    clips = isinstance(scale, ScaleRule) and scale.clips(format)
+    return "clip" if clips else "identity"
 
 
 def _with_bits(
@@ -110,6 +121,8 @@ def lsq(
     axis: Axis = None,
     group_size: int | None = None,
     offset: bool = False,
+    narrow: bool = False,
+    start: ScaleRule | None = None,
 ) -> Quantizer:
     """Returns a quantizer with learned scales: LSQ, or LSQ+ with an offset.
 
@@ -121,9 +134,12 @@ def lsq(
       axis: the axes that share a scale; None for one scale per tensor, as in the paper.
       group_size: how many neighbours along `axis` share a scale; None for all.
       offset: learn an offset too, for values that lie on one side of zero.
+      narrow: leave out the lowest code; of 2 bits this is the ternary grid.
+      start: the rule whose scales are the first ones, such as `Searched()`; None for
+        those of the papers.
 
     Raises:
-      ValueError: if `bits` is out of range.
+      ValueError: if `bits` is out of range, or for `narrow` or `start` with an offset.
 
     Example:
       >>> import cage_jax as cage
@@ -132,9 +148,44 @@ def lsq(
 
     Source: LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576.
     """
-    format = Integer(bits, narrow=False, signed=not offset)
-    scale = Learned(offset)
+    format = Integer(bits, narrow, signed=not offset)
+    scale = Learned(offset, start)
     return Quantizer(format, scale, axis=axis, group_size=group_size, gradient="clip")
+
+
+@names_checked
+def seq(
+    levels: int = 4, *, axis: Axis = CONTRACTED, group_size: int | None = None
+) -> Quantizer:
+    """Returns ParetoQ's quantizer of 2 bits or ternary weights, with learned scales.
+
+    Levels lie evenly between -a and a, half a step from the ends: -0.75, -0.25, 0.25
+    and 0.75 times `a`, or -2/3, 0 and 2/3. `a` starts at the largest magnitude, and
+    values up to `a` receive a gradient. Scales are trained as those of `lsq`; ParetoQ
+    trains `a`, which is the scale times half the number of levels. Its code takes the
+    ternary weights beyond `a` for `a` in the gradient of `a`; here they are 2/3 of it.
+
+    Args:
+      levels: 4, or 3 for ternary weights.
+      axis: the axes that share a scale; None for one scale per tensor. See `Quantizer`.
+      group_size: how many neighbours along `axis` share a scale; None for all.
+
+    Raises:
+      ValueError: if `levels` is another number.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> print(cage.seq())
+      midrise2 learned from absmax clip 0.75, trust
+
+    Source: ParetoQ, arXiv 2502.02631, section 4.
+    """
+    check_int("levels", levels, "Use lsq(bits) for more levels.", least=3, most=4)
+    format = Integer(2) if levels == 3 else MidRise(2)
+    start = AbsMax(format.half_range / (format.high + format.edge))
+    return Quantizer(
+        format, Learned(start=start), axis=axis, group_size=group_size, gradient="trust"
+    )
 
 
 @names_checked
@@ -260,6 +311,7 @@ def mxfp8(
     *,
     axis: Axis = CONTRACTED,
     rounding: PowerRounding = "down",
+    scale: ScaleRule | None = None,
 ) -> Quantizer:
     """Returns the MXFP8 quantizer: FP8 in blocks of 32 with a power-of-two scale.
 
@@ -268,6 +320,7 @@ def mxfp8(
       axis: the contracted axis, along which the blocks lie.
       rounding: how the scale's exponent is rounded; see
         `cage_jax.scale_types.PowerOfTwo`.
+      scale: another rule than absmax, such as `Learned()`.
 
     Raises:
       ValueError: if `name` or `rounding` is unknown.
@@ -280,7 +333,7 @@ def mxfp8(
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
     check_choice("name", name, ("e4m3", "e5m2"))
-    return _microscaling(name, axis, rounding)
+    return _blocks(name, axis, 32, PowerOfTwo(rounding), scale)
 
 
 @names_checked
@@ -289,12 +342,13 @@ def mxfp6(
     *,
     axis: Axis = CONTRACTED,
     rounding: PowerRounding = "down",
+    scale: ScaleRule | None = None,
 ) -> Quantizer:
     """Returns the MXFP6 quantizer: FP6 in blocks of 32 with a power-of-two scale.
 
     Args:
       name: "e2m3" or "e3m2".
-      axis, rounding: as for `mxfp8`.
+      axis, rounding, scale: as for `mxfp8`.
 
     Raises:
       ValueError: if `name` or `rounding` is unknown.
@@ -307,15 +361,20 @@ def mxfp6(
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
     check_choice("name", name, ("e2m3", "e3m2"))
-    return _microscaling(name, axis, rounding)
+    return _blocks(name, axis, 32, PowerOfTwo(rounding), scale)
 
 
 @names_checked
-def mxfp4(*, axis: Axis = CONTRACTED, rounding: PowerRounding = "down") -> Quantizer:
+def mxfp4(
+    *,
+    axis: Axis = CONTRACTED,
+    rounding: PowerRounding = "down",
+    scale: ScaleRule | None = None,
+) -> Quantizer:
     """Returns the MXFP4 quantizer: FP4 in blocks of 32 with a power-of-two scale.
 
     Args:
-      axis, rounding: as for `mxfp8`.
+      axis, rounding, scale: as for `mxfp8`.
 
     Raises:
       ValueError: if `rounding` is unknown.
@@ -327,18 +386,29 @@ def mxfp4(*, axis: Axis = CONTRACTED, rounding: PowerRounding = "down") -> Quant
 
     Source: OCP Microscaling Formats (MX) Specification, version 1.0.
     """
-    return _microscaling("e2m1", axis, rounding)
+    return _blocks("e2m1", axis, 32, PowerOfTwo(rounding), scale)
 
 
-def _microscaling(name, axis, rounding):
-    scale_type = PowerOfTwo(rounding)
+def _blocks(name, axis, size, scale_type, scale):
+    format = Float(name)
+    scale = AbsMax() if scale is None else scale
     return Quantizer(
-        Float(name), AbsMax(), axis=axis, group_size=32, scale_type=scale_type
+        format,
+        scale,
+        axis=axis,
+        group_size=size,
+        scale_type=scale_type,
+        gradient=_gradient_for(scale, format),
     )
 
 
 @names_checked
-def nvfp4(*, axis: Axis = CONTRACTED, tensor_divisor: bool = True) -> Quantizer:
+def nvfp4(
+    *,
+    axis: Axis = CONTRACTED,
+    tensor_divisor: bool = True,
+    scale: ScaleRule | None = None,
+) -> Quantizer:
     """Returns the NVFP4 quantizer: FP4 in blocks of 16 with E4M3 scales.
 
     The scales of a tensor share one more float32 scale.
@@ -346,6 +416,8 @@ def nvfp4(*, axis: Axis = CONTRACTED, tensor_divisor: bool = True) -> Quantizer:
     Args:
       axis: the contracted axis, along which the blocks lie.
       tensor_divisor: False for E4M3 scales alone, as in qwix.
+      scale: another rule than absmax, such as `FourOverSix()` or
+        `Learned(start=Searched())`.
 
     Example:
       >>> import cage_jax as cage
@@ -354,10 +426,7 @@ def nvfp4(*, axis: Axis = CONTRACTED, tensor_divisor: bool = True) -> Quantizer:
 
     Source: NVIDIA's NVFP4; the values agree with compressed-tensors.
     """
-    scale_type = Float8(tensor_divisor)
-    return Quantizer(
-        Float("e2m1"), AbsMax(), axis=axis, group_size=16, scale_type=scale_type
-    )
+    return _blocks("e2m1", axis, 16, Float8(tensor_divisor), scale)
 
 
 # --- codebooks ------------------------------------------------------------------------

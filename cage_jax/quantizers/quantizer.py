@@ -209,7 +209,7 @@ class Quantizer:
         """
         if self.rounding != "nearest" or not self.scale_type.idempotent(self.format):
             return False
-        return self.scale.idempotent(self.format)
+        return self.scale.idempotent(self.format, self.scale_type)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def at(

@@ -27,6 +27,7 @@ from cage_jax.quantizers.presets import (
     nf4,
     nvfp4,
     quest,
+    seq,
     ternary,
 )
 from cage_jax.quantizers.quantizer import Quantizer
@@ -62,6 +63,7 @@ PRESETS: dict[str, Preset] = {
     "binary": Preset(MidRise, binary),
     "quest": Preset(MidRise, quest),
     "lsq": Preset(Integer, lsq),
+    "seq": Preset(MidRise, seq),
     "q4_0": Preset(Integer, q4_0, "4 bits, groups of 32, as in llama.cpp"),
     "q4_1": Preset(Integer, q4_1, "the same with an offset"),
     "q8_0": Preset(Integer, q8_0, "8 bits, groups of 32"),

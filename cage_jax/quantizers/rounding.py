@@ -158,6 +158,7 @@ def fit(
         # A learned scale that is not positive has no meaning. NaN makes that visible.
         grid = jax.tree.map(lambda part: part.astype(rotated.dtype), grid)
         grid = grid._replace(scale=jnp.where(grid.scale > 0, grid.scale, jnp.nan))
+        grid = quantizer.scale_type.nearest(grid, quantizer.format, blocks.tensor_axes)
         return Rounding(rotated, grid, None, quantizer)
     sized = times(rotated, quantizer.basis(rotated.shape).factor)
     fitted: Callable[..., Grid] = functools.partial(

@@ -62,8 +62,20 @@ class ScaleType(abc.ABC):
           range: the end of the grid in units of the scale.
           format: the format of the codes.
           axes: the axes that a tensor spans.
-          largest: the largest finite bound, if it is known and there is one tensor.
+          largest: the largest finite bound of each tensor, if it is known.
         """
+
+    def nearest(self, grid: Grid, format: Format, axes: tuple[int, ...]) -> Grid:
+        """Returns a given grid with the nearest scales that can be stored.
+
+        Scales that can be stored, as `store` returns them, stay as they are.
+
+        Args:
+          grid: a learned or calibrated grid, of positive scales or NaN.
+          format: the format of the codes.
+          axes: the axes that a tensor spans.
+        """
+        return grid._replace(scale=self.store(grid.scale, 1.0, format, axes).scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +84,9 @@ class Full(ScaleType):
 
     def store(self, bound, range, format, axes, largest=None):
         return Grid(_usable_scale(bound, range, format))
+
+    def nearest(self, grid, format, axes):
+        return grid
 
     def __str__(self):
         return ""
@@ -119,6 +134,14 @@ class Narrow(ScaleType):
         scale = jnp.clip(ideal, -largest, largest).astype(self.dtype)
         return Grid(jnp.where(jnp.isfinite(bound), scale.astype(bound.dtype), jnp.nan))
 
+    def nearest(self, grid, format, axes):
+        found = super().nearest(grid, format, axes)
+        if grid.offset is None:
+            return found
+        largest = float(jnp.finfo(self.dtype).max)
+        offset = clamp(grid.offset, -largest, largest).astype(self.dtype)
+        return found._replace(offset=offset.astype(grid.offset.dtype))
+
     def __str__(self):
         return f"{self.name} scales"
 
@@ -155,7 +178,8 @@ class PowerOfTwo(ScaleType):
       rounding: how the bound is rounded to a power of two: "down" as in the OCP
         specification (the largest values may be clipped), "nearest" as in
         compressed-tensors (up where the bound would round to the next power), or "up"
-        as in qwix (nothing is clipped).
+        as in qwix (nothing is clipped). A learned scale has no bound, and is rounded to
+        the nearest power of two.
     """
 
     rounding: PowerRounding = "down"
@@ -188,6 +212,12 @@ class PowerOfTwo(ScaleType):
         scale = select(bound == 0, 1.0, scale)
         return Grid(select(jnp.isfinite(bound), scale, jnp.nan).astype(bound.dtype))
 
+    def nearest(self, grid, format, axes):
+        power = power_below(grid.scale)
+        scale = jnp.where(grid.scale >= 1.5 * power, 2 * power, power)
+        scale = clamp(scale, 2.0**-126, 2.0**127)
+        return grid._replace(scale=finite(scale, grid.scale))
+
     def __str__(self):
         return f"e8m0 scales {self.rounding}"
 
@@ -198,6 +228,11 @@ class Float8(ScaleType):
 
     scale = stored scale / tensor_divisor, where tensor_divisor makes the largest stored
     scale of a tensor 448.
+
+    The tensor_divisor of learned scales keeps its significand, and its power of two
+    follows the largest scale, so that this one is stored as a number from 240 to 448.
+    No scale saturates, however far the scales move, and each is rounded alone: what
+    another one does changes it only if that is 2**13 times larger.
 
     Args:
       tensor_divisor: False for E4M3 scales alone.
@@ -217,7 +252,7 @@ class Float8(ScaleType):
         if self.tensor_divisor:
             if largest is None:
                 largest = largest_of(bound, axes)
-            else:
+            elif largest.size == 1:
                 largest = largest.reshape([1] * bound.ndim)
             # Below this the smallest step would not be a normal number.
             largest = jnp.maximum(largest, 2.0**-105)
@@ -225,12 +260,25 @@ class Float8(ScaleType):
             # The sixteenth keeps reciprocals of huge numbers normal.
             divisor = (own.high * range / 16) * (1 / (largest / 16))
             ideal = jnp.broadcast_to(divisor, ideal.shape) * ideal
-        smallest = 2.0**-9
-        scale = jnp.maximum(own.round(ideal), smallest)
+        scale = _to_e4m3(ideal)
         # 1/8 is what compressed-tensors writes for a group of zeros.
         scale = select(bound == 0, 0.125, scale)
         scale = select(jnp.isfinite(bound), scale, jnp.nan)
         return Grid(scale.astype(bound.dtype), tensor_divisor=divisor)
+
+    def nearest(self, grid, format, axes):
+        scale, divisor = grid.scale, grid.tensor_divisor
+        if divisor is None:
+            return grid._replace(scale=_to_e4m3(scale))
+        largest = largest_of(scale, axes)
+        power = power_below(largest)
+        # Up to 464 numbers are rounded to 448.
+        factor = jnp.where(largest <= 464 / 256 * power, 256.0, 128.0) / power
+        # So that the divisor stays finite, where a tensor has only zeros.
+        factor = jnp.minimum(factor, 2.0**125 / power_below(divisor))
+        # All factors are powers of two, which round nothing.
+        scale = _to_e4m3(scale * jnp.broadcast_to(factor, scale.shape))
+        return grid._replace(scale=scale, tensor_divisor=divisor * factor)
 
     def __str__(self):
         return "e4m3 scales" + (" and one a tensor" if self.tensor_divisor else "")
@@ -240,6 +288,11 @@ def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns the largest finite bound along `axes`, kept with size 1; 0 if none is."""
     finite = jnp.where(jnp.isfinite(bound), bound, 0)
     return jnp.max(finite, axis=axes, keepdims=True, initial=0)
+
+
+def _to_e4m3(scale):
+    """Rounds to positive numbers of E4M3."""
+    return jnp.maximum(Float("e4m3").round(scale), 2.0**-9)
 
 
 def _quotient(bound, range):

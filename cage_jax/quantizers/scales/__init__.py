@@ -13,13 +13,20 @@ from cage_jax.quantizers.scales.asymmetric import MinMax
 from cage_jax.quantizers.scales.learned import Calibrated, Learned
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean, Gaussian, ReducedScale
 from cage_jax.quantizers.scales.rule import ScaleRule
-from cage_jax.quantizers.scales.symmetric import Fixed, Percentile, Searched, SignedMax
+from cage_jax.quantizers.scales.symmetric import (
+    Fixed,
+    FourOverSix,
+    Percentile,
+    Searched,
+    SignedMax,
+)
 
 __all__ = [
     "AbsMax",
     "AbsMean",
     "Calibrated",
     "Fixed",
+    "FourOverSix",
     "Gaussian",
     "Grid",
     "Learned",

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_number, make_plain
-from cage_jax.arrays.exact import uncontracted
-from cage_jax.quantizers.scale_types import FULL, Full
+from cage_jax.arrays.exact import power_below, uncontracted
+from cage_jax.quantizers.grid import Grid
+from cage_jax.quantizers.scale_types import FULL, Full, Narrow, largest_of
 from cage_jax.quantizers.scales.asymmetric import MinMax
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean
 from cage_jax.quantizers.scales.rule import ScaleRule, where
@@ -24,11 +25,38 @@ class Learned(ScaleRule):
     1 / sqrt(values in a group * highest value of the format). The scale starts at
     2 mean|x| / sqrt(highest value). LSQ+ (arXiv 2004.09576) adds an offset; scale and
     offset start so that the grid spans the values of the group.
+
+    What is trained are float32 numbers, since steps of an optimizer are small. If the
+    scale type is narrower, values are quantized with the nearest scale that it can
+    store, and the gradient passes straight through this rounding.
+
+    Args:
+      offset: learn an offset too; scales are then float32, float16 or bfloat16.
+      start: the rule whose scales are the first ones, such as `AbsMax()` or
+        `Searched()`; None for those of the papers.
     """
 
     offset: bool = False
+    start: ScaleRule | None = None
     learned = True
     needs_grid = True
+
+    def __post_init__(self):
+        make_plain(self)
+        start = self.start
+        if start is None:
+            return
+        if not isinstance(start, ScaleRule) or start.needs_grid:
+            raise TypeError(
+                f"`start` must be a rule that finds a scale in data; got {start!r}. "
+                f"Use AbsMax() or Searched(), or None for the start of LSQ."
+            )
+        if self.offset or start.asymmetric or start.has_offset or start.signed:
+            raise ValueError(
+                f"`start` must give positive scales alone, and no offset is learned "
+                f"with it; got start={start}, offset={self.offset}. Use AbsMax() or "
+                f"Searched(), or None with an offset."
+            )
 
     def check(self, format, scale_type):
         if format.high <= 0:
@@ -36,29 +64,48 @@ class Learned(ScaleRule):
                 f"`scale` Learned needs a format with positive values; got {format}. "
                 f"Use Integer(bits)."
             )
-        if not isinstance(scale_type, Full):
+        if scale_type.rounds_by is not None:
             raise ValueError(
-                f"`scale_type` of a learned scale must be Full(), since steps of an "
-                f"optimizer are small; got {scale_type}. Round the scales when the "
-                f"model is shipped."
+                f"`scale_type` of a learned scale must round values by the scale that "
+                f"it stores; got {scale_type!r}. Use Narrow({scale_type.dtype.name!r})."
             )
+        if self.offset and not isinstance(scale_type, Full | Narrow):
+            raise ValueError(
+                f"`scale_type` of a learned offset must hold numbers of both signs; "
+                f"got {scale_type}. Use Full() or Narrow(), or learn a scale alone."
+            )
+        if self.start is not None:
+            self.start.check(format, scale_type)
 
     @functools.cached_property
     def has_offset(self):  # type: ignore[override]
         return self.offset
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
+        if self.start is not None:
+            found = self.start.fit(x, axes, format, scale_type, tensor_axes)
+            if found.tensor_divisor is None:
+                return found
+            # Learned scales are of the size of weights, as an optimizer expects them.
+            # Powers of two change no step.
+            power = power_below(found.tensor_divisor)
+            scale = found.scale / jnp.broadcast_to(power, found.scale.shape)
+            return Grid(scale, tensor_divisor=found.tensor_divisor / power)
         if not self.offset:
             bound = 2 * AbsMean().bounds(x, axes)
-            end = math.sqrt(format.high)
-            return scale_type.store(bound, end, format, tensor_axes)
+            found = FULL.store(bound, math.sqrt(format.high), format, tensor_axes)
+            if not scale_type.has_tensor_divisor:
+                return found
+            one = jnp.ones_like(largest_of(found.scale, tensor_axes))
+            return found._replace(tensor_divisor=one)
         span = MinMax(zero_point=False)
-        found = span.fit(x, axes, format, scale_type, tensor_axes)
+        found = span.fit(x, axes, format, FULL, tensor_axes)
         low = uncontracted(format.low * found.scale)
         return found._replace(offset=found.offset - low)
 
     def __str__(self):
-        return "learned" + (" with an offset" if self.offset else "")
+        offset = " with an offset" if self.offset else ""
+        return "learned" + offset + (f" from {self.start}" if self.start else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ class AbsMax(ReducedScale):
     def clips(self, format):
         return self.clip < 1 or format.high < format.half_range
 
-    def idempotent(self, format):
+    def idempotent(self, format, scale_type=FULL):
         return self.clip == 1 and format.low == -format.high
 
     def __str__(self):
@@ -162,7 +162,7 @@ class AbsMean(_Mean):
     def end(self, format):
         return float(format.values[format.values > 0][0])
 
-    def idempotent(self, format):
+    def idempotent(self, format, scale_type=FULL):
         # With two levels, all values have one magnitude. With more, zeros lower the
         # mean.
         return len(format.values) == 2
@@ -191,7 +191,7 @@ class Gaussian(_Mean):
     def end(self, format):
         return format.half_range / format.gaussian_clip
 
-    def idempotent(self, format):
+    def idempotent(self, format, scale_type=FULL):
         return False
 
     def __str__(self):

@@ -84,7 +84,7 @@ class ScaleRule(abc.ABC):
         """Returns whether values of a group can lie beyond the ends of its grid."""
         return True
 
-    def idempotent(self, format: Format) -> bool:
+    def idempotent(self, format: Format, scale_type: ScaleType = FULL) -> bool:
         """Returns whether fitting quantized values gives the same grid again."""
         return True
 

@@ -1,14 +1,18 @@
 """Rules without a zero point or an offset, other than those in `reduced.py`."""
 
+import abc
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number, make_plain
-from cage_jax.arrays.exact import divide, power_below, uncontracted
-from cage_jax.quantizers.scale_types import FULL
+from cage_jax.arrays.exact import divide, power_below, times, uncontracted
+from cage_jax.quantizers.formats import Float
+from cage_jax.quantizers.scale_types import FULL, largest_of
 from cage_jax.quantizers.scales.reduced import largest_magnitude, size_along
 from cage_jax.quantizers.scales.rule import ScaleRule
 
@@ -82,29 +86,27 @@ class Percentile(ScaleRule):
     def clips(self, format):
         return self.percent < 100 or format.high < format.half_range
 
-    def idempotent(self, format):
+    def idempotent(self, format, scale_type=FULL):
         return self.percent == 100 and format.low == -format.high
 
     def __str__(self):
         return f"percentile {self.percent:g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Searched(ScaleRule):
-    """AbsMax with the clip of least squared error, searched for in each group.
+class _LeastSquares(ScaleRule):
+    """AbsMax with the clip of least squared error, the first one if several have it.
 
-    The clip is one of `count` numbers between `least` and 1. Each group is quantized
-    `count` times, so this is slow. It suits weights that are rounded after training,
-    and grids that are found once.
+    Attributes:
+      room: the largest bound of a tensor, in units of its largest magnitude, that must
+        not saturate where a tensor has one more scale. This scale is the same for all
+        clips, so that errors are those of the scales that are stored.
     """
 
-    count: int = 40
-    least: float = 0.2
+    room: float
 
-    def __post_init__(self):
-        make_plain(self)
-        check_int("count", self.count, "Use 40.", least=2)
-        check_number("least", self.least, "Use 0.2.", above=0, below=1)
+    @abc.abstractmethod
+    def clips_tried(self, dtype: np.dtype) -> jax.Array:
+        """Returns the clips to choose from."""
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         largest = largest_magnitude(x, axes)
@@ -113,10 +115,13 @@ class Searched(ScaleRule):
         # Errors are measured in units of this power of two, so no square overflows. `x`
         # itself is not scaled, because a tensor's divisor depends on all groups.
         unit = jnp.broadcast_to(power, x.shape)
+        whole = None
+        if scale_type.has_tensor_divisor:
+            whole = uncontracted(times(largest_of(largest, tensor_axes), self.room))
 
         def stored(clip):
             end = format.half_range
-            return scale_type.store(largest * clip, end, format, tensor_axes)
+            return scale_type.store(largest * clip, end, format, tensor_axes, whole)
 
         def error(clip):
             found = stored(clip)
@@ -133,17 +138,78 @@ class Searched(ScaleRule):
                 jnp.where(found < least, clip, kept),
             ), None
 
-        clips = jnp.linspace(1, self.least, self.count, dtype=x.dtype)
         start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
-        (_, clip), _ = lax.scan(better, start, clips)
+        (_, clip), _ = lax.scan(better, start, self.clips_tried(x.dtype))
         return stored(clip)
 
-    def idempotent(self, format):
-        # Clip 1 has no error on quantized values, unless the grid has uneven ends.
-        return format.low == -format.high
+
+@dataclasses.dataclass(frozen=True)
+class Searched(_LeastSquares):
+    """AbsMax with the clip of least squared error, searched for in each group.
+
+    The clip is one of `count` numbers from `most` to `least`. Each group is quantized
+    `count` times, so this is slow. It suits weights that are rounded after training,
+    and grids that are found once. Errors are those of scales as they are stored: for
+    E4M3 scales a count of 100 with `most=2` tries each that can be stored, down to 0.3
+    times the one of absmax.
+    """
+
+    count: int = 40
+    least: float = 0.2
+    most: float = 1.0
+
+    def __post_init__(self):
+        make_plain(self)
+        check_int("count", self.count, "Use 40.", least=2)
+        check_number("least", self.least, "Use 0.2.", above=0, below=1)
+        remedy = "Use 1.0, or 2.0 for floats, whose largest values lie far apart."
+        check_number("most", self.most, remedy, least=1)
+
+    @property
+    def room(self):  # type: ignore[override]
+        return self.most
+
+    def clips_tried(self, dtype):
+        return jnp.linspace(self.most, self.least, self.count, dtype=dtype)
+
+    def idempotent(self, format, scale_type=FULL):
+        # Clip 1 has no error on quantized values, unless the grid has uneven ends. The
+        # largest values of a tensor may be clipped, and all of its scales change then.
+        return format.low == -format.high and not scale_type.has_tensor_divisor
 
     def __str__(self):
-        return f"searched among {self.count}"
+        most = "" if self.most == 1 else f" up to {self.most:g}"
+        return f"searched among {self.count}{most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FourOverSix(_LeastSquares):
+    """AbsMax at 6 or at 4 of FP4, whichever has the smaller squared error in a group.
+
+    Between 4 and 6 FP4 has no value, so groups with several large values prefer 4. The
+    scale of a tensor's largest magnitude is stored as 256 or 384. With
+    `nvfp4(scale=FourOverSix())` files and programs for NVFP4 take the result as it is.
+
+    Source: Four Over Six, arXiv 2512.02010.
+    """
+
+    room = 1.75
+
+    def check(self, format, scale_type):
+        if format != Float("e2m1"):
+            raise ValueError(
+                f"`scale` FourOverSix needs the format Float('e2m1'), which has 4 and "
+                f"6; got {format}. Use nvfp4(scale=FourOverSix()), or Searched()."
+            )
+
+    def clips_tried(self, dtype):
+        return jnp.array([1, 1.5], dtype)
+
+    def clips(self, format):
+        return False
+
+    def __str__(self):
+        return "four over six"
 
 
 @dataclasses.dataclass(frozen=True)
