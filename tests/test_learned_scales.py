@@ -171,6 +171,19 @@ def test_codes_have_the_values_of_training(quantizer, dtype, x_dtype, rng):
     jax.tree.map(np.testing.assert_array_equal, same, codes)
 
 
+def test_a_calibrated_scale_is_used_as_it_is_stored(rng):
+    rule = Calibrated(decay=0.9)
+    x = jnp.asarray(weights(rng), jnp.float32)
+    for kind in (Narrow("bfloat16"), PowerOfTwo()):
+        quantizer = cage.Quantizer(Integer(4), rule, axis=0, scale_type=kind)
+        grids = (fit_grid(factor * x, quantizer) for factor in (1, 1.37))
+        grid = rule.merged(*grids, quantizer.format)
+        value, _, codes, decoded, _ = everything(quantizer, x, grid, x)
+        np.testing.assert_array_equal(value, decoded)
+        stored = np.float32(grid.scale).astype(kind.dtype)
+        np.testing.assert_array_equal(codes.scale, stored)
+
+
 def test_any_learned_scale_can_be_stored(rng):
     # Of all sizes, with NaN where one is not positive.
     scale = np.float32(2.0 ** rng.uniform(-126, 127, (64, 1)))
@@ -458,7 +471,7 @@ def test_shards_store_the_scales_of_the_whole(rng):
 def test_files_of_nvfp4_take_them(rng, tmp_path):
     params = params_of(CONFIG)
     rules = {
-        "layers/up/kernel": FourOverSix(),
+        ".*(up|gate)/kernel": FourOverSix(),
         "layers/down/kernel": Learned(start=Searched(20, most=2)),
     }
     rules = [(path, nvfp4(axis=-2, scale=scale)) for path, scale in rules.items()]
