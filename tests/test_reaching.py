@@ -252,6 +252,16 @@ def masked_by_the_same(p, x):
     return (x @ p["v"]) @ (p["w"] * mask)
 
 
+def positions(p, x):
+    """Adds a table to one example, for which nothing is repeated."""
+    return (x + p["w"][:4]) @ p["v"]
+
+
+def a_bias_of_attention(p, x):
+    scores = (x @ p["v"]) @ p["v"].T  # of (tokens, tokens)
+    return jax.nn.softmax(scores + p["w"][:4]) @ jnp.eye(8)
+
+
 NAMED = [
     (custom_vjp, "its product is inside `custom_vjp_call`"),
     (kernel, "its product is inside `pallas_call`"),
@@ -259,7 +269,9 @@ NAMED = [
     (computed_elsewhere, "its product is inside `pure_callback`"),
     (summed_by_hand, "`mul` joins it with data, and no matrix product"),
     (looked_up, r"it is only looked up \(`gather`\)"),
-    (masked_by_the_same, "it is joined with data, and both factors of `dot_general`"),
+    (masked_by_the_same, "it is joined with data before `dot_general`"),
+    (positions, "it is joined with data before `dot_general`"),
+    (a_bias_of_attention, "`add` joins it with data, and no matrix product"),
 ]
 
 

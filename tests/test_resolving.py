@@ -151,6 +151,10 @@ ONE_WEIGHT = {
         *((32, 32), [X], (1,)),
     ),
     "masked": (lambda p, x, m: x @ (p["w"] * m).T, (32, 32), [X, MASK], (1,)),
+    "with a change that is given": (
+        lambda p, x, m: x @ (p["w"] + m).T,
+        *((32, 32), [X, MASK], (1,)),
+    ),
     "chosen": (
         lambda p, x, m: x @ jnp.where(m > 0, p["w"], 0.0).T,
         *((32, 32), [X, MASK], (1,)),

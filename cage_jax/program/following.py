@@ -119,7 +119,11 @@ class Follower:
         """Returns the origins of the outputs, the products, and what is lost."""
         name = eqn.primitive.name
         if name in PRODUCTS and (found := product_of(eqn, origins)) is not None:
-            return [only_data(origins)], [found[0]], {}
+            product, side = found
+            # Another parameter, joined with data earlier, is an input here.
+            inputs = origins[side].paths
+            out = only_data(origins, activated=not inputs)
+            return [out], [product], dict.fromkeys(inputs, Loss(name))
         if eqn.params.get("name") == FAKE_QUANT:
             # Products inside of it, with a matrix that rotates, are not the model's.
             return [origins[0]], [], {}

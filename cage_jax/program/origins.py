@@ -3,7 +3,8 @@
 A value made of parameters alone is a weight, with the axes of the parameters that lie
 along its own: through a transpose, a reshape or a row of a stack it is known which axes
 a product sums over. A weight stays one if it is masked by data, chosen by data, or a
-matrix that data picks out of a stack.
+matrix that data picks out of a stack; or if noise or another weight that is given as
+data is added to it. What is added to an activation is a bias, and becomes data.
 """
 
 import math
@@ -18,8 +19,10 @@ _STACK = frozenset(
     [("", 0)]
 )  # of an axis that numbers parameters, and is none of theirs
 
-# Operations on elements that leave a weight a weight if one of their factors is data.
-_MIXING = ("mul", "div", "add", "sub", "add_any", "max", "min", "select_n", "and", "or")
+# Operations on elements that leave a weight a weight if one of their factors is data;
+# the sums only if this is no activation.
+_SUMS = ("add", "sub", "add_any")
+_MIXING = (*_SUMS, "mul", "div", "max", "min", "select_n", "and", "or")
 
 
 class Origin(NamedTuple):
@@ -29,11 +32,14 @@ class Origin(NamedTuple):
       paths: the paths of the parameters that a weight is made of; empty for data.
       axes: for each axis of a weight, the axes of the parameters that lie along it.
       data: the inputs with data that it depends on, a bit for each.
+      activated: whether it is computed from a product of a parameter with data alone,
+        or from rows of one that data looks up.
     """
 
     paths: tuple[str, ...] = ()
     axes: tuple[frozenset[Label], ...] = ()
     data: int = 0
+    activated: bool = False
 
     @property
     def is_data(self) -> bool:
@@ -59,12 +65,13 @@ def of_data(number: int) -> Origin:
     return Origin(data=1 << number)
 
 
-def only_data(origins: Iterable[Origin]) -> Origin:
+def only_data(origins: Sequence[Origin], activated: bool = False) -> Origin:
     """Returns the origin of data that is computed from all of these."""
     data = 0
     for origin in origins:
         data |= origin.data
-    return Origin(data=data)
+        activated |= origin.activated
+    return Origin(data=data, activated=activated)
 
 
 def either(origins: Sequence[Origin]) -> Origin:
@@ -72,9 +79,7 @@ def either(origins: Sequence[Origin]) -> Origin:
     if any(origin.is_data for origin in origins):
         return only_data(origins)
     weights = [origin for origin in origins if origin.paths]
-    return _weight(
-        weights, [origin.axes for origin in weights], only_data(origins).data
-    )
+    return _weight(weights, [origin.axes for origin in weights], origins)
 
 
 def after(eqn: JaxprEqn, origins: Sequence[Origin]) -> tuple[Origin, frozenset[Label]]:
@@ -93,13 +98,16 @@ def after(eqn: JaxprEqn, origins: Sequence[Origin]) -> tuple[Origin, frozenset[L
         operands, long = chosen(eqn)
         if long is not None and len(long) < 2:
             rows = _NONE.union(*(origins[0].axes[axis] for axis in long))
-            return only_data(origins), rows
+            return only_data(origins, activated=True), rows
         origins = [
             o if place in operands else CONSTANT for place, o in enumerate(origins)
         ]
         weights = [place for place in weights if place in operands]
     if any(origin.is_data for origin in origins):
-        mixes = eqn.primitive.name in _MIXING
+        name = eqn.primitive.name
+        mixes = name in _MIXING
+        if name in _SUMS:
+            mixes = not any(o.is_data and o.activated for o in origins)
         shapes = {p: _shape(eqn.invars[p]) for p in weights}
         whole = all(_is_matrix(origins[p], shape) for p, shape in shapes.items())
         # A weight that is repeated for each example becomes data.
@@ -108,8 +116,7 @@ def after(eqn: JaxprEqn, origins: Sequence[Origin]) -> tuple[Origin, frozenset[L
             return only_data(origins), _NONE
     out = _shape(eqn.outvars[0])
     axes = [_moved(eqn, p, origins[p].axes, out) for p in weights]
-    found = _weight([origins[p] for p in weights], axes, only_data(origins).data)
-    return found, _NONE
+    return _weight([origins[p] for p in weights], axes, origins), _NONE
 
 
 def dot_axes(
@@ -120,12 +127,14 @@ def dot_axes(
     axes = [origins[0].axes[a] | origins[1].axes[b] for a, b in zip(batch, rhs_batch)]
     for origin, places in zip(origins, kept):
         axes += [origin.axes[place] for place in places]
-    return _weight(origins, [tuple(axes)], only_data(origins).data)
+    return _weight(origins, [tuple(axes)], origins)
 
 
-def _weight(origins, axes, data) -> Origin:
-    paths = tuple(dict.fromkeys(path for origin in origins for path in origin.paths))
-    return Origin(paths, tuple(_NONE.union(*each) for each in zip(*axes)), data)
+def _weight(weights, axes, origins) -> Origin:
+    """Returns the origin of a weight that is made of several, of all these origins."""
+    paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
+    merged = tuple(_NONE.union(*each) for each in zip(*axes))
+    return only_data(origins)._replace(paths=paths, axes=merged)
 
 
 def _shape(atom):

@@ -161,8 +161,9 @@ def _why_lost(loss):
         )
     if loss.operation in PRODUCTS:
         return (
-            f"it is joined with data, and both factors of `{loss.operation}` depend on "
-            f"that data, so it is not known which one is the weight. {remedy}"
+            f"it is joined with data before `{loss.operation}`, whose other factor "
+            f"depends on that data or is a weight, so it is not the weight there. "
+            f"{remedy}"
         )
     return (
         f"`{loss.operation}` joins it with data, and no matrix product or convolution "
