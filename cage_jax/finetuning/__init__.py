@@ -4,6 +4,7 @@ The pieces are functions of parameters and batches, and work with models of any
 framework.
 
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
+- `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `merge` makes codes of adapters and frozen weights.
@@ -13,7 +14,18 @@ framework.
 
 from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
+from cage_jax.finetuning.divergence import kl
 from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
+from cage_jax.finetuning.top_logits import TopLogits
 
-__all__ = ["choose_bits", "fisher", "low_rank", "merge", "only_scales", "weights"]
+__all__ = [
+    "TopLogits",
+    "choose_bits",
+    "fisher",
+    "kl",
+    "low_rank",
+    "merge",
+    "only_scales",
+    "weights",
+]
