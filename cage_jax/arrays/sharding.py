@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,3 +76,15 @@ def devices_along(sharding: NamedSharding, ndim: int) -> list[int]:
     names = [(n,) if isinstance(n, str) else n or () for n in sharding.spec]
     counts = [math.prod(sharding.mesh.shape[n] for n in each) for each in names]
     return counts + [1] * (ndim - len(counts))
+
+
+def varying_alike(*arrays: jax.Array | None) -> list[Any]:
+    """Marks all arrays in a `shard_map` as varying along every axis that one varies."""
+    present = [array for array in arrays if array is not None]
+    own = [jax.typeof(array).manual_axis_type.varying for array in present]
+    every = frozenset().union(*own)
+    cast = iter(
+        lax.pcast(array, tuple(every - axes), to="varying") if every - axes else array
+        for array, axes in zip(present, own)
+    )
+    return [None if array is None else next(cast) for array in arrays]

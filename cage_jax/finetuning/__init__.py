@@ -4,8 +4,8 @@ The pieces are functions of parameters and batches, and work with models of any
 framework.
 
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
-- `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
+- `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `merge` makes codes of adapters and frozen weights.
 - `only_scales` trains learned scales and leaves the weights as they are.

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
+from cage_jax.arrays.sharding import varying_alike
 
 # Numbers in a chunk: 2 MiB of float32, which stay in the cache of a core.
 _AT_ONCE = 2**19
@@ -39,37 +40,37 @@ def by_rows(function: Callable, x: jax.Array, beside: Any = ()) -> Any:
 def _chunked(function, x, beside):
     """Computes a function of rows in a loop, whose first result replaces `x`."""
     of_chunk = functools.partial(function, whole=False)
-    shapes, structure = jax.tree.flatten(jax.eval_shape(of_chunk, x, beside))
     given, beside_structure = jax.tree.flatten(beside)
-    dtypes = [each.dtype for each in shapes]
-    results = [_as_words(jnp.zeros(each.shape, each.dtype)) for each in shapes]
+    shapes, structure = jax.tree.flatten(jax.eval_shape(of_chunk, x, beside))
     in_place = shapes[0].shape == x.shape and shapes[0].dtype == x.dtype
-    x, x_dtype = _as_words(x), x.dtype
-    words = [_as_words(each) for each in given]
+    empty = [jnp.zeros(each.shape, each.dtype) for each in shapes[in_place:]]
+    words = [_as_words(each) for each in varying_alike(x, *given, *empty)]
+    read, results = words[: 1 + len(given)], words[1 + len(given) :]
     if in_place:
-        results[0] = x
+        results = [read.pop(0), *results]
     size = min(x.shape[0], max(1, _AT_ONCE // max(1, x.shape[1])))
 
     def one_more(start, results, size):
-        def cut(array, dtype):
-            return _as_dtype(lax.dynamic_slice_in_dim(array, start, size), dtype)
-
-        rows = cut(results[0] if in_place else x, x_dtype)
-        parts = [cut(array, each.dtype) for array, each in zip(words, given)]
-        found = of_chunk(rows, beside_structure.unflatten(parts))
+        sources = [results[0], *read] if in_place else read
+        rows, *parts = (
+            _as_dtype(lax.dynamic_slice_in_dim(array, start, size), each.dtype)
+            for array, each in zip(sources, [x, *given])
+        )
+        found = of_chunk(rows, jax.tree.unflatten(beside_structure, parts))
         return [
             lax.dynamic_update_slice_in_dim(every, _as_words(part), start, 0)
             for every, part in zip(results, jax.tree.leaves(found))
         ]
 
     if size:
-        whole_chunks, rest = divmod(x.shape[0], size)
+        chunks, rest = divmod(x.shape[0], size)
         results = lax.fori_loop(
-            0, whole_chunks, lambda i, all: one_more(i * size, all, size), results
+            0, chunks, lambda i, results: one_more(i * size, results, size), results
         )
         if rest:
             results = one_more(x.shape[0] - rest, results, rest)
-    return structure.unflatten(map(_as_dtype, results, dtypes))
+    found = [_as_dtype(each, shape.dtype) for each, shape in zip(results, shapes)]
+    return jax.tree.unflatten(structure, found)
 
 
 def _as_words(x):

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from cage_jax.arrays.sharding import varying_alike
 from cage_jax.arrays.tile_order import LANES
 from cage_jax.pallas.strips import result_like
 from cage_jax.pallas.tiling import ProductTiling
@@ -43,7 +44,7 @@ def product(
     """
     (tokens, length), out = inputs.shape, weights.shape[1]
     start = tiling.format.code_offset or 0
-    inputs, codes, scale, zero_point, offset, divisor = _varying_alike(
+    inputs, codes, scale, zero_point, offset, divisor = varying_alike(
         inputs,
         weights.codes,
         weights.scale,
@@ -161,18 +162,6 @@ def _add_sums(refs, tiling, shifted, i):
         for n, rows in enumerate(_slices(sums, tiling.tokens)):
             total = total + rows * refs.step[pl.ds(group + n, 1)]
     refs.total[...] = total
-
-
-def _varying_alike(*arrays):
-    """Marks all arrays in a `shard_map` as varying along every axis that one varies."""
-    present = [array for array in arrays if array is not None]
-    own = [jax.typeof(array).manual_axis_type.varying for array in present]
-    every = frozenset().union(*own)
-    cast = iter(
-        lax.pcast(array, tuple(every - axes), to="varying") if every - axes else array
-        for array, axes in zip(present, own)
-    )
-    return [None if array is None else next(cast) for array in arrays]
 
 
 def _in_rows(x, tiling):
