@@ -126,7 +126,8 @@ def test_quantizers_of_inputs_have_a_line():
     text = str(rules.report({"w": np.ones((4, 2), np.float32), "b": np.ones(2)}))
     assert text.endswith(
         "inputs of 1 parameters, such as w: int8 absmax, axis -1, identity; quantized "
-        "only in the model that quantize_activations(model, rules) returns"
+        "only in what quantize_activations(model, rules) or "
+        "cage.flax.fake_quant(model, rules) returns"
     )
 
 

@@ -148,8 +148,9 @@ class Report(Shown):
         if inputs := [row for row in self.rows if row.inputs is not None]:
             notes.append(
                 f"inputs of {len(inputs)} parameters, such as {inputs[0].path}: "
-                f"{inputs[0].inputs}; quantized only in the model that "
-                f"quantize_activations(model, rules) returns"
+                f"{inputs[0].inputs}; quantized only in what "
+                f"quantize_activations(model, rules) or "
+                f"cage.flax.fake_quant(model, rules) returns"
             )
         notes += [f"unused rule: {pattern!r}" for pattern in self.unused_rules]
         return cells, 3, [*notes, *self.splits, *self.costs]
