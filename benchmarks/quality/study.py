@@ -49,8 +49,8 @@ PLAN = {
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
-    "g2p": "285 cells, most of them trainings of 3000 steps of two GRUs: 20 hours",
-    "minilm": "133 cells, most of them trainings of 2000 steps of a BERT: 20 hours",
+    "g2p": "185 cells, most of them trainings of 3000 steps of two GRUs: 8 hours",
+    "minilm": "133 cells, most of them trainings of 2000 steps of a BERT: 8 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }
 

@@ -66,14 +66,14 @@ def results(folder):
 def test_the_whole_path(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder) == 0
     found = results(folder)
-    assert set(found["targets"]) == set(example.TARGETS)
+    assert set(found["targets"]) == set(example.SHIPPED)
     for row in found["targets"].values():
         assert abs(row["difference"]) < example.AGREEMENT + 2 * row["error"]
         assert row["error"] < 0.01
         # The weights are random and the steps few, so that 4 bits cost some percent.
         # The text is the source of the example, and its perplexity changes with it.
-        most = 1.1 * found["base"]
-        assert 1 < row["QAT"] < most and 1 < row["PTQ"] < most
+        assert [*row["after"]] == ["rounded", "gptq", "trained"]
+        assert all(1 < value < 1.1 * found["base"] for value in row["after"].values())
     assert (folder / "out" / "q4_0.gguf").is_file()
     assert (folder / "out" / "ct_w4a16" / "model.safetensors").is_file()
     # A finished run is not touched, and with --resume it is not trained again.
@@ -82,6 +82,28 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder, "--resume") == 0
     assert "base was trained before" in capsys.readouterr().out
     assert results(folder) == found
+
+
+@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+def test_every_piece_on_and_off(folder, monkeypatch, capsys):
+    out = folder / "pieces"
+    flags = ["--targets", "int3", "--blocks", "--scales", "--out", out]
+    assert run(monkeypatch, folder, *flags) == 0
+    (row,) = json.loads((out / "results.json").read_text())["results"][
+        "targets"
+    ].values()
+    stages = ["rounded", "gptq", "blocks", "trained", "scales"]
+    assert [*row["after"]] == stages and row["difference"] == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "GPTQ; block by block; 6 steps, distilled, with CAGE; 2 steps of" in printed
+    assert "GB of logits" in printed
+    out = folder / "plain"
+    flags = ["--targets", "w4a4", "--start", "rounded", "--no-distill", "--no-cage"]
+    assert run(monkeypatch, folder, *flags, "--out", out) == 0
+    (row,) = json.loads((out / "results.json").read_text())["results"][
+        "targets"
+    ].values()
+    assert [*row["after"]] == ["rounded", "trained"]
 
 
 def test_refused(folder, monkeypatch, capsys, tmp_path):
