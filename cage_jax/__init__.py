@@ -83,6 +83,7 @@ __all__ = [
     "mxfp8",
     "nf4",
     "nvfp4",
+    "plan",
     "post_step",
     "q4_0",
     "q4_1",
@@ -113,6 +114,7 @@ _FUNCTIONS = {
     "load": "export.loading",
     "low_bit": "program.low_bit",
     "low_bit_dot": "core.low_bit_dot",
+    "plan": "finetuning.planning",
     "quantize_activations": "program.activations",
     "report": "program.model_report",
     "resolve": "program.resolving",
@@ -156,6 +158,7 @@ if TYPE_CHECKING:
     from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.loading import load
     from cage_jax.finetuning.choosing_bits import choose_bits
+    from cage_jax.finetuning.planning import plan
     from cage_jax.optim import curvature as curvature
     from cage_jax.optim import weightings as weightings
     from cage_jax.program import kv_cache as kv_cache

@@ -58,6 +58,7 @@ CONTRACT = [
     "ternary",
     "with_grids",
     "choose_bits",
+    "plan",
     "choose_rotation",
     "quantize_activations",
     "calibrate",

@@ -3,23 +3,26 @@
 The pieces are functions of parameters and batches, and work with models of any
 framework.
 
+- `plan` says how to spend a budget of training tokens, as a `Plan`.
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
-- `low_rank` freezes weights in few bits and gives each a low-rank adapter.
-- `merge` makes codes of adapters and frozen weights.
 - `only_scales` trains learned scales and leaves the weights as they are.
+- `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `weights` makes parameters of them, through which the adapters are trained.
+- `merge` makes codes of adapters and frozen weights.
 """
 
 from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
 from cage_jax.finetuning.divergence import kl
+from cage_jax.finetuning.planning import Plan, plan
 from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
 from cage_jax.finetuning.top_logits import TopLogits
 
 __all__ = [
+    "Plan",
     "TopLogits",
     "choose_bits",
     "fisher",
@@ -27,5 +30,6 @@ __all__ = [
     "low_rank",
     "merge",
     "only_scales",
+    "plan",
     "weights",
 ]
