@@ -68,6 +68,7 @@ __all__ = [
     "dose",
     "fake_quant",
     "fp8",
+    "gptq",
     "init_from",
     "int2",
     "int3",
@@ -111,6 +112,7 @@ _FUNCTIONS = {
     "calibrate": "program.activations",
     "choose_bits": "finetuning.choosing_bits",
     "choose_rotation": "core.choose_rotation",
+    "gptq": "finetuning.gptq",
     "load": "export.loading",
     "low_bit": "program.low_bit",
     "low_bit_dot": "core.low_bit_dot",
@@ -158,6 +160,7 @@ if TYPE_CHECKING:
     from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.loading import load
     from cage_jax.finetuning.choosing_bits import choose_bits
+    from cage_jax.finetuning.gptq import gptq
     from cage_jax.finetuning.planning import plan
     from cage_jax.optim import curvature as curvature
     from cage_jax.optim import weightings as weightings

@@ -46,6 +46,7 @@ CONTRACT = [
     "ct_w4a16",
     "ct_w8a8",
     "fp8",
+    "gptq",
     "lsq",
     "mxfp4",
     "mxfp6",

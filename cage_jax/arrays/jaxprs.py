@@ -76,7 +76,7 @@ def evaluate_except(
     def read(atoms):
         return [a.val if isinstance(a, Literal) else known[a] for a in atoms]
 
-    begin, last_read = 0, _last_reads(jaxpr)
+    begin, last_read = 0, last_reads(jaxpr, jaxpr.outvars)
     for place in [*sorted(rules), len(jaxpr.eqns)]:
         between = jaxpr.eqns[begin:place]
         outputs = [
@@ -86,7 +86,7 @@ def evaluate_except(
             if last_read.get(out, -1) >= place
         ]
         if between:
-            inputs = _read_by(between)
+            inputs = read_by(between)
             found = _computed(between, inputs, read(inputs), outputs)
             known.update(zip(outputs, found, strict=True))
         if place in rules:
@@ -97,16 +97,19 @@ def evaluate_except(
     return read(jaxpr.outvars)
 
 
-def _last_reads(jaxpr):
-    """Returns the number of the last equation that reads each variable."""
-    last = {}
+def last_reads(jaxpr: Jaxpr, outputs: Sequence[Any]) -> dict[Any, int]:
+    """Returns the number of the last equation that reads each variable.
+
+    Those of `outputs` are read after all equations.
+    """
+    last: dict[Any, int] = {}
     for number, eqn in enumerate(jaxpr.eqns):
         last.update({a: number for a in eqn.invars if not isinstance(a, Literal)})
-    outputs = (a for a in jaxpr.outvars if not isinstance(a, Literal))
-    return last | dict.fromkeys(outputs, len(jaxpr.eqns))
+    read = (a for a in outputs if not isinstance(a, Literal))
+    return last | dict.fromkeys(read, len(jaxpr.eqns))
 
 
-def _read_by(eqns):
+def read_by(eqns: Sequence[JaxprEqn]) -> list[Any]:
     """Returns the variables that equations read and do not compute, each once."""
     read: dict[Any, None] = {}
     own: set[Any] = set()
@@ -124,11 +127,18 @@ def unchanged(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _computed(eqns, inputs, values, outputs):
+    return jaxpr_as_fun(part_of(eqns, inputs, outputs))(*values)
+
+
+def part_of(
+    eqns: Sequence[JaxprEqn], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> ClosedJaxpr:
+    """Returns the program of some equations, from variables to variables."""
     names = tuple(("",) * len(each) for each in (inputs, outputs))
     about = DebugInfo("unchanged", eqns[0].primitive.name, *names)
-    effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = Jaxpr((), inputs, outputs, eqns, effects, about)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*values)
+    effects: frozenset = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = Jaxpr((), [*inputs], [*outputs], [*eqns], effects, about)
+    return ClosedJaxpr(jaxpr, ())
 
 
 def called(eqn: JaxprEqn, *, custom_derivatives: bool = False) -> ClosedJaxpr | None:

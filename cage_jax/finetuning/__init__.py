@@ -6,6 +6,7 @@ framework.
 - `plan` says how to spend a budget of training tokens, as a `Plan`.
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
+- `gptq` rounds parameters so that their products with data change little.
 - `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
 - `only_scales` trains learned scales and leaves the weights as they are.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
@@ -16,6 +17,7 @@ framework.
 from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
 from cage_jax.finetuning.divergence import kl
+from cage_jax.finetuning.gptq import gptq
 from cage_jax.finetuning.planning import Plan, plan
 from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
@@ -26,6 +28,7 @@ __all__ = [
     "TopLogits",
     "choose_bits",
     "fisher",
+    "gptq",
     "kl",
     "low_rank",
     "merge",
