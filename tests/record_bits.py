@@ -23,6 +23,7 @@ import optax
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import cage_jax as cage
+from cage_jax.quantizers.scales import AbsMax, FourOverSix, Learned
 
 SHAPES = [
     (256, 128),
@@ -48,6 +49,9 @@ PRESETS = {
     "lsq": cage.lsq(),
     "lsq 2": cage.lsq(2),
     "ternary": cage.ternary(),
+    "seq": cage.seq(**INPUTS),
+    "nvfp4 learned": cage.nvfp4(scale=Learned(start=AbsMax()), **INPUTS),
+    "nvfp4 four over six": cage.nvfp4(scale=FourOverSix(), **INPUTS),
     **{
         preset.__name__: preset(**INPUTS)
         for preset in (

@@ -10,6 +10,7 @@ from cases import assert_raises
 import cage_jax as cage
 from cage_jax import Rules, calibrate, fake_quant, int4, int8, quantize_activations
 from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.scale_types import Float8
 from cage_jax.quantizers.scales import AbsMax, Calibrated, Learned, MinMax, Percentile
 
 STATIC = int8(axis=None, scale=Calibrated())
@@ -194,6 +195,14 @@ def test_what_cannot_be_calibrated(params, x):
             call([(x,)], per_token),
             ValueError,
             "`w/inputs`: `inputs` must not have a calibrated",
+        ),
+        (
+            call(
+                [(x,)],
+                cage.Quantizer(Integer(8), Calibrated(), axis=0, scale_type=Float8()),
+            ),
+            ValueError,
+            "`w/inputs`: `inputs` must not have .* per feature and one more",
         ),
         (call([]), ValueError, "`batches` must have a batch"),
         (

@@ -61,6 +61,12 @@ def fit_input_grid(
             f"`inputs` must not have a calibrated or learned scale per token, since "
             f"tokens differ; got {quantizer}. Use axis=None or axis=0."
         )
+    if quantizer.scale_type.has_tensor_divisor and quantizer.axis is not None:
+        raise ValueError(
+            f"`inputs` must not have a calibrated or learned scale per feature and one "
+            f"more for all; got {quantizer}. Use Float8(tensor_divisor=False), or "
+            f"axis=None."
+        )
     keep = () if quantizer.axis is None else tuple(x.shape[a] for a in features)
     x, quantizer, _, _ = arranged(x, features, quantizer, None)
     grid, blocks = fit_grid(x, quantizer), quantizer.blocks(x.shape)
