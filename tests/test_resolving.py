@@ -1,5 +1,7 @@
 """The axes of weights, found in programs; which ones are right is told by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -424,3 +426,19 @@ def test_factors_of_a_weight_are_left_alone_in_suggestions():
 
     rules = cage.suggest(apply, params, X, show=False)
     assert [*rules.resolved] == ["a"]
+
+
+@pytest.mark.parametrize("sizes", [(32, 64), (32, 64, 32), (32, 64, 32, 64)])
+def test_the_ends_of_a_model_without_a_middle_are_suggested(sizes, capsys):
+    params = [shape(*pair) for pair in itertools.pairwise(sizes)]
+
+    def apply(p, x):
+        for kernel in p:
+            x = jnp.tanh(x @ kernel)
+        return x
+
+    rules = cage.suggest(apply, params, X)
+    found, all_of = [*rules.resolved], [str(i) for i in range(len(params))]
+    assert found == (["1"] if len(params) == 3 else all_of)
+    printed = capsys.readouterr().out
+    assert ("No layer is left alone for being" in printed) == (len(params) < 3)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from cage_jax.core.rules import Rules
@@ -23,6 +23,10 @@ _GROUPS = (128, 64, 32)  # for codes of at most 4 bits, the first that divides
 _MOST_BITS_IN_GROUPS = 4
 _FEW_EXPERTS = 4  # times as many inputs has a router
 _FEWEST_WEIGHTS = 1024  # smaller parameters are not worth it
+_ENDS = (
+    "\nNo layer is left alone for being the first or the last one, since there would "
+    "be no others."
+)
 # Routers of experts are small, and an error in them sends a token elsewhere.
 _ROUTER = re.compile(
     r"(.*/)?(router|gating|switch|(?P<gate>gate))(/(kernel|weight|w))?"
@@ -44,6 +48,8 @@ def suggest(
     multiplied with data gets the quantizers, except for what is usually left alone: the
     first layer, which is the embedding if there is one; the last layer; routers of
     experts; and what has fewer than 1024 weights. Norms and biases are in no product.
+    If nothing is left, as in a model of two layers, the first and the last layer get
+    quantizers too; an embedding that is looked up stays alone.
     Codes of at most 4 bits share scales in groups of 128, 64 or 32, the first that
     divides what is summed over, and otherwise along all of it.
 
@@ -93,7 +99,11 @@ def suggest(
         axes,
         _reasons(followed, shapes, axes),
     )
-    choices = {path: choose(path, shape) for path, shape in shapes.items()}
+    choices, remark = choose.all(shapes), ""
+    if not any(choice.weights for choice in choices.values()):
+        # The ends are all that there is.
+        choose = choose._replace(reasons=_reasons(followed, shapes, axes, ends=False))
+        choices, remark = choose.all(shapes), _ENDS
     if not any(choice.weights for choice in choices.values()):
         told = ", ".join(f"{path}: {c.reason}" for path, c in [*choices.items()][:4])
         raise ValueError(
@@ -109,7 +119,7 @@ def suggest(
     ]
     rules = Rules([*entries, (".*", None)]).at(params, axes)
     if show:
-        print(_text(rules, params, patterns, axes))
+        print(_text(rules, params, patterns, axes) + remark)
     return rules
 
 
@@ -136,6 +146,10 @@ class _Chooser(NamedTuple):
     axes: dict[str, WeightAxes]
     reasons: dict[str, str]
 
+    def all(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Choice]:
+        """Returns the choice for each parameter, by path."""
+        return {path: self(path, shape) for path, shape in shapes.items()}
+
     def __call__(self, path: str, shape: tuple[int, ...]) -> _Choice:
         if path in self.reasons:
             return _Choice(None, None, self.reasons[path])
@@ -150,8 +164,8 @@ class _Chooser(NamedTuple):
         return _Choice(weights, inputs, None if inputs else "not quantized")
 
 
-def _reasons(followed, shapes, axes) -> dict[str, str]:
-    """Returns why parameters are left alone, by path."""
+def _reasons(followed, shapes, axes, ends=True) -> dict[str, str]:
+    """Returns why parameters are left alone, by path; without `ends` no layer is."""
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     products = [p for p in followed.products if p.contracted]
     multiplied = {path for product in products for path in product.paths}
@@ -169,10 +183,12 @@ def _reasons(followed, shapes, axes) -> dict[str, str]:
             found[path] = f"fewer than {_FEWEST_WEIGHTS} weights"
         elif _is_router(path, shapes[path], products):
             found[path] = "a router of experts"
+    if not products or not ends:
+        return found
     # In a stack of layers no layer is the first or the last.
-    if products and not looked_up and not products[0].repeats:
+    if not looked_up and not products[0].repeats:
         found |= dict.fromkeys(products[0].paths, "the first layer")
-    if products and not products[-1].repeats:
+    if not products[-1].repeats:
         found |= dict.fromkeys(products[-1].paths, "the last layer")
     return found
 
