@@ -7,6 +7,9 @@ framework.
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `gptq` rounds parameters so that their products with data change little.
+- `blocks` finds the layers of a model in its parameters, a `Block` each.
+- `reconstruct` trains block after block to return what it does in full precision.
+- `reconstruction_memory` says how many bytes that takes.
 - `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
 - `only_scales` trains learned scales and leaves the weights as they are.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
@@ -18,14 +21,25 @@ from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.choosing_bits import choose_bits
 from cage_jax.finetuning.divergence import kl
 from cage_jax.finetuning.gptq import gptq
+from cage_jax.finetuning.model_blocks import Block, blocks
 from cage_jax.finetuning.planning import Plan, plan
+from cage_jax.finetuning.reconstruction import (
+    Memory,
+    Reconstructed,
+    reconstruct,
+    reconstruction_memory,
+)
 from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
 from cage_jax.finetuning.top_logits import TopLogits
 
 __all__ = [
+    "Block",
+    "Memory",
     "Plan",
+    "Reconstructed",
     "TopLogits",
+    "blocks",
     "choose_bits",
     "fisher",
     "gptq",
@@ -34,5 +48,7 @@ __all__ = [
     "merge",
     "only_scales",
     "plan",
+    "reconstruct",
+    "reconstruction_memory",
     "weights",
 ]

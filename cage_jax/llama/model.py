@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from cage_jax._project import missing
 from cage_jax.core.inputs import of_features
 from cage_jax.core.quantize import fake_quant
+from cage_jax.finetuning.model_blocks import Block
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.program.kv_cache import KVCache, quantize_kv
 from cage_jax.quantizers.quantizer import Quantizer
@@ -237,12 +238,75 @@ def logits(
       >>> llama.logits(params, jnp.zeros((1, 8), jnp.int32), config).shape
       (1, 8, 256)
     """
-    graphdef, state = _abstract(config, jnp.dtype(dtype), inputs, kv)
-    if isinstance(params, nnx.State):
-        params = nnx.to_pure_dict(params)
-    state = jax.tree.map(lambda leaf: leaf, state)  # replaced in place
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens)
+    abstract = _abstract(Llama, config, jnp.dtype(dtype), inputs, kv)
+    return _with_params(abstract, params)(tokens)
+
+
+def embed(
+    params: Any, tokens: jax.Array, *, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Looks up the inputs of a Llama's first layer.
+
+    Args:
+      params: as in `logits`.
+      tokens: (batch, sequence), ints.
+      dtype: as in `Llama`.
+
+    Returns:
+      An array (batch, sequence, width) of `dtype`.
+
+    Example:
+      >>> from cage_jax import llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> import jax.numpy as jnp
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> params = llama.initial_params(config, seed=0)
+      >>> llama.embed(params, jnp.zeros((1, 8), jnp.int32)).shape
+      (1, 8, 64)
+    """
+    table = _pure(params)["embedding"]["embedding"]
+    return jnp.take(jnp.asarray(table, dtype), tokens, axis=0)
+
+
+def blocks(
+    config: LlamaConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    inputs: Quantizer | None = None,
+    kv: Quantizer | None = None,
+) -> list[Block]:
+    """Makes a block of each layer, for `cage_jax.finetuning.reconstruct`.
+
+    The inputs of the first one are those of `embed`, the tokens of a batch.
+
+    Args:
+      config: the model's dimensions.
+      dtype: as in `Llama`.
+      inputs: as in `Llama`; the teacher's layers have none.
+      kv: as in `Llama`; the teacher's layers have none.
+
+    Example:
+      >>> from cage_jax import llama
+      >>> from cage_jax.llama.config import LlamaConfig
+      >>> config = LlamaConfig(vocabulary=256, width=64, hidden=192, layers=2, heads=4)
+      >>> [block.name for block in llama.blocks(config)]
+      ['layers[0]', 'layers[1]']
+    """
+    function = _layer_of(config, jnp.dtype(dtype), inputs, kv)
+    teacher = _layer_of(config, jnp.dtype(dtype), None, None)
+    return [Block(function, "layers", row, teacher) for row in range(config.layers)]
+
+
+@functools.lru_cache(maxsize=16)
+def _layer_of(config, dtype, inputs, kv):
+    """Returns a layer as a function; one of each kind, so that it is compiled once."""
+    abstract = _abstract(Layer, config, dtype, inputs, kv)
+
+    def layer(params, x):
+        y, _ = _with_params(abstract, params)(x.reshape(-1, x.shape[-1]), *x.shape[:2])
+        return y.reshape(x.shape)
+
+    return layer
 
 
 def initial_params(config: LlamaConfig, *, seed: int) -> dict[str, Any]:
@@ -256,12 +320,24 @@ def initial_params(config: LlamaConfig, *, seed: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config, dtype, inputs, kv):
+def _abstract(module, config, dtype, inputs, kv):
     def make():
         rngs = nnx.Rngs(0)
-        return Llama(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
+        return module(config, dtype=dtype, inputs=inputs, kv=kv, rngs=rngs)
 
     return nnx.split(nnx.eval_shape(make))
+
+
+def _with_params(abstract, params):
+    """Returns a module of `_abstract` with its parameters."""
+    graphdef, state = abstract
+    state = jax.tree.map(lambda leaf: leaf, state)  # replaced in place
+    nnx.replace_by_pure_dict(state, _pure(params))
+    return nnx.merge(graphdef, state)
+
+
+def _pure(params):
+    return nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
 
 
 def by_tokens(x: jax.Array) -> jax.Array:
