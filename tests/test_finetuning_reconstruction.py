@@ -23,9 +23,6 @@ LSQ = cage.Rules([(r"layers/.*w", cage.lsq(3, axis=-2))])
 EPOCHS = 10
 FAST = {"learning_rate": 3e-3, "grid_learning_rate": 3e-3, "epochs": EPOCHS}
 
-# Optax mixes dtypes in its schedules.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 
 def layer(params, x):
     return x + jnp.tanh(x @ params["w"] + params["b"][None])

@@ -13,6 +13,7 @@ from cage_jax.arrays.checks import warn
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
+from cage_jax.finetuning.batches import checked_batches
 from cage_jax.finetuning.block_programs import (
     Programs,
     is_float,
@@ -88,15 +89,13 @@ class Chain:
           digest: takes the batches, or None.
 
         Raises:
-          TypeError: for a batch that is no tuple.
-          ValueError: without batches, and for NaN or infinities.
+          TypeError, ValueError: as in `checked_batches`, and for NaN or infinities.
         """
         inputs: list[Any] = []
         targets: list[Any] = []
         like = None
         first = jax.jit(self._student_first), jax.jit(self._first)
-        for number, batch in enumerate(batches):
-            _check_batch(batch)
+        for number, batch in enumerate(checked_batches(batches)):
             if digest is not None:
                 digest.add(batch)
             pair = first[0](self._params, *batch), first[1](self._teacher, *batch)
@@ -109,16 +108,10 @@ class Chain:
                         f"or in the parameters of `first`."
                     )
                 stream.append(x)
-        if not inputs:
-            raise ValueError(
-                "`batches` must have a batch; got none. Pass a list of tuples of "
-                "arguments."
-            )
         return Streams(inputs, targets, like)
 
     def shape_of_inputs(self, batch: tuple) -> Any:
         """Returns the shapes and dtypes of the first block's inputs."""
-        _check_batch(batch)
         return jax.eval_shape(self._first, self._teacher, *batch)
 
     def kept(self, x: Any) -> Any:
@@ -222,14 +215,6 @@ class Chain:
 def _alone(_, *batch):
     """Returns the inputs of the first block, if they are the batch."""
     return batch[0] if len(batch) == 1 else batch
-
-
-def _check_batch(batch):
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(
-            f"`batches` must be tuples of arguments; got one of {type(batch).__name__}."
-            f" Use [(x,) for x in batches]."
-        )
 
 
 def _check_like(teacher, student):

@@ -79,7 +79,8 @@ def programs_of(
             return error / count
 
         value, gradients = jax.value_and_grad(loss)(floats)
-        updates, state = optimizer.update(gradients, state, floats)
+        with jax.numpy_dtype_promotion("standard"):  # on which Optax's AdamW relies
+            updates, state = optimizer.update(gradients, state, floats)
         return optax.apply_updates(floats, updates), state, value
 
     start = jax.jit(optimizer.init)

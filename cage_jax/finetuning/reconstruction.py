@@ -13,6 +13,7 @@ import optax
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
+from cage_jax.finetuning.batches import checked_batches
 from cage_jax.finetuning.block_chain import Chain, Link, nbytes
 from cage_jax.finetuning.block_programs import joined, split
 from cage_jax.finetuning.model_blocks import Block
@@ -240,14 +241,14 @@ def reconstruction_memory(
 
     streams = batch = held = state = 0
     links: dict[str, list[Link]] = {}
-    for each in batches:
+    for each in checked_batches(batches):
         x = chain.shape_of_inputs(each)
         key = str(x)
         if key not in links:
             links[key] = chain.links(x, adamw_or_other)
         size = 2 * max(chain.stream_bytes(link.inputs) for link in links[key])
         streams, batch = streams + size, max(batch, size)
-    for link in next(iter(links.values()), []):
+    for link in next(iter(links.values())):
         floats, rest = split(chain.student.read(link.part))
         held = max(held, 2 * nbytes(floats) + nbytes(rest))
         state = max(state, nbytes(jax.eval_shape(link.programs.start, floats)))
