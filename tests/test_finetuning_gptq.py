@@ -215,6 +215,37 @@ def test_layers_see_inputs_from_the_layers_before():
     assert_codes(found.codes.transpose(0, 2, 1)[::-1], expected)
 
 
+def agree(found, expected):
+    """Whether codes are those of the formula, but for a column after a tie."""
+    codes = np.asarray(found.codes, np.int32)
+    return (codes != expected).any(0).sum() <= 1
+
+
+def test_a_recurrent_weight_is_rounded_for_all_its_inputs():
+    square, steps = some(3, INPUTS, INPUTS) / 8, 4
+    x = some(4, steps, ROWS, INPUTS)
+
+    def recurrent(params, x):
+        def step(h, row):
+            h = jnp.tanh(row + h @ params["w"])
+            return h, None
+
+        return lax.scan(step, jnp.zeros_like(x[0]), x)[0]
+
+    def twice(params, x):
+        return jnp.tanh(x[0] @ params["w"]) @ params["w"]
+
+    states = [np.zeros((ROWS, INPUTS))]
+    for row in x[:-1]:
+        states.append(np.tanh(row + states[-1] @ square.astype(np.float64)))
+    both = [x[0], np.tanh(x[0] @ square)]
+    for function, inputs in ((recurrent, states), (twice, both)):
+        found = run(function, cage.int3(), {"w": square}, (x,))["w"]
+        inputs = np.concatenate(inputs)
+        expected, _ = by_the_formula(square, inputs, *absmax(3, INT3), INPUTS)
+        assert agree(found, expected)
+
+
 def test_weights_in_other_layouts():
     x, w = correlated(1), some(2, INPUTS, OUTPUTS)
     expected = codes_of(w, x)

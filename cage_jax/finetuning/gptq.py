@@ -28,6 +28,7 @@ from cage_jax.finetuning.matrices import (
     why_no_matrices,
 )
 from cage_jax.finetuning.parameters import Parameter
+from cage_jax.finetuning.repeated_products import used_again
 from cage_jax.program.origins import Origin, of_data
 from cage_jax.program.products import product_of
 from cage_jax.program.tracing import check_function, split_arrays, split_grids, trace
@@ -84,7 +85,9 @@ def gptq(
     Returns:
       What `quantize(params, rules)` returns, with other codes and scales. Vectors, and
       what is only looked up, such as embeddings, have the codes of `quantize`. A
-      parameter in several products, such as a tied embedding, is rounded for the first.
+      parameter in several products, such as a recurrent one, is rounded for all of
+      them: their inputs are taken from one more pass through `function`, in which such
+      parameters are not rounded.
 
     Raises:
       TypeError: for anything but `Rules` and a function.
@@ -118,7 +121,9 @@ def gptq(
     check_number("damping", damping, "Use 0.01.", least=0)
     arrays, first = _arrays_of(batches)
     search = _Search(rules, params, damping, inputs, len(arrays), progress)
-    search.run(trace(function, search.params, first, {}), arrays)
+    traced = trace(function, search.params, first, {})
+    search.collect(traced, arrays)
+    search.run(traced, arrays)
     search.check_reached(strict)
     paths, leaves, structure = flatten_with_paths(search.start, QuantizedArray)
     done = {path: each.finished() for path, each in search.parameters.items()}
@@ -155,6 +160,18 @@ def _arrays_of(batches):
     return [arrays for arrays, _ in found], batches[0]
 
 
+def _key_of(path, places):
+    """Returns what products of equal matrices of a parameter have in common."""
+    matrices = tuple(np.unique(places.matrices).tolist())
+    return path, places.axes, matrices, tuple(places.rows), tuple(places.columns)
+
+
+def _by_matrix(matrices, sums):
+    """Adds up the sums of each matrix, in the order of their numbers."""
+    numbers, owners = np.unique(matrices, return_inverse=True)
+    return jax.ops.segment_sum(sums, owners, len(numbers))
+
+
 class _Search:
     """One pass through the program of a model, which rounds its parameters."""
 
@@ -169,14 +186,32 @@ class _Search:
             for path, (_, x) in rules.quantized(params).items()
         }
         self.params, self.grids = split_grids(params)
-        self.lockstep = Lockstep(count, self._visit, self._value_of)
+        self.count = count
         self.too_few: dict[str, tuple[int, int]] = {}
         self.blocked: dict[str, str] = {}
         self.used: set[str] = set()
+        # Sums of all products, for parameters with several of them.
+        self._collected: dict[Any, jax.Array] = {}
         # The last input and what was found of it: queries, keys and values share it.
         self._last: tuple[Any, dict] = None, {}
 
+    def collect(self, traced, arrays):
+        """Sums the products of inputs of parameters that are used several times."""
+        again = used_again(traced.program, traced.origins) & self.parameters.keys()
+
+        def visit(eqn, values, side, repeats):
+            return self._collect(eqn, values, side, repeats, again)
+
+        if again:
+            self._run(traced, arrays, visit, lambda path: self.others[path])
+
     def run(self, traced, arrays):
+        """Rounds all parameters."""
+        self._run(traced, arrays, self._visit, self._value_of)
+
+    def _run(self, traced, arrays, visit, value_of):
+        self.lockstep = Lockstep(self.count, visit, value_of)
+        self._last = None, {}
         paths = [*traced.shapes]
         self.others = dict(zip(paths, traced.values))
         wanted = [path for path in paths if self._is_wanted(path)]
@@ -198,6 +233,20 @@ class _Search:
         if path in self.parameters:
             return self.parameters[path].values
         return self.others[path]
+
+    def _collect(self, eqn, values, side, repeats, again):
+        """Adds to the sums of a parameter with several products."""
+        path = values[side].path
+        with path_in_errors(path):
+            values = [*values]
+            x = values[1 - side] = self._input(eqn, values, side, repeats)
+            if path in again and why_no_matrices(eqn, side) is None:
+                found = self._matrices(eqn, values, side, x)
+                if isinstance(found, tuple):
+                    key, sums = _key_of(path, found[0]), _by_matrix(*found[1:])
+                    before = self._collected.get(key)
+                    self._collected[key] = sums if before is None else before + sums
+        return values
 
     def _visit(self, eqn, values, side, repeats):
         """Rounds the weight of a product; returns the factors to multiply."""
@@ -247,6 +296,29 @@ class _Search:
 
     def _round(self, eqn, values, side, x):
         """Rounds a weight for its input; returns why not, or None."""
+        path = values[side].path
+        found = self._matrices(eqn, values, side, x)
+        if not isinstance(found, tuple):
+            return found
+        places, matrices, sums = found
+        if (known := self._collected.get(_key_of(path, places))) is not None:
+            matrices, sums = np.unique(matrices), known
+        if not bool(jnp.isfinite(sums).all()):
+            raise ValueError(
+                "`batches` must give finite inputs; got NaN or infinity in the input "
+                "of this weight. Look for it in the data or the parameters."
+            )
+        self.parameters[path].round(places, matrices, sums, self.damping)
+        if self.progress is not None:
+            done = sum(each.is_done() for each in self.parameters.values())
+            self.progress(path, done, len(self.parameters))
+        return None
+
+    def _matrices(self, eqn, values, side, x):
+        """Returns the places of matrices, their numbers, and the sums of their inputs.
+
+        Returns why not if they cannot be rounded, and None if they are.
+        """
         weight, parameter = values[side], self.parameters[values[side].path]
         shape = parameter.codes.shape
         numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
@@ -276,16 +348,7 @@ class _Search:
             self._count_rows(weight.path, eqn, side)
         else:
             sums = self._sums(eqn, 1 - side, x, owners, len(matrices))
-        if not bool(jnp.isfinite(sums).all()):
-            raise ValueError(
-                "`batches` must give finite inputs; got NaN or infinity in the input "
-                "of this weight. Look for it in the data or the parameters."
-            )
-        parameter.round(found, matrices, sums, self.damping)
-        if self.progress is not None:
-            done = sum(each.is_done() for each in self.parameters.values())
-            self.progress(weight.path, done, len(self.parameters))
-        return None
+        return found, matrices, sums
 
     def _sums(self, eqn, side, x, owners=None, count=0):
         """Sums the products of inputs over all batches, for each matrix."""
