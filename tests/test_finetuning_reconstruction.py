@@ -159,6 +159,23 @@ def test_learned_grids_and_codes_as_a_start_lower_each_error(params, batches):
     assert re.match(r"layers/0: 0\.\d+ -> 0\.\d+\nlayers/1: ", str(found))
 
 
+def test_codes_of_gptq_are_a_better_start_and_made_better(params, batches):
+    def apply(params, x):
+        x = first(params, x)
+        for each in params["layers"]:
+            x = layer(each, x)
+        return x
+
+    codes = cage.gptq(apply, INT3, params, batches)
+    options = {"teacher": params, "first": first} | FAST
+    rounded, found = (
+        reconstruct(layers_of(start), INT3, start, batches, **options).errors
+        for start in (params, cage.dequantize(codes))
+    )
+    assert found["layers/0"][0] < 0.8 * rounded["layers/0"][0]
+    assert all(after < before for before, after in found.values())
+
+
 def test_a_block_that_training_makes_worse_is_left(params, batches):
     found = reconstruct(
         layers_of(params), INT3, params, batches, first=first, learning_rate=10.0

@@ -298,7 +298,8 @@ def _measure(chain, link, streams, rest, floats, forward=False):
                 raise ValueError(
                     f"`blocks`: {name} must return finite numbers; got NaN or infinity "
                     f"of the {which} block in batch {i}. Look for it in its function "
-                    f"or its parameters, or compute in float32."
+                    f"or its parameters, lower the learning rate, or compute in "
+                    f"float32."
                 )
         total, size = total + parts["quantized"], size + parts["full-precision"]
         if forward:
