@@ -33,7 +33,6 @@ QUANTIZERS = {
     "nvfp4": cage.nvfp4(),
     "int8": cage.int8(),
 }
-PLAIN_SCALES = [name for name in QUANTIZERS if name not in ("mxfp4", "nvfp4")]
 
 
 def rules_of(quantizer):
@@ -68,8 +67,7 @@ def test_the_start_is_that_of_fake_quant(rng, name, store):
         params = cage.with_grids(params, rules)
     expected = cage.fake_quant(params, rules)
     expected = expected.get("params", expected)
-    scale = "grid" if name in PLAIN_SCALES else None
-    adapters, frozen = finetuning.low_rank(params, rules, store=store, scale=scale)
+    adapters, frozen = finetuning.low_rank(params, rules, store=store, scale="grid")
     assert frozen["up"]["kernel"].store.dtype == jnp.dtype(store)
     jax.tree.map(
         np.testing.assert_array_equal, finetuning.weights(adapters, frozen), expected
@@ -79,11 +77,8 @@ def test_the_start_is_that_of_fake_quant(rng, name, store):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_merged_codes_have_the_values_of_the_forward_pass_to_the_bit(rng, name):
     quantizer = QUANTIZERS[name]
-    scale = "output" if name in PLAIN_SCALES else None
     rules, params = rules_of(quantizer), params_of(rng)
-    for units in ("steps", "weights"):
-        if scale:  # both kinds of scale, each with one kind of units
-            scale = {"steps": "output", "weights": "grid"}[units]
+    for units, scale in (("steps", "output"), ("weights", "grid"), ("steps", None)):
         adapters, frozen = finetuning.low_rank(
             params, rules, rank=3, alpha=2.0, scale=scale, units=units
         )
@@ -249,6 +244,25 @@ def test_an_offset_is_trained_as_in_lsq_plus(rng, x64):
         np.testing.assert_allclose(gradient["up/kernel"][name], expected, rtol=1e-9)
     expected = (cotangent * inside) @ adapter["b"].T
     np.testing.assert_allclose(gradient["up/kernel"]["a"], expected, rtol=1e-9)
+
+
+def test_scales_with_a_divisor_are_trained_in_the_size_of_weights(rng, x64):
+    params, rules = params_of(rng, (64, 8), np.float64), rules_of(cage.nvfp4())
+    adapters, frozen = finetuning.low_rank(params, rules)
+    scale = np.asarray(adapters["up/kernel"]["scale"])
+    divisor = np.asarray(frozen["up"]["kernel"].grid.tensor_divisor)
+    assert 1 <= divisor.item() < 2
+    absmax = np.abs(in_groups(np.asarray(params["up"]["kernel"]), 16)).max(1)
+    # E4M3 has 3 bits of mantissa.
+    np.testing.assert_allclose(scale / divisor, absmax / 6, rtol=2.0**-4)
+    cotangent = rng.standard_normal((64, 8))
+    value, pull = jax.vjp(
+        lambda each: finetuning.weights(each, frozen)["up"]["kernel"], adapters
+    )
+    gradient = pull(jnp.asarray(cotangent))[0]["up/kernel"]["scale"]
+    codes = in_groups(np.asarray(value), 16) / (scale / divisor)[:, None]
+    expected = (in_groups(cotangent, 16) * codes).sum(1) / divisor
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9)
 
 
 def test_a_rotated_weight_is_moved_in_its_basis_or_by_itself(rng):
@@ -437,6 +451,90 @@ def test_weights_on_eight_devices_are_those_on_one(rng):
     assert gradient(adapters, frozen).sharding.is_equivalent_to(rows, 2)
 
 
+def deep(params, tokens):
+    """A model with a stack of layers, and weights in all sorts of forms."""
+    x = params["embedding"][tokens]  # a look-up, no product
+
+    def layer(x, kernels):
+        up, down = kernels
+        hidden = jax.checkpoint(lambda x: jnp.tanh(x @ up.astype(jnp.float32)))(x)
+        return x + jax.jit(jnp.matmul)(hidden, down.reshape(hidden.shape[-1], -1)), None
+
+    x, _ = jax.lax.scan(layer, x, (params["up"], params["down"]))
+    x = x @ jnp.transpose(params["embedding"])  # tied
+    return x + jnp.sum(params["norms"] * params["up"][:, 0, 0])
+
+
+def deep_params(rng):
+    shapes = {"embedding": (32, 16), "up": (3, 16, 32), "down": (3, 32, 16)}
+    params = {
+        name: jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    return params | {"norms": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("start", ["weights", "codes"])
+def test_weights_are_made_where_they_are_used(rng, start):
+    params, tokens = deep_params(rng), jnp.arange(8)
+    rules = cage.Rules(
+        [
+            (r"up", cage.int4(axis=1, group_size=8)),  # an axis from the start
+            (r"down", cage.int4(axis=(-2,), group_size=(8,))),
+            (r"embedding", cage.int4(axis=-1)),
+            (r".*", None),
+        ]
+    )
+    if start == "codes":
+        params = cage.quantize(params, rules)
+    adapters, frozen = finetuning.low_rank(params, rules, store="int8")
+    adapters = moved(adapters, rng)
+
+    def loss(logits):
+        return jnp.sum(logits**2)
+
+    def at_once(adapters, frozen):
+        return loss(deep(finetuning.weights(adapters, frozen), tokens))
+
+    def where_used(adapters, frozen):
+        return loss(finetuning.adapted(deep)(adapters, frozen, tokens))
+
+    expected, found = (
+        jax.jit(jax.value_and_grad(each))(adapters, frozen)
+        for each in (at_once, where_used)
+    )
+    # Gradients of a weight that is used twice are summed in another order.
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(
+            one, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max())
+        ),
+        found,
+        expected,
+    )
+
+
+def test_no_weight_is_kept_for_the_backward_pass(rng):
+    params, tokens = deep_params(rng), jnp.arange(8)
+    rules = cage.Rules([(r"up|down", cage.int4(axis=-2)), (r".*", None)])
+    adapters, frozen = finetuning.low_rank(params, rules, store="int8", rank=2)
+
+    def kept(function):
+        _, backward = jax.vjp(lambda adapters: function(adapters, frozen), adapters)
+        floats = [x for x in jax.tree.leaves(backward) if x.dtype == jnp.float32]
+        return {x.shape for x in floats} & {(3, 16, 32), (3, 32, 16), (32, 16)}
+
+    assert kept(lambda *pair: deep(finetuning.weights(*pair), tokens).sum())
+    # Only what is not adapted is there in float32.
+    found = kept(lambda *pair: finetuning.adapted(deep)(*pair, tokens).sum())
+    assert found <= {(32, 16)}
+
+
+def test_a_module_is_no_function(rng):
+    nn = pytest.importorskip("flax.linen", reason="the module")
+    with pytest.raises(TypeError, match="`function` must be a function"):
+        finetuning.adapted(nn.Dense(4))
+
+
 def test_bfloat16_parameters_keep_their_dtype(rng):
     params, rules = params_of(rng, dtype=jnp.bfloat16), rules_of(cage.int4())
     adapters, frozen = finetuning.low_rank(params, rules)
@@ -479,7 +577,6 @@ def test_bad_arguments(rng):
         ((params, rules), {"store": "int4"}, "`store` must be one of"),
         ((params, rules), {"units": "w"}, "`units` must be one of"),
         ((params, rules), {"scale": "s"}, "`scale` must be one of"),
-        ((params, rules_of(cage.mxfp4())), {}, "`up/kernel`: `scale` must be None"),
         (
             (params, rules_of(cage.int8())),
             {"store": "int8"},

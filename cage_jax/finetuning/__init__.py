@@ -14,10 +14,12 @@ framework.
 - `only_scales` trains learned scales and leaves the weights as they are.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `weights` makes parameters of them, through which the adapters are trained.
+- `adapted` lets a model take adapters, and makes each weight where it is used.
 - `merge` makes codes of adapters and frozen weights.
 """
 
 from cage_jax.finetuning.adapters import low_rank, merge, weights
+from cage_jax.finetuning.adapting import adapted
 from cage_jax.finetuning.choosing_bits import choose_bits
 from cage_jax.finetuning.divergence import kl
 from cage_jax.finetuning.gptq import gptq
@@ -39,6 +41,7 @@ __all__ = [
     "Plan",
     "Reconstructed",
     "TopLogits",
+    "adapted",
     "blocks",
     "choose_bits",
     "fisher",

@@ -3,17 +3,23 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from cage_jax.arrays.checks import check_choice, check_int, check_number, is_traced
-from cage_jax.arrays.exact import compute_dtype, divide, select, times, uncontracted
+from cage_jax.arrays.exact import (
+    compute_dtype,
+    divide,
+    power_below,
+    select,
+    times,
+    uncontracted,
+)
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.finite import check_finite
@@ -24,12 +30,10 @@ from cage_jax.program.tracing import split_grids
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
-from cage_jax.quantizers.scale_types import Full, Narrow
 
 Units = Literal["steps", "weights"]
 Scale = Literal["output", "grid"] | None
 Adapter = dict[str, jax.Array]
-ADAPTED = "adapted"  # the name of the weights, for policies of `jax.checkpoint`
 
 
 @functools.partial(
@@ -114,8 +118,9 @@ def low_rank(
       units: whether the product counts steps of the grid, in its basis, or is added to
         the weight itself.
       scale: "output" trains the scale that multiplies codes; "grid" trains it, as LSQ
-        does, where it divides the weight too; None trains none. An offset is trained
-        with the scale, a zero point never.
+        does, where it divides the weight too; None trains none. Scales of every type
+        are trained in float32 and rounded to what is stored. An offset is trained with
+        them, a zero point never.
       key: a `jax.random` key for `a`; None for that of 0.
 
     Returns:
@@ -127,8 +132,8 @@ def low_rank(
     Raises:
       TypeError: for anything but `Rules`, and as in `fake_quant`.
       ValueError: for arguments out of range, rules that match nothing, a quantizer
-        without codes, a store that is too coarse for the format, weights that are not
-        finite, and a trained scale whose type is not float32, float16 or bfloat16.
+        without codes, a store that is too coarse for the format, and weights that are
+        not finite.
 
     Example:
       >>> import cage_jax as cage
@@ -166,7 +171,9 @@ def low_rank(
             )
         else:
             grid = grids.get(path)
-            _check_adaptable(path, x, quantizer, scale)
+            check_has_codes(quantizer, "low_rank")
+            if not is_traced(x):
+                check_finite({path: x}, "params")
             positions, grid = _frozen_parts(x, quantizer, grid, store)
             frozen = FrozenWeight(
                 positions, grid, quantizer, x.dtype, factor, units, scale
@@ -189,8 +196,7 @@ def weights(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
     gradient "clip": where the position itself is within the grid). That of the scale
     and the offset is exact in all else: LSQ's with `scale="grid"`, but without its
     factor for the size of a group. The backward pass computes the rounding again and
-    keeps no array of the weight's size for it. Results of this function are named
-    "adapted", for a policy of `jax.checkpoint` that computes them again too.
+    keeps no array of the weight's size for it; `adapted` keeps no weight either.
 
     Args:
       adapters: the trained tree of `low_rank`.
@@ -217,11 +223,7 @@ def weights(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
       >>> jax.tree.map(jnp.shape, jax.grad(loss)(adapters, frozen))
       {'kernel': {'a': (16, 2), 'b': (2, 8), 'scale': (1, 8)}}
     """
-
-    def value(adapter, leaf):
-        return checkpoint_name(_weight(adapter, leaf), ADAPTED)
-
-    return _mapped(value, decoded, adapters, frozen)
+    return map_pairs(weight, decoded, adapters, frozen)
 
 
 @names_checked
@@ -263,10 +265,15 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
             )
         return _merged(adapter, leaf)
 
-    return _mapped(value, lambda codes: codes, adapters, frozen)
+    return map_pairs(value, lambda codes: codes, adapters, frozen)
 
 
-def _mapped(function, of_codes, adapters, frozen):
+def map_pairs(
+    function: Callable[[Adapter, FrozenWeight], Any],
+    of_codes: Callable[[QuantizedArray], Any],
+    adapters: Mapping[str, Adapter],
+    frozen: Any,
+) -> Any:
     """Calls `function(adapter, frozen weight)` on each pair, `of_codes` on codes."""
     paths, leaves, structure = flatten_with_paths(
         frozen, (FrozenWeight, QuantizedArray)
@@ -314,22 +321,16 @@ def layout_of(quantizer: Quantizer, shape: tuple[int, ...]) -> Layout:
     return Layout(tuple(range(tensor[0])), rows, columns)
 
 
-def _check_adaptable(path, x, quantizer, scale):
-    check_has_codes(quantizer, "low_rank")
-    if scale is not None and not isinstance(quantizer.scale_type, Full | Narrow):
-        raise ValueError(
-            f"`scale` must be None for scales that are no plain floats, since steps of "
-            f"an optimizer are small; got {scale!r}, quantizer {quantizer}. Use "
-            f"scale=None."
-        )
-    if not is_traced(x):
-        check_finite({path: x}, "params")
-
-
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _frozen_parts(x, quantizer, grid, store):
     found = rounding(x, quantizer, grid)
-    return stored(found, store), found.grid
+    grid, divisor = found.grid, found.grid.tensor_divisor
+    if divisor is not None:
+        # Scales of the size of weights, as an optimizer expects them, and of `Learned`.
+        power = power_below(divisor)
+        scale = grid.scale / jnp.broadcast_to(power, grid.scale.shape)
+        grid = grid._replace(scale=scale, tensor_divisor=divisor / power)
+    return stored(found, store), grid
 
 
 def _first_adapter(frozen, rank, key):
@@ -355,7 +356,8 @@ def _first_adapter(frozen, rank, key):
 
 
 @jax.custom_vjp
-def _weight(adapter: Adapter, frozen: FrozenWeight) -> jax.Array:
+def weight(adapter: Adapter, frozen: FrozenWeight) -> jax.Array:
+    """Returns one of the `weights`, with its gradient."""
     if _is_codes(frozen.store):
         values = decoded(frozen.store)
         wide = compute_dtype(frozen.dtype)
@@ -382,16 +384,16 @@ def _merged(adapter, frozen):
 
 def _grid(adapter, frozen):
     """Returns the grid as it is stored, with its trained parts."""
-    grid, narrow = frozen.grid, frozen.quantizer.scale_type.dtype
+    grid, quantizer = frozen.grid, frozen.quantizer
     if frozen.scale is None:
         return grid
     parts = {name: adapter[name] for name in ("scale", "offset") if name in adapter}
-    if narrow is not None:
-        parts = {k: part.astype(narrow).astype(part.dtype) for k, part in parts.items()}
     # A trained scale of the other sign has no meaning. NaN makes that visible.
     kept = jnp.sign(parts["scale"]) == jnp.sign(grid.scale)
     parts["scale"] = jnp.where(kept, parts["scale"], jnp.nan)
-    return grid._replace(**parts)
+    axes = quantizer.blocks(frozen.store.shape).tensor_axes
+    grid = grid._replace(**parts)
+    return quantizer.scale_type.nearest(grid, quantizer.format, axes)
 
 
 def _position(adapter, frozen, grid):
@@ -407,10 +409,10 @@ def _position(adapter, frozen, grid):
         return position
     # Written so that nothing is added where the grid is still the first one.
     zero = 0.0 if grid.zero_point is None else blocks.spread(grid.zero_point)
-    change = blocks.spread(divide(first.scale, grid.scale) - 1)
+    change = blocks.spread(divide(first.step, grid.step) - 1)
     moved = position + uncontracted((position - zero) * change)
     if grid.offset is not None:
-        shift = divide(first.offset - grid.offset, grid.scale)
+        shift = divide(first.offset - grid.offset, grid.step)
         moved = moved + blocks.spread(shift)
     return moved
 
@@ -430,7 +432,7 @@ def _product(adapter, frozen):
 
 
 def _forward(adapter, frozen):
-    return _weight(adapter, frozen), (adapter, frozen)
+    return weight(adapter, frozen), (adapter, frozen)
 
 
 def _backward(saved, cotangent):
@@ -445,7 +447,7 @@ def _backward(saved, cotangent):
     return {name: found[name].astype(x.dtype) for name, x in adapter.items()}, None
 
 
-_weight.defvjp(_forward, _backward)
+weight.defvjp(_forward, _backward)
 
 
 def _through_rounding(adapter, frozen, cotangent):
@@ -475,6 +477,10 @@ def _through_rounding(adapter, frozen, cotangent):
             codes = codes - blocks.spread(grid.zero_point)
         learned["scale"] = of_group(gradient * codes)
         learned["offset"] = of_group(gradient)
+    divisor = frozen.grid.tensor_divisor
+    if learned and divisor is not None:
+        per_scale = jnp.broadcast_to(divisor, learned["scale"].shape)
+        learned["scale"] = learned["scale"] / per_scale
     return product, learned
 
 

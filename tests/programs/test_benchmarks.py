@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import adapters
 import curvature_cost
 import digits
 import effect
@@ -418,6 +419,22 @@ def test_the_programs_of_a_small_model(monkeypatch):
         for name in ("W4A8", "full")
     ]
     assert figures["flat, ratio"] == pytest.approx(times[0] / times[1])
+
+
+def test_the_memory_of_adapters(monkeypatch):
+    kinds = {
+        kind: adapters.KINDS[kind] for kind in (adapters.ALL, adapters.IN_PLACE)
+    }
+    monkeypatch.setattr(adapters, "KINDS", kinds)
+    settings = adapters.Settings(width=64, layers=3, tokens=8, rounds=1)
+    found = adapters.measure(settings)
+    every, in_place = found["figures"].values()
+    assert every["kept"] == pytest.approx(every["trained"], rel=0.01)
+    # A byte a weight in place of 12, and few others.
+    assert in_place["kept"] < every["kept"] / 4
+    assert in_place["step"] < every["step"]
+    rows = adapters.table(found)
+    assert all(len(cells) == len(rows.header) for cells in rows.cells)
 
 
 def test_the_programs_say_what_is_wrong(monkeypatch, capsys):
