@@ -422,9 +422,7 @@ def test_the_programs_of_a_small_model(monkeypatch):
 
 
 def test_the_memory_of_adapters(monkeypatch):
-    kinds = {
-        kind: adapters.KINDS[kind] for kind in (adapters.ALL, adapters.IN_PLACE)
-    }
+    kinds = {kind: adapters.KINDS[kind] for kind in (adapters.ALL, adapters.IN_PLACE)}
     monkeypatch.setattr(adapters, "KINDS", kinds)
     settings = adapters.Settings(width=64, layers=3, tokens=8, rounds=1)
     found = adapters.measure(settings)
