@@ -65,6 +65,7 @@ __all__ = [
     "ct_w8a8",
     "decoupled",
     "dequantize",
+    "distill",
     "dose",
     "fake_quant",
     "fp8",
@@ -112,6 +113,7 @@ _FUNCTIONS = {
     "calibrate": "program.activations",
     "choose_bits": "finetuning.choosing_bits",
     "choose_rotation": "core.choose_rotation",
+    "distill": "finetuning.distillation",
     "gptq": "finetuning.gptq",
     "load": "export.loading",
     "low_bit": "program.low_bit",
@@ -160,6 +162,7 @@ if TYPE_CHECKING:
     from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.loading import load
     from cage_jax.finetuning.choosing_bits import choose_bits
+    from cage_jax.finetuning.distillation import distill
     from cage_jax.finetuning.gptq import gptq
     from cage_jax.finetuning.planning import plan
     from cage_jax.optim import curvature as curvature

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cage_jax as cage
 from cage_jax import finetuning
 from cage_jax.finetuning import chunks
 
@@ -231,3 +232,116 @@ def test_bad_arguments_of_the_divergence_are_explained():
     for call, kind, text in errors:
         with pytest.raises(kind, match=text):
             call()
+
+
+# --- the loss of a student ------------------------------------------------------------
+
+
+def apply(params, tokens):
+    hidden = jnp.tanh(params["embedding"][tokens])
+    return hidden @ params["head"], {"hidden": hidden}
+
+
+def logits_alone(params, tokens):
+    return apply(params, tokens)[0]
+
+
+PARAMS = {"embedding": logits((41, 8), 5), "head": logits((8, 41), 6, size=0.5)}
+TOKENS = jnp.asarray(np.random.default_rng(7).integers(0, 41, (2, 3)))
+RULES = cage.Rules([("head", "int3", "int8"), (".*", None)])
+
+
+def known(tokens):
+    return tokens > 9
+
+
+def test_the_student_is_quantized_and_the_teacher_is_not():
+    loss = cage.distill(logits_alone, RULES, PARAMS, where=known, dtype=None)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS, TOKENS)
+    rounded = cage.quantize_activations(logits_alone, RULES)
+    head = cage.fake_quant(PARAMS["head"], cage.int3())
+    own, back = jax.vjp(lambda p: rounded(p, TOKENS), {**PARAMS, "head": head})
+    right, slope = oracle(
+        own, logits_alone(PARAMS, TOKENS), 1.0, np.asarray(known(TOKENS))
+    )
+    np.testing.assert_allclose(value, right, rtol=1e-5)
+    (expected,) = back(jnp.asarray(slope, jnp.float32))
+    for name, each in expected.items():
+        np.testing.assert_allclose(gradient[name], each, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_may_be_given_in_many_forms():
+    teacher = logits_alone(PARAMS, TOKENS)
+    of_params = cage.distill(logits_alone, RULES, PARAMS, dtype=None)
+    right = of_params(PARAMS, TOKENS)
+    of_model = cage.distill(logits_alone, RULES, lambda x: logits_alone(PARAMS, x))
+    of_call = cage.distill(logits_alone, RULES)
+    top = top_of(teacher, 41)
+    found = [
+        of_model(PARAMS, TOKENS),
+        of_call(PARAMS, TOKENS, teacher=teacher),
+        of_call(PARAMS, TOKENS, teacher=top),
+        jax.jit(lambda loss, *args: loss(*args))(of_params, PARAMS, TOKENS),
+    ]
+    np.testing.assert_allclose(found, float(right), rtol=1e-5)
+
+
+def test_the_teacher_is_an_input_of_the_program_that_takes_the_loss():
+    loss = cage.distill(logits_alone, RULES, PARAMS)
+    leaves = jax.tree.leaves(loss)
+    assert [each.dtype for each in leaves] == [jnp.bfloat16] * 2
+    step = jax.make_jaxpr(lambda loss, *args: jax.grad(loss)(*args))
+    assert not [x for x in step(loss, PARAMS, TOKENS).consts if np.size(x) > 1]
+    assert jax.tree.structure(loss) == jax.tree.structure(jax.tree.map(abs, loss))
+
+
+def test_features_add_their_relative_error():
+    other = {**PARAMS, "embedding": 2 * PARAMS["embedding"]}
+    options = {"where": known, "dtype": None}
+    both = cage.distill(apply, RULES, other, features=0.5, **options)
+    alone = cage.distill(logits_alone, RULES, other, **options)
+    added = both(PARAMS, TOKENS) - alone(PARAMS, TOKENS)
+    x, y = (np.float64(apply(p, TOKENS)[1]["hidden"]) for p in (PARAMS, other))
+    counts = np.asarray(known(TOKENS))
+    x, y = x[counts], y[counts]
+    right = 0.5 * np.square(x - y).mean() / np.square(y).mean()
+    np.testing.assert_allclose(added, right, rtol=1e-4)
+
+
+def test_learned_grids_are_trained():
+    rules = cage.Rules([("head", cage.lsq(3)), (".*", None)])
+    variables = cage.with_grids(PARAMS, rules)
+    loss = cage.distill(logits_alone, rules, PARAMS)
+    gradient = jax.jit(jax.grad(loss))(variables, TOKENS)
+    assert np.abs(gradient["grids"]["head"].scale).min() > 0
+
+
+def test_bad_arguments_of_the_loss_are_explained():
+    def call(*args, where=None, features=0.0, **given):
+        loss = cage.distill(*args, where=where, features=features)
+        return loss(PARAMS, TOKENS, **given)
+
+    top = finetuning.TopLogits.of(logits_alone(PARAMS, TOKENS), 3)
+    student = logits_alone, RULES
+    others = {**PARAMS, "head": PARAMS["head"][:, 1:]}
+    wide = {**PARAMS, "embedding": logits((41, 9), 5), "head": logits((9, 41), 6)}
+    errors = [
+        (lambda: call(*student), ValueError, "`teacher` must be given"),
+        (lambda: call(*student, top), TypeError, "belong to one batch"),
+        (lambda: call(*student, others), ValueError, "vocabulary, 41 entries; got 40"),
+        (
+            lambda: call(*student, PARAMS, where=TOKENS),
+            TypeError,
+            "`where` must be a fu",
+        ),
+        (lambda: call(*student, PARAMS, features=1), TypeError, "return .logits, feat"),
+        (lambda: call(apply, RULES, PARAMS), TypeError, "take them out of what it ret"),
+        (lambda: call(apply, RULES, wide, features=1), ValueError, "the same hidden"),
+        (lambda: call(*student, PARAMS, features=-1), ValueError, "at least 0"),
+        (lambda: call(logits_alone, "int4", PARAMS), TypeError, "`rules` must be"),
+    ]
+    for run, kind, text in errors:
+        with pytest.raises(kind, match=text):
+            run()
+    with pytest.warns(UserWarning, match="no parameter is quantized"):
+        call(logits_alone, cage.Rules([("nothing", "int4")]), PARAMS)

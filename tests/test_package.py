@@ -63,6 +63,7 @@ CONTRACT = [
     "choose_rotation",
     "quantize_activations",
     "calibrate",
+    "distill",
     "low_bit",
     "low_bit_dot",
     "load",

@@ -5,6 +5,7 @@ framework.
 
 - `plan` says how to spend a budget of training tokens, as a `Plan`.
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
+- `distill` makes the loss of a quantized student that learns from a teacher.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `gptq` rounds parameters so that their products with data change little.
 - `blocks` finds the layers of a model in its parameters, a `Block` each.
@@ -21,6 +22,7 @@ framework.
 from cage_jax.finetuning.adapters import low_rank, merge, weights
 from cage_jax.finetuning.adapting import adapted
 from cage_jax.finetuning.choosing_bits import choose_bits
+from cage_jax.finetuning.distillation import distill
 from cage_jax.finetuning.divergence import kl
 from cage_jax.finetuning.gptq import gptq
 from cage_jax.finetuning.model_blocks import Block, blocks
@@ -44,6 +46,7 @@ __all__ = [
     "adapted",
     "blocks",
     "choose_bits",
+    "distill",
     "fisher",
     "gptq",
     "kl",

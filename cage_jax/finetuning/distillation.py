@@ -1,0 +1,183 @@
+"""The loss of a quantized student that learns from a teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.exact import compute_dtype, times
+from cage_jax.arrays.names import names_checked
+from cage_jax.core.quantize import fake_quant
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.finetuning.divergence import kl, mean_where
+from cage_jax.finetuning.top_logits import TopLogits, check_temperature
+from cage_jax.program.activations import quantize_activations
+from cage_jax.program.tracing import check_function, split_grids
+
+
+@names_checked
+def distill(
+    function: Callable,
+    rules: Rules,
+    teacher: Any = None,
+    *,
+    temperature: float = 1.0,
+    where: Callable[..., jax.Array] | None = None,
+    features: float = 0.0,
+    dtype: jax.typing.DTypeLike | None = "bfloat16",
+) -> Callable[..., jax.Array]:
+    """Makes the loss of a quantized student that learns from a teacher's predictions.
+
+    It is `kl` of the logits of `function(fake_quant(params, rules), *args)`, whose
+    inputs are quantized too where the rules say so. The gradient goes to `params`
+    alone, learned grids among them. The teacher runs without any.
+
+    The result is a pytree: its leaves are the teacher's parameters. `jax.jit` compiles
+    what it closes over into the program, a copy of it, so make the loss of a large
+    teacher an argument: `jax.jit(lambda loss, params, x: jax.grad(loss)(params, x))`.
+
+    Args:
+      function: a function of parameters, and of the arguments of a batch, that returns
+        logits, (..., vocabulary).
+      rules: which parameters and inputs of the student are quantized, and how.
+      teacher: parameters for the same function, as before quantization; or a function
+        of the arguments of a batch, which returns the logits of another model; or None
+        for what the loss is called with.
+      temperature: what all logits are divided by.
+      where: a function of the arguments of a batch that returns bools, (...): the
+        tokens that count, such as `lambda tokens: tokens != 0`.
+      features: weight of the distance between features. Unless 0, functions return
+        `(logits, features)`, features being a tree of arrays such as hidden states:
+        their squared error over the teacher's mean square is added, the mean of all
+        arrays. With `where`, their first axes are those of tokens.
+      dtype: what the teacher's parameters are converted to, and so what a function
+        computes in that does not convert them; None leaves them as they are, and then
+        none of them may be donated.
+
+    Returns:
+      `loss(params, *args, teacher=None)`, a scalar of float32. `params` may be what
+      `with_grids` or `calibrate` returns. `teacher` is what the teacher returned for
+      this batch, in place of running it: logits, `TopLogits` or these with features.
+
+    Raises:
+      TypeError, ValueError: for arguments of the wrong kind or out of range. In a call
+        without a teacher; as `kl`, `fake_quant` and `quantize_activations`; and for
+        features that are not those of the teacher.
+
+    Example:
+      >>> import cage_jax as cage
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> def apply(params, tokens):
+      ...     return params["embedding"][tokens] @ params["head"]
+      >>> keys = jax.random.split(jax.random.key(0))
+      >>> params = {
+      ...     "embedding": jax.random.normal(keys[0], (300, 16)),
+      ...     "head": jax.random.normal(keys[1], (16, 300)),
+      ... }
+      >>> rules = cage.Rules([("head", "int4"), (".*", None)])
+      >>> loss = cage.distill(apply, rules, params)
+      >>> tokens = jnp.arange(12).reshape(2, 6)
+      >>> value, gradient = jax.value_and_grad(loss)(params, tokens)
+      >>> bool(value < 0.1), gradient["head"].shape
+      (True, (16, 300))
+
+    Source: Hinton et al., arXiv 1503.02531; for quantized students, Mishra and Marr,
+    arXiv 1711.05852.
+    """
+    check_function(function, "distill(model.apply, rules, params)", "Use its apply.")
+    check_rules(rules)
+    check_temperature(temperature)
+    check_number("features", features, "0 leaves them out.", least=0)
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"`where` must be a function of a batch's arguments; got "
+            f"{type(where).__name__}. Use where=lambda tokens: tokens != 0."
+        )
+    if isinstance(teacher, TopLogits):
+        raise TypeError(
+            "`teacher` must be parameters or a function; got TopLogits, which belong "
+            "to one batch. Use loss(params, *args, teacher=top)."
+        )
+    student = function
+    if any(rule.inputs for rule in rules):
+        student = quantize_activations(function, rules)
+
+    def predict(teacher_params, args):
+        if callable(teacher):
+            return teacher(*args)
+        if teacher is None:
+            raise ValueError(
+                "`teacher` must be given, here or in the call of the loss; got None in "
+                "both. Use loss(params, *args, teacher=logits)."
+            )
+        return function(teacher_params, *args)
+
+    def loss(teacher_params, params, *args, teacher=None):
+        outputs = predict(teacher_params, args) if teacher is None else teacher
+        params = fake_quant(params, rules)
+        if student is function:
+            params, _ = split_grids(params)
+        own = student(params, *args)
+        outputs = jax.tree.map(lax.stop_gradient, outputs)
+        mask = None if where is None else where(*args)
+        if not features:
+            return kl(own, outputs, temperature=temperature, where=mask)
+        (own, mine), (outputs, theirs) = map(_with_features, (own, outputs))
+        value = kl(own, outputs, temperature=temperature, where=mask)
+        return value + times(_distance(mine, theirs, mask), float(features))
+
+    if teacher is None or callable(teacher):
+        return jax.tree_util.Partial(loss, None)
+    return jax.tree_util.Partial(loss, _converted(split_grids(teacher)[0], dtype))
+
+
+def _converted(params, dtype):
+    """Converts the floats in a tree, unless `dtype` is None."""
+
+    def convert(x):
+        floats = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.array(x, dtype) if floats else x
+
+    return params if dtype is None else jax.tree.map(convert, params)
+
+
+def _with_features(outputs):
+    """Returns logits and features; raises for outputs without features."""
+    if isinstance(outputs, tuple) and len(outputs) == 2:
+        return outputs
+    raise TypeError(
+        f"`function` and the teacher must return (logits, features) where `features` "
+        f"has a weight; got {type(outputs).__name__}. Leave features=0, or return both."
+    )
+
+
+def _distance(mine, theirs, where):
+    """Computes the mean over arrays of their relative squared error."""
+    shapes = [jax.tree.map(jnp.shape, each) for each in (mine, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`features` of the student must have the shapes of the teacher's, "
+            f"{shapes[1]}; got {shapes[0]}. Return the same hidden states."
+        )
+    errors = []
+    for x, y in zip(*map(jax.tree.leaves, (mine, theirs))):
+        dtype = compute_dtype(x.dtype)
+        x, y, mask = x.astype(dtype), y.astype(dtype), where
+        if mask is not None:
+            if x.shape[: mask.ndim] != mask.shape:
+                raise ValueError(
+                    f"`features` must have the axes of tokens first, {mask.shape}, "
+                    f"where `where` chooses among these; got {x.shape}. Move the axes, "
+                    f"or leave `where` out."
+                )
+            mask = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+            mask = jnp.broadcast_to(mask, x.shape)
+        size = mean_where(jnp.square(y), mask)
+        errors.append(
+            mean_where(jnp.square(x - y), mask) / jnp.where(size == 0, 1, size)
+        )
+    return jnp.mean(jnp.stack(errors))
