@@ -13,6 +13,7 @@ from scipy.linalg import hadamard
 import cage_jax as cage
 
 INPUTS, OUTPUTS, ROWS = 32, 8, 96
+INT4 = cage.int4(group_size=8)
 
 
 def some(seed, *shape):
@@ -141,6 +142,7 @@ QUANTIZERS = {name: formula[0] for name, formula in FORMULAS.items()} | {
     "outputs": cage.int4(axis=-1, group_size=4),
     "searched": cage.int4(scale=cage.scales.Searched(count=4), group_size=16),
     "learned": cage.lsq(4),
+    "four over six": cage.nvfp4(scale=cage.scales.FourOverSix()),
 }
 
 
@@ -165,9 +167,21 @@ def test_training_starts_on_the_grid(name):
     assert errors[0] < 0.7 * errors[1]
 
 
-# --- programs -------------------------------------------------------------------------
+def test_learned_scales_start_from_those_of_codes():
+    codes = run(multiply, INT4, {"w": W, "bias": W[0]}, (correlated(1),), pattern="w")
+    rules = cage.Rules([("w", cage.lsq(4, axis=-2, group_size=8, narrow=True))])
+    variables = cage.with_grids(codes, rules)
+    start = cage.dequantize(codes)
+    np.testing.assert_array_equal(variables["params"]["w"], start["w"])
+    np.testing.assert_array_equal(variables["params"]["bias"], W[0])
+    again = cage.fake_quant(variables, rules)["params"]["w"]
+    np.testing.assert_array_equal(again, start["w"])
+    for wrong in (cage.lsq(3, axis=-2, group_size=8), cage.lsq(4, narrow=True)):
+        with pytest.raises(ValueError, match=r"`w`: `(params|grid)` must have"):
+            cage.with_grids(codes, cage.Rules([("w", wrong)]))
 
-INT4 = cage.int4(group_size=8)
+
+# --- programs -------------------------------------------------------------------------
 
 
 def codes_of(w, x, quantizer=INT4):
@@ -360,7 +374,8 @@ def test_progress_is_told_for_each_matrix():
         return x @ params["a"] + x @ params["b"]
 
     run(sum_of_both, INT4, ws, (x,), progress=lambda *each: told.append(each))
-    assert told == [("a", 1, 2), ("b", 2, 2)]
+    half = INPUTS * 4
+    assert told == [("a", half, 2 * half), ("b", 2 * half, 2 * half)]
 
 
 # --- errors ---------------------------------------------------------------------------

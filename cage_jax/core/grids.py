@@ -9,6 +9,8 @@ import numpy as np
 
 from cage_jax.arrays.blocks import Blocks
 from cage_jax.arrays.names import names_checked
+from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.quantized_array import QuantizedArray, decoded, grid_of
 from cage_jax.core.rules import Rules
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
@@ -23,16 +25,18 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
     them there.
 
     Args:
-      params: a tree of parameters.
+      params: a tree of parameters, or of their codes, as from `gptq`.
       rules: a table in which some quantizers are learned, such as `lsq()`.
 
     Returns:
       `{"params": params, "grids": {path: Grid}}`, with the grids that the scale rules
-      find in the parameters. Learned scales are float32 here, whatever type they are
-      stored in: they are rounded where they are used.
+      find in the parameters, and those of codes, which become values. Learned scales
+      are float32 here, whatever type they are stored in: they are rounded where they
+      are used.
 
     Raises:
-      ValueError: if no rule with a learned quantizer matches.
+      ValueError: if no rule with a learned quantizer matches, and for codes of another
+        format, rotation or groups.
 
     Example:
       >>> import cage_jax as cage
@@ -45,8 +49,15 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
 
     Source: LSQ, arXiv 1902.08153, section 2.
     """
+    paths, leaves, structure = flatten_with_paths(params, QuantizedArray)
+    codes = {p: leaf for p, leaf in zip(paths, leaves) if _is_codes(leaf)}
+    params = structure.unflatten(
+        [decoded(leaf) if _is_codes(leaf) else leaf for leaf in leaves]
+    )
     grids = {
-        path: fit_grid(x, quantizer)
+        path: _grid_of(path, codes[path], quantizer)
+        if path in codes
+        else fit_grid(x, quantizer)
         for path, (quantizer, x) in rules.quantized(params).items()
         if quantizer.scale.needs_grid
     }
@@ -56,6 +67,26 @@ def with_grids(params: Any, rules: Rules) -> dict[str, Any]:
             f"Use lsq(), or leave the grids out."
         )
     return {"params": params, "grids": grids}
+
+
+def _is_codes(leaf):
+    return isinstance(leaf, QuantizedArray)
+
+
+def _grid_of(path, codes, quantizer):
+    """Returns the grid of codes, for a learned quantizer."""
+    with path_in_errors(path):
+        own, shape = codes.quantizer, codes.shape
+        same = own.format == quantizer.format
+        if not (same and own.basis(shape) == quantizer.basis(shape)):
+            raise ValueError(
+                f"`params` must have codes of the format and rotation of the rule, "
+                f"{quantizer}; got {own}. Use such a quantizer for the codes, or "
+                f"with_grids(dequantize(codes), rules)."
+            )
+        grid = grid_of(codes)
+        check_grid(grid, quantizer, quantizer.blocks(shape))
+    return grid
 
 
 def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:

@@ -61,8 +61,8 @@ def gptq(
     If `rules` have a quantizer that is `idempotent`, `dequantize` of the result lies on
     the grid that `fake_quant` finds in it, so that training starts there. To this end
     the value that sets the scale of a group keeps its code. With another quantizer,
-    such as `quest`, `fake_quant` finds other scales: train with the grids of the codes,
-    as `lsq` does from `with_grids`.
+    such as `quest`, `fake_quant` finds other scales. `with_grids(codes, rules)` makes
+    the scales of codes the first ones of a learned quantizer.
 
     Args:
       function: a function of parameters and any other arguments, of any framework, as
@@ -79,8 +79,8 @@ def gptq(
       inputs: whether inputs are quantized too, as the rules say.
       strict: whether a matrix that cannot be reached is an error. With False it is
         rounded, and there is one warning.
-      progress: called with the path, the number of parameters done and that of all,
-        after each matrix or stack.
+      progress: called with a path, the number of weights that are rounded and that of
+        all that have a rule, after each matrix.
 
     Returns:
       What `quantize(params, rules)` returns, with other codes and scales. Vectors, and
@@ -310,8 +310,9 @@ class _Search:
             )
         self.parameters[path].round(places, matrices, sums, self.damping)
         if self.progress is not None:
-            done = sum(each.is_done() for each in self.parameters.values())
-            self.progress(path, done, len(self.parameters))
+            parameters = self.parameters.values()
+            counts = [[each.count, each.codes.codes.size] for each in parameters]
+            self.progress(path, *map(sum, zip(*counts)))
         return None
 
     def _matrices(self, eqn, values, side, x):
@@ -321,10 +322,9 @@ class _Search:
         """
         weight, parameter = values[side], self.parameters[values[side].path]
         shape = parameter.codes.shape
-        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
 
         def places(batch=0):
-            moved = weight_matrices(eqn, side, weight.of(numbers, batch))
+            moved = weight_matrices(eqn, side, weight.of(parameter.numbers, batch))
             return places_of(np.asarray(moved), shape)
 
         found = places()

@@ -40,6 +40,17 @@ class Parameter:
         """The present values."""
         return decoded(self.codes)
 
+    @functools.cached_property
+    def numbers(self) -> jax.Array:
+        """The numbers of its elements."""
+        shape = self.codes.shape
+        return jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+
+    @property
+    def count(self) -> int:
+        """How many of its weights are rounded."""
+        return round(self._done.mean() * math.prod(self.codes.shape))
+
     def takes(self, places: Places) -> bool:
         """Tells whether matrices lie along the same axes as those that were rounded."""
         return self._places is None or self._places.axes == places.axes
@@ -100,7 +111,7 @@ class Parameter:
         self.codes = _replaced(self.codes, values, grid, which, mask, places.axes)
         self.__dict__.pop("values", None)
         if self.is_done():
-            for name in ("_found", "_arranged", "_known"):
+            for name in ("numbers", "_found", "_arranged", "_known"):
                 self.__dict__.pop(name)
 
     # --- in the basis of the quantizer ------------------------------------------------
