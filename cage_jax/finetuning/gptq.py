@@ -321,6 +321,8 @@ class _Search:
         Returns why not if they cannot be rounded, and None if they are.
         """
         weight, parameter = values[side], self.parameters[values[side].path]
+        if parameter.is_done():
+            return None
         shape = parameter.codes.shape
 
         def places(batch=0):
