@@ -6,6 +6,7 @@ framework.
 - `plan` says how to spend a budget of training tokens, as a `Plan`.
 - `choose_bits` gives each parameter the bits that cost the least loss in a budget.
 - `distill` makes the loss of a quantized student that learns from a teacher.
+- `cache_teacher` writes the largest logits of a teacher, a `TeacherCache` reads them.
 - `fisher` estimates, by squared gradients, how much the loss minds an error.
 - `gptq` rounds parameters so that their products with data change little.
 - `blocks` finds the layers of a model in its parameters, a `Block` each.
@@ -35,6 +36,7 @@ from cage_jax.finetuning.reconstruction import (
 )
 from cage_jax.finetuning.scales import only_scales
 from cage_jax.finetuning.squared_gradients import fisher
+from cage_jax.finetuning.teacher_cache import TeacherCache, cache_teacher
 from cage_jax.finetuning.top_logits import TopLogits
 
 __all__ = [
@@ -42,9 +44,11 @@ __all__ = [
     "Memory",
     "Plan",
     "Reconstructed",
+    "TeacherCache",
     "TopLogits",
     "adapted",
     "blocks",
+    "cache_teacher",
     "choose_bits",
     "distill",
     "fisher",

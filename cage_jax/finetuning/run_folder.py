@@ -36,7 +36,7 @@ class RunFolder:
         if not path.exists():
             self._write(path, json.dumps(now, indent=1).encode())
             return
-        before = json.loads(path.read_text())
+        before = read_run(folder)
         other = [name for name in now if now[name] != before.get(name)]
         if other:
             raise ValueError(
@@ -92,6 +92,28 @@ class RunFolder:
         temporary = path.with_name(path.name + ".part")
         temporary.write_bytes(content)
         temporary.replace(path)
+
+
+def read_run(folder: Any) -> dict[str, Any]:
+    """Reads which run a folder belongs to.
+
+    Raises:
+      ValueError: if it belongs to none, or if that cannot be read.
+    """
+    path = pathlib.Path(folder) / _BELONGS
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`folder` must be the folder of a run; got {str(folder)!r}, whose "
+            f"{_BELONGS} cannot be read: {error}. Use the folder that the run made."
+        ) from error
+    if not isinstance(run, dict):
+        raise ValueError(
+            f"`folder` must have an object in {_BELONGS}; got {type(run).__name__} in "
+            f"{str(folder)!r}. Use the folder that the run made."
+        )
+    return run
 
 
 class Digest:
