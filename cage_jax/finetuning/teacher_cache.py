@@ -200,9 +200,14 @@ class TeacherCache:
         assert found is not None
         digest, (vocabulary, *lead), logits, ids, rest = found
         ids = ids.view(_dtype_of_ids(vocabulary)).astype(np.int32)
-        logits, ids = (jnp.array(x.reshape(*lead, self._k)) for x in (logits, ids))
-        rest = jnp.array(rest.reshape(lead))
-        return digest, TopLogits(logits, ids, rest, self._temperature, int(vocabulary))
+        top = TopLogits(
+            jnp.array(logits.reshape(*lead, self._k)),
+            jnp.array(ids.reshape(*lead, self._k)),
+            jnp.array(rest.reshape(lead)),
+            self._temperature,
+            int(vocabulary),
+        )
+        return digest, top
 
 
 def _as_arrays(top, digest, dtype):
