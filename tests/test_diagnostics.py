@@ -201,6 +201,55 @@ def test_scales_across_what_is_summed_over(rng):
     assert out.startswith("out, weight: its product sums over axis (0, 1)")
 
 
+def latents(p, x):
+    return jnp.tanh(p["latents"] @ p["w"]) @ x.T
+
+
+def low_rank(p, x):
+    return x @ (p["w"] + p["down"] @ p["up"])
+
+
+def mixed_matrices(p, x):
+    gates = jax.nn.softmax(x.mean(0) @ p["router"])
+    return x @ jnp.einsum("e,eio->io", gates, p["w"])
+
+
+def added_experts(p, x):
+    gates = jax.nn.softmax(x @ p["router"])
+    hidden = jnp.broadcast_to(x[:, None], (6, 4, 32))
+    return jnp.einsum("te,tef,efd->td", gates, hidden, p["w"])
+
+
+# A program, its parameters, whose input is quantized, and what is said of which one.
+ROLES = [
+    (latents, {"latents": (6, 32), "w": (32, 32)}, "latents", "an input itself"),
+    (low_rank, {"w": (32, 32), "down": (32, 4), "up": (4, 32)}, "down", "LoRA"),
+    (low_rank, {"w": (32, 32), "down": (32, 4), "up": (4, 32)}, "w", None),
+    (mixed_matrices, {"w": (4, 32, 32), "router": (32, 4)}, "w", "mixes matrices"),
+    (added_experts, {"w": (4, 32, 16), "router": (32, 4)}, "w", "use axis=1, or add"),
+]
+
+
+@pytest.mark.parametrize(("program", "shapes", "path", "text"), ROLES)
+def test_what_a_parameter_may_be_instead_is_said(program, shapes, path, text):
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((6, 32), jnp.float32)
+
+    def found(quantizer):
+        rules = Rules([(path, quantizer, int8()), (".*", None)])
+        rules = cage.resolve(rules, program, params, x)
+        return report(program, rules, params, x).findings
+
+    if text is None:
+        assert found(int4()) == ()
+        return
+    *costs, told = found(int4())
+    assert told.startswith(path) and text in told
+    assert all("its scales cost" in each for each in costs)
+    if program is added_experts:
+        assert found(int4(axis=1)) == ()
+
+
 def test_scales_of_inputs_that_save_nothing(rng):
     shapes = {"conv": (3, 3, 1, 16), "point": (1, 1, 8, 16), "dense": (8, 4)}
     params = {name: normal(rng, *shape) for name, shape in shapes.items()}

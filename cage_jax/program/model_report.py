@@ -18,6 +18,7 @@ from cage_jax.program.following import Loss
 from cage_jax.program.measuring import GridFit, Measured, measure
 from cage_jax.program.origins import axes_of
 from cage_jax.program.products import Product
+from cage_jax.program.roles import beside_routers, other_roles
 from cage_jax.program.tracing import split_grids
 from cage_jax.program.visiting import (
     follow_function,
@@ -159,7 +160,8 @@ def report(
     reach = [
         f"{path}: {why}" for path, why in out_of_reach(rules, followed, shapes).items()
     ]
-    findings = (*unused, *rows.splits, *rows.costs, *reach, *_findings(layers))
+    roles = _roles(layers, beside_routers(shapes, followed.products))
+    findings = (*unused, *rows.splits, *rows.costs, *reach, *roles, *_findings(layers))
     return ModelReport(layers, findings)
 
 
@@ -207,13 +209,23 @@ def _findings(layers):
             yield from _misfit(f"{path}, input", each.quantizer, each, size)
 
 
+def _roles(layers, experts):
+    for layer in layers:
+        row, products = layer.weight, [each.product for each in layer.inputs]
+        if row.quantizer is not None or row.inputs is not None:
+            yield from dict.fromkeys(other_roles(row, products, experts))
+
+
 def _across(layer):
     """Finds scales of a weight that are not shared along what its products sum over."""
     row = layer.weight
     shared = set(row.quantizer.blocks(row.shape).axes)
     each = [axes_of(labels.product.contracted, row.path) for labels in layer.inputs]
+    windows = any(labels.product.window for labels in layer.inputs)
     each = list(dict.fromkeys(axes for axes in each if axes))
-    across = [axes for axes in each if not shared.issuperset(axes)]
+    # A scale for each slice of a sum, such as an expert's part, is like one of a group.
+    parts = [axes for axes in each if {*axes[1:]} == shared and not windows]
+    across = [a for a in each if not shared.issuperset(a) and a not in parts]
     if across and len(across) == len(each):
         yield (
             f"{row.path}, weight: its product sums over axis {_told(across[0])} of "

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from cage_jax.core.rules import Rules
 from cage_jax.core.tables import table
 from cage_jax.program.following import Followed
-from cage_jax.program.origins import axes_of
 from cage_jax.program.resolving import weight_axes
+from cage_jax.program.roles import is_router
 from cage_jax.program.tracing import check_function, split_grids
 from cage_jax.program.visiting import follow_function
 from cage_jax.quantizers.axes import WeightAxes
@@ -21,15 +21,10 @@ from cage_jax.quantizers.registry import named, takes_groups
 
 _GROUPS = (128, 64, 32)  # for codes of at most 4 bits, the first that divides
 _MOST_BITS_IN_GROUPS = 4
-_FEW_EXPERTS = 4  # times as many inputs has a router
 _FEWEST_WEIGHTS = 1024  # smaller parameters are not worth it
 _ENDS = (
     "\nNo layer is left alone for being the first or the last one, since there would "
     "be no others."
-)
-# Routers of experts are small, and an error in them sends a token elsewhere.
-_ROUTER = re.compile(
-    r"(.*/)?(router|gating|switch|(?P<gate>gate))(/(kernel|weight|w))?"
 )
 
 
@@ -181,7 +176,7 @@ def _reasons(followed, shapes, axes, ends=True) -> dict[str, str]:
             found[path] = "a factor of a weight, of which no product with data sums"
         elif path not in large:
             found[path] = f"fewer than {_FEWEST_WEIGHTS} weights"
-        elif _is_router(path, shapes[path], products):
+        elif is_router(path, shapes[path], products):
             found[path] = "a router of experts"
     if not products or not ends:
         return found
@@ -191,20 +186,6 @@ def _reasons(followed, shapes, axes, ends=True) -> dict[str, str]:
     if not products[-1].repeats:
         found |= dict.fromkeys(products[-1].paths, "the last layer")
     return found
-
-
-def _is_router(path, shape, products):
-    """Tells by its name whether a parameter routes tokens to experts."""
-    name = _ROUTER.fullmatch(path)
-    if name is None or name["gate"] is None:
-        return name is not None
-    # A "gate" is also a layer of a Llama, which has as many outputs as others.
-    product = next(each for each in products if path in each.paths)
-    inputs, outputs = (
-        math.prod(shape[axis] for axis in axes_of(labels, path))
-        for labels in (product.contracted, product.kept)
-    )
-    return _FEW_EXPERTS * outputs <= inputs
 
 
 def _candidates(argument, quantizer, groups) -> list[Quantizer]:
