@@ -435,6 +435,9 @@ def test_arguments_that_do_not_fit(params, curvature):
     broken = params | {"k": {"kernel": params["k"]["kernel"].at[0, 0].set(np.nan)}}
     error(ValueError, "`k/kernel`: `params` must have finite values", params=broken)
 
+    shapes = jax.eval_shape(lambda: params)
+    error(TypeError, "`k/kernel`: `params` must have values", params=shapes)
+
     def only_k_breaks(of):
         x = of["k"]["kernel"]
         return jnp.where(jnp.all(x == params["k"]["kernel"]), 1.0, jnp.nan)

@@ -1,6 +1,8 @@
 """The plan of a budget of tokens: its formulas in float64, and what it says."""
 
 import math
+import operator
+import re
 import warnings
 
 import jax
@@ -108,6 +110,14 @@ def test_fewer_bits_need_more_pieces(make):
     assert "all weights" in str(make(1e9, 1e8, 4))
 
 
+def test_the_functions_that_it_names_are_there(make):
+    texts = [str(make(tokens, 1e8, bits)) for tokens in (1e5, 1e9) for bits in (2, 8)]
+    names = {*re.findall(r"cage\.([\w.]*\w)", " ".join(texts))}
+    assert {"gptq", "finetuning.reconstruct", "finetuning.only_scales"} < names
+    for name in names:
+        assert callable(operator.attrgetter(name)(cage))
+
+
 def test_it_prints_what_it_returns(capsys):
     found = cage.plan(3e9, 3e7, 4, pretrained=False)
     assert capsys.readouterr().out == f"{found}\n"
@@ -130,4 +140,6 @@ def test_arguments_out_of_range(make):
     error(
         ValueError, "`tokens_per_step` must be at least 1", 1, 1, 4, tokens_per_step=0
     )
+    few = {"tokens_per_step": 99_999}
+    error(ValueError, "`tokens_per_step` must be at least 100000", 1e12, 1e9, 4, **few)
     error(ValueError, "`learning_rate` must be above 0", 1e6, 1e6, 4, learning_rate=0.0)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from cage_jax.arrays.checks import check_int, check_number, is_int
@@ -61,7 +62,8 @@ def choose_bits(
     small as it can be: exactly where layers have few shapes, and else nearly. What
     parameters do to each other is in no estimate. There are three:
 
-    - with `curvature`, half the sum of curvature times squared error;
+    - with `curvature`, half the sum of curvature times squared error. It means little
+      where errors are as large as the weights, as at 2 bits;
     - with `loss` and `batches`, the measured change of the loss. Each batch is
       evaluated once for each parameter and choice;
     - with neither, squared errors relative to the mean square of their parameter, which
@@ -120,6 +122,10 @@ def choose_bits(
     options = {}
     for path, (_, x) in quantized.items():
         with path_in_errors(path):
+            if isinstance(x, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    "`params` must have values; got a shape. Load the parameters first."
+                )
             options[path] = _options(rules.match(path), x.shape, choices)
     sets = _tied(together, [*quantized])
     if loss is not None and batches is not None:

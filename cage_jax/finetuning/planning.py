@@ -22,6 +22,7 @@ _LAW_WEIGHTS, _LAW_TOKENS, _LAW_BITS = (8.6e7, 2.2e9), (2.3e9, 1.4e12), (1, 6)
 _LEAST_SHARE = 0.1
 _FLOOR = 0.1  # of the learning rate, as a share of its peak
 _STEPS = 1000  # to aim at
+_MOST_STEPS = 10**7  # whose learning rates still fit in memory
 _TOKENS_PER_STEP = (256, 262_144)  # of our SmolLM2, and of the CAGE paper
 # Doses from which on CAGE gained, and at which it did nothing.
 _ACTS, _NOTHING = 0.2, 0.01
@@ -161,9 +162,11 @@ def plan(
     rate = recipe.rate if learning_rate is None else learning_rate
     check_number("learning_rate", rate, "Use 1e-5, or None.", above=0)
     fewest, most = _TOKENS_PER_STEP
+    usual = int(min(max(tokens // _STEPS, fewest), most))
     if tokens_per_step is None:
-        tokens_per_step = int(min(max(tokens // _STEPS, fewest), most))
-    check_int("tokens_per_step", tokens_per_step, "Use 65_536, or None.", least=1)
+        tokens_per_step = usual
+    least = math.ceil(tokens / _MOST_STEPS)
+    check_int("tokens_per_step", tokens_per_step, f"Use {usual}.", least=max(least, 1))
     per_byte = tokens / (weights * bits / 8)
     law = math.exp(-_LAW / math.log(per_byte)) if per_byte > 1 else 0.0
     share = 1.0 if pretrained else max(law, _LEAST_SHARE)
@@ -249,16 +252,16 @@ def _pieces(bits, tokens, pretrained, dose) -> tuple[str, ...]:
             "only if the loss rose, distillation",
         )
     found = ["bits where they cost least: cage.choose_bits"]
-    found.append("a start on the grid: GPTQ, by some hundred sequences")
+    found.append("a start on the grid: cage.gptq, by some hundred sequences")
     if bits < 3.5:
         found.append(
-            "block by block, each to its own output in full precision: weights at 1e-5 "
-            "(2e-5 at 2 bits), scales at 1e-4, 8 M tokens in EfficientQAT"
+            "block by block, cage.finetuning.reconstruct: weights at 1e-5 (2e-5 at 2 "
+            "bits), scales at 1e-4, 8 M tokens in EfficientQAT"
         )
     if tokens < _FEW_TOKENS:
         found.append(
-            "scales alone, by distillation: so few tokens say little about each "
-            "weight. That takes no more memory than the codes and the teacher"
+            "scales alone, cage.finetuning.only_scales, by distillation: so few tokens "
+            "say little about each weight"
         )
     else:
         found.append("all weights, by distillation from the full-precision model")
