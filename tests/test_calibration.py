@@ -11,7 +11,14 @@ import cage_jax as cage
 from cage_jax import Rules, calibrate, fake_quant, int4, int8, quantize_activations
 from cage_jax.quantizers.formats import Integer
 from cage_jax.quantizers.scale_types import Float8
-from cage_jax.quantizers.scales import AbsMax, Calibrated, Learned, MinMax, Percentile
+from cage_jax.quantizers.scales import (
+    AbsMax,
+    Calibrated,
+    Learned,
+    MinMax,
+    Percentile,
+    SignedMax,
+)
 
 STATIC = int8(axis=None, scale=Calibrated())
 
@@ -212,6 +219,7 @@ def test_what_cannot_be_calibrated(params, x):
         ),
         (call([(nan,)]), ValueError, "`w`: `batches` must give finite inputs"),
         (lambda: Calibrated(Learned()), TypeError, "`rule` must be a rule"),
+        (lambda: Calibrated(SignedMax()), ValueError, "`rule` must give positive scal"),
         (lambda: Calibrated("absmax"), TypeError, "`rule` must be a rule"),
         (lambda: Calibrated(decay=1.0), ValueError, "`decay` .* below 1; got 1"),
         (lambda: Calibrated(decay=0.0), ValueError, "`decay` must be above 0"),

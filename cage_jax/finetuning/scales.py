@@ -13,8 +13,7 @@ def only_scales(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains the grids that `with_grids` put beside the parameters, and nothing else.
 
-    The updates of parameters are zeros, and the optimizer keeps no state for them. As
-    their gradients are not used, `jax.jit` leaves out their computation.
+    The updates of parameters are zeros, and the optimizer keeps no state for them.
 
     Args:
       optimizer: what trains the grids, such as `optax.adam(1e-4)`. It should have no

@@ -129,6 +129,11 @@ class Calibrated(ScaleRule):
                 f"`rule` must be a rule that finds a scale in data; got {self.rule!r}. "
                 f"Use AbsMax() or Percentile(99.9)."
             )
+        if self.rule.signed:
+            raise ValueError(
+                f"`rule` must give positive scales, since batches differ in sign; got "
+                f"{self.rule}. Use AbsMax()."
+            )
         if self.decay is not None:
             remedy = "Use 0.9, or None for the widest."
             check_number("decay", self.decay, remedy, above=0, below=1)
@@ -143,10 +148,6 @@ class Calibrated(ScaleRule):
     @functools.cached_property
     def has_offset(self):  # type: ignore[override]
         return self.rule.has_offset
-
-    @functools.cached_property
-    def signed(self):  # type: ignore[override]
-        return self.rule.signed
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         return self.rule.fit(x, axes, format, scale_type, tensor_axes)
