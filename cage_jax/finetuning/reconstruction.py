@@ -109,7 +109,8 @@ def reconstruct(
         `cage.llama.blocks`. Equal ones are compiled once.
       rules: the rules for the paths of the whole model.
       params: the parameters, where training starts: those of the teacher, the values of
-        codes such as `dequantize(codes)`, or what `with_grids` made of either.
+        codes such as `dequantize(codes)`, or what `with_grids` made of either. In
+        float32: bfloat16 loses steps of 1e-5.
       batches: the arguments of `first` after the parameters, a tuple for each batch; of
         equal shapes, so that there is one program. They are walked once. Each epoch has
         their order.
