@@ -30,6 +30,7 @@ def kl(
     Computed in float32 (float64 for float64). Beside what is given, there is one array
     like the student's logits: the gradient. On one CPU it takes the memory of the
     student's logits, if these are needed no more, and the exponentials are taken once.
+    On several devices `TopLogits` take one array more, of float32, divided likewise.
     Reverse mode alone, any number of times.
 
     Args:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import adapters
 import curvature_cost
 import digits
+import distillation
 import effect
 import import_time
 import jax
@@ -419,6 +420,20 @@ def test_the_programs_of_a_small_model(monkeypatch):
         for name in ("W4A8", "full")
     ]
     assert figures["flat, ratio"] == pytest.approx(times[0] / times[1])
+
+
+def test_distillation_to_cross_entropy():
+    small = {"rounds": 1, "tokens": 32, "vocabulary": 512, "width": 64}
+    found = distillation.measure(distillation.Settings(layers=1, k=8, **small))
+    figures = found["figures"]
+    base = figures["cross-entropy"]["bytes"]
+    assert base >= 4 * 32 * 512  # the logits
+    for name, each in figures.items():
+        assert each["bytes, ratio"] == each["bytes"] / base
+        assert (each["seconds"] is None) == (name not in found["seconds"])
+    assert [target["bound"] for target in found["targets"]] == [1.3, 1.3, 1.1, 1.4]
+    rows = distillation.table(json.loads(json.dumps(found)))
+    assert all(len(cells) == len(rows.header) for cells in rows.cells)
 
 
 def test_the_memory_of_adapters(monkeypatch):
