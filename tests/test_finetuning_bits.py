@@ -391,8 +391,9 @@ def test_fisher_is_the_mean_of_squared_gradients(rng):
 def test_a_budget_that_cannot_be_met_names_the_least_bits(params):
     with pytest.raises(ValueError, match=r"`bits` must be at least 6 here.*got 5\.9"):
         cage.choose_bits(RULES, params, bits=5.9, show=False)
-    new = cage.choose_bits(RULES, params, bits=6, show=False)
-    assert widths_of(new, "qkvo") == (2, 2, 2, 2)
+    for choices in ((2, 3, 4, 8), ("int2", "int3", "int4", "int8")):
+        new = cage.choose_bits(RULES, params, bits=6, choices=choices, show=False)
+        assert widths_of(new, "qkvo") == (2, 2, 2, 2)
     uneven = {"w": jnp.ones((7, 13))}
     rules = cage.Rules([(".*", cage.int4())])
     with pytest.raises(ValueError, match="at least") as error:
@@ -419,7 +420,7 @@ def test_arguments_that_do_not_fit(params, curvature):
     error(TypeError, "`rules` must be Rules", rules=[(".*", "int4")])
     error(ValueError, "no parameter is quantized", rules=cage.Rules([(".*", None)]))
     error(TypeError, "`bits` must be a number", bits="int4")
-    error(TypeError, "`choices` must be an int; got 'int2'", choices=("int2", "int4"))
+    error(TypeError, "`choices` must be an int; got 'nf4'", choices=("int2", "nf4"))
     error(TypeError, "`choices` must be a list", choices=4)
     error(ValueError, "`bits` must be from 2 to 8", choices=(1, 4))
     error(ValueError, "got both", curvature=curvature, loss=loss, batches=[()])

@@ -113,7 +113,12 @@ def test_fewer_bits_need_more_pieces(make):
 def test_the_functions_that_it_names_are_there(make):
     texts = [str(make(tokens, 1e8, bits)) for tokens in (1e5, 1e9) for bits in (2, 8)]
     names = {*re.findall(r"cage\.([\w.]*\w)", " ".join(texts))}
-    assert {"gptq", "finetuning.reconstruct", "finetuning.only_scales"} < names
+    assert {
+        "gptq",
+        "distill",
+        "finetuning.reconstruct",
+        "finetuning.only_scales",
+    } < names
     for name in names:
         assert callable(operator.attrgetter(name)(cage))
 

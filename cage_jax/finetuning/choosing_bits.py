@@ -47,7 +47,7 @@ def choose_bits(
     params: Any,
     *,
     bits: float = 3.5,
-    choices: Sequence[int | Quantizer] = (2, 3, 4, 8),
+    choices: Sequence[int | str | Quantizer] = (2, 3, 4, 8),
     curvature: Any = None,
     loss: Callable | None = None,
     batches: Iterable[tuple] | None = None,
@@ -75,9 +75,9 @@ def choose_bits(
       params: a tree of parameters with values.
       bits: the most bits a weight, scales and zero points included, as the mean over
         all parameters that are quantized; bytes are those of `rules.report`.
-      choices: widths, for which a quantizer keeps its groups, axes, rotation and scale
-        rule and gets integers of so many bits; or quantizers, which take the place of
-        the rule's, and its axis if theirs is "contracted".
+      choices: widths, such as 3 or "int3", for which a quantizer keeps its groups,
+        axes, rotation and scale rule and gets integers of so many bits; or quantizers,
+        which take the place of the rule's, and its axis if theirs is "contracted".
       curvature: a tree like `params` with an estimate of the Hessian's diagonal, such
         as `cage.finetuning.fisher` returns, or Adam's second moment.
       loss: maps the parameters and the arguments of a batch to a scalar.
@@ -114,6 +114,7 @@ def choose_bits(
     """
     check_rules(rules)
     check_number("bits", bits, "Use 3.5.", above=0)
+    choices = _checked_choices(choices)
     _check_estimate(curvature, loss, batches)
     params, _ = split_grids(params)
     quantized = rules.quantized(params)
@@ -142,7 +143,7 @@ def choose_bits(
         for path, (_, x) in quantized.items()
     }
     picks = _picks(found, sets, bits)
-    chosen = {path: options[path][pick] for path, pick in picks.items()}
+    chosen = {path: each[picks[path]] for path, each in options.items()}
     patterns = _patterns(rules, params, chosen)
     new = _rules(rules, params, chosen, patterns)
     if show:
@@ -165,18 +166,26 @@ def _check_estimate(curvature, loss, batches):
         )
 
 
-def _options(quantizer, shape, choices) -> list[Quantizer]:
-    """Returns the quantizer of each choice for one parameter."""
+def _checked_choices(choices) -> list[int | Quantizer]:
+    """Returns widths and quantizers."""
     remedy = "Use widths such as (2, 3, 4, 8), or quantizers such as (cage.nf4(),)."
     if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
         raise TypeError(f"`choices` must be a list; got {choices!r}. {remedy}")
     found = []
     for choice in choices:
-        if isinstance(choice, Quantizer):
-            if choice.axis == CONTRACTED:
-                choice = dataclasses.replace(choice, axis=quantizer.axis)
-        else:
+        if isinstance(choice, str) and (name := re.fullmatch(r"int([2-8])", choice)):
+            choice = int(name[1])
+        if not isinstance(choice, Quantizer):
             check_int("choices", choice, remedy)
+        found.append(choice)
+    return found
+
+
+def _options(quantizer, shape, choices) -> list[Quantizer]:
+    """Returns the quantizer of each choice for one parameter."""
+    found = []
+    for choice in choices:
+        if not isinstance(choice, Quantizer):
             if not isinstance(quantizer.format, EvenlySpaced):
                 raise ValueError(
                     f"`choices` must be quantizers where a format has no widths; got "
@@ -185,6 +194,8 @@ def _options(quantizer, shape, choices) -> list[Quantizer]:
                 )
             format = dataclasses.replace(quantizer.format, bits=choice)  # type: ignore[type-var]
             choice = dataclasses.replace(quantizer, format=format)
+        elif choice.axis == CONTRACTED:
+            choice = dataclasses.replace(choice, axis=quantizer.axis)
         choice.blocks(shape)  # raises if it does not fit
         found.append(choice)
     return found

@@ -249,7 +249,7 @@ def _pieces(bits, tokens, pretrained, dose) -> tuple[str, ...]:
         return (
             "round to nearest, cage.quantize, and measure: with g2p-en at 8 bits there "
             "was nothing to gain (cross-entropy .2291, rounded .2293)",
-            "only if the loss rose, distillation",
+            "only if the loss rose, cage.distill",
         )
     found = ["bits where they cost least: cage.choose_bits"]
     found.append("a start on the grid: cage.gptq, by some hundred sequences")
@@ -260,11 +260,11 @@ def _pieces(bits, tokens, pretrained, dose) -> tuple[str, ...]:
         )
     if tokens < _FEW_TOKENS:
         found.append(
-            "scales alone, cage.finetuning.only_scales, by distillation: so few tokens "
+            "scales alone, cage.finetuning.only_scales, by cage.distill: so few tokens "
             "say little about each weight"
         )
     else:
-        found.append("all weights, by distillation from the full-precision model")
+        found.append("all weights: cage.distill, from the full-precision model")
     return (*found, *last)
 
 
