@@ -1,5 +1,6 @@
 """GPTQ: codes against the formula in float64, and the programs it goes through."""
 
+import sys
 import warnings
 
 import jax
@@ -358,6 +359,23 @@ def test_inputs_are_quantized_as_in_the_model():
     assert_codes(found.codes, expected)
     found = cage.gptq(multiply, rules, {"w": w}, [(x,)], inputs=False)["w"]
     assert_codes(found.codes, codes_of(w, x))
+
+
+@pytest.mark.parametrize("inputs", [None, cage.int3(axis=-1)])
+def test_matrices_of_one_input_share_its_products(inputs, monkeypatch):
+    module, calls = sys.modules["cage_jax.finetuning.gptq"], []
+    products_of = module.products_of
+    monkeypatch.setattr(
+        module, "products_of", lambda x: calls.append(x.shape) or products_of(x)
+    )
+    rules = cage.Rules([("[qk]", INT4, inputs)])
+    params = {"q": some(2, INPUTS, OUTPUTS), "k": some(3, INPUTS, OUTPUTS)}
+
+    def both(params, x):
+        return x @ params["q"], x @ params["k"]
+
+    cage.gptq(both, rules, params, [(correlated(1),)])
+    assert calls == [(1, ROWS, INPUTS)]
 
 
 def test_an_input_that_is_always_zero_keeps_its_weights():

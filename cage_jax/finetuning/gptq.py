@@ -192,8 +192,9 @@ class _Search:
         self.used: set[str] = set()
         # Sums of all products, for parameters with several of them.
         self._collected: dict[Any, jax.Array] = {}
-        # The last input and what was found of it: queries, keys and values share it.
-        self._last: tuple[Any, dict] = None, {}
+        # The last inputs, one and the same quantized, and what was found of each:
+        # queries, keys and values share it.
+        self._last: list[tuple[Any, dict]] = []
 
     def collect(self, traced, arrays):
         """Sums the products of inputs of parameters that are used several times."""
@@ -211,7 +212,7 @@ class _Search:
 
     def _run(self, traced, arrays, visit, value_of):
         self.lockstep = Lockstep(self.count, visit, value_of)
-        self._last = None, {}
+        self._last = []
         paths = [*traced.shapes]
         self.others = dict(zip(paths, traced.values))
         wanted = [path for path in paths if self._is_wanted(path)]
@@ -287,9 +288,10 @@ class _Search:
 
     def _shared(self, x, key, compute):
         """Returns what `compute` finds of an input, found once for each key."""
-        if self._last[0] is not x:
-            self._last = x, {}
-        found = self._last[1]
+        found = next((found for known, found in self._last if known is x), None)
+        if found is None:
+            found = {}
+            self._last = [*self._last[-1:], (x, found)]
         if key not in found:
             found[key] = compute()
         return found[key]
@@ -303,6 +305,8 @@ class _Search:
         places, matrices, sums = found
         if (known := self._collected.get(_key_of(path, places))) is not None:
             matrices, sums = np.unique(matrices), known
+        else:
+            self._count_rows(eqn, values, side)
         if not bool(jnp.isfinite(sums).all()):
             raise ValueError(
                 "`batches` must give finite inputs; got NaN or infinity in the input "
@@ -347,7 +351,6 @@ class _Search:
         if owners is None:
             key = form_of_input(eqn, 1 - side)
             sums = self._shared(x, key, lambda: self._sums(eqn, 1 - side, x))
-            self._count_rows(weight.path, eqn, side)
         else:
             sums = self._sums(eqn, 1 - side, x, owners, len(matrices))
         return found, matrices, sums
@@ -364,14 +367,20 @@ class _Search:
             total = found if total is None else total + found
         return total
 
-    def _count_rows(self, path, eqn, side):
-        """Notes a matrix that has more inputs than there are rows of data."""
+    def _count_rows(self, eqn, values, side):
+        """Notes a matrix that has more inputs than there are rows of data.
+
+        How many rows an expert gets is not counted.
+        """
+        weight = values[side]
+        if weight.chosen or eqn.primitive.name == "ragged_dot_general":
+            return
         like = jax.eval_shape(
             lambda x: input_matrices(eqn, 1 - side, x), eqn.invars[1 - side].aval
         )
         rows = like.shape[1] * self.lockstep.count
         if rows < like.shape[2]:
-            self.too_few.setdefault(path, (rows, like.shape[2]))
+            self.too_few.setdefault(weight.path, (rows, like.shape[2]))
 
     def check_reached(self, strict):
         """Raises, or warns unless `strict`, for parameters that were not rounded."""
