@@ -281,6 +281,24 @@ def test_a_rotated_weight_is_moved_in_its_basis_or_by_itself(rng):
         np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_every_rank_up_to_the_shorter_side(rng):
+    params, rules = params_of(rng, (32, 24)), rules_of(cage.int4())
+    for rank in (1, 16, 19):
+        adapters, frozen = finetuning.low_rank(
+            params, rules, rank=rank, store="float32", scale=None
+        )
+        adapters = moved(adapters, rng)
+        a, b = (np.float64(adapters["up/kernel"][name]) for name in "ab")
+        position = np.float64(frozen["up"]["kernel"].store) + a @ b
+        codes = np.clip(np.round(position), -7, 7)
+        sure = np.abs(np.abs(position - np.floor(position)) - 0.5) > 1e-5
+        found = np.asarray(finetuning.merge(adapters, frozen)["up"]["kernel"].codes)
+        np.testing.assert_array_equal(found.astype(int)[sure], codes[sure])
+        compiled = jax.jit(finetuning.weights)(adapters, frozen)["up"]["kernel"]
+        expected = cage.dequantize(finetuning.merge(adapters, frozen))["up"]["kernel"]
+        np.testing.assert_array_equal(compiled, expected)
+
+
 def test_stacks_convolutions_and_products_over_several_axes(rng):
     for shape, axis, rank, a, b in (
         ((3, 32, 8), -2, 4, (3, 32, 4), (3, 4, 8)),  # layers or experts

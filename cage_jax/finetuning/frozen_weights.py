@@ -19,6 +19,7 @@ from cage_jax.quantizers.rounding import dequantized
 Units = Literal["steps", "weights"]
 Scale = Literal["output", "grid"] | None
 Adapter = dict[str, jax.Array]
+_AT_ONCE = 16  # of the rank: one pass over more runs many times slower
 
 
 class Layout(NamedTuple):
@@ -147,11 +148,20 @@ def _product(adapter, frozen):
     a, b = adapter["a"].astype(dtype), adapter["b"].astype(dtype)
     a = jnp.expand_dims(times(a, frozen.factor), [-2 - i for i in range(len(columns))])
     b = jnp.expand_dims(b, [len(stack) + i for i in range(len(rows))])
-    # A product of matrices sums in an order of the compiler's.
-    b = jnp.moveaxis(b, len(stack) + len(rows), -1)
-    total = uncontracted(a[..., 0] * b[..., 0])
-    for each in range(1, a.shape[-1]):
-        total = total + uncontracted(a[..., each] * b[..., each])
+    a, b = jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, len(stack) + len(rows), 0)
+
+    def more(total, factors):
+        # A product of matrices sums in an order of the compiler's.
+        for row, column in zip(*factors):
+            product = uncontracted(row * column)
+            total = product if total is None else total + product
+        return total, None
+
+    first = (len(a) - 1) % _AT_ONCE + 1
+    total, _ = more(None, (a[:first], b[:first]))
+    if len(a) > first:
+        rest = [x[first:].reshape(-1, _AT_ONCE, *x.shape[1:]) for x in (a, b)]
+        total, _ = lax.scan(more, total, rest)
     return jnp.transpose(total, np.argsort((*stack, *rows, *columns)).tolist())
 
 
