@@ -1,9 +1,10 @@
 """Export to files for other programs, with the trained codes bit for bit.
 
-`compressed_tensors` writes a folder for transformers and vLLM, `gguf` a file for
-llama.cpp, and `stablehlo` a program that runs without this library. `save` and
-`save_orbax` store a tree of codes of any model. `cage_jax.load` reads all of them, by
-the registry in `target`. `rules_to_json` stores a table of rules.
+`compressed_tensors` writes a folder for transformers and vLLM, of a Llama or, with
+`read_tensors`, of any model in such a folder. `gguf` writes a file for llama.cpp,
+and `stablehlo` a program that runs without this library. `save` and `save_orbax` store
+a tree of codes of any model. `cage_jax.load` reads all of them, by the registry in
+`target`. `rules_to_json` stores a table of rules.
 """
 
 from cage_jax.export.compressed_tensors import compressed_tensors
@@ -12,12 +13,16 @@ from cage_jax.export.gguf import gguf
 from cage_jax.export.orbax_folders import save_orbax
 from cage_jax.export.rules_json import rules_from_json, rules_to_json
 from cage_jax.export.stablehlo import stablehlo
+from cage_jax.export.template_names import TensorName
+from cage_jax.export.templates import read_tensors
 from cage_jax.export.trees import save
 
 __all__ = [
     "MalformedFileError",
+    "TensorName",
     "compressed_tensors",
     "gguf",
+    "read_tensors",
     "rules_from_json",
     "rules_to_json",
     "save",

@@ -5,13 +5,14 @@ others that depend on its scheme. `config.json` says which matrices have which s
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.arrays.checks import check_choice, check_int, warn
+from cage_jax.arrays.checks import check_choice, check_int
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export import tokenizer_files
 from cage_jax.export.compressed_tensors_arrays import (
@@ -25,10 +26,11 @@ from cage_jax.export.compressed_tensors_schemes import (
     Scheme,
     check_read,
     declared_schemes,
-    mixed_layers,
     quantization_config,
     scheme_of,
+    warn_of_mixed_layers,
 )
+from cage_jax.export.compressed_tensors_templates import write_by_template
 from cage_jax.export.files import (
     MalformedFileError,
     Path,
@@ -41,21 +43,25 @@ from cage_jax.export.files import (
 )
 from cage_jax.export.safetensors_files import read_shards, write_shards
 from cage_jax.export.target import Target
+from cage_jax.export.template_names import TensorName
 from cage_jax.export.writing import new_folder
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import by_path, expected_tensors, tensors, tree_of
 from cage_jax.quantizers.formats import Float
 
+_SHARD_BYTES = 5 * 10**9
+
 
 def compressed_tensors(
     codes: Any,
-    config: LlamaConfig,
+    config: LlamaConfig | Path,
     path: Path,
     *,
+    names: str | Sequence[TensorName] | None = None,
     tokenizer: Mapping[str, bytes] | Path | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder for `transformers.AutoModelForCausalLM.from_pretrained` and vLLM.
@@ -76,18 +82,31 @@ def compressed_tensors(
     key and value as one layer, and gate and up, and refuses a model that has two
     schemes in one of these. Such a model is written with a warning.
 
+    A model of any architecture is written with its own folder as template, in place of
+    a config. The folder is copied, tokenizer and settings byte for byte and the weights
+    in files of the same names. Codes take the place of the linear layers that have
+    them, and floats are cast to the dtypes of the tensors that they replace. Rotations
+    are not folded. transformers 5 does not read codes of experts, vLLM does.
+
     Args:
       codes: the result of `quantize(params, rules)`, with the paths and shapes of
-        `config.shapes()`. All matrices but the embedding may be codes.
-      config: the model's dimensions.
+        `config.shapes()`. All matrices but the embedding may be codes. With a template,
+        the parameters of its model, in any tree: by the names of its files, as
+        `read_tensors` returns them, or by names that `names` maps to them.
+      config: the model's dimensions; or the folder of a transformers model of float32,
+        float16 or bfloat16, in safetensors. Scales must have its dtype, or it float32.
       path: path of the folder.
+      names: with a template, what the parameters are called in it. None for its own
+        names, and for those of this library's Llama; "flax" for the Flax models of
+        transformers; "tunix" for Llama 3, Qwen 2 and Qwen 3 of tunix; or a list of
+        `TensorName`s.
       tokenizer: the tokenizer's files by name, such as "tokenizer.json", as bytes; or
         the folder that contains them.
       dtype: dtype of the model and of all unquantized parameters: "float32", "float16"
         or "bfloat16"; None for "bfloat16" with FP4, otherwise "float32". Readers round
         scales to it, so float32 scales need "float32". They decode FP4 as bfloat16, so
         FP4 needs "bfloat16".
-      shard_bytes: maximum bytes of tensors in one file.
+      shard_bytes: maximum bytes of tensors in one file; None for 5 * 10**9.
       overwrite: whether to replace a folder that an export wrote, with nothing else
         in it.
 
@@ -95,8 +114,11 @@ def compressed_tensors(
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if it
         holds anything that no export wrote.
       TypeError: if a leaf is neither floats nor a `QuantizedArray`.
+      FileNotFoundError: if there is no such template.
+      MalformedFileError: if the template is damaged.
       ValueError: if the format cannot hold a parameter, or if the parameters are not
-        those of `config`.
+        those of `config`: each of its tensors needs one. If a template is quantized
+        already, or `tokenizer`, `dtype` or `shard_bytes` is given with it.
 
     Example:
       >>> import tempfile
@@ -118,11 +140,18 @@ def compressed_tensors(
 
     Source: compressed-tensors 0.20.
     """
+    if isinstance(config, str | os.PathLike):
+        given = {"tokenizer": tokenizer, "dtype": dtype, "shard_bytes": shard_bytes}
+        _check_none(given, "a folder as template, which is copied")
+        write_by_template(codes, config, path, names=names, overwrite=overwrite)
+        return
+    _check_none({"names": names}, "a LlamaConfig, whose names are known")
     if dtype is None:
         dtype = "bfloat16" if _has_fp4(codes) else "float32"
     with contextlib.suppress(TypeError):
         dtype = jnp.dtype(dtype).name
     check_choice("dtype", dtype, FLOATS)
+    shard_bytes = _SHARD_BYTES if shard_bytes is None else shard_bytes
     check_int("shard_bytes", shard_bytes, "Use 5 * 10**9.", least=1)
     files = tokenizer_files.resolve(tokenizer, config)
     schemes: dict[str, Scheme | None] = {}  # by module, for all linear layers
@@ -148,13 +177,16 @@ def compressed_tensors(
         write_json(folder / "generation_config.json", tokens)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-    if mixed := mixed_layers(schemes):
-        more = f" and {len(mixed) - 1} more" * (len(mixed) > 1)
-        warn(
-            f"`codes` must have one quantizer in each layer that vLLM computes as a "
-            f"whole, for vLLM to read them; got several in {mixed[0]}{more}. Give them "
-            f"the same one, unless only transformers reads {path}."
-        )
+    warn_of_mixed_layers(schemes, path)
+
+
+def _check_none(arguments, what):
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None with {what}; got {str(value)[:60]}. Leave it "
+                f"out."
+            )
 
 
 def _has_fp4(codes):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,17 +41,28 @@ def stored_arrays(
       ValueError: if floats are too large for `dtype`.
     """
     array = tensor.array
-    if not isinstance(array, QuantizedArray):
-        with np.errstate(over="ignore"):
-            values = np.asarray(array).astype(dtype)
-        if np.isinf(values).any() and not np.isinf(array).any():
-            raise ValueError(
-                f"`{tensor.path}`: `dtype` must hold the values; got {dtype!r}, for "
-                f"{jnp.abs(array).max():g}. Use 'float32'."
-            )
-        return {"weight": values.T if tensor.names.is_kernel else values}
-    assert scheme is not None
-    codes, scale = array.codes.T, np.asarray(array.scale).T
+    if isinstance(array, QuantizedArray):
+        assert scheme is not None
+        return stored_codes(jax.tree.map(lambda part: part.T, array), scheme)
+    values = stored_floats(array, dtype, tensor.path)
+    return {"weight": values.T if tensor.names.is_kernel else values}
+
+
+def stored_floats(array: Any, dtype: str, path: str) -> np.ndarray:
+    """Converts floats to the dtype of a file; raises ValueError if they overflow."""
+    with np.errstate(over="ignore"):
+        values = np.asarray(array).astype(dtype)
+    if np.isinf(values).any() and not np.isinf(array).any():
+        raise ValueError(
+            f"`{path}`: `dtype` must hold the values; got {dtype!r}, for "
+            f"{jnp.abs(array).max():g}. Use 'float32', or a template of it."
+        )
+    return values
+
+
+def stored_codes(array: QuantizedArray, scheme: Scheme) -> dict[str, np.ndarray]:
+    """Returns the arrays that a file stores for codes (out, in), by suffix."""
+    codes, scale = array.codes, np.asarray(array.scale)
     if scheme == FP8:
         return {"weight": np.asarray(codes), "weight_scale": scale}
     if scheme.format == PACKED:
@@ -62,7 +74,7 @@ def stored_arrays(
         }
         if array.zero_point is not None:
             found["weight_zero_point"] = _pack(
-                array.zero_point.T.astype(narrow), COMPRESSED_TENSORS, axis=0
+                array.zero_point.astype(narrow), COMPRESSED_TENSORS, axis=0
             )
         return {name: np.asarray(part) for name, part in found.items()}
     words = {"weight_packed": np.asarray(_pack(codes, FP4))}

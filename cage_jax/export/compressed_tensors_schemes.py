@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cage_jax.arrays.checks import is_int
+from cage_jax.arrays.checks import is_int, warn
 from cage_jax.core.quantized_array import QuantizedArray
-from cage_jax.export.files import malformed
+from cage_jax.export.files import Path, malformed
 from cage_jax.llama.folding import why_not_folded
 from cage_jax.llama.tensors import Tensor
 from cage_jax.quantizers.file_presets import ct_w4a16
@@ -185,24 +185,36 @@ def scheme_of(tensor: Tensor, dtype: str) -> Scheme | None:
         )
     else:
         remedy = "Choose one of those, or leave it unquantized."
-        scheme = _scheme_of_codes(array)
+        scheme = exact_scheme(array)
     if scheme is None:
         raise ValueError(
             f"`{tensor.path}`: `codes` must have a quantizer that compressed-tensors "
             f"supports, {SUPPORTED}; got {quantizer}. {remedy}"
         )
-    scale = str(array.scale.dtype)
-    needed = scale if scale in FLOATS else "bfloat16"
-    if dtype != needed and (dtype != "float32" or scale not in FLOATS):
+    if needed := needed_dtype(array, dtype):
         raise ValueError(
             f"`{tensor.path}`: `dtype` must be {needed!r} for {quantizer}, since a "
             f"reader computes its weights in it; got {dtype!r}. Use dtype={needed!r}"
-            + (f", or a quantizer with {dtype} scales." if scale in FLOATS else ".")
+            + (
+                f", or a quantizer with {dtype} scales."
+                if str(array.scale.dtype) in FLOATS
+                else "."
+            )
         )
     return scheme
 
 
-def _scheme_of_codes(array):
+def needed_dtype(array: QuantizedArray, dtype: str) -> str | None:
+    """Returns the dtype that a model must have for these scales; None if it has it."""
+    scale = str(array.scale.dtype)
+    needed = scale if scale in FLOATS else "bfloat16"
+    if dtype == needed or (dtype == "float32" and scale in FLOATS):
+        return None
+    return needed
+
+
+def exact_scheme(array: QuantizedArray) -> Scheme | None:
+    """Returns the scheme that holds codes with scales along their inputs; or None."""
     quantizer, format = array.quantizer, array.quantizer.format
     (size,), scale = quantizer.group_sizes, str(array.scale.dtype)
     symmetric = not quantizer.asymmetric
@@ -214,7 +226,7 @@ def _scheme_of_codes(array):
         return Scheme(PACKED, "int", 4 if format.bits <= 4 else 8, size, symmetric)
     if not symmetric:
         return None
-    known = {
+    known: dict[Any, Scheme] = {
         (Float("e4m3"), "floats", None): FP8,
         (Float("e2m1"), "float8_e8m0fnu", 32): MXFP4,
         (Float("e2m1"), "float8_e4m3fn", 16): NVFP4,
@@ -222,17 +234,21 @@ def _scheme_of_codes(array):
     return known.get((format, "floats" if scale in FLOATS else scale, size))
 
 
-def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme | None], *, by_name: bool = False
+) -> dict[str, Any]:
     """Describes the schemes for `config.json`.
 
     Args:
       schemes: the scheme of each linear layer by module; None for floats.
+      by_name: whether to list the modules of a single scheme too. Otherwise all linear
+        layers have it that are not in `schemes` with None.
     """
     modules: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
         if scheme is not None:
             modules.setdefault(scheme, []).append(module)
-    if len(modules) == 1:  # the form that most programs write and read
+    if len(modules) == 1 and not by_name:  # the form that most programs write and read
         modules = {scheme: ["Linear"] for scheme in modules}
     groups = {
         f"group_{number}": {
@@ -256,16 +272,23 @@ def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
     }
 
 
-def mixed_layers(schemes: Mapping[str, Scheme | None]) -> list[str]:
-    """Lists the modules that vLLM computes as one layer, but have several schemes."""
-    found = []
+def warn_of_mixed_layers(schemes: Mapping[str, Scheme | None], path: Path) -> None:
+    """Warns of modules that vLLM computes as one layer, but have several schemes."""
+    mixed = []
     for first, *others in _FUSED:
         for module in schemes:
             start = module.removesuffix(first)
             names = [start + name for name in (first, *others)]
-            if start != module and len({schemes[name] for name in names}) > 1:
-                found.append(f"{start}({'|'.join((first, *others))})")
-    return found
+            found = {schemes[name] for name in names if name in schemes}
+            if start != module and len(found) > 1:
+                mixed.append(f"{start}({'|'.join((first, *others))})")
+    if mixed:
+        more = f" and {len(mixed) - 1} more" * (len(mixed) > 1)
+        warn(
+            f"`codes` must have one quantizer in each layer that vLLM computes as a "
+            f"whole, for vLLM to read them; got several in {mixed[0]}{more}. Give them "
+            f"the same one, unless only transformers reads {path}."
+        )
 
 
 def declared_schemes(quantization: Any) -> list[Scheme]:

@@ -31,6 +31,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+INDEX = "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_DIMENSIONS = 16
 # A parsed header takes many times as much memory. Real headers have about 0.1 MB.
@@ -54,30 +55,55 @@ def write(
       TypeError: if the format lacks the dtype of an array, such as int4.
     """
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    for name, array in contiguous.items():
+    like = {name: Like(array.dtype, array.shape) for name, array in contiguous.items()}
+    start, places = layout(like, metadata)
+    with pathlib.Path(path).open("wb") as file:
+        file.write(start)
+        for name in places:
+            file.write(contiguous[name].tobytes())
+
+
+class Like(NamedTuple):
+    """The dtype and the shape of an array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(
+    arrays: Mapping[str, Like], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """Returns the begin of a file, and where in it each array begins, in that order.
+
+    Raises:
+      TypeError: if the format lacks the dtype of an array, such as int4.
+    """
+    for name, array in arrays.items():
         if array.dtype not in _NAMES:
             raise TypeError(
                 f"`{name}`: an array must have a dtype that safetensors has; got "
                 f"{array.dtype}. Pack its codes into bytes first."
             )
     # Sorted by width, so that each array begins at a multiple of its width.
-    order = sorted(contiguous, key=lambda name: (-contiguous[name].itemsize, name))
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    end, places = 0, {}
     for name in order:
-        array, begin = contiguous[name], end
-        end += array.nbytes
+        places[name], end = end, end + arrays[name].nbytes
         header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
+            "dtype": _NAMES[arrays[name].dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [places[name], end],
         }
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    with pathlib.Path(path).open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for name in order:
-            file.write(contiguous[name].tobytes())
+    start = len(content).to_bytes(8, "little") + content
+    return start, {name: len(start) + place for name, place in places.items()}
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -90,7 +116,45 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       MalformedFileError: if the file is truncated, damaged or malicious.
     """
     path = pathlib.Path(path)
-    rule = f"{path.name} must be a safetensors file"
+    entries, metadata, start = header_of(path)
+    # A plain array, because the overhead of a memmap slice exceeds many tensors.
+    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    arrays = {}
+    for name, dtype, shape, begin, end in entries:
+        try:
+            part = content[start + begin : start + end]
+            arrays[name] = part.view(dtype).reshape(shape)
+        except (ValueError, OverflowError) as error:
+            # With one size of 0, the others can be anything.
+            raise malformed(_rule(path), f"`{name}` of shape {shape}") from error
+    return arrays, metadata
+
+
+class Entry(NamedTuple):
+    """What a header says of an array: its bytes are counted from the header's end."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """The header of a file: its arrays in their order, and where their bytes begin."""
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    start: int
+
+
+def header_of(path: pathlib.Path) -> Header:
+    """Reads the header of a file and checks it against the file's size.
+
+    Raises:
+      MalformedFileError: as `read` does.
+    """
+    rule = _rule(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MOST_HEADER:
@@ -105,34 +169,21 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         (_entry(name, entry, rule) for name, entry in header.items()),
         key=lambda entry: (entry.begin, entry.end),
     )
-    # A plain array, because the overhead of a memmap slice exceeds many tensors.
-    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
     ends = [0, *(entry.end for entry in entries)]
-    if 8 + length + ends[-1] != len(content):
-        got = f"{len(content)} bytes instead of {8 + length + ends[-1]}"
+    start, size_of_file = 8 + length, path.stat().st_size
+    if start + ends[-1] != size_of_file:
+        got = f"{size_of_file} bytes instead of {start + ends[-1]}"
         raise malformed(rule, got)
-    arrays = {}
-    for end_before, entry in zip(ends, entries):
-        name, dtype, shape, begin, end = entry
+    for end_before, (name, dtype, shape, begin, end) in zip(ends, entries):
         size = math.prod(shape) * dtype.itemsize
         if begin != end_before or end - begin != size:
             got = f"`{name}`, {size} bytes after {end_before}, at {begin} to {end}"
             raise malformed(rule, got)
-        part = content[8 + length + begin : 8 + length + end]
-        try:
-            arrays[name] = part.view(dtype).reshape(shape)
-        except (ValueError, OverflowError) as error:
-            # With one size of 0, the others can be anything.
-            raise malformed(rule, f"`{name}` of shape {shape}") from error
-    return arrays, metadata
+    return Header(entries, metadata, start)
 
 
-class _Entry(NamedTuple):
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+def _rule(path):
+    return f"{path.name} must be a safetensors file"
 
 
 def _entry(name, entry, rule):
@@ -153,7 +204,7 @@ def _entry(name, entry, rule):
             f"`{name}` of {dtype} and {len(shape)} dimensions",
             "Use another file.",
         )
-    return _Entry(name, _DTYPES[dtype], tuple(shape), begin, end)
+    return Entry(name, _DTYPES[dtype], tuple(shape), begin, end)
 
 
 def _json_object(content, rule):
@@ -194,7 +245,7 @@ def write_shards(
         file.rename(folder / name)
         places |= dict.fromkeys(names, name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
 
 
 def _split(arrays, shard_bytes):
@@ -211,27 +262,41 @@ def _split(arrays, shard_bytes):
 
 def read_shards(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of all files by name."""
-    name = "model.safetensors.index.json"
-    if not has(folder, name):
-        return read(inside(folder, "model.safetensors"))[0]
-    places = read_json(inside(folder, name)).get("weight_map")
+    arrays: dict[str, np.ndarray] = {}
+    for shard in shards(folder):
+        arrays |= read(inside(folder, shard))[0]
+    return arrays
+
+
+def shards(folder: pathlib.Path) -> dict[str, Header]:
+    """Returns the headers of a folder's files by their names.
+
+    Raises:
+      MalformedFileError: if one is damaged, or if they do not fit their index.
+    """
+    if not has(folder, INDEX):
+        name = "model.safetensors"
+        return {name: header_of(inside(folder, name))}
+    places = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) for shard in places.values()
     ):
         raise malformed(
-            f"{name} must have a `weight_map` from tensors to files", "something else"
+            f"{INDEX} must have a `weight_map` from tensors to files", "something else"
         )
-    arrays: dict[str, np.ndarray] = {}
+    headers: dict[str, Header] = {}
+    found = set()
     for shard in sorted(set(places.values())):
-        in_shard, _ = read(inside(folder, shard))
-        arrays |= {name: array for name, array in in_shard.items() if name in places}
-        if any(places.get(name) != shard for name in in_shard):
-            rule = f"{shard} must have exactly the tensors that {name} lists for it"
+        headers[shard] = header_of(inside(folder, shard))
+        names = {entry.name for entry in headers[shard].entries}
+        if any(places.get(name) != shard for name in names):
+            rule = f"{shard} must have exactly the tensors that {INDEX} lists for it"
             raise malformed(rule, "other tensors")
-    if len(arrays) != len(places):
-        missing = [tensor for tensor in places if tensor not in arrays]
+        found |= names
+    if len(found) != len(places):
+        missing = [tensor for tensor in places if tensor not in found]
         raise malformed(
-            f"the files must have all tensors of {name}",
+            f"the files must have all tensors of {INDEX}",
             f"{len(missing)} missing, {missing[:3]}",
         )
-    return arrays
+    return headers

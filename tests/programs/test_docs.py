@@ -143,6 +143,8 @@ def test_the_programs_of_the_page_of_exports(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "out",
         "out.gguf",
+        "floats",
+        "floats-int4",
         "codes.safetensors",
         "layer.safetensors",
         "program",
