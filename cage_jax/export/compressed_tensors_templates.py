@@ -188,24 +188,30 @@ def _coding(name, parts, arrays, template):
     found = {(array.scale.dtype, jnp.dtype(array.dtype)) for array in arrays}
     if len(like) > 1 or len(found) > 1:
         raise ValueError(f"several quantizers in `{name}`. Give all parts the same one")
-    array = dataclasses.replace(arrays[0], quantizer=like.pop())
-    scheme = exact_scheme(array)
+    quantizer = like.pop()
+    like_all = dataclasses.replace(arrays[0], quantizer=quantizer)
+    scheme = exact_scheme(like_all)
     if scheme is None:
         supported = SUPPORTED.replace(", axis -2", "")
         raise ValueError(
-            f"{array.quantizer}, which compressed-tensors does not hold. Choose one of "
+            f"{quantizer}, which compressed-tensors does not hold. Choose one of "
             f"{supported}, or leave it unquantized."
         )
-    divisors = [array.tensor_divisor for array in arrays]
-    if len({float(x.item()) for x in divisors if x is not None and x.size == 1}) > 1:
+    divisors = [
+        np.asarray(_taken(array.tensor_divisor, part, array.shape)).ravel()
+        for array, part in zip(arrays, parts)
+        if array.tensor_divisor is not None
+    ]
+    if divisors and len(set(np.concatenate(divisors).tolist())) > 1:
         raise ValueError(f"several tensor divisors in `{name}`. Quantize it as a whole")
-    if needed := needed_dtype(array, dtype):
+    scale = np.dtype(like_all.scale.dtype)
+    if needed := needed_dtype(like_all, dtype):
         raise ValueError(
-            f"{array.scale.dtype} scales in a template of {dtype}, in which readers "
+            f"{scale} scales in a template of {dtype}, in which readers "
             f"compute the weights: they would be rounded. Use a template of {needed}"
             + (f", or a quantizer with {dtype} scales." if needed in FLOATS else ".")
         )
-    return _Coded(array.quantizer, scheme, np.dtype(array.scale.dtype))
+    return _Coded(quantizer, scheme, scale)
 
 
 def _along_inputs(array, part):
@@ -223,7 +229,7 @@ def _along_inputs(array, part):
         else:
             fits = letter == "l" or whole or size == 1
         if not fits:
-            inputs = [number for number, each in enumerate(axes) if each == "i"]
+            inputs = [n - len(axes) for n, each in enumerate(axes) if each == "i"]
             raise ValueError(
                 f"{quantizer}, but compressed-tensors has scales for groups of "
                 f"neighbours along the inputs alone. Use axis="
@@ -240,26 +246,25 @@ def _along_inputs(array, part):
 
 def _part(leaf, source):
     """Takes a part of a parameter, in the layout of the template."""
-    axes = source.axes
-
-    def take(array):
-        if axes is not None:
-            letters = axes.replace("l", "")
-            if source.place is not None:
-                axis = axes.index("l")
-                # Places that share a scale have one entry for all.
-                place = source.place * array.shape[axis] // leaf.shape[axis]
-                array = array[(slice(None),) * axis + (place,)]
-            order = [k for each in "oi" for k, x in enumerate(letters) if x == each]
-            array = array.transpose(order).reshape(
-                Source("", letters).shape(array.shape)
-            )
-        cut = source.outputs is not None and array.shape[0] > 1
-        return array[slice(*source.outputs)] if cut else array
-
     if isinstance(leaf, QuantizedArray):
-        return jax.tree.map(take, leaf)
-    return np.asarray(take(leaf))
+        return jax.tree.map(lambda array: _taken(array, source, leaf.shape), leaf)
+    return np.asarray(_taken(leaf, source, leaf.shape))
+
+
+def _taken(array, source, whole):
+    """Takes a part of codes, scales or floats of a parameter of the shape `whole`."""
+    axes = source.axes
+    if axes is not None:
+        if source.place is not None:
+            axis = axes.index("l")
+            # Places that share a scale have one entry for all.
+            place = source.place * array.shape[axis] // whole[axis]
+            array = array[(slice(None),) * axis + (place,)]
+            axes = axes.replace("l", "")
+        order = [k for each in "oi" for k, letter in enumerate(axes) if letter == each]
+        array = array.transpose(order).reshape(Source("", axes).shape(array.shape))
+    cut = source.outputs is not None and array.shape[0] > 1
+    return array[slice(*source.outputs)] if cut else array
 
 
 def _joined(parts, quantizer):
