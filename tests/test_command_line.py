@@ -4,7 +4,12 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import os
+import pathlib
+import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -381,6 +386,27 @@ def test_the_version(capsys):
     assert stop.value.code == 0
     version = importlib.metadata.version("cage_jax")
     assert capsys.readouterr().out.startswith(f"cage_jax {version}, jax ")
+
+
+def test_ctrl_c_while_the_package_is_imported(tmp_path):
+    package = tmp_path / "cage_jax"
+    package.mkdir()
+    text = "import time\nprint('importing', flush=True)\ntime.sleep(60)"
+    (package / "__init__.py").write_text(text)
+    root = pathlib.Path(cage.__file__).parents[1]
+    shutil.copy(root / "cage_jax_cli.py", tmp_path)
+    command = "import cage_jax_cli; cage_jax_cli.main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b"stopped.\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
