@@ -1,5 +1,6 @@
 """GPTQ: codes against the formula in float64, and the programs it goes through."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -429,6 +430,28 @@ def test_errors_name_the_parameter_and_the_operation(name):
     rules, params = cage.Rules([("w", "int4")]), {"w": some(0, 4, 4)}
     with pytest.raises((ValueError, TypeError), match=text):
         cage.gptq(function, rules, params, batches)
+
+
+def test_a_stack_of_which_one_layer_is_used():
+    x, stack = correlated(1), some(2, 3, INPUTS, OUTPUTS)
+    rules = cage.Rules([("w", cage.int4(axis=-2, group_size=8))])
+
+    def second(params, x):
+        return x @ params["w"][1]
+
+    with pytest.raises(ValueError, match="`w`: a part of it is in no product"):
+        cage.gptq(second, rules, {"w": stack}, [(x,)])
+    with pytest.warns(UserWarning, match="rounded to the nearest"):
+        found = cage.gptq(second, rules, {"w": stack}, [(x,)], strict=False)
+    expected = np.asarray(cage.quantize({"w": stack}, rules)["w"].codes, int)
+    expected[1] = codes_of(stack[1], x)
+    assert_codes(found["w"].codes, expected)
+
+
+def test_stochastic_rounding_is_refused():
+    quantizer = dataclasses.replace(INT4, rounding="stochastic")
+    with pytest.raises(ValueError, match="`w`: `rules` must round to the nearest"):
+        run(multiply, quantizer, {"w": W}, (correlated(1),))
 
 
 def test_what_is_out_of_reach_may_be_rounded():

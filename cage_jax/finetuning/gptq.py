@@ -93,7 +93,8 @@ def gptq(
       TypeError: for anything but `Rules` and a function.
       ValueError: without batches; for batches of several shapes; for inputs with NaN or
         infinity, with the path of their weight; for a parameter that `function` does
-        not use, or that is in no product that can be looked into.
+        not use, or that is in no product that can be looked into; for stochastic
+        rounding.
 
     Example:
       >>> import cage_jax as cage
@@ -119,6 +120,7 @@ def gptq(
     check_rules(rules)
     check_function(function, "gptq(model.apply, rules, ...)", "Use model.apply.")
     check_number("damping", damping, "Use 0.01.", least=0)
+    _check_rounding(rules, params)
     arrays, first = _arrays_of(batches)
     search = _Search(rules, params, damping, inputs, len(arrays), progress)
     traced = trace(function, search.params, first, {})
@@ -128,6 +130,15 @@ def gptq(
     paths, leaves, structure = flatten_with_paths(search.start, QuantizedArray)
     done = {path: each.finished() for path, each in search.parameters.items()}
     return structure.unflatten(map(done.get, paths, leaves))
+
+
+def _check_rounding(rules, params):
+    for path, (quantizer, _) in rules.quantized(params).items():
+        if quantizer.rounding != "nearest":
+            raise ValueError(
+                f"`{path}`: `rules` must round to the nearest; got {quantizer}. Use "
+                f"dataclasses.replace(quantizer, rounding='nearest') here."
+            )
 
 
 def _arrays_of(batches):
@@ -417,5 +428,6 @@ class _Search:
         if path in self.blocked:
             return f"it cannot be rounded for its inputs: {self.blocked[path]}."
         if loss is None:
-            return "it is in no product with data."
+            part = "a part of it" if self.parameters[path].count else "it"
+            return f"{part} is in no product with data."
         return f"its products are out of reach, behind `{loss.operation}`."
