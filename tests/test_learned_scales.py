@@ -425,17 +425,15 @@ def test_files_of_nvfp4_take_them(rng, tmp_path):
         np.testing.assert_array_equal(found, values.astype(found.dtype))
 
 
-def test_gptq_rounds_to_the_learned_scales(rng):
+def test_scales_of_codes_are_a_start(rng):
     rules = cage.Rules([("w", nvfp4(scale=FROM_ABSMAX))])
-    variables = cage.with_grids({"w": jnp.asarray(weights(rng), jnp.float32)}, rules)
-    x = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
-    codes = cage.gptq(lambda params, x: x @ params["w"], rules, variables, [(x,)])
-    start = cage.dequantize(codes)
-    error = cage.quantization_error(start, rules)["params"]["w"]
-    np.testing.assert_array_equal(error, jnp.zeros_like(error))
-    assert (
-        start["params"]["w"] != cage.fake_quant(variables, rules)["params"]["w"]
-    ).any()
+    x = jnp.asarray(weights(rng), jnp.float32)
+    codes = cage.quantize(0.7 * x, nvfp4(scale=FourOverSix()))
+    variables = cage.with_grids({"w": codes}, rules)
+    assert 1 <= variables["grids"]["w"].tensor_divisor.item() < 2
+    again = cage.quantize(variables, rules)["params"]["w"]
+    np.testing.assert_array_equal(again.codes, codes.codes)
+    np.testing.assert_array_equal(*map(cage.dequantize, (again, codes)))
 
 
 def test_no_kernel_takes_learned_scales():

@@ -15,6 +15,7 @@ from cage_jax.core.rules import Rules
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
 from cage_jax.quantizers.rounding import fit_grid
+from cage_jax.quantizers.scale_types import of_the_size_of_weights
 
 
 @names_checked
@@ -86,7 +87,7 @@ def _grid_of(path, codes, quantizer):
             )
         grid = grid_of(codes)
         check_grid(grid, quantizer, quantizer.blocks(shape))
-    return grid
+    return of_the_size_of_weights(grid)
 
 
 def grid_at(path: str, x: Any, grid: Mapping[str, Grid] | None) -> Grid | None:

@@ -290,6 +290,18 @@ def largest_of(bound: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.max(finite, axis=axes, keepdims=True, initial=0)
 
 
+def of_the_size_of_weights(grid: Grid) -> Grid:
+    """Returns the grid with the same steps that an optimizer should train.
+
+    A tensor divisor becomes a number from 1 to 2. Powers of two change no step.
+    """
+    if grid.tensor_divisor is None:
+        return grid
+    power = power_below(grid.tensor_divisor)
+    scale = grid.scale / jnp.broadcast_to(power, grid.scale.shape)
+    return grid._replace(scale=scale, tensor_divisor=grid.tensor_divisor / power)
+
+
 def _to_e4m3(scale):
     """Rounds to positive numbers of E4M3."""
     return jnp.maximum(Float("e4m3").round(scale), 2.0**-9)

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_number, make_plain
-from cage_jax.arrays.exact import power_below, uncontracted
-from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.scale_types import FULL, Full, Narrow, largest_of
+from cage_jax.arrays.exact import uncontracted
+from cage_jax.quantizers.scale_types import (
+    FULL,
+    Full,
+    Narrow,
+    largest_of,
+    of_the_size_of_weights,
+)
 from cage_jax.quantizers.scales.asymmetric import MinMax
 from cage_jax.quantizers.scales.reduced import AbsMax, AbsMean
 from cage_jax.quantizers.scales.rule import ScaleRule, where
@@ -83,14 +88,9 @@ class Learned(ScaleRule):
 
     def fit(self, x, axes, format, scale_type=FULL, tensor_axes=()):
         if self.start is not None:
-            found = self.start.fit(x, axes, format, scale_type, tensor_axes)
-            if found.tensor_divisor is None:
-                return found
-            # Learned scales are of the size of weights, as an optimizer expects them.
-            # Powers of two change no step.
-            power = power_below(found.tensor_divisor)
-            scale = found.scale / jnp.broadcast_to(power, found.scale.shape)
-            return Grid(scale, tensor_divisor=found.tensor_divisor / power)
+            return of_the_size_of_weights(
+                self.start.fit(x, axes, format, scale_type, tensor_axes)
+            )
         if not self.offset:
             bound = 2 * AbsMean().bounds(x, axes)
             found = FULL.store(bound, math.sqrt(format.high), format, tensor_axes)
