@@ -50,6 +50,8 @@ def stored_arrays(
 
 def stored_floats(array: Any, dtype: str, path: str) -> np.ndarray:
     """Converts floats to the dtype of a file; raises ValueError if they overflow."""
+    if array.dtype == dtype:
+        return np.asarray(array)
     with np.errstate(over="ignore"):
         values = np.asarray(array).astype(dtype)
     if np.isinf(values).any() and not np.isinf(array).any():

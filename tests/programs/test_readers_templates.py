@@ -65,6 +65,22 @@ RULES = cage.Rules(
     ]
 )
 
+# The same in a model of bfloat16, with every kind of scheme that it can have.
+SCHEMES = cage.Rules(
+    [
+        (r".*experts.*|.*embed_tokens.*", None),
+        (r".*q_proj\.weight", cage.mxfp4(axis=-1)),
+        (r".*o_proj\.weight", cage.nvfp4(axis=-1)),
+        (
+            r".*(gate|up)_proj\.weight",
+            cage.ct_w4a16(
+                axis=-1, group_size=32, symmetric=False, scale_dtype="bfloat16"
+            ),
+        ),
+        (r".*", None),
+    ]
+)
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
@@ -81,7 +97,7 @@ def model(request):
 
 def logits_of(model):
     with torch.no_grad():
-        return model(TOKENS).logits.numpy()
+        return model(TOKENS).logits.float().numpy()
 
 
 def test_transformers_has_the_weights_and_the_logits(model, tmp_path):
@@ -126,6 +142,25 @@ def test_transformers_has_the_weights_and_the_logits(model, tmp_path):
         f"{name}.weight" for group in groups for name in group["targets"]
     ) == (sorted(quantized))
     assert content == json.loads((tmp_path / "floats/config.json").read_text())
+
+
+def test_a_model_of_bfloat16(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SIZES, head_dim=32)
+    model = transformers.MistralForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "floats")
+    codes = cage.quantize(cage.export.read_tensors(tmp_path / "floats"), SCHEMES)
+    cage.export.compressed_tensors(codes, tmp_path / "floats", tmp_path / "codes")
+    read = type(model).from_pretrained(tmp_path / "codes").eval()
+    assert read.dtype == torch.bfloat16
+    logits_of(read)  # where it decompresses itself
+    theirs = dict(read.named_parameters())
+    assert sum(map(is_codes, codes.values())) == 8
+    for name, leaf in codes.items():
+        expected = np.asarray(cage.dequantize(leaf) if is_codes(leaf) else leaf)
+        assert str(expected.dtype) == "bfloat16"
+        found = theirs[name].detach().float().numpy()
+        np.testing.assert_array_equal(found, expected.astype(np.float32), name)
 
 
 # --- models of tunix, which reads the same folders ------------------------------------
