@@ -13,6 +13,7 @@ from cage_jax import export
 from cage_jax.export import TensorName, safetensors_files
 from cage_jax.export.compressed_tensors import compressed_tensors, read
 from cage_jax.export.files import MalformedFileError
+from cage_jax.export.templates import read_template
 from cage_jax.llama.tensors import tensors
 
 INT4 = cage.int4(axis=-1, group_size=32)
@@ -113,7 +114,15 @@ def test_what_is_not_quantized_is_copied(template, tmp_path):
 
 
 def test_without_codes_it_is_a_copy(template, tmp_path):
-    export.compressed_tensors(export.read_tensors(template), template, tmp_path / "out")
+    weights = export.read_tensors(template)
+    read = read_template(template)
+    assert all(read.holds(name, array) for name, array in weights.items())
+    others = {name: weights[name].copy() for name in weights}
+    others["h.0.out.weight"] = weights["h.1.out.weight"]
+    others["h.1.out.weight"] = weights["h.1.out.weight"].T
+    others["norm.weight"] = weights["norm.weight"].view(jnp.bfloat16)
+    assert not any(read.holds(name, array) for name, array in others.items())
+    export.compressed_tensors(weights, template, tmp_path / "out")
     for file in template.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 

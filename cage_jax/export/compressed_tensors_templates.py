@@ -95,7 +95,11 @@ def write_by_template(
         return {name: stored_floats(whole, tensors[name].dtype.name, paths)}
 
     with new_folder(path, overwrite=overwrite) as target:
-        replaced = {name: like_of(name) for name in sources}
+        replaced = {
+            name: like_of(name)
+            for name, parts in sources.items()
+            if not template.holds(name, leaves[parts[0].path])
+        }
         write_like(template, target, replaced, arrays_of)
         copy_settings(template, target)
         config = dict(template.config)

@@ -4,10 +4,12 @@ A template is never loaded: its headers say which tensors it has, and what is no
 replaced is copied from file to file.
 """
 
+import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,8 @@ _COPIED = (".json", ".jinja", ".model", ".py", ".txt")
 _AT_ONCE = 16 * 2**20  # bytes of a copy where the system has no call for it
 
 
-class Template(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Template:
     """The folder of a transformers model.
 
     Attributes:
@@ -48,12 +51,39 @@ class Template(NamedTuple):
     config: dict[str, Any]
     shards: dict[str, Header]
 
-    @property
+    @functools.cached_property
     def tensors(self) -> dict[str, Like]:
         """The dtype and shape of each tensor by its name in the files."""
         return {
             entry.name: Like(entry.dtype, entry.shape)
             for header in self.shards.values()
+            for entry in header.entries
+        }
+
+    def holds(self, name: str, array: Any) -> bool:
+        """Tells whether an array is a tensor's own bytes, as `read_tensors` maps them.
+
+        Such a tensor is copied from file to file, and takes no memory.
+        """
+        mapped = array
+        while isinstance(mapped, np.ndarray) and not isinstance(mapped, np.memmap):
+            mapped = mapped.base
+        if not isinstance(mapped, np.memmap) or not array.flags.c_contiguous:
+            return False
+        place = array.ctypes.data - mapped.ctypes.data
+        shard, begin = self._places[name]
+        return (
+            (array.dtype, array.shape) == self.tensors[name]
+            and place == begin
+            and mapped.filename == (self.folder / shard).resolve()
+        )
+
+    @functools.cached_property
+    def _places(self):
+        """The file and the first byte of each tensor."""
+        return {
+            entry.name: (shard, header.start + entry.begin)
+            for shard, header in self.shards.items()
             for entry in header.entries
         }
 
