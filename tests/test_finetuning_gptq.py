@@ -288,6 +288,17 @@ def test_weights_in_other_layouts():
     assert_codes(found["w"].codes.reshape(w.shape), expected)
 
 
+def test_outputs_in_two_products_are_rounded_once():
+    x, w = correlated(1), some(2, INPUTS, OUTPUTS)
+
+    def overlapping(params, x):
+        return x @ params["w"][:, :5], jnp.tanh(x) @ params["w"][:, 3:]
+
+    found = run(overlapping, INT4, {"w": w}, (x,))["w"]
+    assert_codes(found.codes[:, :5], codes_of(w, x)[:, :5])
+    assert_codes(found.codes[:, 5:], codes_of(w, np.tanh(x))[:, 5:])
+
+
 def test_experts_have_sums_of_their_own():
     x, stack = correlated(1), some(2, 3, INPUTS, OUTPUTS)
     owner = np.sort(np.random.default_rng(3).integers(0, 3, ROWS))
