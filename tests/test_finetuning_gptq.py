@@ -13,6 +13,7 @@ from jax import lax
 from scipy.linalg import hadamard
 
 import cage_jax as cage
+from cage_jax.finetuning.columns import Grids, round_columns
 
 INPUTS, OUTPUTS, ROWS = 32, 8, 96
 INT4 = cage.int4(group_size=8)
@@ -168,6 +169,34 @@ def test_training_starts_on_the_grid(name):
     np.testing.assert_allclose(again, start, rtol=0, atol=tolerance)
     errors = [np.linalg.norm(x @ (each - w)) for each in (start, plain)]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_grids_that_other_groups_depend_on_are_kept():
+    kept, forced = np.zeros((1, 2, OUTPUTS)), np.full((1, *W.shape), np.nan)
+    kept[0, 1, 3], forced[0, 20] = 448, -4
+    kept, forced = (jnp.asarray(x, jnp.float32) for x in (kept, forced))
+    x = correlated(1)
+    cell = dataclasses.replace(
+        cage.nvfp4(), axis=0, group_size=None, scale_type=cage.scale_types.Float8(False)
+    )
+    known = Grids(cage.scales.Grid(kept), None, forced)
+    values, grid = round_columns(
+        W[None] * 400, (x.T @ x)[None], known, 0.01, quantizer=cell, group=16
+    )
+    assert (values[0, 20, 3], grid.scale[0, 1, 3]) == (-4, 448)
+    # The numbers of other groups count for nothing.
+    assert (values[0, 20] == -4).sum() < OUTPUTS
+    assert (grid.scale != 448).sum() > OUTPUTS
+
+
+@pytest.mark.parametrize(
+    "quantizer", [cage.ternary(), cage.quest(4, hadamard=8)], ids=str
+)
+def test_scales_that_are_not_found_again_stay(quantizer):
+    found = run(multiply, quantizer, {"w": W}, (correlated(1),))["w"]
+    plain = cage.quantize(W, quantizer)  # of whole channels, so before any error
+    assert not quantizer.idempotent
+    np.testing.assert_array_equal(found.scale, plain.scale)
 
 
 def test_learned_scales_start_from_those_of_codes():
