@@ -59,10 +59,11 @@ def gptq(
     rule when the first of its inputs is rounded.
 
     If `rules` have a quantizer that is `idempotent`, `dequantize` of the result lies on
-    the grid that `fake_quant` finds in it, so that training starts there. To this end
-    the value that sets the scale of a group keeps its code. With another quantizer,
-    such as `quest`, `fake_quant` finds other scales. `with_grids(codes, rules)` makes
-    the scales of codes the first ones of a learned quantizer.
+    the grid that `fake_quant` finds in it, so that training starts there: to the bit
+    for float32 and without a rotation, else up to rounding. To this end the value that
+    sets the scale of a group keeps its code. With another quantizer, such as `quest`,
+    `fake_quant` finds other scales. `with_grids(codes, rules)` makes the scales of
+    codes the first ones of a learned quantizer.
 
     Args:
       function: a function of parameters and any other arguments, of any framework, as
