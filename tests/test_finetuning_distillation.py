@@ -289,6 +289,26 @@ def test_a_teacher_may_be_given_in_many_forms():
     np.testing.assert_allclose(found, float(right), rtol=1e-5)
 
 
+def test_parameters_that_can_be_called_are_no_function_of_the_batch():
+    class Callable(dict):  # as an Equinox module
+        def __call__(self, tokens):
+            return 0 * logits_alone(self, tokens)
+
+    jax.tree_util.register_pytree_node(
+        Callable,
+        lambda each: ((*each.values(),), (*each,)),
+        lambda names, values: Callable(zip(names, values)),
+    )
+    params = Callable(PARAMS)
+    rules = cage.Rules([(".*", None)])  # the student is the teacher
+    loss = cage.distill(logits_alone, rules, params, dtype=None)
+    assert len(jax.tree.leaves(loss)) == 2
+    np.testing.assert_allclose(loss(params, TOKENS), 0, atol=1e-6)
+    other = cage.distill(logits_alone, rules, params)(PARAMS, TOKENS)  # a function
+    right, _ = oracle(logits_alone(PARAMS, TOKENS), np.zeros((2, 3, 41)))
+    np.testing.assert_allclose(other, right, rtol=1e-5)
+
+
 def test_the_teacher_is_an_input_of_the_program_that_takes_the_loss():
     loss = cage.distill(logits_alone, RULES, PARAMS)
     leaves = jax.tree.leaves(loss)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import check_number
@@ -45,7 +46,8 @@ def distill(
       rules: which parameters and inputs of the student are quantized, and how.
       teacher: parameters for the same function, as before quantization; or a function
         of the arguments of a batch, which returns the logits of another model; or None
-        for what the loss is called with.
+        for what the loss is called with. A tree that can be called, such as an Equinox
+        module, is parameters if it has the structure of `params`.
       temperature: what all logits are divided by.
       where: a function of the arguments of a batch that returns bools, (...): the
         tokens that count, such as `lambda tokens: tokens != 0`.
@@ -106,8 +108,9 @@ def distill(
     if any(rule.inputs for rule in rules):
         student = quantize_activations(function, rules)
 
-    def predict(teacher_params, args):
-        if callable(teacher):
+    def predict(teacher_params, params, args):
+        forms = {*map(jax.tree.structure, (teacher_params, split_grids(params)[0]))}
+        if callable(teacher) and len(forms) == 2:
             return teacher(*args)
         if teacher is None:
             raise ValueError(
@@ -117,7 +120,9 @@ def distill(
         return function(teacher_params, *args)
 
     def loss(teacher_params, params, *args, teacher=None):
-        outputs = predict(teacher_params, args) if teacher is None else teacher
+        outputs = teacher
+        if outputs is None:
+            outputs = predict(teacher_params, params, args)
         params = fake_quant(params, rules)
         if student is function:
             params, _ = split_grids(params)
@@ -130,7 +135,10 @@ def distill(
         value = kl(own, outputs, temperature=temperature, where=mask)
         return value + times(_distance(mine, theirs, mask), float(features))
 
-    if teacher is None or callable(teacher):
+    # A callable tree of arrays may be parameters: each call tells by its structure.
+    leaves = jax.tree.leaves(teacher)
+    arrays = leaves and all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    if teacher is None or (callable(teacher) and not arrays):
         return jax.tree_util.Partial(loss, None)
     return jax.tree_util.Partial(loss, _converted(split_grids(teacher)[0], dtype))
 
