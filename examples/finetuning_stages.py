@@ -211,14 +211,14 @@ class Finetuning:
     # --- stages
 
     def _gptq(self, target, teacher):
-        codes = cage.gptq(
+        return cage.gptq(
             self._logits,
             rules_of(target),
             teacher,
             self._calibration(),
+            rounded=False,
             progress=self._progress(f"{target} gptq"),
         )
-        return cage.dequantize(codes)
 
     def _reconstructed(self, target, teacher, params):
         found = cage.finetuning.reconstruct(

@@ -1,219 +1,29 @@
-"""GPTQ: codes against the formula in float64, and the programs it goes through."""
+"""GPTQ: the programs it goes through."""
 
 import dataclasses
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from gptq_oracle import (
+    INPUTS,
+    INT3,
+    INT4,
+    OUTPUTS,
+    ROWS,
+    W,
+    absmax,
+    by_the_formula,
+    correlated,
+    multiply,
+    run,
+    some,
+)
 from jax import lax
-from scipy.linalg import hadamard
 
 import cage_jax as cage
-from cage_jax.finetuning.columns import Grids, round_columns
-
-INPUTS, OUTPUTS, ROWS = 32, 8, 96
-INT4 = cage.int4(group_size=8)
-
-
-def some(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def correlated(seed, rows=ROWS, inputs=INPUTS):
-    """Inputs that depend on each other, so that errors are worth spreading."""
-    return some(seed, rows, 6) @ some(9, 6, inputs) + some(seed + 1, rows, inputs) / 3
-
-
-def multiply(params, x):
-    return x @ params["w"]
-
-
-def run(function, quantizer, params, *batches, pattern=".*", **options):
-    rules = cage.Rules([(pattern, quantizer)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fewer rows.*")
-        return cage.gptq(function, rules, params, [*batches], **options)
-
-
-# --- the formula, in float64 ----------------------------------------------------------
-
-
-def absmax(end, levels=None, rounded=lambda scale: scale):
-    """Returns a rule: the scale, the zero point, and codes that are forced."""
-
-    def find(w):
-        scale = rounded(np.abs(w).max(0) / end)
-        forced = np.full(w.shape, np.nan)
-        first = np.abs(w).argmax(0), np.arange(w.shape[1])
-        forced[first] = nearest(w[first] / scale, levels)
-        return scale, 0, forced
-
-    return find, levels
-
-
-def minmax(w):
-    top, bottom = np.maximum(w.max(0), 0), np.minimum(w.min(0), 0)
-    scale = (top - bottom) / 15
-    zero = np.clip(np.round(-8 - bottom / scale), -8, 7)
-    forced, columns = np.full(w.shape, np.nan), np.arange(w.shape[1])
-    for row in (w.argmax(0), w.argmin(0)):
-        forced[row, columns] = nearest(w[row, columns] / scale + zero, np.arange(-8, 8))
-    return scale, zero, forced
-
-
-def nearest(position, levels):
-    return levels[np.abs(position[..., None] - levels).argmin(-1)]
-
-
-def by_the_formula(w, x, rule, levels, group, damping=0.01):
-    """GPTQ as a loop over inputs; returns code values and positions before rounding."""
-    w, x = w.astype(np.float64), x.astype(np.float64)
-    h = x.T @ x
-    h += damping * np.diag(h).mean() * np.eye(len(h))
-    upper = np.linalg.cholesky(np.linalg.inv(h)).T
-    codes, positions = np.zeros(w.shape), np.zeros(w.shape)
-    for i in range(len(w)):
-        if i % group == 0:
-            scale, zero, forced = rule(w[i : i + group])
-        positions[i] = w[i] / scale + zero
-        code = nearest(positions[i], levels)
-        codes[i] = np.where(np.isnan(forced[i % group]), code, forced[i % group])
-        error = (w[i] - (codes[i] - zero) * scale) / upper[i, i]
-        w[i:] -= np.outer(upper[i, i:], error)
-    return codes, positions
-
-
-E2M1 = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
-W = some(0, INPUTS, OUTPUTS)
-W[2, 3] = 4  # sets the divisor of NVFP4 before there are errors
-DIVISOR = 448 * 6 / np.abs(W).max()
-
-
-def e4m3(scale):
-    return (scale * DIVISOR).astype(ml_dtypes.float8_e4m3fn).astype(float) / DIVISOR
-
-
-def e8m0(scale):
-    return 2.0 ** (np.floor(np.log2(6 * scale)) - 2)
-
-
-INT3, NF4 = np.arange(-3, 4), cage.nf4().format.values
-FORMULAS = {
-    "channel": (cage.int3(), *absmax(3, INT3), INPUTS),
-    "group": (cage.int3(group_size=8), *absmax(3, INT3), 8),
-    "zero point": (
-        cage.int4(group_size=16, symmetric=False),
-        minmax,
-        np.arange(-8, 8),
-        16,
-    ),
-    "nf4": (cage.nf4(group_size=16), *absmax(1, NF4), 16),
-    "mxfp4": (cage.mxfp4(), *absmax(6, E2M1, e8m0), 32),
-    "nvfp4": (cage.nvfp4(), *absmax(6, E2M1, e4m3), 16),
-    "rotated": (cage.int3(group_size=8, hadamard=8), *absmax(3, INT3), 8),
-}
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_codes_are_those_of_the_formula(name):
-    quantizer, rule, levels, group = FORMULAS[name]
-    x = correlated(1)
-    found = run(multiply, quantizer, {"w": W}, (x[:48],), (x[48:],))["w"]
-    w = W
-    if quantizer.hadamard:
-        rotation = np.kron(np.eye(INPUTS // 8), hadamard(8) / np.sqrt(8))
-        w, x = rotation @ W, x @ rotation
-    expected, positions = by_the_formula(w, x, rule, levels, group)
-    codes = np.asarray(quantizer.format.decode(found.codes, jnp.float32), np.float64)
-    wrong = ~np.isclose(codes, expected, atol=1e-6)
-    # A tie may go the other way in float32, and all after it then differs.
-    for column in np.flatnonzero(wrong.any(0)):
-        first = wrong[:, column].argmax()
-        middles = (levels[1:] + levels[:-1]) / 2
-        assert np.abs(middles - positions[first, column]).min() < 1e-3
-    assert wrong.any(0).sum() <= 1
-
-
-QUANTIZERS = {name: formula[0] for name, formula in FORMULAS.items()} | {
-    "q4_0": cage.q4_0(axis=-2),
-    "q4_1": cage.q4_1(axis=-2),
-    "tensor": cage.int4(axis=None),
-    "outputs": cage.int4(axis=-1, group_size=4),
-    "searched": cage.int4(scale=cage.scales.Searched(count=4), group_size=16),
-    "learned": cage.lsq(4),
-    "four over six": cage.nvfp4(scale=cage.scales.FourOverSix()),
-}
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_training_starts_on_the_grid(name):
-    quantizer, x = QUANTIZERS[name], correlated(1)
-    assert quantizer.idempotent
-    w = W[::-1]  # the largest number is given errors of many inputs
-    rules, params = cage.Rules([("w", quantizer)]), {"w": w}
-    if name == "learned":
-        params = cage.with_grids(params, rules)
-    codes = run(multiply, quantizer, params, (x,))
-    start = cage.dequantize(codes)
-    again = cage.fake_quant(start, rules)
-    start, again, plain = (
-        np.asarray(tree.get("params", tree)["w"], np.float64)
-        for tree in (start, again, cage.fake_quant(params, rules))
-    )
-    # A rotation sums; without it nothing is left to rounding.
-    tolerance = 1e-6 if quantizer.hadamard else 0
-    np.testing.assert_allclose(again, start, rtol=0, atol=tolerance)
-    errors = [np.linalg.norm(x @ (each - w)) for each in (start, plain)]
-    assert errors[0] < 0.7 * errors[1]
-
-
-def test_grids_that_other_groups_depend_on_are_kept():
-    kept, forced = np.zeros((1, 2, OUTPUTS)), np.full((1, *W.shape), np.nan)
-    kept[0, 1, 3], forced[0, 20] = 448, -4
-    kept, forced = (jnp.asarray(x, jnp.float32) for x in (kept, forced))
-    x = correlated(1)
-    cell = dataclasses.replace(
-        cage.nvfp4(), axis=0, group_size=None, scale_type=cage.scale_types.Float8(False)
-    )
-    known = Grids(cage.scales.Grid(kept), None, forced)
-    values, grid = round_columns(
-        W[None] * 400, (x.T @ x)[None], known, 0.01, quantizer=cell, group=16
-    )
-    assert (values[0, 20, 3], grid.scale[0, 1, 3]) == (-4, 448)
-    # The numbers of other groups count for nothing.
-    assert (values[0, 20] == -4).sum() < OUTPUTS
-    assert (grid.scale != 448).sum() > OUTPUTS
-
-
-@pytest.mark.parametrize(
-    "quantizer", [cage.ternary(), cage.quest(4, hadamard=8)], ids=str
-)
-def test_scales_that_are_not_found_again_stay(quantizer):
-    found = run(multiply, quantizer, {"w": W}, (correlated(1),))["w"]
-    plain = cage.quantize(W, quantizer)  # of whole channels, so before any error
-    assert not quantizer.idempotent
-    np.testing.assert_array_equal(found.scale, plain.scale)
-
-
-def test_learned_scales_start_from_those_of_codes():
-    codes = run(multiply, INT4, {"w": W, "bias": W[0]}, (correlated(1),), pattern="w")
-    rules = cage.Rules([("w", cage.lsq(4, axis=-2, group_size=8, narrow=True))])
-    variables = cage.with_grids(codes, rules)
-    start = cage.dequantize(codes)
-    np.testing.assert_array_equal(variables["params"]["w"], start["w"])
-    np.testing.assert_array_equal(variables["params"]["bias"], W[0])
-    again = cage.fake_quant(variables, rules)["params"]["w"]
-    np.testing.assert_array_equal(again, start["w"])
-    for wrong in (cage.lsq(3, axis=-2, group_size=8), cage.lsq(4, narrow=True)):
-        with pytest.raises(ValueError, match=r"`w`: `(params|grid)` must have"):
-            cage.with_grids(codes, cage.Rules([("w", wrong)]))
-
-
-# --- programs -------------------------------------------------------------------------
 
 
 def codes_of(w, x, quantizer=INT4):

@@ -145,8 +145,9 @@ class Cells:
         if key not in self._starts:
             keys = jax.random.split(jax.random.key(10**6), CALIBRATION)
             batches = [(task.batch(key),) for key in keys]
-            codes = cage.gptq(task.outputs, task.rules[width], task.params, batches)
-            self._starts[key] = cage.dequantize(codes)
+            self._starts[key] = cage.gptq(
+                task.outputs, task.rules[width], task.params, batches, rounded=False
+            )
         return self._starts[key]
 
     def _train(self, width, objective, start, arm, seed):

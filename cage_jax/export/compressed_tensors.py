@@ -86,7 +86,7 @@ def compressed_tensors(
     a config. The folder is copied, tokenizer and settings byte for byte and the weights
     in files of the same names. Codes take the place of the linear layers that have
     them, and floats are cast to the dtypes of the tensors that they replace. Rotations
-    are not folded. transformers 5 does not read codes of experts, vLLM does.
+    are not folded. transformers 5 does not read codes of experts; vLLM was not tried.
 
     Args:
       codes: the result of `quantize(params, rules)`, with the paths and shapes of

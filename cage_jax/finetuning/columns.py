@@ -48,7 +48,7 @@ def round_columns(
     *,
     quantizer: Quantizer,
     group: int | None,
-) -> tuple[jax.Array, Grid | None]:
+) -> tuple[jax.Array, jax.Array, Grid | None]:
     """Rounds a stack of matrices.
 
     Args:
@@ -61,8 +61,9 @@ def round_columns(
         rounded; or None.
 
     Returns:
-      The code values, NaN where `products` cannot be inverted; and the grids that were
-      found, of shape (stack, groups, outputs), or None.
+      The code values, NaN where `products` cannot be inverted; the weights before they
+      were rounded, with the errors of earlier ones, but forced ones after it; and the
+      grids that were found, of shape (stack, groups, outputs), or None.
     """
     round_one = functools.partial(_round_one, quantizer=quantizer, group=group)
     each = jax.vmap(lambda w, h, known: round_one(w, _factor(h, damping), known))
@@ -89,8 +90,8 @@ def _round_one(w, factor, known, *, quantizer, group):
         known = jax.tree.map(lambda x: jnp.pad(x, [(0, pad), (0, 0)], "edge"), known)
         added = (jnp.arange(inputs + pad) >= inputs).astype(w.dtype)
         factor = jnp.pad(factor, (0, pad)) + jnp.diag(added)
-        _, values = _through_group(w, factor, 0, known, cell)
-        return values[:inputs], None
+        _, values, before = _through_group(w, factor, 0, known, cell)
+        return values[:inputs], before[:inputs], None
 
     def step(w, each):
         begin, known = each
@@ -101,17 +102,21 @@ def _round_one(w, factor, known, *, quantizer, group):
             forced = jnp.where(known.grid.scale != 0, known.forced, forced)
         grids = Grids(found.grid, found.rounding_grid, forced)
         grids = jax.tree.map(lambda x: jnp.broadcast_to(x, rows.shape), grids)
-        w, values = _through_group(w, factor, begin, grids, cell)
-        return w, (values, found.grid)
+        w, values, before = _through_group(w, factor, begin, grids, cell)
+        return w, (values, before, found.grid)
 
     begins = jnp.arange(0, inputs, group)
     by_group = jax.tree.map(lambda x: x.reshape(len(begins), -1, outputs), known)
-    _, (values, grid) = lax.scan(step, w, (begins, by_group))
-    return values.reshape(w.shape), jax.tree.map(lambda x: x[:, 0], grid)
+    _, (values, before, grid) = lax.scan(step, w, (begins, by_group))
+    grid = jax.tree.map(lambda x: x[:, 0], grid)
+    return values.reshape(w.shape), before.reshape(w.shape), grid
 
 
 def _through_group(w, factor, begin, grids, cell):
-    """Rounds neighbouring inputs; returns the weights with the errors, and codes."""
+    """Rounds neighbouring inputs.
+
+    Returns the weights with the errors, the code values, and what was rounded to them.
+    """
     size, outputs = grids.forced.shape
     chunk = next(n for n in range(min(_CHUNK, size), 0, -1) if size % n == 0)
     numbers = jnp.arange(len(w))[:, None]
@@ -126,23 +131,29 @@ def _through_group(w, factor, begin, grids, cell):
             number, grids = each
             x = rows[number][None]
             values = _rounded(x, grids, cell)
-            error = x - dequantized(values, cell, grids.grid, x)
+            rounded = dequantized(values, cell, grids.grid, x)
+            error, before = x - rounded, jnp.where(jnp.isnan(grids.forced), x, rounded)
             column = within[:, number][:, None]
             error = error / column[number, 0]
             later = jnp.arange(chunk)[:, None] > number
-            return rows - jnp.where(later, column, 0) * error, (values[0], error[0])
+            return rows - jnp.where(later, column, 0) * error, (
+                values[0],
+                error[0],
+                before[0],
+            )
 
-        _, (values, errors) = lax.scan(round_row, rows, (jnp.arange(chunk), grids))
+        each = jnp.arange(chunk), grids
+        _, (values, errors, before) = lax.scan(round_row, rows, each)
         later = jnp.where(numbers >= at + chunk, spread, 0)
         w = w - jnp.dot(later, errors, precision=lax.Precision.HIGHEST)
-        return w, values
+        return w, (values, before)
 
     def parts(x):
         return x.reshape(size // chunk, chunk, 1, outputs)
 
     ats = begin + jnp.arange(0, size, chunk)
-    w, values = lax.scan(round_chunk, w, (ats, jax.tree.map(parts, grids)))
-    return w, values.reshape(size, outputs)
+    w, found = lax.scan(round_chunk, w, (ats, jax.tree.map(parts, grids)))
+    return w, *(x.reshape(size, outputs) for x in found)
 
 
 def _rounded(x, grids, cell):

@@ -48,6 +48,7 @@ def gptq(
     damping: float = 0.01,
     inputs: bool = True,
     strict: bool = True,
+    rounded: bool = True,
     progress: Progress | None = None,
 ) -> Any:
     """Quantizes parameters so that their products with data change little.
@@ -80,11 +81,16 @@ def gptq(
       inputs: whether inputs are quantized too, as the rules say.
       strict: whether a matrix that cannot be reached is an error. With False it is
         rounded, and there is one warning.
+      rounded: whether codes are returned. With False it is the parameters that are
+        rounded to them: `fake_quant` of these gives the same values, and a training
+        that starts from them goes further, as they are not all in the middle of their
+        steps. On the grid are only those of rules that are not `idempotent`.
       progress: called with a path, the number of weights that are rounded and that of
         all that have a rule, after each matrix.
 
     Returns:
-      What `quantize(params, rules)` returns, with other codes and scales. Vectors, and
+      What `quantize(params, rules)` returns, with other codes and scales, or `params`
+      with other values (`rounded=False`). Vectors, and
       what is only looked up, such as embeddings, have the codes of `quantize`. A
       parameter in several products, such as a recurrent one, is rounded for all of
       them: their inputs are taken from one more pass through `function`, in which such
@@ -123,13 +129,18 @@ def gptq(
     check_number("damping", damping, "Use 0.01.", least=0)
     _check_rounding(rules, params)
     arrays, first = _arrays_of(batches)
-    search = _Search(rules, params, damping, inputs, len(arrays), progress)
+    search = _Search(
+        rules, params, damping, inputs, len(arrays), progress, keeps=not rounded
+    )
     traced = trace(function, search.params, first, {})
     search.collect(traced, arrays)
     search.run(traced, arrays)
     search.check_reached(strict)
     paths, leaves, structure = flatten_with_paths(search.start, QuantizedArray)
-    done = {path: each.finished() for path, each in search.parameters.items()}
+    done = {
+        path: each.finished() if rounded else each.unrounded()
+        for path, each in search.parameters.items()
+    }
     return structure.unflatten(map(done.get, paths, leaves))
 
 
@@ -187,14 +198,14 @@ def _by_matrix(matrices, sums):
 class _Search:
     """One pass through the program of a model, which rounds its parameters."""
 
-    def __init__(self, rules, params, damping, inputs, count, progress):
+    def __init__(self, rules, params, damping, inputs, count, progress, keeps):
         self.rules, self.damping, self.progress = rules, damping, progress
         self.with_inputs = inputs
         self.start = quantize(params, rules)
         paths, leaves, _ = flatten_with_paths(self.start, QuantizedArray)
         codes = dict(zip(paths, leaves))
         self.parameters = {
-            path: Parameter(x, codes[path], grid_at(path, params, None))
+            path: Parameter(x, codes[path], grid_at(path, params, None), keeps)
             for path, (_, x) in rules.quantized(params).items()
         }
         self.params, self.grids = split_grids(params)

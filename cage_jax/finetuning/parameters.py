@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded
+from cage_jax.core.quantize import fake_quant
+from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded, grid_of
 from cage_jax.finetuning.columns import Grids, forced_values, largest, round_columns
 from cage_jax.finetuning.matrices import Places, arranged, put_back
 from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import Rounding, fit
 from cage_jax.quantizers.scale_types import Float8
+
+# Weights near a tie may be rounded otherwise after a rotation there and back.
+_RIGHT = 0.999
 
 
 class Parameter:
@@ -25,15 +29,23 @@ class Parameter:
       x: the array.
       codes: its codes, rounded to the nearest.
       grid: the grid that was given for it, or None.
+      keeps: whether what is rounded is kept, for `unrounded`.
 
     Attributes:
       codes: its present codes.
     """
 
-    def __init__(self, x: jax.Array, codes: QuantizedArray, grid: Grid | None):
-        self.x, self.codes, self.grid = x, codes, grid
+    def __init__(
+        self,
+        x: jax.Array,
+        codes: QuantizedArray,
+        grid: Grid | None,
+        keeps: bool = False,
+    ):
+        self.x, self.codes, self.grid, self._keeps = x, codes, grid, keeps
         self._places: Any = None  # of the matrices that were rounded
         self._done = np.zeros((1, 1), bool)  # of each matrix and output
+        self._before: Any = None  # what was rounded, in the order of the matrices
 
     @functools.cached_property
     def values(self) -> jax.Array:
@@ -76,6 +88,32 @@ class Parameter:
                 return self.codes
         return codes
 
+    def unrounded(self) -> jax.Array:
+        """Returns the weights that were rounded to the codes, so that they still are.
+
+        A weight beyond the ends of its grid is at its end. All are on the grid where
+        the scales found in them would be others.
+        """
+        if self._before is None:
+            return self.x
+        codes = self.finished()
+        values, quantizer = decoded(codes), codes.quantizer
+        before = self._before / self._divisor
+        before = put_back(before, self.x.shape, self._places.axes)
+        basis, grid = quantizer.basis(self.x.shape), grid_of(codes)
+        found = Rounding(before / basis.factor, grid, None, quantizer)
+        on_grid = basis.rotate(values)
+        same = found.code_values() == quantizer.format.decode(codes.codes, before.dtype)
+        start = jnp.where(same & found.is_inside(0.0), before, on_grid)
+        start = basis.unrotate(start).astype(self.x.dtype)
+        known = grid if quantizer.scale.needs_grid else self.grid
+        again = fake_quant(start, quantizer, grid=known)
+        most = 1e-5 * jnp.max(jnp.abs(values))
+        right = jnp.isclose(again, values, rtol=1e-5, atol=most)
+        if jnp.mean(right) < _RIGHT:
+            return values
+        return start if basis.block else jnp.where(right, start, values)
+
     def round(
         self, places: Places, matrices: np.ndarray, sums: jax.Array, damping: float
     ) -> None:
@@ -98,7 +136,7 @@ class Parameter:
         self._done[which] |= mask
         order = np.argsort(places.rows)
         sums = jax.ops.segment_sum(sums, owners, len(which))[:, order][:, :, order]
-        values, grid = round_columns(
+        values, before, grid = round_columns(
             self._arranged[which],
             self._rotated(sums),
             jax.tree.map(lambda part: part[which], self._known),
@@ -112,6 +150,9 @@ class Parameter:
                 f"inverted; got {damping}. Use 0.01, or 0.1."
             )
         self.codes = _replaced(self.codes, values, grid, which, mask, places.axes)
+        if self._keeps:
+            old = self._arranged if self._before is None else self._before
+            self._before = _put(old, before, which, mask)
         self.__dict__.pop("values", None)
         if self.is_done():
             for name in ("numbers", "_found", "_arranged", "_known"):
@@ -153,10 +194,16 @@ class Parameter:
 
     @functools.cached_property
     def _arranged(self):
-        x, divisor = self._found.rotated, self._found.grid.tensor_divisor
-        if divisor is not None and self._group is not None:
-            x = x * divisor
-        return self._in_order(x)
+        x = self._found.rotated
+        return self._in_order(x) * self._divisor
+
+    @functools.cached_property
+    def _divisor(self):
+        """What multiplies a matrix whose scales have a divisor."""
+        divisor = self._found.grid.tensor_divisor
+        if divisor is None or self._group is None:
+            return 1.0
+        return self._in_order(jnp.broadcast_to(divisor, self.x.shape))
 
     def _in_order(self, x):
         return arranged(x, *self._places.axes)
@@ -203,14 +250,20 @@ def _fitted(x, quantizer, grid):
     return fit(rotated, quantizer, grid)
 
 
+@jax.jit
+def _put(stack, found, which, mask):
+    """Replaces the columns of matrices where the mask holds."""
+    rows = jnp.where(mask[:, None, :], found.astype(stack.dtype), stack[which])
+    return stack.at[which].set(rows)
+
+
 @functools.partial(jax.jit, static_argnums=5)
 def _replaced(codes, values, grid, which, mask, axes):
     """Replaces codes where the mask holds, and scales if they were found anew."""
 
     def put(old, found):
-        stack = arranged(old, *axes)
-        rows = jnp.where(mask[:, None, :], found.astype(old.dtype), stack[which])
-        return put_back(stack.at[which].set(rows), old.shape, axes)
+        stack = _put(arranged(old, *axes), found, which, mask)
+        return put_back(stack, old.shape, axes)
 
     encode = codes.quantizer.format.encode
     changes = {"codes": put(codes.codes, encode(values))}
