@@ -431,6 +431,19 @@ def test_the_pull_is_to_the_learned_grid(rng):
         np.testing.assert_allclose(updates["params"]["kernel"], expected, atol=1e-6)
 
 
+def test_learned_grids_beside_the_variables_of_linen(rng):
+    """They have a collection `params` of their own, and others."""
+    rules = Rules([(".*kernel", lsq(2, axis=-2)), (".*", None)])
+    linen = {"params": {"kernel": normal(rng, 8, 4)}, "batch_stats": {"mean": ONES}}
+    right = with_grids(linen["params"], rules)
+    variables = with_grids(linen, rules)
+    assert [*rules.quantized(variables)] == [*variables["grids"]] == ["kernel"]
+    for function in (fake_quant, quantization_error):
+        found, expected = (function(v, rules)["params"] for v in (variables, right))
+        np.testing.assert_array_equal(found["params"]["kernel"], expected["kernel"])
+    cage_adamw(0.02, rules, strength=0.5).init(variables)
+
+
 def test_a_learned_scale_that_is_not_positive():
     compiled = jax.jit(lambda grid: fake_quant(ONES, lsq(4), grid=grid))
     for scale in (0.0, -0.1, np.nan):

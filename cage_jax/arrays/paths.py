@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ def flatten_with_paths(
     The keys are joined by `/`. Dict keys, list indices and attributes look the same.
     Two things are left out, because they are not always there: the box around a
     variable (`.value` of an NNX variable or of Linen's `with_partitioning`), and
-    Linen's leading collection name `params`.
+    Linen's leading collection name `params`. What `with_grids` made of Linen's
+    variables has two of these names.
 
     Args:
       tree: any pytree.
@@ -40,6 +41,8 @@ def flatten_with_paths(
     keys, leaves, structure = flatten_with_keys(
         tree, lambda node: isinstance(node, leaf_types)
     )
+    if isinstance(tree, Mapping) and set(tree) == {"params", "grids"}:
+        keys = [key[1:] if key[0] == DictKey("params") else key for key in keys]
     paths = [_joined(key_path) for key_path in keys]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
