@@ -197,7 +197,7 @@ def _has_fp4(codes):
 
 
 def _module(names, layer):
-    return names.huggingface.format(layer).removesuffix(".weight")
+    return names.huggingface.format(layer).removesuffix(f".{names.suffix}")
 
 
 def read(path: Path) -> Model:
@@ -235,13 +235,13 @@ def read(path: Path) -> Model:
         module = _module(names, layer)
         stored = {
             suffix: arrays.pop(f"{module}.{suffix}")
-            for suffix in SUFFIXES
+            for suffix in (SUFFIXES if names.suffix == "weight" else (names.suffix,))
             if f"{module}.{suffix}" in arrays
         }
         found[names.path, layer] = (
             kernel_of(module, stored, shape, schemes)
             if names.is_kernel
-            else floats_of(module, stored, shape)
+            else floats_of(module, stored, shape, names.suffix)
         )
     more = [name for name in arrays if not name.endswith("rotary_emb.inv_freq")]
     if more:

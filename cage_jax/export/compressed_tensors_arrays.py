@@ -45,7 +45,7 @@ def stored_arrays(
         assert scheme is not None
         return stored_codes(jax.tree.map(lambda part: part.T, array), scheme)
     values = stored_floats(array, dtype, tensor.path)
-    return {"weight": values.T if tensor.names.is_kernel else values}
+    return {tensor.names.suffix: values.T if tensor.names.is_kernel else values}
 
 
 def stored_floats(array: Any, dtype: str, path: str) -> np.ndarray:
@@ -130,17 +130,20 @@ def kernel_of(
 
 
 def floats_of(
-    module: str, stored: Mapping[str, np.ndarray], shape: tuple[int, ...]
+    module: str,
+    stored: Mapping[str, np.ndarray],
+    shape: tuple[int, ...],
+    suffix: str = "weight",
 ) -> jax.Array:
     """Returns float32 values that are stored as any floats; arguments as before."""
     has = {name: f"{part.dtype}{part.shape}" for name, part in stored.items()}
-    if has not in [{"weight": f"{dtype}{shape}"} for dtype in FLOATS]:
+    if has not in [{suffix: f"{dtype}{shape}"} for dtype in FLOATS]:
         raise malformed(
-            f"`{module}`: the file must have only `weight`, of {FLOATS} and shape "
+            f"`{module}`: the file must have only `{suffix}`, of {FLOATS} and shape "
             f"{shape}",
             has,
         )
-    return jnp.array(stored["weight"].astype(np.float32))
+    return jnp.array(stored[suffix].astype(np.float32))
 
 
 def _codes_of(module, stored, shape, scheme):

@@ -94,7 +94,7 @@ def gguf(
       TypeError: if `config` is not a `LlamaConfig`, or if a leaf is neither codes nor
         floats.
       ValueError: if the format cannot hold the codes, floats or tokenizer; the error
-        names the parameter and what would fit.
+        names the parameter and what would fit. If the model is no plain Llama.
 
     Example:
       >>> import cage_jax as cage
@@ -130,6 +130,7 @@ def gguf(
         layout_of(array, names.path_in(layer), _axis(names), float_dtype)
         for names, layer, array in tensors(codes, config)
     ]
+    _check_plain(config)
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.resolve(tokenizer, config), config)
     metadata["general.file_type"] = _file_type(layouts)
@@ -205,6 +206,17 @@ def read(path: Path) -> Model:
 
 
 # --- writing --------------------------------------------------------------------------
+
+
+def _check_plain(config):
+    """Raises for what a file of a Llama cannot say, and so would lose."""
+    for name in ("qkv_bias", "qk_norm"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"`config` must be of a plain Llama; got {name}={value!r}. "
+                f"Other models are not written as GGUF yet: use "
+                f"cage_jax.export.compressed_tensors."
+            )
 
 
 def _metadata(config, name):
@@ -337,9 +349,8 @@ def _check_count(found, config):
     count = sum(1 for _ in expected_tensors(config))
     if len(found) == count:
         return
-    endings = tuple(
-        names.gguf.partition(".{}.")[2] or names.gguf for names in PARAMETERS.values()
-    )
+    known = [PARAMETERS[path].gguf for path in config.shapes()]
+    endings = tuple(name.partition(".{}.")[2] or name for name in known)
     others = [name for name in found if not name.endswith(endings)]
     _refuse(
         f"have {count} tensors for a Llama of {config.layers} layers",

@@ -22,6 +22,8 @@ _REMEDY = "Use the dimensions of the model."
 class LlamaConfig:
     """The dimensions of a Llama-style model: RMSNorm, RoPE, SwiGLU, grouped heads.
 
+    With more fields, it is a Mistral, a Qwen 2 or a Qwen 3.
+
     Args:
       vocabulary: number of tokens.
       width: width of the residual stream.
@@ -36,6 +38,9 @@ class LlamaConfig:
       context: length of the longest sequence.
       bos: the token that begins a text, or None.
       eos: the tokens that end it.
+      qkv_bias: whether queries, keys and values have biases, as in Qwen 2.
+      qk_norm: whether each head's query and key have a norm before they are rotated,
+        as in Qwen 3.
 
     Raises:
       TypeError, ValueError: if the numbers do not describe a model.
@@ -62,6 +67,8 @@ class LlamaConfig:
     context: int = 2048
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         make_plain(self)
@@ -91,8 +98,14 @@ class LlamaConfig:
             )
         for name, limits in _RANGES.items():
             check_number(name, getattr(self, name), _REMEDY, **limits)
-        if not isinstance(self.tied, bool):
-            raise TypeError(f"`tied` must be a bool; got {self.tied!r}. Use True.")
+        for name in ("tied", "qkv_bias", "qk_norm"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be a bool; got {value!r}. Use True.")
+        if self.qkv_bias and self.qk_norm:
+            raise ValueError(
+                "`qkv_bias` and `qk_norm` must not both be True, since no file of "
+                "transformers has both alone; got both. Use one of them."
+            )
         if not isinstance(self.eos, tuple):
             raise TypeError(
                 f"`eos` must be a tuple; got {self.eos!r}. Use (2,) for one token."
@@ -107,11 +120,18 @@ class LlamaConfig:
         """Returns the shape of each parameter by path, with stacked layers."""
         width, hidden = self.width, self.hidden
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        biases = {
+            f"{name}/bias": (size,)
+            for name, size in (("query", queries), ("key", keys), ("value", keys))
+        }
+        norms = {f"{name}_norm/scale": (self.head_size,) for name in ("query", "key")}
         layer = {
             "attention_norm/scale": (width,),
             "query/kernel": (width, queries),
             "key/kernel": (width, keys),
             "value/kernel": (width, keys),
+            **(biases if self.qkv_bias else {}),
+            **(norms if self.qk_norm else {}),
             "output/kernel": (queries, width),
             "mlp_norm/scale": (width,),
             "gate/kernel": (width, hidden),
@@ -142,9 +162,9 @@ class LlamaConfig:
           config: the file as a dict.
 
         Raises:
-          TypeError, ValueError: if the model is not a Llama, has features that
-            `LlamaConfig` lacks, such as biases or scaled rotary embeddings, or has
-            fields whose effect is not known.
+          TypeError, ValueError: if the model is not a Llama, Mistral, Qwen 2 or Qwen 3,
+            has features that `LlamaConfig` lacks, such as biases of all layers or
+            windows, or has fields whose effect is not known.
         """
         found = dimensions_of(config)
         try:
@@ -160,9 +180,10 @@ class LlamaConfig:
         Args:
           dtype: dtype of the model in the file.
         """
+        kind = "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama"
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "model_type": kind,
             "vocab_size": self.vocabulary,
             "hidden_size": self.width,
             "intermediate_size": self.hidden,

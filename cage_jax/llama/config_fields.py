@@ -35,18 +35,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
         "sliding_window": 4096,
     },
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "head_dim": 128,
+    },
 }
-# What other models have that a Llama does not, for those that look like one.
-_OTHERS = {
-    "qwen2": ", with biases of queries, keys and values",
-    "qwen3": ", with norms of queries and keys",
-}
+# What a model has by its kind alone.
+_FEATURES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 # Values that a field may have, since it computes something else with all others.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "architectures": (
         None,
-        *([name] for name in ("LlamaForCausalLM", "MistralForCausalLM")),
+        *([f"{kind.capitalize()}ForCausalLM"] for kind in _DEFAULTS),
         ["LLaMAForCausalLM"],  # the name of its first version
     ),
     "auto_map": (None, {}),  # of code that comes with the model
@@ -111,10 +114,12 @@ def dimensions_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ValueError(
             f"`config` must describe a Llama, of model_type {' or '.join(_DEFAULTS)}; "
-            f"got model_type={_short(kind)}{_OTHERS.get(str(kind), '')}. Load the "
-            f"parameters of other models with their own library."
+            f"got model_type={_short(kind)}. Load the parameters of other models with "
+            f"their own library."
         )
     config = _DEFAULTS[kind] | dict(config)
+    if kind in _FEATURES and config.get("use_sliding_window") in (False, None):
+        config["sliding_window"] = None  # of Qwen, which has one that it does not use
     for name in _NEEDED:
         if READ[name] not in config:
             raise ValueError(
@@ -132,10 +137,14 @@ def dimensions_of(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"changes no logits, else load the model with its own library."
             )
     found = {name: config[field] for name, field in READ.items() if field in config}
-    return found | {
-        "rope_theta": _rope_theta(config),
-        "eos": _tokens(config.get("eos_token_id")),
-    }
+    return (
+        found
+        | _FEATURES.get(kind, {})
+        | {
+            "rope_theta": _rope_theta(config),
+            "eos": _tokens(config.get("eos_token_id")),
+        }
+    )
 
 
 def check_layers(config: Mapping[str, Any], layers: int) -> None:

@@ -9,6 +9,7 @@ the factors of a SwiGLU.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -16,27 +17,28 @@ from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
 
 Array = jax.Array | QuantizedArray
-OUTPUT, VALUE = "output/kernel", "value/kernel"
+OUTPUT, VALUE, BIAS = "output/kernel", "value/kernel", "value/bias"
 
 
 def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]:
     """Folds rotations of floats and codes, by path, into the preceding weights.
 
     If the rotation blocks of `output/kernel` divide a head and `value/kernel` holds
-    floats, the rotation moves from `output/kernel` to `value/kernel`. All other
-    rotations stay, and the file's writer rejects them. The model computes the same up
-    to the rounding of floats; codes and scales do not change.
+    floats, the rotation moves from `output/kernel` to `value/kernel` and its bias. All
+    other rotations stay, and the file's writer rejects them. The model computes the
+    same up to the rounding of floats; codes and scales do not change.
     """
     result = dict(arrays)
     for path, codes in arrays.items():
-        before = path.removesuffix(OUTPUT) + VALUE
         if not (path.endswith(OUTPUT) and isinstance(codes, QuantizedArray)):
             continue
-        value, quantizer = arrays.get(before), codes.quantizer
+        before = [path.removesuffix(OUTPUT) + name for name in (VALUE, BIAS)]
+        before = [name for name in before if name in arrays]
+        quantizer = codes.quantizer
         if (
             quantizer.hadamard is None
-            or value is None
-            or isinstance(value, QuantizedArray)
+            or not before
+            or any(isinstance(arrays[name], QuantizedArray) for name in before)
             or config.head_size % quantizer.hadamard
             # Random signs differ between heads, but heads that share values need equal
             # ones.
@@ -44,8 +46,10 @@ def folded(arrays: Mapping[str, Array], config: LlamaConfig) -> dict[str, Array]
         ):
             continue
         along_outputs = dataclasses.replace(quantizer, axis=-1, group_size=None)
-        rotated = along_outputs.basis(value.shape).rotate(value)
-        result[before] = rotated.astype(value.dtype)
+        for name in before:
+            floats: Any = arrays[name]
+            rotated = along_outputs.basis(floats.shape).rotate(floats)
+            result[name] = rotated.astype(floats.dtype)
         plain = dataclasses.replace(quantizer, hadamard=None, hadamard_seed=None)
         result[path] = dataclasses.replace(codes, quantizer=plain)
     return result

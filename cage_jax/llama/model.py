@@ -1,5 +1,7 @@
 """A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads.
 
+`LlamaConfig` says what else it has: the biases of Qwen 2, or the norms of Qwen 3.
+
 Weights are quantized outside the model, by `cage_jax.fake_quant(params, rules)`. The
 model quantizes the inputs of its layers' products token by token with the `inputs`
 quantizer, and the keys and values of attention with the `kv` quantizer.
@@ -82,7 +84,7 @@ class Llama(nnx.Module):
         states = [nnx.state(layer) for layer in layers]
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
         self.layers = nnx.merge(nnx.graphdef(layers[0]), stacked)
-        self.norm = _norm(config, dtype, rngs)
+        self.norm = _norm(config.width, config, dtype, rngs)
         self.tied = config.tied
         if not self.tied:
             self.head = _linear(config.width, config.vocabulary, dtype, rngs)
@@ -150,12 +152,17 @@ class Layer(nnx.Module):
         self.key_shape = config.kv_heads, config.head_size
         self.rope_theta = config.rope_theta
         queries, keys = math.prod(self.query_shape), math.prod(self.key_shape)
-        self.attention_norm = _norm(config, dtype, rngs)
-        self.query = _linear(width, queries, dtype, rngs)
-        self.key = _linear(width, keys, dtype, rngs)
-        self.value = _linear(width, keys, dtype, rngs)
+        self.attention_norm = _norm(width, config, dtype, rngs)
+        bias = config.qkv_bias
+        self.query = _linear(width, queries, dtype, rngs, bias)
+        self.key = _linear(width, keys, dtype, rngs, bias)
+        self.value = _linear(width, keys, dtype, rngs, bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.query_norm = _norm(config.head_size, config, dtype, rngs)
+            self.key_norm = _norm(config.head_size, config, dtype, rngs)
         self.output = _linear(queries, width, dtype, rngs)
-        self.mlp_norm = _norm(config, dtype, rngs)
+        self.mlp_norm = _norm(width, config, dtype, rngs)
         self.gate = _linear(width, hidden, dtype, rngs)
         self.up = _linear(width, hidden, dtype, rngs)
         self.down = _linear(hidden, width, dtype, rngs)
@@ -180,8 +187,10 @@ class Layer(nnx.Module):
     def _attention(self, x, tokens, cache):
         start = 0 if cache is None else cache.count
         query = self.query(x).reshape(*tokens, *self.query_shape)
-        query = _rotary(query, start, self.rope_theta)
         key = self.key(x).reshape(*tokens, *self.key_shape)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = _rotary(query, start, self.rope_theta)
         key = _rotary(key, start, self.rope_theta)
         value = self.value(x).reshape(*tokens, *self.key_shape)
         mask = None
@@ -347,20 +356,20 @@ def by_tokens(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
 
 
-def _linear(size_in, size_out, dtype, rngs):
+def _linear(size_in, size_out, dtype, rngs, bias=False):
     return nnx.Linear(
         size_in,
         size_out,
-        use_bias=False,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=nnx.initializers.normal(0.02),
         rngs=rngs,
     )
 
 
-def _norm(config, dtype, rngs):
+def _norm(size, config, dtype, rngs):
     epsilon = config.norm_epsilon
-    return nnx.RMSNorm(config.width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 def _rotary(x, start, base):

@@ -44,6 +44,11 @@ class ParameterNames(NamedTuple):
         """Whether the parameter is a matrix, which files store transposed."""
         return self.path.endswith("/kernel")
 
+    @property
+    def suffix(self) -> str:
+        """Ending of the names of its floats in files, "weight" or "bias"."""
+        return "bias" if self.path.endswith("/bias") else "weight"
+
     def path_in(self, layer: int | None) -> str:
         """Returns the path with the number of a layer, such as "layers/3/up/kernel"."""
         if layer is None:
@@ -52,10 +57,11 @@ class ParameterNames(NamedTuple):
 
 
 def _of_layer(path, huggingface, gguf):
+    suffix = ParameterNames(path, huggingface, gguf).suffix
     return ParameterNames(
         f"layers/{path}",
-        f"model.layers.{{}}.{huggingface}.weight",
-        f"blk.{{}}.{gguf}.weight",
+        f"model.layers.{{}}.{huggingface}.{suffix}",
+        f"blk.{{}}.{gguf}.{suffix}",
     )
 
 
@@ -69,6 +75,11 @@ PARAMETERS = {
         _of_layer("query/kernel", "self_attn.q_proj", "attn_q"),
         _of_layer("key/kernel", "self_attn.k_proj", "attn_k"),
         _of_layer("value/kernel", "self_attn.v_proj", "attn_v"),
+        _of_layer("query/bias", "self_attn.q_proj", "attn_q"),
+        _of_layer("key/bias", "self_attn.k_proj", "attn_k"),
+        _of_layer("value/bias", "self_attn.v_proj", "attn_v"),
+        _of_layer("query_norm/scale", "self_attn.q_norm", "attn_q_norm"),
+        _of_layer("key_norm/scale", "self_attn.k_norm", "attn_k_norm"),
         _of_layer("output/kernel", "self_attn.o_proj", "attn_output"),
         _of_layer("mlp_norm/scale", "post_attention_layernorm", "ffn_norm"),
         _of_layer("gate/kernel", "mlp.gate_proj", "ffn_gate"),
