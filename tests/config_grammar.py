@@ -86,6 +86,13 @@ ROPES: tuple[Any, ...] = (
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8,
     },
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+    {
+        "rope_type": "llama3",
+        "factor": 2,
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+    },
     {"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
 )
 

@@ -18,6 +18,7 @@ from small_llama import (
 import cage_jax as cage
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.rope import RopeScaling
 from cage_jax.llama.tensors import PARAMETERS, tensors, tree_of
 
 PARAMS = on_host(params_of())
@@ -45,7 +46,11 @@ def test_config_there_and_back():
     config = dataclasses.replace(CONFIG, tied=True, bos=1, eos=(2, 3), context=77)
     assert LlamaConfig.from_huggingface(config.to_huggingface()) == config
     assert LlamaConfig.from_huggingface(CONFIG.to_huggingface()) == CONFIG
-    for fields in ({"qkv_bias": True}, {"qk_norm": True, "tied": True}):
+    for fields in (
+        {"qkv_bias": True, "rope_scaling": RopeScaling(4.0)},
+        {"qk_norm": True, "tied": True},
+        {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)},
+    ):
         config = dataclasses.replace(CONFIG, **fields)
         assert LlamaConfig.from_huggingface(config.to_huggingface()) == config
     with pytest.raises(ValueError, match="must not both be True"):
@@ -119,7 +124,22 @@ def test_config_refused():
             # Rotations in both spellings, and what only one of them says.
             ({"rope_parameters": "plain"}, "object in rope_parameters; got 'plain'"),
             ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='default'; got 'y"),
-            ({"rope_scaling": {"type": "linear", "factor": 4}}, "factor=1; got 4"),
+            (
+                {"rope_scaling": {"type": "linear", "factor": 4}},
+                r"one scaling .* rope_scaling=RopeScaling\(factor=4, .*=None\. Write",
+            ),
+            (
+                {"rope_scaling": {"type": "linear", "rope_type": "llama3"}},
+                "'llama3'; g",
+            ),
+            (
+                {"rope_scaling": {"type": "linear", "factor": 0.5}},
+                "`factor` must be at least 1",
+            ),
+            (
+                {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+                "`low_freq_factor` must be a number; got None",
+            ),
             ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor=1; got 8.0"),
             ({"rope_parameters": nested}, "no rope_parameters.full_attention; got {"),
             ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=1; got 0.5"),

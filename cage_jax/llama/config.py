@@ -7,6 +7,7 @@ from typing import Any
 
 from cage_jax.arrays.checks import check_int, check_number, make_plain
 from cage_jax.llama.config_fields import READ, check_layers, dimensions_of, in_terms_of
+from cage_jax.llama.rope import RopeScaling
 
 # Limits for files: far above any model, far below sizes that exhaust memory.
 _MOST, _MOST_LAYERS = 2**24, 2**12
@@ -41,6 +42,7 @@ class LlamaConfig:
       qkv_bias: whether queries, keys and values have biases, as in Qwen 2.
       qk_norm: whether each head's query and key have a norm before they are rotated,
         as in Qwen 3.
+      rope_scaling: a `RopeScaling` of the rotary embedding, as in Llama 3, or None.
 
     Raises:
       TypeError, ValueError: if the numbers do not describe a model.
@@ -69,6 +71,7 @@ class LlamaConfig:
     eos: tuple[int, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         make_plain(self)
@@ -105,6 +108,11 @@ class LlamaConfig:
             raise ValueError(
                 "`qkv_bias` and `qk_norm` must not both be True, since no file of "
                 "transformers has both alone; got both. Use one of them."
+            )
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise TypeError(
+                f"`rope_scaling` must be a RopeScaling or None; got "
+                f"{self.rope_scaling!r}. Use RopeScaling(factor)."
             )
         if not isinstance(self.eos, tuple):
             raise TypeError(
@@ -180,6 +188,8 @@ class LlamaConfig:
         Args:
           dtype: dtype of the model in the file.
         """
+        scaling = self.rope_scaling
+        rope = scaling.fields() if scaling else {"rope_type": "default"}
         kind = "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama"
         return {
             "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -197,7 +207,8 @@ class LlamaConfig:
             "rms_norm_eps": self.norm_epsilon,
             # Older and newer versions of transformers read different places.
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": self.rope_theta, **rope},
+            **({"rope_scaling": rope} if self.rope_scaling else {}),
             "max_position_embeddings": self.context,
             "tie_word_embeddings": self.tied,
             "bos_token_id": self.bos,

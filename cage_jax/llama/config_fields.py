@@ -5,8 +5,11 @@ Each is read, or must have a value with which transformers computes what
 way that is not known here, so it is refused.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from cage_jax.llama.rope import RopeScaling
 
 READ = {
     "vocabulary": "vocab_size",
@@ -71,11 +74,11 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "compression_config": (None,),  # an old name of quantization_config
 }
-_ROPE = {
-    "rope_type": ("default", "linear"),
-    "type": ("default", "linear"),
-    "factor": (1, None),
-    "partial_rotary_factor": (1, None),
+# What is read of a scaled rotation, by its type.
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": tuple(field.name for field in dataclasses.fields(RopeScaling)),
 }
 
 # Fields that change no logits. `quantization_config` is read with the weights.
@@ -137,11 +140,13 @@ def dimensions_of(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"changes no logits, else load the model with its own library."
             )
     found = {name: config[field] for name, field in READ.items() if field in config}
+    base, scaling = _rope(config)
     return (
         found
         | _FEATURES.get(kind, {})
         | {
-            "rope_theta": _rope_theta(config),
+            "rope_theta": base,
+            "rope_scaling": scaling,
             "eos": _tokens(config.get("eos_token_id")),
         }
     )
@@ -161,21 +166,21 @@ def in_terms_of(error: Exception, names: Mapping[str, str]) -> str:
     return message
 
 
-def _rope_theta(config):
-    """Returns the base of rotations; raises for scaled ones, and for two bases."""
+def _rope(config):
+    """Returns the base of rotations and their scaling; raises for two of one."""
     places = {name: config.get(name) for name in ("rope_scaling", "rope_parameters")}
     bases = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    scalings = {}
     for place, rope in places.items():
         if not isinstance(rope, Mapping | None):
             raise ValueError(
                 f"`config` must have an object in {place}; got {_short(rope)}. Use the "
                 f"config.json of the model."
             )
-        for name, value in (rope or {}).items():
-            if name == "rope_theta":
-                bases[f"{place}.rope_theta"] = value
-            else:
-                _check(f"{place}.{name}", value, _ROPE.get(name, ()))
+        if rope:
+            scalings[place] = _scaling(place, rope, config)
+        if rope and "rope_theta" in rope:
+            bases[f"{place}.rope_theta"] = rope["rope_theta"]
     # The first of these places is the one that transformers reads.
     rope = places["rope_scaling"] or places["rope_parameters"] or {}
     base = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -186,7 +191,32 @@ def _rope_theta(config):
             f"places; got {got}, of which transformers takes {_short(base)}. Write the "
             f"one of the training into all of them."
         )
-    return base
+    if len(set(scalings.values())) > 1:
+        got = ", ".join(f"{place}={_short(one)}" for place, one in scalings.items())
+        raise ValueError(
+            f"`config` must have one scaling of rotations, for which readers look in "
+            f"different places; got {got}. Write the one of the training into both."
+        )
+    return base, next(iter(scalings.values()), None)
+
+
+def _scaling(place, rope, config):
+    """Returns the scaling that an object of the file says, or None."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _check(f"{place}.rope_type", kind, tuple(_ROPE_TYPES))
+    supported = dict.fromkeys(("rope_type", "type"), (kind,)) | {
+        "partial_rotary_factor": (1, None),
+        "factor": (1, None),
+    }
+    for name, value in rope.items():
+        if name not in ("rope_theta", *_ROPE_TYPES[kind]):
+            _check(f"{place}.{name}", value, supported.get(name, ()))
+    fields = {name: rope[name] for name in _ROPE_TYPES[kind] if name in rope}
+    if kind == "llama3":
+        context = config.get(READ["context"], 2048)
+        return RopeScaling(**{"original_max_position_embeddings": context} | fields)
+    unscaled = fields.get("factor") in (1, None)
+    return None if unscaled else RopeScaling(**fields)
 
 
 def _tokens(value):

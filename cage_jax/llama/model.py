@@ -150,7 +150,7 @@ class Layer(nnx.Module):
         self.inputs, self.kv, self.dtype = inputs, kv, dtype
         self.query_shape = config.heads, config.head_size
         self.key_shape = config.kv_heads, config.head_size
-        self.rope_theta = config.rope_theta
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
         queries, keys = math.prod(self.query_shape), math.prod(self.key_shape)
         self.attention_norm = _norm(width, config, dtype, rngs)
         bias = config.qkv_bias
@@ -190,8 +190,8 @@ class Layer(nnx.Module):
         key = self.key(x).reshape(*tokens, *self.key_shape)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = _rotary(query, start, self.rope_theta)
-        key = _rotary(key, start, self.rope_theta)
+        query = _rotary(query, start, self.rope_theta, self.rope_scaling)
+        key = _rotary(key, start, self.rope_theta, self.rope_scaling)
         value = self.value(x).reshape(*tokens, *self.key_shape)
         mask = None
         if cache is not None:
@@ -372,10 +372,12 @@ def _norm(size, config, dtype, rngs):
     return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
-def _rotary(x, start, base):
+def _rotary(x, start, base, scaling):
     """Rotates pairs of features of (batch, sequence, heads, size) by position."""
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = scaling.scaled(frequency)
     position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
     angle = position[:, None] * frequency[None, :]
     cosine, sine = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]

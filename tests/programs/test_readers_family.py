@@ -34,7 +34,16 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FAMILIES = {
+    "llama, 3": {"rope_scaling": LLAMA_3, "rope_theta": 500.0},
+    "llama, linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "qwen2": {"max_window_layers": 2},
     "qwen3": {"head_dim": 32},
     "qwen3, tied": {"head_dim": 8, "tie_word_embeddings": True},
@@ -93,9 +102,8 @@ def test_codes_are_read_by_transformers_and_again(theirs, tmp_path):
     assert read.config.model_type == theirs.config.model_type
     found = llama.logits(again.floats(), jnp.asarray(TOKENS), again.config)
     assert_close(found, logits_of(read))
-    if model.config.qkv_bias or model.config.qk_norm:
-        with pytest.raises(ValueError, match="of a plain Llama; got qk"):
-            gguf(model.params, model.config, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"of a plain Llama; got (qk|rope_sc)"):
+        gguf(model.params, model.config, tmp_path / "model.gguf")
 
 
 def test_blocks_and_decoding_compute_the_same(theirs, tmp_path):
