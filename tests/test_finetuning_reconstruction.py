@@ -588,6 +588,11 @@ def test_what_is_refused(params, batches):
             (call(epochs=0), ValueError, "`epochs` must be at least 1"),
             (call(learning_rate=0), ValueError, "`learning_rate` must be above 0"),
             (
+                call(learning_rate=1e-3, optimizer=lambda rules, total: optax.sgd(1)),
+                ValueError,
+                "`learning_rate` must not come with an `optimizer`; got 0.001",
+            ),
+            (
                 lambda: blocks(layer, params, "layer"),
                 ValueError,
                 "`pattern` must match the path .* Did you mean",

@@ -139,11 +139,11 @@ def reconstruct(
 
     Raises:
       TypeError: for anything but blocks, rules and tuples as batches; for codes.
-      ValueError: for a path that does not exist or is in two blocks; for a block that
-        cannot take what the one before returns; if no block has anything to quantize;
-        for NaN and infinities in the inputs, an output or a loss; for a folder of
-        another call; for a block without floats in its output, and for stacked layers
-        that share a scale.
+      ValueError: for a learning rate beside an optimizer; for a path that does not
+        exist or is in two blocks; for a block that cannot take what the one before
+        returns; if no block has anything to quantize; for NaN and infinities in the
+        inputs, an output or a loss; for a folder of another call; for a block without
+        floats in its output, and for stacked layers that share a scale.
 
     Example:
       >>> import cage_jax as cage
@@ -173,6 +173,11 @@ def reconstruct(
     check_int("epochs", epochs, "Use 2.", least=1)
     if learning_rate is not None:
         check_number("learning_rate", learning_rate, "Use 1e-5.", above=0)
+        if optimizer is not None:
+            raise ValueError(
+                f"`learning_rate` must not come with an `optimizer`; got "
+                f"{learning_rate} and one. Give the rate to that one alone."
+            )
     check_number("grid_learning_rate", grid_learning_rate, "Use 1e-4.", above=0)
     chain = Chain(blocks, rules, params, teacher, first, stream_dtype)
     digest = None if folder is None else Digest()
