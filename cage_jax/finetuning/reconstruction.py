@@ -131,6 +131,7 @@ def reconstruct(
         bfloat16; None for that of the model.
       folder: a folder for finished blocks. If a run was stopped, the same call goes on
         after the last one, with equal results; the activations are computed again.
+        Functions and optimizers are not compared: others need another folder.
       progress: called with what is done, how much of it, and of how much.
 
     Returns:

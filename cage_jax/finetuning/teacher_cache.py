@@ -43,7 +43,7 @@ def cache_teacher(
       batches: the arguments of `function` after the parameters, a tuple for each batch,
         always in the same order.
       folder: where to write; made if it is missing. A file for each batch, whole or not
-        at all.
+        at all. Functions are not compared: another one needs another folder.
       k: how many logits of each token.
       temperature: the temperature of the distillation.
       dtype: what log-probabilities are rounded to, "float16" or "bfloat16". The first
