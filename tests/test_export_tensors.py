@@ -48,7 +48,9 @@ def test_config_there_and_back():
     assert LlamaConfig.from_huggingface(CONFIG.to_huggingface()) == CONFIG
     for fields in (
         {"qkv_bias": True, "rope_scaling": RopeScaling(4.0)},
-        {"qk_norm": True, "tied": True},
+        {"qk_norm": True, "tied": True, "window": 3},
+        {"qkv_bias": True, "window": 3},
+        {"window": 3},
         {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)},
     ):
         config = dataclasses.replace(CONFIG, **fields)
@@ -103,7 +105,19 @@ def test_config_refused():
             ({"tie_word_embeddings": "false"}, "`tie_word_embeddings` must be a bool"),
             ({"hidden_act": "gelu"}, "hidden_act='silu'; got 'gelu'"),
             ({"sliding_window": 4096}, "sliding_window=None; got 4096"),
-            ({"model_type": "mistral"}, "sliding_window=None; got 4096"),
+            ({"use_sliding_window": True}, "use_sliding_window=False; got True"),
+            (
+                {"model_type": "mistral", "sliding_window": 0},
+                "`sliding_window` must be from 1 to",
+            ),
+            (
+                {"model_type": "mistral", "layer_types": ["full_attention"] * 2},
+                r"layer_types=\['sliding_attention', 'sliding_attention'\]; got",
+            ),
+            (
+                {"model_type": "qwen2", "use_sliding_window": True},
+                "max_window_layers=0; got 28",
+            ),
             (
                 {"layer_types": ["full_attention", "sliding_attention"]},
                 r"layer_types=\['full_attention', 'full_attention'\]; got",

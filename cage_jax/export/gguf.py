@@ -210,7 +210,7 @@ def read(path: Path) -> Model:
 
 def _check_plain(config):
     """Raises for what a file of a Llama cannot say, and so would lose."""
-    for name in ("qkv_bias", "qk_norm", "rope_scaling"):
+    for name in ("qkv_bias", "qk_norm", "rope_scaling", "window"):
         if value := getattr(config, name):
             raise ValueError(
                 f"`config` must be of a plain Llama; got {name}={value!r}. "

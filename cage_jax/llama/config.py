@@ -43,6 +43,8 @@ class LlamaConfig:
       qk_norm: whether each head's query and key have a norm before they are rotated,
         as in Qwen 3.
       rope_scaling: a `RopeScaling` of the rotary embedding, as in Llama 3, or None.
+      window: number of tokens, itself included, that a token attends to in each layer,
+        as in Mistral; None for all before it.
 
     Raises:
       TypeError, ValueError: if the numbers do not describe a model.
@@ -72,6 +74,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    window: int | None = None
 
     def __post_init__(self):
         make_plain(self)
@@ -99,6 +102,8 @@ class LlamaConfig:
                 f"`kv_heads` must divide `heads`; got kv_heads={self.kv_heads}, heads="
                 f"{self.heads}. Use None for as many as `heads`."
             )
+        if self.window is not None:
+            check_int("window", self.window, _REMEDY, least=1, most=_MOST)
         for name, limits in _RANGES.items():
             check_number(name, getattr(self, name), _REMEDY, **limits)
         for name in ("tied", "qkv_bias", "qk_norm"):
@@ -171,15 +176,15 @@ class LlamaConfig:
 
         Raises:
           TypeError, ValueError: if the model is not a Llama, Mistral, Qwen 2 or Qwen 3,
-            has features that `LlamaConfig` lacks, such as biases of all layers or
-            windows, or has fields whose effect is not known.
+            has features that `LlamaConfig` lacks, such as other biases or windows in
+            some layers alone, or has fields whose effect is not known.
         """
         found = dimensions_of(config)
         try:
             made = cls(**found)
         except (TypeError, ValueError) as error:
             raise type(error)(in_terms_of(error, READ)) from error
-        check_layers(config, made.layers)
+        check_layers(config, made.layers, made.window)
         return made
 
     def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
@@ -190,7 +195,11 @@ class LlamaConfig:
         """
         scaling = self.rope_scaling
         rope = scaling.fields() if scaling else {"rope_type": "default"}
-        kind = "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama"
+        plain = "llama" if self.window is None else "mistral"
+        kind = "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else plain
+        windows = {} if self.window is None else {"sliding_window": self.window}
+        if windows and kind != "mistral":
+            windows |= {"use_sliding_window": True, "max_window_layers": 0}
         return {
             "architectures": [f"{kind.capitalize()}ForCausalLM"],
             "model_type": kind,
@@ -209,6 +218,7 @@ class LlamaConfig:
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_theta": self.rope_theta, **rope},
             **({"rope_scaling": rope} if self.rope_scaling else {}),
+            **windows,
             "max_position_embeddings": self.context,
             "tie_word_embeddings": self.tied,
             "bos_token_id": self.bos,

@@ -23,6 +23,7 @@ READ = {
     "norm_epsilon": "rms_norm_eps",
     "tied": "tie_word_embeddings",
     "context": "max_position_embeddings",
+    "window": "sliding_window",
     "bos": "bos_token_id",
     "eos": "eos_token_id",
 }
@@ -38,10 +39,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
         "sliding_window": 4096,
     },
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+    },
     "qwen3": {
         "num_key_value_heads": 32,
         "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
         "head_dim": 128,
     },
 }
@@ -60,8 +66,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "qkv_bias": (False, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
     "attention_chunk_size": (None,),
     "is_causal": (True,),
     "num_kv_shared_layers": (0, None),
@@ -101,7 +105,10 @@ _WITHOUT_EFFECT = """
     transformers.js_config transformers_version typical_p unsloth_fixed
     unsloth_version use_bfloat16 use_cache use_return_dict
 """
-_OTHER_PLACES = ("model_type", "rope_parameters", "rope_scaling", "layer_types")
+_OTHER_PLACES = (
+    *("model_type", "rope_parameters", "rope_scaling"),
+    *("layer_types", "use_sliding_window"),
+)
 _REMEDY = "Load this model with its own library, or train one without it."
 
 
@@ -121,8 +128,13 @@ def dimensions_of(config: Mapping[str, Any]) -> dict[str, Any]:
             f"their own library."
         )
     config = _DEFAULTS[kind] | dict(config)
-    if kind in _FEATURES and config.get("use_sliding_window") in (False, None):
-        config["sliding_window"] = None  # of Qwen, which has one that it does not use
+    used = config.get("use_sliding_window")
+    is_qwen = kind in _FEATURES
+    _check("use_sliding_window", used, (False, None, *((True,) if is_qwen else ())))
+    if is_qwen and not used:
+        config["sliding_window"] = None
+    if kind == "llama":
+        _check("sliding_window", config.get("sliding_window"), (None,))
     for name in _NEEDED:
         if READ[name] not in config:
             raise ValueError(
@@ -152,10 +164,13 @@ def dimensions_of(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def check_layers(config: Mapping[str, Any], layers: int) -> None:
-    """Raises ValueError if a layer's attention is not that of a Llama."""
+def check_layers(config: Mapping[str, Any], layers: int, window: int | None) -> None:
+    """Raises ValueError if a layer's attention is not that of all others."""
     kinds = config.get("layer_types")
-    _check("layer_types", kinds, (["full_attention"] * layers, None))
+    kind = "full_attention" if window is None else "sliding_attention"
+    _check("layer_types", kinds, ([kind] * layers, None))
+    if window is not None and kinds is None and config["model_type"] in _FEATURES:
+        _check("max_window_layers", config.get("max_window_layers", 28), (0,))
 
 
 def in_terms_of(error: Exception, names: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """A Llama-style language model in Flax NNX: RMSNorm, RoPE, SwiGLU, grouped heads.
 
-`LlamaConfig` says what else it has: the biases of Qwen 2, or the norms of Qwen 3.
+`LlamaConfig` says what else it has: the biases of Qwen 2, the norms of Qwen 3,
+or the windows of Mistral.
 
 Weights are quantized outside the model, by `cage_jax.fake_quant(params, rules)`. The
 model quantizes the inputs of its layers' products token by token with the `inputs`
@@ -157,7 +158,7 @@ class Layer(nnx.Module):
         self.query = _linear(width, queries, dtype, rngs, bias)
         self.key = _linear(width, keys, dtype, rngs, bias)
         self.value = _linear(width, keys, dtype, rngs, bias)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.window = config.qk_norm, config.window
         if self.qk_norm:
             self.query_norm = _norm(config.head_size, config, dtype, rngs)
             self.key_norm = _norm(config.head_size, config, dtype, rngs)
@@ -199,12 +200,20 @@ class Layer(nnx.Module):
             key, value, mask = cache.read()
         elif self.kv is not None:
             key, value, mask = quantize_kv(key, value, self.kv, self.kv)
+        is_causal = mask is None
+        if self.window is not None:
+            length = tokens[1] if cache is None else cache.length
+            places = start + jnp.arange(tokens[1])
+            near = places[:, None] - jnp.arange(length)[None, :] < self.window
+            # Keys in groups are seen twice, quantized and not.
+            near = jnp.tile(near, key.shape[1] // length)
+            mask = near if mask is None else mask & near
         mixed = jax.nn.dot_product_attention(
             query,
             key,
             value,
             mask=None if mask is None else mask[None, None],
-            is_causal=mask is None,
+            is_causal=is_causal,
         )
         mixed = mixed.reshape(x.shape[0], math.prod(self.query_shape))
         return self.output(self._quantized(mixed)), cache

@@ -44,7 +44,13 @@ LLAMA_3 = {
 FAMILIES = {
     "llama, 3": {"rope_scaling": LLAMA_3, "rope_theta": 500.0},
     "llama, linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral": {"sliding_window": 5},
     "qwen2": {"max_window_layers": 2},
+    "qwen2, windows": {
+        "sliding_window": 5,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+    },
     "qwen3": {"head_dim": 32},
     "qwen3, tied": {"head_dim": 8, "tie_word_embeddings": True},
 }
@@ -102,7 +108,7 @@ def test_codes_are_read_by_transformers_and_again(theirs, tmp_path):
     assert read.config.model_type == theirs.config.model_type
     found = llama.logits(again.floats(), jnp.asarray(TOKENS), again.config)
     assert_close(found, logits_of(read))
-    with pytest.raises(ValueError, match=r"of a plain Llama; got (qk|rope_sc)"):
+    with pytest.raises(ValueError, match=r"of a plain Llama; got (qk|rope_sc|window)"):
         gguf(model.params, model.config, tmp_path / "model.gguf")
 
 
@@ -124,6 +130,27 @@ def test_blocks_and_decoding_compute_the_same(theirs, tmp_path):
         row = jax.tree.map(lambda array: array[number], params["layers"])  # noqa: B023
         x = block.function(row, x)
     np.testing.assert_allclose(model._logits(x), expected, rtol=0, atol=1e-4)
+
+
+def test_windows_of_a_quantized_cache():
+    """Groups of tokens, which the mask of a window must count twice."""
+    config = LlamaConfig(
+        vocabulary=96, width=64, hidden=96, layers=2, heads=4, context=64, window=5
+    )
+    tokens, kv = jnp.asarray(TOKENS), cage.int8(axis=-3, group_size=4)
+    model = llama.Llama(config, kv=kv, rngs=nnx.Rngs(0))
+    params = jax.tree.map(lambda x: 3 * x, nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    expected = llama.logits(params, tokens, config, kv=kv)
+    step = nnx.jit(lambda model, token, caches: model.decode(token, caches))
+    caches, found = model.empty_caches(*TOKENS.shape), []
+    for token in tokens.T:
+        logits, caches = step(model, token, caches)
+        found.append(logits)
+    bound = 1e-3 * abs(expected).max()  # a code may round to the other side
+    np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=bound)
+    floats = llama.logits(params, tokens, config)
+    np.testing.assert_allclose(expected, floats, rtol=0, atol=20 * bound)
 
 
 def test_a_rotation_is_folded_with_the_bias():
