@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -316,3 +317,19 @@ def test_too_few_rows_are_told_with_numbers():
     rules, params = cage.Rules([("w", "int4")]), {"w": some(0, 8, 4)}
     with pytest.warns(UserWarning, match="such as 6 rows for the 8 inputs of `w`"):
         cage.gptq(multiply, rules, params, [(some(1, 3, 8),)] * 2)
+
+
+def test_scales_along_outputs_by_default_are_told():
+    x, rules = correlated(1), cage.Rules([("w", cage.int3())])
+    params = {"w": some(2, OUTPUTS, INPUTS)}
+
+    def transposed(params, x):
+        return x @ params["w"].T
+
+    with pytest.warns(UserWarning, match="`w`: .* sums over axis -1. Use rules = cage"):
+        cage.gptq(transposed, rules, params, [(x,)])
+    resolved = cage.resolve(rules, transposed, params, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cage.gptq(transposed, resolved, params, [(x,)])
+        cage.gptq(multiply, rules, {"w": params["w"].T}, [(x,)])

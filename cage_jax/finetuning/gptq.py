@@ -29,10 +29,13 @@ from cage_jax.finetuning.matrices import (
 )
 from cage_jax.finetuning.parameters import Parameter
 from cage_jax.finetuning.repeated_products import used_again
+from cage_jax.program.following import follow
 from cage_jax.program.origins import Origin, of_data
 from cage_jax.program.products import product_of
+from cage_jax.program.resolving import weight_axes
 from cage_jax.program.tracing import check_function, split_arrays, split_grids, trace
 from cage_jax.program.visiting import INPUTS
+from cage_jax.quantizers.axes import CONTRACTED
 
 Progress = Callable[[str, int, int], None]
 _quantize_input = jax.jit(quantize_input, static_argnums=(1, 2))
@@ -133,6 +136,7 @@ def gptq(
         rules, params, damping, inputs, len(arrays), progress, keeps=not rounded
     )
     traced = trace(function, search.params, first, {})
+    _check_axes(rules, traced)
     search.collect(traced, arrays)
     search.run(traced, arrays)
     search.check_reached(strict)
@@ -151,6 +155,27 @@ def _check_rounding(rules, params):
                 f"`{path}`: `rules` must round to the nearest; got {quantizer}. Use "
                 f"dataclasses.replace(quantizer, rounding='nearest') here."
             )
+
+
+def _check_axes(rules, traced):
+    """Warns of matrices whose scales lie along the outputs because of a default."""
+    axes = weight_axes(follow(traced.program, traced.origins), traced.shapes)
+    found = [
+        path
+        for path, shape in traced.shapes.items()
+        if (quantizer := rules.match(path)) is not None
+        and quantizer.axis == CONTRACTED
+        and len(shape) == 2
+        and path in axes
+        and axes[path].contracted == (1,)
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" * (len(found) > 1)
+        warn(
+            f"`{found[0]}`{more}: `rules` have scales along axis -2, the default, and "
+            f"its product sums over axis -1. Use rules = cage.resolve(rules, function, "
+            f"params, *batch), here and in the training."
+        )
 
 
 def _arrays_of(batches):
