@@ -203,6 +203,8 @@ def _module(names, layer):
 def read(path: Path) -> Model:
     """Reads a folder of `compressed_tensors`, or a Llama of floats from Hugging Face.
 
+    Mistral, Qwen 2 and Qwen 3 are read too, see `LlamaConfig`.
+
     Codes and scales are bit-identical to those of the file. Their quantizer is the
     matching preset: `ct_w4a16`, `ct_w8a8`, `fp8`, `mxfp4` or `nvfp4`. Floats become
     float32. The quantization of inputs in a file does not become part of the model.
