@@ -49,12 +49,10 @@ def low_rank(
     bits. As `b` starts at zero, the weights start as `fake_quant` gives them, to the
     bit. Rounding is to the nearest. A rotated weight is rounded in its basis.
 
-    | method | arguments |
-    |---|---|
-    | LR-QAT | the defaults, or `store="int8"` |
-    | L4Q | `units="weights", scale="grid"` |
-    | DL-QAT, as its abstract tells it | `units="weights", store="float32"` |
-    | QLoRA | parameters that are codes already, the result of `quantize` |
+    - LR-QAT: the defaults, or `store="int8"`.
+    - L4Q: `units="weights", scale="grid"`.
+    - DL-QAT, as its abstract tells it: `units="weights", store="float32"`.
+    - QLoRA: parameters that are codes already, the result of `quantize`.
 
     Codes are taken as they are, and the product is added to their values, unrounded.
 
