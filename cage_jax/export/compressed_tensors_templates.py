@@ -4,7 +4,6 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,20 +25,17 @@ from cage_jax.export.files import Path, write_json
 from cage_jax.export.safetensors_files import Like
 from cage_jax.export.template_names import (
     LISTED,
-    Source,
-    is_weight,
+    is_linear,
+    module_of,
     sources_of,
     table_of,
 )
+from cage_jax.export.template_parts import along_inputs, joined, part_of, taken
 from cage_jax.export.templates import copy_settings, read_template, write_like
 from cage_jax.export.writing import new_folder
 from cage_jax.llama.loaded import Model
 from cage_jax.quantizers.quantizer import Quantizer
 
-# Modules that are no linear layers, though their weights are matrices.
-_EMBEDDING = re.compile(
-    r"(.*\.)?(embed_(tokens|positions|in)|\w*embeddings?|wte|wpe|shared)"
-)
 _EXPERT = re.compile(r".*\.experts\.\d+\..*")
 # Models whose layers are of another class, which stores (in, out).
 _WITHOUT_LINEAR = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -63,9 +59,9 @@ def write_by_template(
     sources = sources_of(shapes, tensors, table_of(names))
     coded = _coded(sources, leaves, template)
     schemes = {
-        _module(name): coded[name].scheme if name in coded else None
+        module_of(name): coded[name].scheme if name in coded else None
         for name, tensor in tensors.items()
-        if name in coded or _is_linear(name, tensor)
+        if name in coded or is_linear(name, tensor)
     }
     if "lm_head.weight" not in tensors:  # it is the embedding
         schemes["lm_head"] = None
@@ -75,7 +71,7 @@ def write_by_template(
             return {name: tensors[name]}
         _, scheme, scale = coded[name]
         return {
-            f"{_module(name)}.{suffix}": Like(
+            f"{module_of(name)}.{suffix}": Like(
                 scale if len(dtypes) > 1 else np.dtype(dtypes[0]), shape
             )
             for suffix, (dtypes, shape) in scheme.tensors(tensors[name].shape).items()
@@ -84,12 +80,12 @@ def write_by_template(
     def arrays_of(name):
         parts = []
         for source in sources[name]:
-            parts.append(_part(leaves[source.path], source))
+            parts.append(part_of(leaves[source.path], source))
             check_finite({source.path: parts[-1]})
         if name in coded:
             quantizer, scheme, _ = coded[name]
-            stored = stored_codes(_joined(parts, quantizer), scheme)
-            return {f"{_module(name)}.{suffix}": x for suffix, x in stored.items()}
+            stored = stored_codes(joined(parts, quantizer), scheme)
+            return {f"{module_of(name)}.{suffix}": x for suffix, x in stored.items()}
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         paths = " and ".join(source.path for source in sources[name])
         return {name: stored_floats(whole, tensors[name].dtype.name, paths)}
@@ -131,20 +127,6 @@ def _leaves(codes):
     return dict(zip(paths, leaves))
 
 
-def _module(name):
-    return name.removesuffix(".weight")
-
-
-def _is_linear(name, tensor):
-    """Tells whether a tensor looks like the weight of a linear layer."""
-    return (
-        len(tensor.shape) == 2
-        and name.endswith(".weight")
-        and is_weight(name, tensor)
-        and not _EMBEDDING.fullmatch(_module(name))
-    )
-
-
 def _coded(sources, leaves, template):
     """Finds how each quantized tensor is stored; raises for all that cannot be."""
     coded, problems = {}, []
@@ -179,7 +161,7 @@ def _coding(name, parts, arrays, template):
     tensor, dtype = template.tensors[name], template.dtype
     tied = template.config.get("tie_word_embeddings") and name == "lm_head.weight"
     if template.config.get("model_type") in _WITHOUT_LINEAR or not (
-        _is_linear(name, tensor) and str(tensor.dtype) in FLOATS and not tied
+        is_linear(name, tensor) and str(tensor.dtype) in FLOATS and not tied
     ):
         raise ValueError(
             f"codes for `{name}` {tensor.dtype} {list(tensor.shape)}, but readers take "
@@ -188,7 +170,7 @@ def _coding(name, parts, arrays, template):
         )
     if not all(isinstance(array, QuantizedArray) for array in arrays):
         raise ValueError(f"floats and codes in `{name}`. Quantize all of it or nothing")
-    like = {_along_inputs(array, part) for array, part in zip(arrays, parts)}
+    like = {along_inputs(array, part) for array, part in zip(arrays, parts)}
     found = {(array.scale.dtype, jnp.dtype(array.dtype)) for array in arrays}
     if len(like) > 1 or len(found) > 1:
         raise ValueError(f"several quantizers in `{name}`. Give all parts the same one")
@@ -202,7 +184,7 @@ def _coding(name, parts, arrays, template):
             f"{supported}, or leave it unquantized."
         )
     divisors = [
-        np.asarray(_taken(array.tensor_divisor, part, array.shape)).ravel()
+        np.asarray(taken(array.tensor_divisor, part, array.shape)).ravel()
         for array, part in zip(arrays, parts)
         if array.tensor_divisor is not None
     ]
@@ -216,71 +198,3 @@ def _coding(name, parts, arrays, template):
             + (f", or a quantizer with {dtype} scales." if needed in FLOATS else ".")
         )
     return _Coded(quantizer, scheme, scale)
-
-
-def _along_inputs(array, part):
-    """Returns the quantizer of a part, for (out, in)."""
-    quantizer, axes = array.quantizer, part.axes or "oi"
-    if quantizer.hadamard is not None:
-        raise ValueError(f"{quantizer}, whose rotation readers do not do. Use none.")
-    blocks = quantizer.blocks(tuple(array.shape))
-    sizes = dict(zip(blocks.axes, blocks.sizes))
-    group, whole = 1, True
-    for axis, letter in reversed(list(enumerate(axes))):
-        size, length = sizes.get(axis, 1), array.shape[axis]
-        if letter == "o":
-            fits = size == 1
-        else:
-            fits = letter == "l" or whole or size == 1
-        if not fits:
-            inputs = [n - len(axes) for n, each in enumerate(axes) if each == "i"]
-            raise ValueError(
-                f"{quantizer}, but compressed-tensors has scales for groups of "
-                f"neighbours along the inputs alone. Use axis="
-                f"{inputs[0] if len(inputs) == 1 else tuple(inputs)}, for its axes "
-                f"{axes!r}."
-            )
-        if letter == "i" and whole:
-            group, whole = group * size, size == length
-    channel = whole and all(size is None for size in quantizer.group_sizes)
-    return dataclasses.replace(
-        quantizer, axis=-1, group_size=None if channel else group
-    )
-
-
-def _part(leaf, source):
-    """Takes a part of a parameter, in the layout of the template."""
-    if isinstance(leaf, QuantizedArray):
-        return jax.tree.map(lambda array: _taken(array, source, leaf.shape), leaf)
-    return np.asarray(_taken(leaf, source, leaf.shape))
-
-
-def _taken(array, source, whole):
-    """Takes a part of codes, scales or floats of a parameter of the shape `whole`."""
-    axes = source.axes
-    if axes is not None:
-        if source.place is not None:
-            axis = axes.index("l")
-            # Places that share a scale have one entry for all.
-            place = source.place * array.shape[axis] // whole[axis]
-            array = array[(slice(None),) * axis + (place,)]
-            axes = axes.replace("l", "")
-        order = [k for each in "oi" for k, letter in enumerate(axes) if letter == each]
-        array = array.transpose(order).reshape(Source("", axes).shape(array.shape))
-    cut = source.outputs is not None and array.shape[0] > 1
-    return array[slice(*source.outputs)] if cut else array
-
-
-def _joined(parts, quantizer):
-    """Joins codes along their outputs."""
-    first = parts[0]
-    if len(parts) > 1:
-        names = ["codes", "scale"] + ["zero_point"] * (first.zero_point is not None)
-        first = dataclasses.replace(
-            first,
-            **{
-                name: jnp.concatenate([getattr(part, name) for part in parts])
-                for name in names
-            },
-        )
-    return dataclasses.replace(first, quantizer=quantizer)

@@ -6,7 +6,7 @@ import re
 
 from cage_jax.arrays.names import names_checked
 from cage_jax.export.files import Path, as_path, check_installed, malformed
-from cage_jax.export.target import suffixes, targets
+from cage_jax.export.target import Target, suffixes, targets
 from cage_jax.llama.loaded import Model
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,6 +67,12 @@ def load(path: Path) -> Model:
       >>> params["kernel"].codes.dtype
       dtype(int4)
     """
+    location, target = located(path)
+    return target.read(location)
+
+
+def located(path: Path) -> tuple[pathlib.Path, Target]:
+    """Finds the model at a path, and what it is; raises as `load` does."""
     location = find(path) or _from_hub(path)
     if location.is_dir():
         _check_converted(location)
@@ -74,7 +80,7 @@ def load(path: Path) -> Model:
         if target.recognises(location):
             for package in target.packages:
                 check_installed(package, f"reading {location.name}")
-            return target.read(location)
+            return location, target
     if location.is_dir():
         names = sorted(file.name for file in location.iterdir())[:4]
         raise ValueError(

@@ -17,6 +17,10 @@ from cage_jax.llama.tensors import PARAMETERS
 LISTED = 40  # problems in one error
 # Constants that some files list among the weights.
 _CONSTANT = re.compile(r".*rotary_emb\.inv_freq")
+# Modules that are no linear layers, though their weights are matrices.
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_(tokens|positions|in)|\w*embeddings?|wte|wpe|shared)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,52 @@ def sources_of(
     tensors: Mapping[str, Like],
     table: Sequence[TensorName],
 ) -> dict[str, list[Source]]:
+    """Finds the parts of each tensor of a template, see `matched`.
+
+    Raises:
+      ValueError: if a parameter is left over, if a tensor has none, or if shapes
+        differ; it lists all of them.
+    """
+    found = matched(shapes, tensors, table)
+    problems = [f"`{path}`: {text}" for path, text in found.left_over.items()]
+    problems += found.misfits.values()
+    problems += [
+        f"`{name}` {list(tensors[name].shape)} of the template: no parameter is for it"
+        for name in found.without
+        if not problems
+    ]
+    if problems:
+        raise ValueError(
+            f"`codes` must have the parameters of the template, each once; got\n"
+            f"{first_lines(problems, LISTED)}\n"
+            f"Give `names` a line for each of them, and take what was not trained from "
+            f"read_tensors(folder)."
+        )
+    return found.parts
+
+
+class Matched(NamedTuple):
+    """Which parameters are in which tensors of a template.
+
+    Attributes:
+      parts: the parts of each tensor that has some, in the order in which they are
+        joined.
+      left_over: why a parameter is in no tensor, by path.
+      misfits: how the parts of a tensor do not have its shape, by name.
+      without: the names of weights that have no parameter.
+    """
+
+    parts: dict[str, list[Source]]
+    left_over: dict[str, str]
+    misfits: dict[str, str]
+    without: list[str]
+
+
+def matched(
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Like],
+    table: Sequence[TensorName],
+) -> Matched:
     """Finds the parts of each tensor of a template.
 
     A path that is a tensor's name, also with "/" for ".", is that tensor. The first
@@ -169,16 +219,9 @@ def sources_of(
       shapes: the shape of each parameter by path.
       tensors: the tensors of the template by name.
       table: the lines.
-
-    Returns:
-      The parts of each tensor, in the order in which they are joined.
-
-    Raises:
-      ValueError: if a parameter is left over, if a tensor has none, or if shapes
-        differ; it lists all of them.
     """
     parts: list[tuple[int, str, Source]] = []
-    problems: list[str] = []
+    left_over: dict[str, str] = {}
     for path, shape in shapes.items():
         name = path if path in tensors else path.replace("/", ".")
         if name in tensors:
@@ -192,34 +235,45 @@ def sources_of(
             )
             found = _parts(path, shape, line, tensors)
         except StopIteration:
-            problems.append(f"`{path}`: no tensor of the template has this name")
+            left_over[path] = "no tensor of the template has this name"
         except ValueError as error:
-            problems.append(f"`{path}`: {error}")
+            left_over[path] = str(error)
         else:
             parts += [(number, name, source) for name, source in found]
     found_parts: dict[str, list[Source]] = {}
     for _, name, source in sorted(parts, key=lambda part: part[0]):
         found_parts.setdefault(name, []).append(source)
-    for name, sources in found_parts.items():
-        problems += _misfit(name, sources, shapes, tensors[name].shape)
-    problems += [
-        f"`{name}` {list(tensor.shape)} of the template: no parameter is for it"
+    misfits = {
+        name: text
+        for name, sources in found_parts.items()
+        if (text := _misfit(name, sources, shapes, tensors[name].shape))
+    }
+    without = [
+        name
         for name, tensor in tensors.items()
-        if name not in found_parts and is_weight(name, tensor) and not problems
+        if name not in found_parts and is_weight(name, tensor)
     ]
-    if problems:
-        raise ValueError(
-            f"`codes` must have the parameters of the template, each once; got\n"
-            f"{first_lines(problems, LISTED)}\n"
-            f"Give `names` a line for each of them, and take what was not trained from "
-            f"read_tensors(folder)."
-        )
-    return found_parts
+    return Matched(found_parts, left_over, misfits, without)
 
 
 def is_weight(name: str, tensor: Like) -> bool:
     """Tells whether a tensor of a template is a parameter, and no constant."""
     return "float" in str(tensor.dtype) and not _CONSTANT.fullmatch(name)
+
+
+def is_linear(name: str, tensor: Like) -> bool:
+    """Tells whether a tensor looks like the weight of a linear layer."""
+    return (
+        len(tensor.shape) == 2
+        and name.endswith(".weight")
+        and is_weight(name, tensor)
+        and not _EMBEDDING.fullmatch(module_of(name))
+    )
+
+
+def module_of(name: str) -> str:
+    """Returns the name of the module of a weight."""
+    return name.removesuffix(".weight")
 
 
 def _parts(path, shape, line, tensors):
@@ -264,6 +318,6 @@ def _misfit(name, sources, shapes, expected):
         outputs = [shape[0] if shape else 0 for shape in found]
         fits = len(rest) == 1 and sum(outputs) == expected[0]
     if fits:
-        return []
+        return ""
     given = [f"`{part.path}` {list(size)}" for part, size in zip(sources, found)]
-    return [f"{' and '.join(given)}: for `{name}` {list(expected)} of the template"]
+    return f"{' and '.join(given)}: for `{name}` {list(expected)} of the template"
