@@ -53,6 +53,7 @@ __all__ = [
     "QuantizedArray",
     "Quantizer",
     "Rules",
+    "audit",
     "binary",
     "cage",
     "cage_adamw",
@@ -110,6 +111,7 @@ __version__ = VERSION
 
 # Imported where they are first used, because they take time.
 _FUNCTIONS = {
+    "audit": "export.audit",
     "calibrate": "program.activations",
     "choose_bits": "finetuning.choosing_bits",
     "choose_rotation": "core.choose_rotation",
@@ -160,6 +162,7 @@ if TYPE_CHECKING:
     from cage_jax.arrays import packing as packing
     from cage_jax.core.choose_rotation import choose_rotation
     from cage_jax.core.low_bit_dot import low_bit_dot
+    from cage_jax.export.audit import audit
     from cage_jax.export.loading import load
     from cage_jax.finetuning.choosing_bits import choose_bits
     from cage_jax.finetuning.distillation import distill

@@ -66,6 +66,7 @@ CONTRACT = [
     "distill",
     "low_bit",
     "low_bit_dot",
+    "audit",
     "load",
     "report",
     "resolve",

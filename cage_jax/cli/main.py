@@ -5,6 +5,7 @@
     cage-jax eval codes/ --text speech.txt
     cage-jax export codes/ SmolLM2-q4_0.gguf
     cage-jax check SmolLM2-q4_0.gguf --same-as codes/
+    cage-jax audit SmolLM2-q4_0.gguf --trained floats/ --rules rules.json
 
 `cage-jax COMMAND --help` describes the arguments of each command.
 """
@@ -14,10 +15,10 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from cage_jax.cli import check, evaluate, export, quantize, report
+from cage_jax.cli import audit, check, evaluate, export, quantize, report
 from cage_jax.cli.terminal import Terminal, prepare_streams, run
 
-COMMANDS = tuple(m.COMMAND for m in (report, quantize, export, evaluate, check))
+COMMANDS = tuple(m.COMMAND for m in (report, quantize, export, evaluate, check, audit))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: success; 1: failure, explained in one line; 2: wrong flags; 3: `check` found a
     difference; 129, 130 and 143: stopped by the end of the terminal, Ctrl-C or `kill`.
+    `audit` has 1 for a difference and 2 for a failure, as `cmp` and `diff` have.
     """
     prepare_streams()
     if not (sys.argv[1:] if arguments is None else arguments):
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal,
         debug=options.debug,
         more=options.command.failure_fields,
+        failed=options.command.failed,
         writes="out" in options,
     )
 

@@ -4,9 +4,11 @@
 `read_tensors`, of any model in such a folder. `gguf` writes a file for llama.cpp,
 and `stablehlo` a program that runs without this library. `save` and `save_orbax` store
 a tree of codes of any model. `cage_jax.load` reads all of them, by the registry in
-`target`. `rules_to_json` stores a table of rules.
+`target`. `rules_to_json` stores a table of rules. `cage_jax.audit` compares a file with
+its training, and `recovered_grid` finds the grid of floats that were trained on one.
 """
 
+from cage_jax.core.on_grid import recovered_grid
 from cage_jax.export.compressed_tensors import compressed_tensors
 from cage_jax.export.files import MalformedFileError
 from cage_jax.export.gguf import gguf
@@ -23,6 +25,7 @@ __all__ = [
     "compressed_tensors",
     "gguf",
     "read_tensors",
+    "recovered_grid",
     "rules_from_json",
     "rules_to_json",
     "save",

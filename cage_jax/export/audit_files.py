@@ -1,0 +1,272 @@
+"""The tensors of a file, each beside what was trained for it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cage_jax.arrays.paths import flatten_with_paths
+from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.export.audit_report import Finding
+from cage_jax.export.compressed_tensors import TARGET as TRANSFORMERS
+from cage_jax.export.compressed_tensors_arrays import kernel_of
+from cage_jax.export.compressed_tensors_schemes import (
+    SUFFIXES,
+    check_read,
+    declared_schemes,
+)
+from cage_jax.export.files import inside, malformed, read_json
+from cage_jax.export.gguf import TARGET as GGUF
+from cage_jax.export.gguf import read_arrays
+from cage_jax.export.loading import located
+from cage_jax.export.safetensors_files import Like, read_shards
+from cage_jax.export.template_names import (
+    Source,
+    TensorName,
+    is_linear,
+    matched,
+    module_of,
+)
+from cage_jax.export.template_parts import along_inputs, joined, part_of
+from cage_jax.llama.config import LlamaConfig
+from cage_jax.llama.folding import folded
+from cage_jax.llama.tensors import expected_tensors, layer_of
+
+_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CLASS = "Linear"  # the name by which config.json means all linear layers
+
+
+class Pair(NamedTuple):
+    """A tensor of a file and what was trained for it, in one layout.
+
+    Attributes:
+      path: the name of the tensor.
+      trained: floats or codes.
+      shipped: floats or codes of the file.
+      kind: how the file stores floats; None for their dtype.
+    """
+
+    path: str
+    trained: Any
+    shipped: Any
+    kind: str | None = None
+
+
+def pairs(
+    file: Any, trained: Mapping[str, Any], table: Sequence[TensorName]
+) -> Iterator[Pair | Finding]:
+    """Yields each tensor of a file with its parameter, and what fits nothing.
+
+    Args:
+      file: anything that `cage_jax.load` reads, or the folder of a transformers model.
+      trained: floats and codes by path.
+      table: what parameters are called in a transformers model.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `cage_jax.load` does.
+    """
+    location, target = located(file)
+    if target is GGUF:
+        return _of_gguf(location, trained)
+    if target is TRANSFORMERS:
+        return _of_transformers(location, trained, table)
+    return _of_tree(target.read(location).params, trained)
+
+
+def _of_tree(tree, trained):
+    paths, leaves, _ = flatten_with_paths(tree, QuantizedArray)
+    shipped = dict(zip(paths, leaves))
+    for path in [path for path in shipped if path not in trained]:
+        yield _extra(path, shipped[path])
+    for path, array in trained.items():
+        if path in shipped:
+            yield Pair(path, array, shipped[path])
+        else:
+            yield Finding(path, "missing", "a parameter that the file does not have")
+
+
+def _extra(path, array):
+    is_codes = isinstance(array, QuantizedArray)
+    what = str(array.quantizer) if is_codes else array.dtype.name
+    text = f"{what} {list(array.shape)} in the file, but no parameter is for it"
+    return Finding(path, "extra", text)
+
+
+# --- GGUF -----------------------------------------------------------------------------
+
+
+def _of_gguf(path, trained):
+    _, config, arrays, kinds = read_arrays(path)
+    trained, used = folded(trained, config), set()
+    for names, layer, _ in expected_tensors(config):
+        place, key = names.path_in(layer), (names.path, layer)
+        own = names.path if names.path in trained else place
+        used.add(own)
+        if own not in trained:
+            yield _extra(place, arrays[key])
+            continue
+        array = trained[own]
+        if own != place:
+            if array.shape[:1] != (config.layers,):
+                text = f"{config.layers} layers in the file, {array.shape} in training"
+                yield Finding(place, "shape", text)
+                continue
+            array = layer_of(array, layer)
+        kind = _KINDS.get(kinds[key], kinds[key])
+        yield Pair(place, array, arrays[key], kind)
+    for path in trained.keys() - used:
+        yield Finding(path, "missing", "a parameter that the file does not have")
+
+
+# --- folders of transformers ----------------------------------------------------------
+
+
+def _of_transformers(folder, trained, table):
+    content = read_json(inside(folder, "config.json"))
+    quantization = content.get("quantization_config")
+    schemes = declared_schemes(quantization)
+    arrays = read_shards(folder)
+    check_read(arrays)
+    coded = _taken_codes(arrays)
+    like = {name: Like(array.dtype, array.shape) for name, array in arrays.items()}
+    like |= {
+        name: Like(np.dtype(np.float32), _shape(name, stored))
+        for name, stored in coded.items()
+    }
+
+    def shipped(name):
+        if name not in coded:
+            return arrays[name]
+        shape = like[name].shape[::-1]
+        found = kernel_of(module_of(name), coded[name], shape, schemes)
+        quantizer = dataclasses.replace(found.quantizer, axis=-1)
+        found = jax.tree.map(lambda part: np.asarray(part).T, found)
+        return dataclasses.replace(found, quantizer=quantizer)
+
+    trained = _folded(trained, content)
+    shapes = {path: tuple(leaf.shape) for path, leaf in trained.items()}
+    found = matched(shapes, like, table)
+    for path, text in found.left_over.items():
+        yield Finding(path, "missing", text.replace("the template", "the file"))
+    for name, text in found.misfits.items():
+        yield Finding(name, "shape", text.replace("the template", "the file"))
+    for name in found.without:
+        if name != "lm_head.weight" or not content.get("tie_word_embeddings"):
+            yield _extra(name, shipped(name))
+    for name in like:
+        if name in found.misfits or name not in found.parts:
+            continue
+        try:
+            array = _whole(found.parts[name], trained)
+        except ValueError as error:
+            yield Finding(name, "layout", f"codes that no such file holds: {error}")
+        else:
+            yield Pair(name, array, shipped(name))
+    if quantization is not None:
+        yield from _wrong_config(quantization, like, coded)
+
+
+def _taken_codes(arrays):
+    """Takes the tensors of codes out of `arrays`, and returns them by weight."""
+    ends = {name: name.rpartition(".")[::2] for name in arrays}
+    modules = [module for module, suffix in ends.values() if suffix in SUFFIXES[1:]]
+    return {
+        f"{module}.weight": {
+            suffix: arrays.pop(f"{module}.{suffix}")
+            for suffix in SUFFIXES
+            if f"{module}.{suffix}" in arrays
+        }
+        for module in dict.fromkeys(modules)
+    }
+
+
+def _shape(name, stored):
+    """Returns the shape (out, in) of codes; `kernel_of` checks what it says."""
+    if "weight_shape" in stored:
+        shape = tuple(map(int, stored["weight_shape"].ravel()))
+    elif "weight" in stored:
+        shape = stored["weight"].shape
+    else:
+        *out, words = (*stored.get("weight_packed", np.zeros(0)).shape,)
+        shape = (*out, 2 * words)
+    if len(shape) != 2 or min(shape) < 1:
+        rule = f"`{module_of(name)}`: the file must have a matrix for its scales"
+        raise malformed(rule, f"the shape {shape}")
+    return shape
+
+
+def _folded(trained, content):
+    """Folds rotations as the writer of a Llama does."""
+    if not any(
+        isinstance(leaf, QuantizedArray) and leaf.quantizer.hadamard is not None
+        for leaf in trained.values()
+    ):
+        return trained
+    try:
+        return folded(trained, LlamaConfig.from_huggingface(content))
+    except (TypeError, ValueError):
+        return trained
+
+
+def _whole(sources: Sequence[Source], trained: Mapping[str, Any]) -> Any:
+    """Makes a tensor of its parts; raises ValueError for codes that have no scheme."""
+    leaves = [trained[source.path] for source in sources]
+    parts = [part_of(leaf, source) for leaf, source in zip(leaves, sources)]
+    are_codes = {isinstance(leaf, QuantizedArray) for leaf in leaves}
+    if are_codes == {False}:
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+    if len(are_codes) > 1:
+        raise ValueError("floats and codes in one. Quantize all of it or nothing.")
+    if len(sources) == 1 and sources[0].axes is None:
+        return parts[0]
+    quantizers = {along_inputs(leaf, part) for leaf, part in zip(leaves, sources)}
+    if len(quantizers) > 1:
+        raise ValueError("several quantizers in one. Give all parts the same one.")
+    return joined(parts, quantizers.pop())
+
+
+# --- what config.json says ------------------------------------------------------------
+
+
+def _wrong_config(quantization, like, coded):
+    """Yields what the targets and `ignore` say of layers that are not so.
+
+    Regular expressions are not used, because a malicious one could take hours. Where
+    there is one, or the name of another class, less is known.
+    """
+    ignore = _names(quantization.get("ignore"))
+    targets = {
+        name
+        for group in quantization["config_groups"].values()
+        for name in _names(group.get("targets"))
+    }
+    linear = {module_of(name) for name, each in like.items() if is_linear(name, each)}
+    modules = {name.rpartition(".")[0] for name in like}
+    if "lm_head.weight" not in like:  # it is the embedding
+        modules.add("lm_head")
+    codes = {module_of(name) for name in coded}
+    say = "config.json lists it in `ignore`, but"
+    for name in ignore:
+        if name in codes:
+            yield Finding(name, "config", f"{say} it has codes in the file")
+        elif name not in modules and not name.startswith("re:"):
+            yield Finding(name, "config", f"{say} the file has no such layer")
+    if _CLASS in targets and not any(name.startswith("re:") for name in ignore):
+        for name in sorted(linear - codes - set(ignore)):
+            text = "floats in the file, but config.json says that all layers have codes"
+            yield Finding(name, "config", f"{text} that are not in `ignore`")
+    if targets <= modules:
+        for name in sorted(codes - targets):
+            text = "codes in the file, but no group of config.json has it as a target"
+            yield Finding(name, "config", text)
+        for name in sorted(targets - codes):
+            text = "floats in the file, but a group of config.json has it as a target"
+            yield Finding(name, "config", text)
+
+
+def _names(value):
+    """Returns the texts in a list of config.json."""
+    listed = value if isinstance(value, list) else []
+    return [name for name in listed if isinstance(name, str)]
