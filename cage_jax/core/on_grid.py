@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.core.quantized_array import QuantizedArray, decoded, grid_of
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
@@ -65,8 +66,8 @@ def on_grid(floats: Any, codes: QuantizedArray, dtype: Any = None) -> OnGrid:
     """
     x = np.asarray(floats).astype(np.float64)
     quantizer, blocks = codes.quantizer, codes.quantizer.blocks(codes.shape)
-    wide = jnp.promote_types(codes.dtype, jnp.float32)
-    levels = np.asarray(decoded(dataclasses.replace(codes, dtype=wide)), np.float64)
+    wide = dataclasses.replace(codes, dtype=compute_dtype(codes.dtype))
+    levels = np.asarray(decoded(wide), np.float64)
     dtype = dtype or floats.dtype
     rounded = _rounding(dtype, codes.scale.dtype)
     slack, grid = rounded * np.abs(x), grid_of(codes)

@@ -82,4 +82,5 @@ class Audit(Shown):
             cells.append((path, str(shape), trained, held, result))
         count = f"{len(self.findings)} findings" if self.findings else "as trained"
         cells.append(("total", str(len(self.rows)), "", "", count))
-        return cells, 5, [first_lines(list(map(str, self.findings)), _LISTED)]
+        below = first_lines(list(map(str, self.findings)), _LISTED)
+        return cells, 5, below.splitlines()
