@@ -21,7 +21,7 @@ from small_llama import (
 import cage_jax as cage
 from cage_jax import export
 from cage_jax.core.on_grid import on_grid
-from cage_jax.export import TensorName, safetensors_files
+from cage_jax.export import MalformedFileError, TensorName, safetensors_files
 from cage_jax.export.native import save
 from cage_jax.llama.loaded import Model
 
@@ -70,6 +70,7 @@ def test_the_same_llama(folder):
     matrices = 7 * CONFIG.layers + 1  # each of three tensors
     assert audit.ok and len(audit.rows) == len(arrays_of(folder)) - 2 * matrices
     assert {row.result for row in audit.rows} == {"same"}
+    assert all(row.trained == row.shipped for row in audit.rows)
     assert str(audit).splitlines()[-1].split()[-2:] == ["as", "trained"]
 
 
@@ -274,6 +275,37 @@ def test_a_native_folder_and_a_file_of_a_tree(tmp_path):
     assert told(cage.audit(path, params)) == {("a", "shape")}
 
 
+def test_a_program_and_a_folder_of_orbax(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    params = {"a": np.linspace(-1, 1, 64, dtype=np.float32).reshape(32, 2)}
+    rules = cage.Rules([("a", cage.int4())])
+    codes = cage.quantize(params, rules)
+    export.save_orbax(codes, tmp_path / "orbax")
+    arguments = [jnp.ones((1, 32), jnp.float32)]
+    export.stablehlo(
+        lambda params, x: x @ params["a"], codes, tmp_path / "it", arguments=arguments
+    )
+    negative = {"a": -2 * params["a"]}
+    for name in ("orbax", "it"):
+        assert cage.audit(tmp_path / name, params, rules).ok
+        found = told(cage.audit(tmp_path / name, negative, rules))
+        assert found == {("a", "codes"), ("a", "scales")}
+
+
+def test_shapes_that_are_no_shapes(folder):
+    for shape in ([128], [128, -64], [[128, 64]]):
+        rewrite(folder, {f"{UP}.weight_shape": np.array(shape, np.int64)})
+        with pytest.raises(MalformedFileError, match=f"`{UP}`: "):
+            cage.audit(folder, CODES)
+    rewrite(folder, {f"{UP}.weight_shape": np.array([2**62, 64], np.int64)})
+    assert told(cage.audit(folder, CODES)) == {(f"{UP}.weight", "shape")}
+    kernel = CODES["layers"]["up"]["kernel"].codes[:, :, :-1]
+    trained = with_leaf(CODES, "layers/up/kernel", np.asarray(kernel, np.float32))
+    rewrite(folder, {f"{UP}.weight_shape": np.array([127, 64], np.int64)})
+    with pytest.raises(MalformedFileError, match=f"`{UP}`: .* of a matrix"):
+        cage.audit(folder, trained)
+
+
 # The tensors of a model that no program knows; a name for two of its parameters.
 FLAT = {"h.0.qkv.weight": (24, 64), "h.1.qkv.weight": (24, 64), "norm.weight": (64,)}
 NAMES = [
@@ -393,6 +425,8 @@ def test_grids_with_offsets_and_rotations(rng):
         cage.int4(axis=-1, hadamard=64),
     ):
         floats = cage.dequantize(cage.quantize(jnp.asarray(x), quantizer))
+        # Near the offset's opposite a value is small, and the roundings are not.
+        floats = floats.astype("float32" if quantizer.hadamard else "bfloat16")
         found = on_grid(floats, cage.quantize(floats, quantizer))
         assert found.share == 1, quantizer
         assert on_grid(x, cage.quantize(jnp.asarray(x), quantizer)).share < 0.3

@@ -108,7 +108,7 @@ def _of_gguf(path, trained):
             yield _extra(place, arrays[key])
             continue
         array = trained[own]
-        if own != place:
+        if layer is not None and own != place:
             if array.shape[:1] != (config.layers,):
                 text = f"{config.layers} layers in the file, {array.shape} in training"
                 yield Finding(place, "shape", text)
@@ -116,7 +116,7 @@ def _of_gguf(path, trained):
             array = layer_of(array, layer)
         kind = _KINDS.get(kinds[key], kinds[key])
         yield Pair(place, array, arrays[key], kind)
-    for path in trained.keys() - used:
+    for path in [path for path in trained if path not in used]:
         yield Finding(path, "missing", "a parameter that the file does not have")
 
 
@@ -140,7 +140,7 @@ def _of_transformers(folder, trained, table):
         if name not in coded:
             return arrays[name]
         shape = like[name].shape[::-1]
-        found = kernel_of(module_of(name), coded[name], shape, schemes)
+        found: Any = kernel_of(module_of(name), coded[name], shape, schemes)
         quantizer = dataclasses.replace(found.quantizer, axis=-1)
         found = jax.tree.map(lambda part: np.asarray(part).T, found)
         return dataclasses.replace(found, quantizer=quantizer)
@@ -185,13 +185,14 @@ def _taken_codes(arrays):
 def _shape(name, stored):
     """Returns the shape (out, in) of codes; `kernel_of` checks what it says."""
     if "weight_shape" in stored:
-        shape = tuple(map(int, stored["weight_shape"].ravel()))
+        said = stored["weight_shape"]
+        shape = tuple(said.tolist()) if said.shape == (2,) else ()
     elif "weight" in stored:
         shape = stored["weight"].shape
     else:
-        *out, words = (*stored.get("weight_packed", np.zeros(0)).shape,)
-        shape = (*out, 2 * words)
-    if len(shape) != 2 or min(shape) < 1:
+        packed = stored.get("weight_packed", np.zeros(0)).shape
+        shape = *packed[:-1], 2 * sum(packed[-1:])
+    if len(shape) != 2 or not min(shape) >= 1:
         rule = f"`{module_of(name)}`: the file must have a matrix for its scales"
         raise malformed(rule, f"the shape {shape}")
     return shape

@@ -189,7 +189,7 @@ def sources_of(
 
 
 class Matched(NamedTuple):
-    """Which parameters are in which tensors of a template.
+    """The match of parameters and the tensors of a template.
 
     Attributes:
       parts: the parts of each tensor that has some, in the order in which they are

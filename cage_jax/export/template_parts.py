@@ -69,13 +69,14 @@ def taken(array: Any, source: Source, whole: tuple[int, ...]) -> Any:
             axes = axes.replace("l", "")
         order = [k for each in "oi" for k, letter in enumerate(axes) if letter == each]
         array = array.transpose(order).reshape(Source("", axes).shape(array.shape))
-    cut = source.outputs is not None and array.shape[0] > 1
-    return array[slice(*source.outputs)] if cut else array
+    if source.outputs is None or array.shape[0] == 1:
+        return array
+    return array[slice(*source.outputs)]
 
 
 def joined(parts: Sequence[QuantizedArray], quantizer: Quantizer) -> QuantizedArray:
     """Joins codes along their outputs, and gives them the quantizer of the whole."""
-    first = parts[0]
+    first: Any = parts[0]
     if len(parts) > 1:
         names = ["codes", "scale"] + ["zero_point"] * (first.zero_point is not None)
         first = dataclasses.replace(

@@ -133,8 +133,8 @@ def small_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("small_hub")
-def test_the_programs_of_the_page_of_exports(tmp_path):
-    names = _run(ROOT / "docs" / "export.md")
+def test_the_programs_of_the_page_of_exports(tmp_path, capsys):
+    names = _run(ROOT / "docs" / "export.md", capsys)
     assert jnp.array_equal(
         names["values"]["kernel"], cage.dequantize(names["same"]["kernel"])
     )
@@ -147,6 +147,8 @@ def test_the_programs_of_the_page_of_exports(tmp_path):
         "floats-int4",
         "codes.safetensors",
         "layer.safetensors",
+        "shipped.safetensors",
+        "unquantized.safetensors",
         "program",
     }
     assert names["y"].shape == (7, 8)
