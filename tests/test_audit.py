@@ -205,6 +205,35 @@ def test_floats_that_were_rounded(folder):
     assert told(cage.audit(folder, trained)) == {("model.norm.weight", "values")}
 
 
+def test_other_schemes(tmp_path):
+    for quantizer in (
+        cage.fp8(),
+        cage.nvfp4(),
+        cage.int4(symmetric=False, group_size=32),
+    ):
+        path = tmp_path / str(quantizer.format)
+        codes = on_host(with_kernels(quantizer))
+        export.compressed_tensors(codes, CONFIG, path)
+        assert cage.audit(path, codes).ok, quantizer
+        leaf = codes["layers"]["up"]["kernel"]
+        for name in ("zero_point", "tensor_divisor"):
+            if (part := getattr(leaf, name)) is None:
+                continue
+            part = part.copy()
+            part[1, 0, 0] = -2
+            other = dataclasses.replace(leaf, **{name: part})
+            trained = with_leaf(codes, "layers/up/kernel", other)
+            audit = cage.audit(path, trained)
+            assert told(audit) == {(f"{UP}.weight", f"{name.replace('_', ' ')}s")}
+
+
+def test_a_rotation_that_is_folded_into_the_weights_before(tmp_path):
+    quantizer = cage.int4(hadamard=32)
+    trained = on_host(with_codes(params_of(), "layers/output/kernel", quantizer))
+    export.compressed_tensors(trained, CONFIG, tmp_path / "it")
+    assert cage.audit(tmp_path / "it", trained).ok
+
+
 # --- other kinds of files -------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from cage_jax.quantizers.quantizer import Quantizer
 
 _FINE = ("bfloat16", "float16")  # dtypes of scales that round a scale only a little
 _MOST_LEVELS = 32  # of formats whose scales are found by trying each level
+_MOST_TRIED = 2**20  # values whose scales are looked for in a measurement
 
 
 class OnGrid(NamedTuple):
@@ -27,7 +28,8 @@ class OnGrid(NamedTuple):
       values: largest number of different values in a group; 0 with a rotation.
       levels: number of levels of the grid.
       recovered: share that is on a grid of the same levels with the scales of
-        `recovered_grid`; None where they were not looked for.
+        `recovered_grid`, of about a million values; None where they were not looked
+        for, since all are on the grid or the quantizer has more than scales.
     """
 
     share: float
@@ -80,10 +82,13 @@ def on_grid(floats: Any, codes: QuantizedArray, dtype: Any = None) -> OnGrid:
     gaps = _gaps(known, np.asarray(quantizer.format.decode(codes.codes, jnp.float32)))
     gaps = gaps * np.abs(np.asarray(blocks.spread(grid.step), np.float64))
     chance = np.mean(np.minimum(2 * slack, gaps)) / max(np.mean(gaps), 1e-300)
-    recovered = None
+    groups, recovered = _groups(x, blocks), None
     if share < 1 and _has_scales_alone(quantizer):
-        recovered = _recovered(x, quantizer, _rounding(dtype, np.float32))[1]
-    values = _most_values(x, blocks)
+        some = groups[:: 1 + groups.size // _MOST_TRIED]
+        recovered = _recovered(some, quantizer, _rounding(dtype, np.float32))[1]
+    # Many values of a group are equal, if it lies on a grid.
+    different = np.diff(np.sort(groups, axis=-1), axis=-1) != 0
+    values = 1 + int(different.sum(axis=-1).max())
     return OnGrid(float(share), float(chance), values, len(known), recovered)
 
 
@@ -129,8 +134,9 @@ def recovered_grid(x: Any, quantizer: Quantizer) -> Grid:
     dtype = getattr(x, "dtype", np.dtype(np.float32))
     x = np.asarray(x).astype(np.float64)
     quantizer = quantizer.at(x.shape)
-    scale, _ = _recovered(x, quantizer, _rounding(dtype, np.float32))
-    return Grid(jnp.asarray(scale, jnp.float32))
+    blocks = quantizer.blocks(x.shape)
+    scale, _ = _recovered(_groups(x, blocks), quantizer, _rounding(dtype, np.float32))
+    return Grid(jnp.asarray(scale.reshape(blocks.scale_shape), jnp.float32))
 
 
 def _has_scales_alone(quantizer):
@@ -143,10 +149,10 @@ def _has_scales_alone(quantizer):
     )
 
 
-def _recovered(x, quantizer, rounded):
+def _recovered(groups, quantizer, rounded):
     """Returns the scales with which most values are on a level, and their share."""
-    blocks, known = quantizer.blocks(x.shape), quantizer.format.values
-    middles, groups = (known[1:] + known[:-1]) / 2, _groups(x, blocks)
+    known = quantizer.format.values
+    middles = (known[1:] + known[:-1]) / 2
     place = np.argmax(np.abs(groups), axis=-1, keepdims=True)
     largest = np.take_along_axis(groups, place, -1)
     most, scale = np.full(largest.shape, -1), np.zeros(largest.shape)
@@ -161,14 +167,14 @@ def _recovered(x, quantizer, rounded):
         count = np.sum(fits, axis=-1, keepdims=True)
         better = (count > most) & (quantizer.scale.signed | (tried >= 0))
         most, scale = np.where(better, count, most), np.where(better, fitted, scale)
-    return scale.reshape(blocks.scale_shape), float(most.sum() / groups.size)
+    return scale, float(most.sum() / groups.size)
 
 
 def _groups(x, blocks):
-    """Puts the values of a group along the last axis."""
+    """Puts the values of each group in a row."""
     last = range(-len(blocks.split_axes), 0)
     moved = np.moveaxis(blocks.split(x), blocks.split_axes, last)
-    return moved.reshape(*moved.shape[: -len(last)], blocks.count)
+    return moved.reshape(-1, blocks.count)
 
 
 def _rounding(dtype, scale_dtype):
@@ -187,9 +193,3 @@ def _gaps(levels, values):
     apart = np.diff(levels)
     nearest = np.minimum(np.append(apart, apart[-1]), np.insert(apart, 0, apart[0]))
     return nearest[np.searchsorted(levels, values)]
-
-
-def _most_values(x, blocks):
-    """Counts the different values in each group; returns the largest number."""
-    groups = np.sort(_groups(x, blocks), axis=-1)
-    return 1 + int(np.sum(np.diff(groups, axis=-1) != 0, axis=-1).max())
