@@ -148,75 +148,17 @@ def test_export_and_check(folder, capsys, out):
     assert "layers/down/kernel: codes in one, floats in the other" in text
 
 
-def with_one_code(model):
-    """Changes one code of a model."""
+def test_check_sees_one_code(folder, capsys):
+    model = cage.load(folder / "codes")
     kernel = model.params["layers"]["up"]["kernel"]
     codes = np.array(kernel.codes)
     codes[1, 2, 3] = int(codes[1, 2, 3]) ^ 1
     kernel = dataclasses.replace(kernel, codes=codes)
-    return model._replace(params=with_leaf(model.params, "layers/up/kernel", kernel))
-
-
-def test_check_sees_one_code(folder, capsys):
-    save(with_one_code(cage.load(folder / "codes")), folder / "other")
+    params = with_leaf(model.params, "layers/up/kernel", kernel)
+    save(model._replace(params=params), folder / "other")
     flags = [folder / "other", "--same-as", folder / "codes", "--json"]
     found = json.loads(printed(capsys, "check", *flags, code=3).out)
     assert found["differences"] == ["layers/up/kernel: 1 of 16384 codes differ"]
-
-
-def test_audit(tmp_path, folder, capsys):
-    file, rules = tmp_path / "it.gguf", tmp_path / "rules.json"
-    rules.write_text(cage.export.rules_to_json(RULES))
-    model = cage.load(folder / "codes")
-    cage.export.gguf(model.params, CONFIG, file)
-    trained = [file, "--trained", folder / "floats"]
-    for flags in (
-        [*trained, "--rules", rules],
-        [*trained, "--weights", "q4_0", "--embedding", "q8_0"],
-        [file, "--trained", folder / "codes"],
-    ):
-        assert "as trained" in printed(capsys, "audit", *flags).out
-    cage.export.gguf(with_one_code(model).params, CONFIG, file, overwrite=True)
-    text = printed(capsys, "audit", *trained, "--rules", rules, code=1).out
-    assert "`layers/1/up/kernel`: 1 of 8192 codes differ, first at (2, 3): " in text
-    flags = [*trained, "--rules", rules, "--json"]
-    content = json.loads(printed(capsys, "audit", *flags, code=1).out)
-    (finding,) = content["findings"]
-    assert (finding["path"], finding["kind"]) == ("layers/1/up/kernel", "codes")
-    assert not content["ok"] and len(content["tensors"]) == 2 + 9 * CONFIG.layers
-
-
-def test_audit_of_floats_alone(tmp_path, folder, capsys):
-    """A checkpoint of floats on a grid, by our names and by those of its files."""
-    values = cage.load(folder / "codes").floats()
-    on_grid, rules = tmp_path / "on", tmp_path / "rules.json"
-    cage.export.compressed_tensors(values, CONFIG, on_grid, dtype="bfloat16")
-    found = printed(capsys, "audit", on_grid, "--weights", "q4_0", "--json").out
-    rows = {row["path"]: row for row in json.loads(found)["tensors"]}
-    row = rows["model.layers.0.mlp.up_proj.weight"]
-    assert row["grid"]["share"] == 1 and row["grid"]["values"] <= 16
-    assert rows["model.norm.weight"]["grid"] is None
-    quantizer = cage.int4(axis=-1, group_size=64)
-    table = cage.Rules([(r".*up_proj\.weight", quantizer)])
-    rules.write_text(cage.export.rules_to_json(table))
-    text = printed(capsys, "audit", on_grid, "--rules", rules, code=1).out
-    assert f"{CONFIG.layers} findings" in text and "floats in the file" in text
-
-
-def test_audits_that_cannot_be(tmp_path, folder, capsys):
-    (tmp_path / "rules.json").write_text("{}")
-    codes = folder / "codes"
-    for arguments, message in [
-        ([tmp_path / "no"], "`--trained`, `--rules` and `--weights` must be given"),
-        ([tmp_path / "no", "--weights", "int4"], "`MODEL` must be a file or a folder"),
-        ([codes, "--trained", tmp_path / "no"], "`--trained` must be a file or a"),
-        ([codes, "--rules", tmp_path / "rules.json"], "`--rules` must be rules in"),
-        ([codes, "--rules", "x", "--weights", "int4"], "`--rules` must be given alone"),
-        ([codes, "--rules", ""], "`--rules` must not be empty"),
-    ]:
-        found = printed(capsys, "audit", *arguments, code=2)
-        assert found.err.startswith("error: ") and found.err.count("\n") == 1
-        assert message in found.err and not found.out
 
 
 def test_every_command_refuses_what_is_not_finite(tmp_path, folder, capsys):
