@@ -1,6 +1,7 @@
 """The tensors of a file, each beside what was trained for it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from cage_jax.export.compressed_tensors import TARGET as TRANSFORMERS
 from cage_jax.export.compressed_tensors_arrays import kernel_of
 from cage_jax.export.compressed_tensors_schemes import (
     SUFFIXES,
+    Scheme,
     check_read,
     declared_schemes,
 )
@@ -129,33 +131,18 @@ def _of_transformers(folder, trained, table):
     schemes = declared_schemes(quantization)
     arrays = read_shards(folder)
     check_read(arrays)
-    coded = _taken_codes(arrays)
-    like = {name: Like(array.dtype, array.shape) for name, array in arrays.items()}
-    like |= {
-        name: Like(np.dtype(np.float32), _shape(name, stored))
-        for name, stored in coded.items()
-    }
-
-    def shipped(name):
-        if name not in coded:
-            return arrays[name]
-        shape = like[name].shape[::-1]
-        found: Any = kernel_of(module_of(name), coded[name], shape, schemes)
-        quantizer = dataclasses.replace(found.quantizer, axis=-1)
-        found = jax.tree.map(lambda part: np.asarray(part).T, found)
-        return dataclasses.replace(found, quantizer=quantizer)
-
+    file = _Tensors(_taken_codes(arrays), arrays, schemes)
     trained = _folded(trained, content)
     shapes = {path: tuple(leaf.shape) for path, leaf in trained.items()}
-    found = matched(shapes, like, table)
+    found = matched(shapes, file.like, table)
     for path, text in found.left_over.items():
         yield Finding(path, "missing", text.replace("the template", "the file"))
     for name, text in found.misfits.items():
         yield Finding(name, "shape", text.replace("the template", "the file"))
     for name in found.without:
         if name != "lm_head.weight" or not content.get("tie_word_embeddings"):
-            yield _extra(name, shipped(name))
-    for name in like:
+            yield _extra(name, file.array(name))
+    for name in file.like:
         if name in found.misfits or name not in found.parts:
             continue
         try:
@@ -163,9 +150,45 @@ def _of_transformers(folder, trained, table):
         except ValueError as error:
             yield Finding(name, "layout", f"codes that no such file holds: {error}")
         else:
-            yield Pair(name, array, shipped(name))
+            yield Pair(name, array, file.array(name))
     if quantization is not None:
-        yield from _wrong_config(quantization, like, coded)
+        yield from _wrong_config(quantization, file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """The tensors of a folder, (out, in).
+
+    Attributes:
+      coded: what is stored for codes, by suffix, by the name of their weight.
+      floats: the other tensors by name.
+      schemes: the schemes that codes may have.
+    """
+
+    coded: dict[str, dict[str, np.ndarray]]
+    floats: dict[str, np.ndarray]
+    schemes: Sequence[Scheme]
+
+    @functools.cached_property
+    def like(self) -> dict[str, Like]:
+        """The shape of each tensor, and its dtype if it holds no codes."""
+        stored = {name: _shape(name, parts) for name, parts in self.coded.items()}
+        like = {
+            name: Like(each.dtype, each.shape) for name, each in self.floats.items()
+        }
+        return like | {
+            name: Like(np.dtype(np.float32), shape) for name, shape in stored.items()
+        }
+
+    def array(self, name):
+        """Returns the floats or codes of a tensor."""
+        if name in self.floats:
+            return self.floats[name]
+        module, shape = module_of(name), self.like[name].shape[::-1]
+        codes: Any = kernel_of(module, self.coded[name], shape, self.schemes)
+        quantizer = dataclasses.replace(codes.quantizer, axis=-1)
+        codes = jax.tree.map(lambda part: np.asarray(part).T, codes)
+        return dataclasses.replace(codes, quantizer=quantizer)
 
 
 def _taken_codes(arrays):
@@ -231,13 +254,13 @@ def _whole(sources: Sequence[Source], trained: Mapping[str, Any]) -> Any:
 # --- what config.json says ------------------------------------------------------------
 
 
-def _wrong_config(quantization, like, coded):
+def _wrong_config(quantization, file):
     """Yields what the targets and `ignore` say of layers that are not so.
 
     Regular expressions are not used, because a malicious one could take hours. Where
     there is one, or the name of another class, less is known.
     """
-    ignore = _names(quantization.get("ignore"))
+    like, ignore = file.like, _names(quantization.get("ignore"))
     targets = {
         name
         for group in quantization["config_groups"].values()
@@ -247,7 +270,7 @@ def _wrong_config(quantization, like, coded):
     modules = {name.rpartition(".")[0] for name in like}
     if "lm_head.weight" not in like:  # it is the embedding
         modules.add("lm_head")
-    codes = {module_of(name) for name in coded}
+    codes = {module_of(name) for name in file.coded}
     say = "config.json lists it in `ignore`, but"
     for name in ignore:
         if name in codes:
