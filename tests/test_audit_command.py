@@ -60,9 +60,9 @@ def test_a_file_and_its_training(tmp_path, folder, codes, capsys):
     other = with_leaf(codes, "layers/up/kernel", kernel)
     cage.export.gguf(other, CONFIG, file, overwrite=True)
     flags = [file, *floats, "--rules", folder / "rules.json"]
-    text = printed(capsys, *flags, code=1).out
+    text = printed(capsys, *flags, code=3).out
     assert "`layers/1/up/kernel`: 1 of 8192 codes differ, first at (2, 3): " in text
-    content = json.loads(printed(capsys, *flags, "--json", code=1).out)
+    content = json.loads(printed(capsys, *flags, "--json", code=3).out)
     (finding,) = content["findings"]
     assert (finding["path"], finding["kind"]) == ("layers/1/up/kernel", "codes")
     assert not content["ok"] and len(content["tensors"]) == 3 + 9 * CONFIG.layers
@@ -81,7 +81,7 @@ def test_floats_alone(tmp_path, codes, capsys):
     quantizer = cage.int4(axis=-1, group_size=64)
     table = cage.Rules([(r".*up_proj\.weight", quantizer)])
     rules.write_text(cage.export.rules_to_json(table))
-    text = printed(capsys, on_grid, "--rules", rules, code=1).out
+    text = printed(capsys, on_grid, "--rules", rules, code=3).out
     assert f"{CONFIG.layers} findings" in text and "floats in the file" in text
 
 
@@ -97,8 +97,8 @@ def test_what_cannot_be_read(tmp_path, folder, capsys):
         ([codes, "--rules", "x", "--weights", "int4"], "`--rules` must be given alone"),
         ([codes, "--rules", ""], "`--rules` must not be empty"),
     ]:
-        found = printed(capsys, *arguments, code=2)
+        found = printed(capsys, *arguments, code=1)
         assert found.err.startswith("error: ") and found.err.count("\n") == 1
         assert message in found.err and not found.out
-    found = printed(capsys, tmp_path / "no", "--trained", codes, "--json", code=2)
+    found = printed(capsys, tmp_path / "no", "--trained", codes, "--json", code=1)
     assert json.loads(found.out)["ok"] is False

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from cage_jax.cli import weights
+from cage_jax.cli.check import DIFFERENT
 from cage_jax.cli.command import Command
 from cage_jax.cli.terminal import Terminal
 from cage_jax.core.rules import Rules
@@ -14,8 +15,6 @@ from cage_jax.export.loading import located
 from cage_jax.export.rules_json import rules_from_json
 from cage_jax.export.template_names import TABLES
 from cage_jax.export.templates import read_tensors
-
-DIFFERENT, UNREADABLE = 1, 2
 
 
 def add_arguments(flags: argparse.ArgumentParser) -> None:
@@ -107,10 +106,9 @@ def _parameters(path: str, rules: Rules | None) -> Any:
 COMMAND = Command(
     "audit",
     "tell whether a shipped file has the codes, scales and floats of a training; exit "
-    "code 1 if it has others, 2 if it cannot be read",
+    f"code {DIFFERENT} if it has others",
     "model.gguf --trained floats/ --rules rules.json",
     add_arguments,
     run,
     {"ok": False},
-    UNREADABLE,
 )

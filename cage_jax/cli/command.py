@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cage_jax.cli.terminal import FAILED, Terminal
+from cage_jax.cli.terminal import Terminal
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.weight_report import Report, Row
 from cage_jax.export.checking import problems
@@ -28,7 +28,6 @@ class Command(NamedTuple):
       add_arguments: adds all arguments but MODEL and the common flags to a parser.
       run: runs it; returns the exit code.
       failure_fields: entries of the JSON of an error.
-      failed: the exit code of an error.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Terminal], int]
     failure_fields: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    failed: int = FAILED
 
 
 def at_least(least: int) -> Callable[[str], int]:

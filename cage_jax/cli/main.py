@@ -24,9 +24,9 @@ COMMANDS = tuple(m.COMMAND for m in (report, quantize, export, evaluate, check, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
-    0: success; 1: failure, explained in one line; 2: wrong flags; 3: `check` found a
-    difference; 129, 130 and 143: stopped by the end of the terminal, Ctrl-C or `kill`.
-    `audit` has 1 for a difference and 2 for a failure, as `cmp` and `diff` have.
+    0: success; 1: failure, explained in one line; 2: wrong flags; 3: `check` or `audit`
+    found a difference; 129, 130 and 143: stopped by the end of the terminal, Ctrl-C or
+    `kill`.
     """
     prepare_streams()
     if not (sys.argv[1:] if arguments is None else arguments):
@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal,
         debug=options.debug,
         more=options.command.failure_fields,
-        failed=options.command.failed,
         writes="out" in options,
     )
 

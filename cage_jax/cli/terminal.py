@@ -38,11 +38,12 @@ class Terminal:
         """Prints a warning."""
         _say(f"warning: {_one_line(message)}")
 
-    def fail(self, message: Any, more: dict[str, Any]) -> None:
-        """Prints an error, with `more` in its JSON."""
+    def fail(self, message: Any, more: dict[str, Any]) -> int:
+        """Prints an error, with `more` in its JSON; returns the exit code."""
         _say(f"error: {_one_line(message)}")
         if self._json:
             print(json.dumps(more | {"error": _one_line(message)}, indent=2))
+        return FAILED
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -83,7 +84,6 @@ def run(
     *,
     debug: bool = False,
     more: dict[str, Any] | None = None,
-    failed: int = FAILED,
     writes: bool = False,
 ) -> int:
     """Runs a command, prints its errors as one line, and returns its exit code.
@@ -93,7 +93,6 @@ def run(
       terminal: receives its warnings and errors.
       debug: whether to print the traceback of an error.
       more: entries to add to the JSON of an error.
-      failed: the exit code of an error.
       writes: whether the command writes files, all or nothing.
     """
     try:
@@ -109,8 +108,7 @@ def run(
     except (ImportError, ValueError, TypeError, OSError) as error:
         if debug:
             traceback.print_exc()
-        terminal.fail(_text(error), more or {})
-        return failed
+        return terminal.fail(_text(error), more or {})
 
 
 def prepare_streams() -> None:
