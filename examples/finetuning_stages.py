@@ -38,7 +38,7 @@ TARGETS: dict[Target, str] = {
 
 
 class Pieces(NamedTuple):
-    """Which pieces a fine-tuning is made of.
+    """The pieces of a fine-tuning.
 
     Attributes:
       start: what it begins with: weights that are rounded, or GPTQ's.

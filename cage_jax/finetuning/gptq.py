@@ -16,6 +16,7 @@ from cage_jax.core.inputs import quantize_input
 from cage_jax.core.quantize import quantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.rules import Rules, check_rules
+from cage_jax.finetuning.batches import checked_batches
 from cage_jax.finetuning.lockstep import Batched, Lockstep, Weight
 from cage_jax.finetuning.matrices import (
     form_of_input,
@@ -63,11 +64,11 @@ def gptq(
     rule when the first of its inputs is rounded.
 
     If `rules` have a quantizer that is `idempotent`, `dequantize` of the result lies on
-    the grid that `fake_quant` finds in it, so that training starts there: to the bit
-    for float32 and without a rotation, else up to rounding. To this end the value that
-    sets the scale of a group keeps its code. With another quantizer, such as `quest`,
-    `fake_quant` finds other scales. `with_grids(codes, rules)` makes the scales of
-    codes the first ones of a learned quantizer.
+    the grid that `fake_quant` finds in it: to the bit for float32 and without a
+    rotation, else up to rounding. To this end the value that sets the scale of a group
+    keeps its code. With another quantizer, such as `quest`, `fake_quant` finds other
+    scales. `with_grids(codes, rules)` makes the scales of codes the first ones of a
+    learned quantizer. Train from what `rounded=False` returns.
 
     Args:
       function: a function of parameters and any other arguments, of any framework, as
@@ -84,20 +85,19 @@ def gptq(
       inputs: whether inputs are quantized too, as the rules say.
       strict: whether a matrix that cannot be reached is an error. With False it is
         rounded, and there is one warning.
-      rounded: whether codes are returned. With False it is the parameters that are
-        rounded to them: `fake_quant` of these gives the same values, and a training
-        that starts from them goes further, as they are not all in the middle of their
-        steps. On the grid are only those of rules that are not `idempotent`.
+      rounded: whether codes are returned. With False the parameters that are rounded
+        to them are returned, to train from: `fake_quant` of these gives the values of
+        the codes. They lie on the grid only if their quantizer is not `idempotent`.
       progress: called with a path, the number of weights that are rounded and that of
         all that have a rule, after each matrix.
 
     Returns:
       What `quantize(params, rules)` returns, with other codes and scales, or `params`
-      with other values (`rounded=False`). Vectors, and
-      what is only looked up, such as embeddings, have the codes of `quantize`. A
-      parameter in several products, such as a recurrent one, is rounded for all of
-      them: their inputs are taken from one more pass through `function`, in which such
-      parameters are not rounded.
+      with other values (`rounded=False`). Vectors, and what is only looked up, such as
+      embeddings, have the codes of `quantize`, or their own values. A parameter in
+      several products, such as a recurrent one, is rounded for all of them: their
+      inputs are taken from one more pass through `function`, in which such parameters
+      are not rounded.
 
     Raises:
       TypeError: for anything but `Rules` and a function.
@@ -180,18 +180,8 @@ def _check_axes(rules, traced):
 
 def _arrays_of(batches):
     """Returns the arrays of each batch, and the first batch."""
-    batches = [*batches]
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)):
-            raise TypeError(
-                f"`batches` must be tuples of arguments; got one of "
-                f"{type(batch).__name__}. Use [(x,) for x in batches]."
-            )
-    if not batches:
-        raise ValueError(
-            "`batches` must have a batch; got none. Pass a list of tuples of arguments."
-        )
-    found = [split_arrays(tuple(batch), {}) for batch in batches]
+    batches = [*checked_batches(batches)]
+    found = [split_arrays(batch, {}) for batch in batches]
 
     def shapes(number):
         arrays, static = found[number]
