@@ -113,10 +113,10 @@ __version__ = VERSION
 _FUNCTIONS = {
     "audit": "export.audit",
     "calibrate": "program.activations",
-    "choose_bits": "finetuning.choosing_bits",
+    "choose_bits": "finetuning.bits.choose_bits",
     "choose_rotation": "core.choose_rotation",
-    "distill": "finetuning.distillation",
-    "gptq": "finetuning.gptq",
+    "distill": "finetuning.distillation.distill",
+    "gptq": "finetuning.gptq.gptq",
     "load": "export.loading",
     "low_bit": "program.low_bit",
     "low_bit_dot": "core.low_bit_dot",
@@ -164,9 +164,9 @@ if TYPE_CHECKING:
     from cage_jax.core.low_bit_dot import low_bit_dot
     from cage_jax.export.audit import audit
     from cage_jax.export.loading import load
-    from cage_jax.finetuning.choosing_bits import choose_bits
-    from cage_jax.finetuning.distillation import distill
-    from cage_jax.finetuning.gptq import gptq
+    from cage_jax.finetuning.bits.choose_bits import choose_bits
+    from cage_jax.finetuning.distillation.distill import distill
+    from cage_jax.finetuning.gptq.gptq import gptq
     from cage_jax.finetuning.planning import plan
     from cage_jax.optim import curvature as curvature
     from cage_jax.optim import weightings as weightings

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import cage_jax as cage
-from cage_jax.finetuning import fisher, knapsack
+from cage_jax.finetuning import fisher
+from cage_jax.finetuning.bits import knapsack
 
 GROUP = 8
 WIDTHS = (2, 3, 4, 8)

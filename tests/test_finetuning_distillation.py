@@ -9,7 +9,7 @@ import pytest
 
 import cage_jax as cage
 from cage_jax import finetuning
-from cage_jax.finetuning import chunks
+from cage_jax.finetuning.distillation import chunks
 
 
 def log_softmax(x):

@@ -215,7 +215,7 @@ def test_inputs_are_quantized_as_in_the_model():
 
 @pytest.mark.parametrize("inputs", [None, cage.int3(axis=-1)])
 def test_matrices_of_one_input_share_its_products(inputs, monkeypatch):
-    module, calls = sys.modules["cage_jax.finetuning.gptq"], []
+    module, calls = sys.modules["cage_jax.finetuning.gptq.gptq"], []
     products_of = module.products_of
     monkeypatch.setattr(
         module, "products_of", lambda x: calls.append(x.shape) or products_of(x)

@@ -20,7 +20,7 @@ from gptq_oracle import (
 from scipy.linalg import hadamard
 
 import cage_jax as cage
-from cage_jax.finetuning.columns import Grids, round_columns
+from cage_jax.finetuning.gptq.columns import Grids, round_columns
 
 
 @pytest.mark.parametrize("name", FORMULAS)

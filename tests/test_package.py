@@ -167,6 +167,17 @@ def test_a_folder_imports_only_folders_below_it():
                     assert below in lower, f"{path} imports {below}"
 
 
+def test_subjects_of_finetuning_do_not_import_each_other():
+    paths = [*(FOLDER / "finetuning").glob("*/*.py")]
+    subjects = {path.parent.name for path in paths}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                match node.module.split("."):
+                    case "cage_jax", "finetuning", folder, *_:
+                        assert folder not in subjects - {path.parent.name}, path
+
+
 # --- documentation --------------------------------------------------------------------
 
 

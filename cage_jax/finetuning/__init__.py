@@ -20,24 +20,24 @@ framework.
 - `merge` makes codes of adapters and frozen weights.
 """
 
-from cage_jax.finetuning.adapters import low_rank, merge, weights
-from cage_jax.finetuning.adapting import adapted
-from cage_jax.finetuning.choosing_bits import choose_bits
-from cage_jax.finetuning.distillation import distill
-from cage_jax.finetuning.divergence import kl
-from cage_jax.finetuning.gptq import gptq
-from cage_jax.finetuning.model_blocks import Block, blocks
+from cage_jax.finetuning.adapters.adapted import adapted
+from cage_jax.finetuning.adapters.low_rank import low_rank, merge, weights
+from cage_jax.finetuning.bits.choose_bits import choose_bits
+from cage_jax.finetuning.bits.fisher import fisher
+from cage_jax.finetuning.distillation.distill import distill
+from cage_jax.finetuning.distillation.divergence import kl
+from cage_jax.finetuning.distillation.teacher_cache import TeacherCache, cache_teacher
+from cage_jax.finetuning.distillation.top_logits import TopLogits
+from cage_jax.finetuning.gptq.gptq import gptq
 from cage_jax.finetuning.planning import Plan, plan
-from cage_jax.finetuning.reconstruction import (
+from cage_jax.finetuning.reconstruction.blocks import Block, blocks
+from cage_jax.finetuning.reconstruction.reconstruct import (
     Memory,
     Reconstructed,
     reconstruct,
     reconstruction_memory,
 )
 from cage_jax.finetuning.scales import only_scales
-from cage_jax.finetuning.squared_gradients import fisher
-from cage_jax.finetuning.teacher_cache import TeacherCache, cache_teacher
-from cage_jax.finetuning.top_logits import TopLogits
 
 __all__ = [
     "Block",

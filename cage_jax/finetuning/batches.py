@@ -1,6 +1,9 @@
-"""Batches as the pieces of this folder take them."""
+"""Batches, and the progress through them, as the pieces of this folder take them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+# Called with what is done, the number done and that of all.
+Progress = Callable[[str, int, int], None]
 
 
 def checked_batches(batches: Iterable[tuple]) -> Iterator[tuple]:

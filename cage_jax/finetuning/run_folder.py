@@ -45,6 +45,10 @@ class RunFolder:
                 f"was overwritten."
             )
 
+    def has(self, name: str) -> bool:
+        """Tells whether arrays of this name were written."""
+        return self._folder is not None and (self._folder / f"{name}.npz").exists()
+
     def read(self, name: str, likes: Sequence[Any]) -> list[np.ndarray] | None:
         """Returns arrays that were written, or None if they were not.
 
@@ -55,8 +59,9 @@ class RunFolder:
         Raises:
           ValueError: if the file is damaged.
         """
-        if self._folder is None or not (path := self._folder / f"{name}.npz").exists():
+        if self._folder is None or not self.has(name):
             return None
+        path = self._folder / f"{name}.npz"
         try:
             with path.open("rb") as opened, np.load(opened) as file:
                 # As bytes, because NumPy forgets what bfloat16 is.

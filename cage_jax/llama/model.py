@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from cage_jax._project import missing
 from cage_jax.core.inputs import of_features
 from cage_jax.core.quantize import fake_quant
-from cage_jax.finetuning.model_blocks import Block
+from cage_jax.finetuning.reconstruction.blocks import Block
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.program.kv_cache import KVCache, quantize_kv
 from cage_jax.quantizers.quantizer import Quantizer

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 
 from cage_jax.arrays.checks import check_choice, check_int
 from cage_jax.arrays.names import names_checked
-from cage_jax.finetuning.batches import checked_batches
+from cage_jax.finetuning.batches import Progress, checked_batches
+from cage_jax.finetuning.distillation.top_logits import TopLogits, check_temperature
 from cage_jax.finetuning.run_folder import Digest, RunFolder, read_run
-from cage_jax.finetuning.top_logits import TopLogits, check_temperature
 from cage_jax.program.tracing import check_function, split_arrays
 
 
@@ -28,7 +27,7 @@ def cache_teacher(
     k: int = 64,
     temperature: float = 1.0,
     dtype: jax.typing.DTypeLike = "float16",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> "TeacherCache":
     """Writes the largest logits of a teacher for each batch.
 
@@ -136,14 +135,13 @@ class TeacherCache:
                 f"`folder` must be that of a teacher; got {str(folder)!r}, of a run "
                 f"with {', '.join(run)}. Use the folder of cache_teacher."
             )
-        self._folder = pathlib.Path(folder)
-        self._files = RunFolder(folder, run)
+        self._folder, self._files = str(folder), RunFolder(folder, run)
         self._k, self._temperature = run["k"], run["temperature"]
         self._dtype = jnp.dtype(run["dtype"])
 
     def __repr__(self) -> str:
         settings = f"k={self._k}, temperature={self._temperature:g}"
-        return f"TeacherCache({str(self._folder)!r}, {settings})"
+        return f"TeacherCache({self._folder!r}, {settings})"
 
     def __len__(self) -> int:
         count = 0
@@ -153,7 +151,7 @@ class TeacherCache:
 
     def has(self, number: int) -> bool:
         """Tells whether a batch is there."""
-        return (self._folder / f"{_name(number)}.npz").exists()
+        return self._files.has(_name(number))
 
     def __getitem__(self, number: int) -> TopLogits:
         return self._read(number)[1]
@@ -182,7 +180,7 @@ class TeacherCache:
         """Returns the digest of a batch, and its logits."""
         if number < 0 or not self.has(number):
             raise IndexError(
-                f"`number` must be that of a batch in {str(self._folder)!r}; got "
+                f"`number` must be that of a batch in {self._folder!r}; got "
                 f"{number}. Call cache_teacher again for those that are missing."
             )
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.exact import compute_dtype, times
-from cage_jax.finetuning.chunks import by_rows
+from cage_jax.finetuning.distillation.chunks import by_rows
 
 
 @functools.partial(

@@ -14,13 +14,13 @@ from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.finetuning.batches import checked_batches
-from cage_jax.finetuning.block_programs import (
+from cage_jax.finetuning.reconstruction.blocks import Block, HostTree, Part, parts_of
+from cage_jax.finetuning.reconstruction.programs import (
     Programs,
     is_float,
     programs_of,
     split,
 )
-from cage_jax.finetuning.model_blocks import Block, HostTree, Part, parts_of
 from cage_jax.finetuning.run_folder import Digest, rules_in_full
 from cage_jax.program.tracing import split_grids
 

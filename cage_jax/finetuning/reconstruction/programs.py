@@ -9,7 +9,7 @@ import optax
 
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.core.quantize import fake_quant
-from cage_jax.finetuning.model_blocks import Part
+from cage_jax.finetuning.reconstruction.blocks import Part
 from cage_jax.program.activations import quantize_activations
 
 

@@ -12,12 +12,11 @@ from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
 from cage_jax.core.quantize import fake_quant, quantization_error
 from cage_jax.core.rules import Rules
-from cage_jax.finetuning.batches import checked_batches
+from cage_jax.finetuning.batches import Progress, checked_batches
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import fit_grid
 
 Options = Mapping[str, Sequence[Quantizer]]
-Progress = Callable[[str, int, int], None]
 
 
 def by_curvature(

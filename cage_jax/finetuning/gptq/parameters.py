@@ -11,8 +11,13 @@ import numpy as np
 
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.quantized_array import QuantizedArray, decoded, encoded, grid_of
-from cage_jax.finetuning.columns import Grids, forced_values, largest, round_columns
-from cage_jax.finetuning.matrices import Places, arranged, put_back
+from cage_jax.finetuning.gptq.columns import (
+    Grids,
+    forced_values,
+    largest,
+    round_columns,
+)
+from cage_jax.finetuning.gptq.matrices import Places, arranged, put_back
 from cage_jax.quantizers.basis import Basis
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import Rounding, fit

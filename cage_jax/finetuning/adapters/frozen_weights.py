@@ -11,7 +11,7 @@ from jax import lax
 
 from cage_jax.arrays.exact import compute_dtype, divide, select, times, uncontracted
 from cage_jax.core.quantized_array import QuantizedArray, decoded
-from cage_jax.finetuning.stores import positions
+from cage_jax.finetuning.adapters.stores import positions
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
 from cage_jax.quantizers.rounding import dequantized

@@ -17,8 +17,9 @@ from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.core.tables import table
-from cage_jax.finetuning.increases import by_curvature, by_loss
-from cage_jax.finetuning.knapsack import least_loss
+from cage_jax.finetuning.batches import Progress
+from cage_jax.finetuning.bits.increases import by_curvature, by_loss
+from cage_jax.finetuning.bits.knapsack import least_loss
 from cage_jax.program.tracing import split_grids
 from cage_jax.quantizers.axes import CONTRACTED
 from cage_jax.quantizers.formats.evenly_spaced import EvenlySpaced
@@ -53,7 +54,7 @@ def choose_bits(
     batches: Iterable[tuple] | None = None,
     together: Sequence[str] = (),
     show: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Rules:
     """Chooses the bits of each parameter, for the least loss within a budget.
 

@@ -13,8 +13,8 @@ from cage_jax.arrays.exact import compute_dtype, times
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.finetuning.divergence import kl, mean_where
-from cage_jax.finetuning.top_logits import TopLogits, check_temperature
+from cage_jax.finetuning.distillation.divergence import kl, mean_where
+from cage_jax.finetuning.distillation.top_logits import TopLogits, check_temperature
 from cage_jax.program.activations import quantize_activations
 from cage_jax.program.tracing import check_function, split_grids
 

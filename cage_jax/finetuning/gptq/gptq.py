@@ -16,9 +16,9 @@ from cage_jax.core.inputs import quantize_input
 from cage_jax.core.quantize import quantize
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.core.rules import Rules, check_rules
-from cage_jax.finetuning.batches import checked_batches
-from cage_jax.finetuning.lockstep import Batched, Lockstep, Weight
-from cage_jax.finetuning.matrices import (
+from cage_jax.finetuning.batches import Progress, checked_batches
+from cage_jax.finetuning.gptq.lockstep import Batched, Lockstep, Weight
+from cage_jax.finetuning.gptq.matrices import (
     form_of_input,
     input_matrices,
     matrix_of_row,
@@ -28,8 +28,8 @@ from cage_jax.finetuning.matrices import (
     weight_matrices,
     why_no_matrices,
 )
-from cage_jax.finetuning.parameters import Parameter
-from cage_jax.finetuning.repeated_products import used_again
+from cage_jax.finetuning.gptq.parameters import Parameter
+from cage_jax.finetuning.gptq.repeated_products import used_again
 from cage_jax.program.following import follow
 from cage_jax.program.origins import Origin, of_data
 from cage_jax.program.products import product_of
@@ -38,7 +38,6 @@ from cage_jax.program.tracing import check_function, split_arrays, split_grids, 
 from cage_jax.program.visiting import INPUTS
 from cage_jax.quantizers.axes import CONTRACTED
 
-Progress = Callable[[str, int, int], None]
 _quantize_input = jax.jit(quantize_input, static_argnums=(1, 2))
 
 

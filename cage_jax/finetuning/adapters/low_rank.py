@@ -15,7 +15,7 @@ from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import QuantizedArray, decoded
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
-from cage_jax.finetuning.frozen_weights import (
+from cage_jax.finetuning.adapters.frozen_weights import (
     Adapter,
     FrozenWeight,
     Scale,
@@ -24,7 +24,7 @@ from cage_jax.finetuning.frozen_weights import (
     merged,
     weight,
 )
-from cage_jax.finetuning.stores import Store, stored
+from cage_jax.finetuning.adapters.stores import Store, stored
 from cage_jax.program.tracing import split_grids
 from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import rounding

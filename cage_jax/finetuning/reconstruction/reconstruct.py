@@ -13,14 +13,13 @@ import optax
 from cage_jax.arrays.checks import check_int, check_number
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
-from cage_jax.finetuning.batches import checked_batches
-from cage_jax.finetuning.block_chain import Chain, Link, nbytes
-from cage_jax.finetuning.block_programs import joined, split
-from cage_jax.finetuning.model_blocks import Block
+from cage_jax.finetuning.batches import Progress, checked_batches
+from cage_jax.finetuning.reconstruction.blocks import Block
+from cage_jax.finetuning.reconstruction.chain import Chain, Link, nbytes
+from cage_jax.finetuning.reconstruction.programs import joined, split
 from cage_jax.finetuning.run_folder import Digest, RunFolder
 
 Optimizer = Callable[[Rules, int], optax.GradientTransformation]
-Progress = Callable[[str, int, int], None]
 
 # EfficientQAT's numbers; the second rate is for 2 bits and less.
 _RATE, _RATE_OF_FEW_BITS, _RATE_OF_GRIDS = 1e-5, 2e-5, 1e-4

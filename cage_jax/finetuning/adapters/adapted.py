@@ -11,8 +11,8 @@ from jax.extend.core import JaxprEqn
 from cage_jax.arrays.jaxprs import called, enter, evaluate, scan_counts, unchanged
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantized_array import QuantizedArray, decoded
-from cage_jax.finetuning.adapters import map_pairs
-from cage_jax.finetuning.frozen_weights import Adapter, FrozenWeight, weight
+from cage_jax.finetuning.adapters.frozen_weights import Adapter, FrozenWeight, weight
+from cage_jax.finetuning.adapters.low_rank import map_pairs
 from cage_jax.program.tracing import check_function, trace
 
 # What only changes the form of a weight is done again with it.

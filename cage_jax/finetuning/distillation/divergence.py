@@ -9,8 +9,12 @@ from jax import lax
 
 from cage_jax.arrays.exact import compute_dtype, times
 from cage_jax.arrays.names import names_checked
-from cage_jax.finetuning.chunks import by_rows
-from cage_jax.finetuning.top_logits import TopLogits, check_logits, check_temperature
+from cage_jax.finetuning.distillation.chunks import by_rows
+from cage_jax.finetuning.distillation.top_logits import (
+    TopLogits,
+    check_logits,
+    check_temperature,
+)
 
 
 @names_checked
