@@ -35,6 +35,7 @@ from cage_jax.export.files import (
     MalformedFileError,
     Path,
     as_path,
+    check_none,
     has,
     inside,
     malformed,
@@ -142,10 +143,10 @@ def compressed_tensors(
     """
     if isinstance(config, str | os.PathLike):
         given = {"tokenizer": tokenizer, "dtype": dtype, "shard_bytes": shard_bytes}
-        _check_none(given, "a folder as template, which is copied")
+        check_none(given, "a folder as template, which is copied")
         write_by_template(codes, config, path, names=names, overwrite=overwrite)
         return
-    _check_none({"names": names}, "a LlamaConfig, whose names are known")
+    check_none({"names": names}, "a LlamaConfig, whose names are known")
     if dtype is None:
         dtype = "bfloat16" if _has_fp4(codes) else "float32"
     with contextlib.suppress(TypeError):
@@ -178,15 +179,6 @@ def compressed_tensors(
         for name, data in files.items():
             (folder / name).write_bytes(data)
     warn_of_mixed_layers(schemes, path)
-
-
-def _check_none(arguments, what):
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` must be None with {what}; got {str(value)[:60]}. Leave it "
-                f"out."
-            )
 
 
 def _has_fp4(codes):

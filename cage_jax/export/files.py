@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
@@ -31,6 +32,16 @@ def check_installed(package: str, purpose: str) -> None:
     """Raises ImportError if a package is missing, with the command that installs it."""
     if importlib.util.find_spec(package) is None:
         raise missing(package, purpose, "export")
+
+
+def check_none(arguments: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError if arguments are given that another one excludes."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None with {what}; got {str(value)[:60]}. Leave it "
+                f"out."
+            )
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

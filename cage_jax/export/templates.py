@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cage_jax.export.copying import copy_range, mapped_place
 from cage_jax.export.files import (
-    MalformedFileError,
     Path,
     as_path,
     has,
@@ -34,7 +34,6 @@ from cage_jax.export.writing import MARKER
 
 # The files of a folder that are no weights: settings, tokenizers, templates, code.
 _COPIED = (".json", ".jinja", ".model", ".py", ".txt")
-_AT_ONCE = 16 * 2**20  # bytes of a copy where the system has no call for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +60,12 @@ class Template:
         }
 
     def holds(self, name: str, array: Any) -> bool:
-        """Tells whether an array is a tensor's own bytes, as `read_tensors` maps them.
-
-        Such a tensor is copied from file to file, and takes no memory.
-        """
-        mapped = array
-        while isinstance(mapped, np.ndarray) and not isinstance(mapped, np.memmap):
-            mapped = mapped.base
-        if not isinstance(mapped, np.memmap) or not array.flags.c_contiguous:
-            return False
-        place = array.ctypes.data - mapped.ctypes.data
+        """Tells whether an array is a tensor's own bytes, mapped by `read_tensors`."""
         shard, begin = self._places[name]
+        place = (self.folder / shard).resolve(), begin
         return (
-            (array.dtype, array.shape) == self.tensors[name]
-            and place == begin
-            and mapped.filename == (self.folder / shard).resolve()
+            mapped_place(array) == place
+            and Like(array.dtype, array.shape) == self.tensors[name]
         )
 
     @functools.cached_property
@@ -225,31 +215,15 @@ def _write_shard(source, header, path, like, replaced, arrays_of):
         for entry in header.entries:
             if entry.name not in replaced:
                 begin, length = header.start + entry.begin, entry.end - entry.begin
-                _copy(old.fileno(), new.fileno(), begin, length, places[entry.name])
+                copy_range(
+                    old.fileno(), new.fileno(), begin, length, places[entry.name]
+                )
         for entry in header.entries:
             if entry.name in replaced:
                 for name, array in arrays_of(entry.name).items():
                     assert Like(array.dtype, array.shape) == like[name], name
                     new.seek(places[name])
                     new.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _copy(old, new, begin, length, place):
-    """Copies bytes between files, without their way through memory where possible."""
-    while length:
-        try:
-            done = os.copy_file_range(old, new, length, begin, place)
-        except (AttributeError, OSError):  # another system, or another kind of disk
-            done = 0
-        if not done:
-            data = os.pread(old, min(length, _AT_ONCE), begin)
-            if not data:
-                raise MalformedFileError(
-                    "a file of the template must not change while it is copied; got "
-                    "fewer bytes than its header says. Export again."
-                )
-            done = os.pwrite(new, data, place)
-        begin, length, place = begin + done, length - done, place + done
 
 
 def copy_settings(template: Template, folder: pathlib.Path) -> None:
@@ -265,4 +239,4 @@ def copy_settings(template: Template, folder: pathlib.Path) -> None:
         source = inside(template.folder, name)
         with source.open("rb") as old, (folder / name).open("wb") as new:
             length = os.fstat(old.fileno()).st_size
-            _copy(old.fileno(), new.fileno(), 0, length, 0)
+            copy_range(old.fileno(), new.fileno(), 0, length, 0)
