@@ -213,6 +213,33 @@ def test_codes_of_other_presets_that_fit(tmp_path):
         np.testing.assert_array_equal(in_float32(found, -2), in_float32(expected, -2))
 
 
+def test_fp4_and_ternary_codes(tmp_path):
+    """MXFP4, whose zeros have signs here, and ternary codes in groups of 256."""
+    config = LlamaConfig(vocabulary=64, width=256, hidden=256, layers=1, heads=2)
+    ternary = dataclasses.replace(
+        cage.int2(group_size=256), scale_type=cage.q8_0().scale_type
+    )
+    codes = params_of(config)
+    kinds = {"up": ("MXFP4", cage.mxfp4()), "down": ("TQ2_0", ternary)}
+    for name, (_, quantizer) in kinds.items():
+        codes = with_codes(codes, f"layers/{name}/kernel", quantizer)
+    gguf(codes, config, tmp_path / "model.gguf")
+    file = ggml.GGUFReader(tmp_path / "model.gguf")
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    again = read(tmp_path / "model.gguf").params["layers"]
+    for name, (kind, _) in kinds.items():
+        expected = codes["layers"][name]["kernel"]
+        tensor = stored[f"blk.0.ffn_{name}.weight"]
+        assert tensor.tensor_type.name == kind
+        size = 256 // expected.scale.shape[-2]
+        scale = np.asarray(expected.scale).astype(np.float32).repeat(size, -2)
+        values = np.asarray(expected.codes).astype(np.float32) * scale
+        found = ggml.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, values[0].T, strict=True)
+        for part in ("codes", "scale"):
+            assert_same(getattr(again[name]["kernel"], part), getattr(expected, part))
+
+
 # --- there and back -------------------------------------------------------------------
 
 
@@ -289,7 +316,7 @@ KERNELS = {
 def test_codes_that_no_block_holds(tmp_path):
     for name, quantizer in KERNELS.items():
         codes = on_host(with_codes(params_of(), "layers/up/kernel", quantizer))
-        remedy = "q4_0, q4_1 or q8_0 along axis -2"
+        remedy = "q4_0, q4_1, q8_0 or mxfp4 along axis -2"
         if name == "rotated":
             remedy += " and hadamard=None"
         text = rf"^`layers/0/up/kernel`: .*got .*{remedy}, or leave"
@@ -314,7 +341,7 @@ def test_other_things_that_cannot_be_written(tmp_path):
             with_codes(params, "embedding/embedding", cage.q8_0()),
             CONFIG,
             {},
-            r"^`embedding/embedding`: .*q8_0 along axis -1",
+            r"^`embedding/embedding`: .*mxfp4 along axis -1",
         ),
         (
             params,

@@ -1,6 +1,5 @@
 """GGUF, for llama.cpp: a Llama in one file, with the trained codes bit for bit."""
 
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -16,7 +15,7 @@ from cage_jax.export.files import (
     check_installed,
     malformed,
 )
-from cage_jax.export.gguf_blocks import array_of, layout_of, rows_of
+from cage_jax.export.gguf_blocks import array_of, file_type, layout_of, rows_of
 from cage_jax.export.gguf_files import MAGIC, read_content
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
 from cage_jax.export.target import Target
@@ -66,12 +65,13 @@ def gguf(
 ) -> None:
     """Writes a GGUF file for llama.cpp and programs based on it.
 
-    Codes and float16 scales are written unchanged, in Q4_0, Q4_1 and Q8_0 blocks, which
-    hold the codes of the presets `q4_0`, `q4_1` and `q8_0`. Other integer codes fit too
-    if they are symmetric, in groups of 32 along the inputs, and with float16 scales,
-    such as those of `ct_w4a16(group_size=32)`. Codes of 2 and 3 bits take 4 bits in the
-    file, codes of 5 to 7 bits take 8. `read` gives them the same values, with the
-    quantizer of the preset.
+    Codes and scales are written unchanged, in Q4_0, Q4_1, Q8_0 and MXFP4 blocks, which
+    hold the codes of the presets `q4_0`, `q4_1`, `q8_0` and `mxfp4`. Other integer
+    codes fit too if they are symmetric, in groups of 32 along the inputs, and with
+    float16 scales, such as those of `ct_w4a16(group_size=32)`. Codes of 2 and 3 bits
+    take 4 bits in the file, codes of 5 to 7 bits take 8. TQ2_0 holds ternary codes,
+    those of `int2` in groups of 256, with float16 scales. `read` gives all of them the
+    same values, with the quantizer of the preset.
 
     The rows of queries and keys are reordered, because llama.cpp rotates neighbouring
     features where others rotate the two halves of a head. llama.cpp also rounds the
@@ -139,7 +139,7 @@ def gguf(
     _check_plain(config)
     metadata = _metadata(config, name or path.stem)
     metadata |= metadata_of(tokenizer_files.resolve(tokenizer, config), config)
-    metadata["general.file_type"] = _file_type(layouts)
+    metadata["general.file_type"] = file_type(layouts)
     with new_file(path, is_export=is_export, overwrite=overwrite) as temporary:
         writer = ggml.GGUFWriter(temporary, "llama")
         try:
@@ -172,9 +172,10 @@ def gguf(
 def read(path: Path) -> Model:
     """Reads a Llama from a GGUF file.
 
-    Q4_0, Q4_1 and Q8_0 become codes with the quantizers of the presets. If the layers
-    of a parameter have different types, it becomes floats. F32, F16 and BF16 become
-    float32; so do other types, such as Q4_K, which the package gguf decodes.
+    Q4_0, Q4_1, Q8_0, MXFP4 and TQ2_0 become codes, with the quantizers of the presets.
+    If the layers of a parameter have different types, it becomes floats. F32, F16 and
+    BF16 become float32; so do other types, such as Q4_K, which the package gguf
+    decodes.
 
     Args:
       path: path of the file.
@@ -263,18 +264,6 @@ def _metadata(config, name):
         "llama.rope.dimension_count": config.head_size,
         "llama.rope.freq_base": float(config.rope_theta),
     }
-
-
-def _file_type(layouts):
-    """Returns the type of most numbers; llama.cpp shows it, no reader depends on it."""
-    import gguf as ggml
-
-    counts: dict[str, int] = {}
-    for layout in layouts:
-        counts[layout.kind] = counts.get(layout.kind, 0) + math.prod(layout.shape)
-    kind = max(counts, key=counts.__getitem__)
-    prefix = "ALL" if kind == "F32" else "MOSTLY"
-    return int(ggml.LlamaFileType[f"{prefix}_{kind}"])
 
 
 # --- both -----------------------------------------------------------------------------
@@ -427,12 +416,12 @@ def is_export(path: pathlib.Path) -> bool:
 TARGET = Target(
     written_by="export.gguf",
     read_by="llama.cpp",
-    holds="`q4_0()`, `q4_1()`, `q8_0()`; the embedding with `axis=-1`",
+    holds="`q4_0()`, `q4_1()`, `q8_0()`, `mxfp4()`; the embedding with `axis=-1`",
     recognises=is_file,
     read=read,
     write=gguf,
     suffix=".gguf",
     is_export=is_export,
-    presets=("q4_0", "q4_1", "q8_0"),
+    presets=("q4_0", "q4_1", "q8_0", "mxfp4"),
     packages=("gguf",),
 )

@@ -1,27 +1,73 @@
-"""GGUF blocks: the codes and scale of 32 neighbours in the layout of the file."""
+"""GGUF blocks: the codes and scale of neighbours in the layout of the file."""
 
+import functools
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.arrays.packing import GGUF_4BIT, pack, unpack
+from cage_jax.arrays import packing
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.files import malformed
 from cage_jax.export.gguf_files import Stored
 from cage_jax.llama.folding import Array
 from cage_jax.quantizers.file_presets import q4_0, q4_1, q8_0
-from cage_jax.quantizers.formats import Integer
+from cage_jax.quantizers.formats import Float, Integer
+from cage_jax.quantizers.presets import mxfp4
+from cage_jax.quantizers.quantizer import Quantizer
+from cage_jax.quantizers.scale_types import Narrow
 
-_BLOCK = 32
-_PRESETS = {"Q4_0": q4_0, "Q4_1": q4_1, "Q8_0": q8_0}
-_FLOATS = {
+DTYPES = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
+    "F64": np.dtype("<f8"),
+    "I8": np.dtype("<i1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
+"""The dtypes of types whose blocks are one number."""
 _NAMES = {"float32": "F32", "float16": "F16"}
+
+
+def _tq2_0(*, axis):
+    """Returns the quantizer of TQ2_0, as ggml's `quantize_row_tq2_0_ref` has it."""
+    scale_type = Narrow("float16", unrounded=True)
+    format = Integer(2, ties="away")
+    return Quantizer(format, axis=axis, group_size=256, scale_type=scale_type)
+
+
+class _Blocks(NamedTuple):
+    """A type with blocks of codes.
+
+    Attributes:
+      quantizer: makes the quantizer of the type from `axis`.
+      size: codes in a block.
+      layout: how codes are packed; None for a byte each.
+      scale_last: whether the scale follows the codes.
+    """
+
+    quantizer: Callable[..., Quantizer]
+    size: int = 32
+    layout: packing.Layout | None = packing.GGUF_4BIT
+    scale_last: bool = False
+
+
+_BLOCKS = {
+    "Q4_0": _Blocks(q4_0),
+    "Q4_1": _Blocks(q4_1),
+    "Q8_0": _Blocks(q8_0, layout=None),
+    "MXFP4": _Blocks(mxfp4),
+    "TQ2_0": _Blocks(_tq2_0, 256, packing.GGUF_TQ2_0, scale_last=True),
+}
+KINDS = tuple(_BLOCKS)
+"""The names of the types that hold codes."""
+WHAT_FITS = "q4_0, q4_1, q8_0 or mxfp4"
+"""The presets whose codes they are, for errors."""
 
 
 class Layout(NamedTuple):
@@ -53,9 +99,11 @@ def layout_of(array: Array, path: str, axis: int, float_dtype: str) -> Layout:
     shape = array.shape[::-1] if axis == -2 else array.shape
     if not isinstance(array, QuantizedArray):
         kind = "F32" if len(shape) == 1 else _NAMES[float_dtype]
-        return Layout(kind, shape, shape[-1] * _FLOATS[kind].itemsize)
-    kind = _kind(array, axis)
-    if kind is None:
+        return Layout(kind, shape, row_bytes(kind, shape))
+    blocks = array.quantizer.blocks(array.shape)
+    along = len(shape) == 2 and blocks.axes == (axis % 2,)
+    codes_kind = kind_of(array, blocks.sizes[0]) if along else None
+    if codes_kind is None:
         if len(shape) == 1:
             raise ValueError(
                 f"`{path}`: norms must be floats in GGUF; got {array.quantizer}. Leave "
@@ -64,31 +112,60 @@ def layout_of(array: Array, path: str, axis: int, float_dtype: str) -> Layout:
         rotated = array.quantizer.hadamard is not None
         rotation = " and hadamard=None" if rotated else ""
         raise ValueError(
-            f"`{path}`: codes for GGUF must be integers in blocks of {_BLOCK} along "
-            f"axis {axis}, with float16 scales and no rotation; got {array.quantizer}. "
-            f"Quantize with q4_0, q4_1 or q8_0 along axis {axis}{rotation}, or leave "
-            f"it unquantized."
+            f"`{path}`: codes for GGUF must be in blocks that it has, along axis "
+            f"{axis} and without rotation; got {array.quantizer}. Quantize with "
+            f"{WHAT_FITS} along axis {axis}{rotation}, or leave it unquantized."
         )
-    block_bytes = _PRESETS[kind]().storage_bits((_BLOCK, 1)) // 8
-    return Layout(kind, shape, shape[-1] // _BLOCK * block_bytes)
+    return Layout(codes_kind, shape, row_bytes(codes_kind, shape))
 
 
-def _kind(array, axis):
-    """Finds the type whose blocks hold the codes and scales exactly, or None."""
-    quantizer, format = array.quantizer, array.quantizer.format
+def row_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a row of an array of this shape in a file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return shape[-1] // size * block_bytes
+
+
+def file_type(layouts: Iterable[Layout]) -> int:
+    """Returns the type of most numbers; llama.cpp shows it, no reader depends on it."""
+    from gguf import LlamaFileType
+
+    counts: dict[str, int] = {}
+    for layout in layouts:
+        counts[layout.kind] = counts.get(layout.kind, 0) + math.prod(layout.shape)
+    kind = max(counts, key=counts.__getitem__)
+    name = f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"
+    # Some names have more at their end, such as MOSTLY_MXFP4_MOE.
+    like = [each for each in LlamaFileType if each.name.startswith(name)]
+    return int((*like, LlamaFileType.GUESSED)[0])
+
+
+def kind_of(array: QuantizedArray, group: int) -> str | None:
+    """Finds the type whose blocks hold codes and scales exactly, or None.
+
+    Args:
+      array: the codes.
+      group: how many neighbours along a row of the file share a scale.
+    """
+    format, scale = array.quantizer.format, str(array.scale.dtype)
     if (
-        len(array.shape) != 2
-        or not isinstance(format, Integer)
-        or quantizer.hadamard is not None
+        array.quantizer.hadamard is not None
         or array.zero_point is not None
         or array.tensor_divisor is not None
-        or array.scale.dtype != jnp.float16
-        or quantizer.blocks(array.shape).by_axis != {axis % 2: _BLOCK}
     ):
         return None
+    if format == Float("e2m1") and scale == "float8_e8m0fnu":
+        return "MXFP4" if group == 32 and array.offset is None else None
+    if not isinstance(format, Integer) or scale != "float16":
+        return None
     if array.offset is not None:
-        return "Q4_1" if format.bits == 4 and not format.signed else None
+        return "Q4_1" if (group, format.bits, format.signed) == (32, 4, False) else None
     if not format.signed:
+        return None
+    if group == 256 and format.bits == 2 and format.narrow:
+        return "TQ2_0"
+    if group != 32:
         return None
     return "Q4_0" if format.bits <= 4 else "Q8_0"
 
@@ -101,33 +178,45 @@ def rows_of(array: Array, path: str, layout: Layout, axis: int) -> np.ndarray:
     Raises:
       ValueError: if floats are too large for float16.
     """
+    if isinstance(array, QuantizedArray):
+        turned = jax.tree.map(lambda part: part.T, array) if axis == -2 else array
+        return block_rows(turned, layout.kind)
+    values = np.asarray(array)
+    values = np.atleast_2d(values.T if axis == -2 else values)
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, DTYPES[layout.kind])
+    if (np.isinf(stored) & np.isfinite(values)).any():
+        raise ValueError(
+            f"`{path}`: floats must be within the range of {stored.dtype}; got "
+            f"{np.abs(values).max()}. Use float_dtype='float32'."
+        )
+    return stored.view(np.uint8)
 
-    def turned(part):
-        return part.T if axis == -2 else part
 
-    if not isinstance(array, QuantizedArray):
-        values = np.atleast_2d(turned(np.asarray(array)))
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(values, _FLOATS[layout.kind])
-        if (np.isinf(stored) & np.isfinite(values)).any():
-            raise ValueError(
-                f"`{path}`: floats must be within the range of {stored.dtype}; got "
-                f"{np.abs(values).max()}. Use float_dtype='float32'."
-            )
-        return stored.view(np.uint8)
-    codes = turned(array.codes)
-    if layout.kind == "Q8_0":
-        body = np.asarray(codes.astype(jnp.int8)).view(np.uint8)
+def block_rows(array: QuantizedArray, kind: str) -> np.ndarray:
+    """Returns the blocks of codes, uint8 of shape (rows, bytes of a row).
+
+    Args:
+      array: codes whose rows lie along the last axis, as in the file.
+      kind: the type, as `kind_of` finds it.
+    """
+    layout = _BLOCKS[kind].layout
+    codes = array.codes.reshape(-1, array.codes.shape[-1])
+    if layout is None:
+        codes = codes.astype(jnp.int8)
     else:
-        body = np.asarray(_packed(codes))
+        if jnp.issubdtype(codes.dtype, jnp.integer):
+            codes = codes.astype(f"int{layout.bits}")
+        codes = _pack(codes, layout)
     heads = [array.scale] if array.offset is None else [array.scale, array.offset]
-    rows, groups = turned(array.scale).shape
-    parts = [
-        np.ascontiguousarray(turned(np.asarray(head)), "<f2").view(np.uint8)
-        for head in heads
-    ]
-    parts = [part.reshape(rows, groups, -1) for part in [*parts, body]]
-    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+    heads = [head.reshape(len(codes), -1) for head in heads]
+    groups = heads[0].shape[1]
+    parts = [*heads, codes]
+    if _BLOCKS[kind].scale_last:
+        parts = parts[::-1]
+    as_bytes = [np.ascontiguousarray(part).view(np.uint8) for part in parts]
+    blocks = [part.reshape(len(codes), groups, -1) for part in as_bytes]
+    return np.concatenate(blocks, axis=-1).reshape(len(codes), -1)
 
 
 def array_of(stored: Stored, axis: int) -> Array:
@@ -142,10 +231,13 @@ def array_of(stored: Stored, axis: int) -> Array:
     def turned(part):
         return jnp.array(part.T if axis == -2 else part)
 
-    if stored.kind in _PRESETS and len(stored.shape) == 2:
-        return _codes_of(stored, axis, turned)
-    if stored.kind in _FLOATS:
-        values = stored.data.view(_FLOATS[stored.kind]).reshape(stored.shape)
+    if stored.kind in _BLOCKS and len(stored.shape) > 1:
+        codes = _codes_of(stored, axis, turned)
+        if codes is not None:
+            return codes
+    dtype = DTYPES.get(stored.kind, np.uint8)
+    if jnp.issubdtype(dtype, jnp.floating):
+        values = stored.data.view(dtype).reshape(stored.shape)
         return turned(values.astype(np.float32))
     from gguf import GGMLQuantizationType, quants
 
@@ -163,24 +255,31 @@ def array_of(stored: Stored, axis: int) -> Array:
 
 
 def _codes_of(stored, axis, turned):
-    rows, length = stored.shape
-    quantizer = _PRESETS[stored.kind](axis=axis)
-    blocks = stored.data.reshape(rows, length // _BLOCK, -1)
-
-    def half(begin):
-        part = np.ascontiguousarray(blocks[..., begin : begin + 2])
-        return turned(part.view("<f2")[..., 0])
-
-    if stored.kind == "Q8_0":
-        codes = turned(blocks[..., 2:].view(np.int8).reshape(stored.shape))
+    """Decodes blocks of codes; None if some are no codes of the quantizer."""
+    make, size, layout, scale_last = _BLOCKS[stored.kind]
+    quantizer = make(axis=axis)
+    dtype = quantizer.format.code_dtype
+    blocks = stored.data.reshape(-1, row_bytes(stored.kind, (size,)))
+    # Scales are as wide as the type says, and after them, or before, are the codes.
+    scale = np.dtype(quantizer.scale_type.dtype)
+    count = 2 if quantizer.scale.has_offset else 1
+    cut = scale.itemsize * count
+    heads, body = np.split(blocks, [cut], axis=1)
+    if scale_last:
+        body, heads = np.split(blocks, [-cut], axis=1)
+    heads = np.ascontiguousarray(heads).view(scale)
+    if layout is None:
+        codes = body.view(np.int8)
     else:
-        words = jnp.asarray(blocks[..., -_BLOCK // 2 :].reshape(rows, length // 2))
-        codes = turned(_unpacked(words))
+        if stored.kind == "TQ2_0" and (body & body >> 1 & 0x55).any():
+            return None  # a fourth code
+        codes = np.asarray(_unpack(jnp.asarray(body), layout, dtype))
+    scales = heads.T.reshape(count, *stored.shape[:-1], -1)
     return QuantizedArray(
-        codes=codes,
-        scale=half(0),
+        codes=turned(codes.reshape(stored.shape)),
+        scale=turned(scales[0]),
         zero_point=None,
-        offset=half(2) if quantizer.scale.has_offset else None,
+        offset=turned(scales[1]) if count == 2 else None,
         tensor_divisor=None,
         quantizer=quantizer,
         dtype=jnp.dtype(jnp.float32),
@@ -188,11 +287,7 @@ def _codes_of(stored, axis, turned):
 
 
 # Jitted, because these take ten times as long op by op.
-@jax.jit
-def _packed(codes):
-    return pack(codes.astype(jnp.int4), GGUF_4BIT)
-
-
-@jax.jit
-def _unpacked(words):
-    return unpack(words, GGUF_4BIT, jnp.int4)
+_pack = functools.partial(jax.jit, static_argnames="layout")(packing.pack)
+_unpack = functools.partial(jax.jit, static_argnames=("layout", "dtype"))(
+    packing.unpack
+)

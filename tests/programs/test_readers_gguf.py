@@ -38,7 +38,12 @@ CONFIG = LlamaConfig(
     bos=1,
     eos=(0,),
 )
-PRESETS = {"Q4_0": cage.q4_0, "Q4_1": cage.q4_1, "Q8_0": cage.q8_0}
+PRESETS = {
+    "Q4_0": cage.q4_0,
+    "Q4_1": cage.q4_1,
+    "Q8_0": cage.q8_0,
+    "MXFP4": cage.mxfp4,
+}
 
 
 def random_params(config, seed=0):
@@ -165,7 +170,7 @@ def llama_cpp(path, requests):
 # llama.cpp rounds the inputs of a layer to the kind of its weights: to float16, or to 8
 # bits in blocks of 32, and we do not. Seen were 1e-5, 0.011, 0.28, 0.25 and 0.23, where
 # each token leads by 3.4 or more.
-APART = {"F32": 1e-4, "F16": 0.05, "Q8_0": 0.8, "Q4_0": 0.8, "Q4_1": 0.8}
+APART = {"F32": 1e-4, "F16": 0.05, "Q8_0": 0.8, "Q4_0": 0.8, "Q4_1": 0.8, "MXFP4": 0.8}
 
 
 def ask_for_50(path, prompt):
@@ -205,6 +210,7 @@ ROUNDED_APART = {
     ("Q8_0", "layers/.*/kernel"): (0.05, 2e-5),
     ("Q4_0", "layers/.*/kernel"): (0.05, 2e-5),
     ("Q4_1", "layers/.*/kernel"): (0.2, 0.02),
+    ("MXFP4", "layers/.*/kernel"): (0.05, 2e-5),
     ("Q4_0", ".*kernel"): (0.1, 0.02),
 }
 
