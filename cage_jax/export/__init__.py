@@ -1,11 +1,12 @@
 """Export to files for other programs, with the trained codes bit for bit.
 
-`compressed_tensors` writes a folder for transformers and vLLM, of a Llama or, with
-`read_tensors`, of any model in such a folder. `gguf` writes a file for llama.cpp,
-and `stablehlo` a program that runs without this library. `save` and `save_orbax` store
-a tree of codes of any model. `cage_jax.load` reads all of them, by the registry in
-`target`. `rules_to_json` stores a table of rules. `cage_jax.audit` compares a file with
-its training, and `recovered_grid` finds the grid of floats that were trained on one.
+`compressed_tensors` writes a folder for transformers and vLLM, and `gguf` a file for
+llama.cpp, of a Llama or, with `read_tensors`, of any model in such a folder or file.
+`stablehlo` writes a program that runs without this library. `save` and `save_orbax`
+store a tree of codes of any model. `cage_jax.load` reads all of them, by the registry
+in `target`. `rules_to_json` stores a table of rules. `cage_jax.audit` compares a file
+with its training, and `recovered_grid` finds the grid of floats that were trained on
+one.
 """
 
 from cage_jax.core.on_grid import recovered_grid

@@ -1,7 +1,8 @@
 """GGUF, for llama.cpp: a Llama in one file, with the trained codes bit for bit."""
 
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
@@ -13,12 +14,15 @@ from cage_jax.export.files import (
     Path,
     as_path,
     check_installed,
+    check_none,
     malformed,
 )
 from cage_jax.export.gguf_blocks import array_of, file_type, layout_of, rows_of
-from cage_jax.export.gguf_files import MAGIC, read_content
+from cage_jax.export.gguf_files import MAGIC, WRITER, is_export, read_content
+from cage_jax.export.gguf_templates import write_by_template
 from cage_jax.export.gguf_tokenizer import files_of, metadata_of, special_ids
 from cage_jax.export.target import Target
+from cage_jax.export.template_names import TensorName
 from cage_jax.export.writing import new_file
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.config_fields import in_terms_of
@@ -41,8 +45,6 @@ _DIMENSIONS = {
     "heads": "llama.attention.head_count",
     "context": "llama.context_length",
 }
-# Marks our own files, which alone are replaced.
-_WRITER = {"general.quantized_by": "cage_jax"}
 # All keys of the model that are read.
 _READ = _DIMENSIONS | {
     "vocabulary": "llama.vocab_size",
@@ -55,15 +57,16 @@ _READ = _DIMENSIONS | {
 
 def gguf(
     codes: Any,
-    config: LlamaConfig,
+    config: LlamaConfig | Path,
     path: Path,
     *,
+    names: Sequence[TensorName] | None = None,
     tokenizer: Mapping[str, bytes] | Path | None = None,
-    float_dtype: FloatDtype = "float32",
+    float_dtype: FloatDtype | None = None,
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a GGUF file for llama.cpp and programs based on it.
+    r"""Writes a GGUF file for llama.cpp and programs based on it.
 
     Codes and scales are written unchanged, in Q4_0, Q4_1, Q8_0 and MXFP4 blocks, which
     hold the codes of the presets `q4_0`, `q4_1`, `q8_0` and `mxfp4`. Other integer
@@ -78,29 +81,46 @@ def gguf(
     inputs of quantized layers to 8 bits in blocks of 32: on a CPU it computes the same
     as `llama.logits` with `inputs=q8_0()`.
 
+    A model of any architecture is written with its own GGUF as template, in place of a
+    config. The file is copied, metadata and tokenizer byte for byte, but for the type
+    of the file and who quantized it. Codes take the place of the matrices that have
+    them, and floats are cast to the types of the tensors that they replace. Tensors
+    that are codes in the template are kept, unless there are new codes for them.
+    Parameters under their names in the file have the rows of the file, as
+    `read_tensors` returns them. The rows of others, which `names` maps, are those of
+    transformers: of queries and keys they are reordered, and 1 is added to norms, as
+    llama.cpp's converter does for the architecture.
+
     Args:
       codes: the result of `quantize` for parameters with the paths and shapes of
         `config.shapes()`: codes of kernels along axis -2, codes of the embedding along
-        axis -1, and floats.
-      config: the model's dimensions.
+        axis -1, and floats. With a template, the parameters of its model, in any tree.
+      config: the model's dimensions; or the GGUF file of a model.
       path: path of the file.
+      names: with a template, a list of `TensorName`s, which say what the parameters are
+        called in it. None for its own names, and for those of this library's Llama.
       tokenizer: the files of a byte-level BPE by name, as bytes: "tokenizer.json" and
         "tokenizer_config.json", which names the token that ends a text; or the folder
         that contains them. With None the file has no vocabulary. llama.cpp's library
         then takes tokens by number; its server, which answers in text, loads such a
         file but stops at the first answer.
       float_dtype: dtype of unquantized parameters, "float32" or "float16"; norms are
-        always float32.
+        always float32. None for "float32".
       name: name of the model; None for the name of the file.
       overwrite: whether to replace a file that this function wrote.
 
     Raises:
       FileExistsError: if the path exists, unless `overwrite`. With `overwrite`, if
         this function did not write it.
-      TypeError: if `config` is not a `LlamaConfig`, or if a leaf is neither codes nor
-        floats.
+      FileNotFoundError: if there is no such template.
+      MalformedFileError: if the template is damaged.
+      TypeError: if `config` is no `LlamaConfig` and no path, or if a leaf is neither
+        codes nor floats.
       ValueError: if the format cannot hold the codes, floats or tokenizer; the error
-        names the parameter and what would fit. If the model is no plain Llama.
+        names the parameter and what would fit. If the model is no plain Llama, or the
+        parameters are not those of a template. If `tokenizer`, `float_dtype` or `name`
+        is given with it, or if its architecture is unknown and `names` maps its queries
+        and keys.
 
     Example:
       >>> import cage_jax as cage
@@ -124,17 +144,34 @@ def gguf(
       >>> print(model.params["layers"]["query"]["kernel"].quantizer)
       int4 full range signed max, group 32 of axis -2, float16 scales, identity
 
+      Any model, with its own file as template; here it is the same one:
+
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> gguf(llama.initial_params(config, seed=0), config, folder / "floats.gguf")
+      >>> tensors = cage.export.read_tensors(folder / "floats.gguf")
+      >>> weights = cage.q4_0(axis=-1)  # of (out, in)
+      >>> rules = cage.Rules([(r"blk.*(up|down)\.weight", weights), (".*", None)])
+      >>> codes = cage.quantize(tensors, rules)
+      >>> gguf(codes, folder / "floats.gguf", folder / "q4_0.gguf")
+
     Source: ggml's `docs/gguf.md`; `convert_hf_to_gguf.py` of llama.cpp.
     """
     check_installed("gguf", "writing a GGUF")
     import gguf as ggml
 
     path = as_path(path)
+    if isinstance(config, str | os.PathLike):
+        given = {"tokenizer": tokenizer, "float_dtype": float_dtype, "name": name}
+        check_none(given, "a GGUF as template, which is copied")
+        write_by_template(codes, config, path, names=names, overwrite=overwrite)
+        return
+    check_none({"names": names}, "a LlamaConfig, whose names are known")
+    float_dtype = "float32" if float_dtype is None else float_dtype
     check_choice("float_dtype", float_dtype, get_args(FloatDtype))
     # Two walks over the tensors, so that only one of them is in memory at a time.
     layouts = [
-        layout_of(array, names.path_in(layer), _axis(names), float_dtype)
-        for names, layer, array in tensors(codes, config)
+        layout_of(array, each.path_in(layer), _axis(each), float_dtype)
+        for each, layer, array in tensors(codes, config)
     ]
     _check_plain(config)
     metadata = _metadata(config, name or path.stem)
@@ -149,10 +186,10 @@ def gguf(
                     kind = ggml.GGUFValueType.UINT32
                 writer.add_key_value(key, value, kind)
             writer.add_quantization_version(ggml.GGML_QUANT_VERSION)
-            for (names, layer, _), layout in zip(expected_tensors(config), layouts):
+            for (each, layer, _), layout in zip(expected_tensors(config), layouts):
                 count = layout.shape[0] if len(layout.shape) > 1 else 1
                 writer.add_tensor_info(
-                    names.gguf.format(layer),
+                    each.gguf.format(layer),
                     layout.shape,
                     np.dtype(np.float32),  # ignored, because the raw dtype is given
                     count * layout.row_bytes,
@@ -161,9 +198,9 @@ def gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for (names, layer, array), layout in zip(tensors(codes, config), layouts):
-                rows = rows_of(array, names.path_in(layer), layout, _axis(names))
-                order = _row_order(names, config, back=False)
+            for (each, layer, array), layout in zip(tensors(codes, config), layouts):
+                rows = rows_of(array, each.path_in(layer), layout, _axis(each))
+                order = _row_order(each, config, back=False)
                 writer.write_tensor_data(rows if order is None else rows[order])
         finally:
             writer.close()
@@ -224,7 +261,7 @@ class Arrays(NamedTuple):
 
 def read_arrays(path: Path) -> Arrays:
     """Reads the tensors of a file one by one; raises as `read` does."""
-    metadata, found = read_content(path)
+    metadata, found, *_ = read_content(path)
     config = _config(metadata, found)
     _check_count(found, config)
     arrays, kinds = {}, {}
@@ -254,7 +291,7 @@ def _metadata(config, name):
     return {
         "general.type": "model",
         "general.name": name,
-        **_WRITER,
+        **WRITER,
         **dimensions,
         "llama.vocab_size": config.vocabulary,
         "llama.attention.head_count_kv": config.kv_heads,
@@ -403,14 +440,6 @@ def is_file(path: pathlib.Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def is_export(path: pathlib.Path) -> bool:
-    """Tells whether `gguf` wrote a file."""
-    try:
-        return read_content(path).metadata.items() >= _WRITER.items()
-    except MalformedFileError:
-        return False
 
 
 TARGET = Target(

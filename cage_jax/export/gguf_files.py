@@ -6,14 +6,17 @@ with the size of the file before it uses them.
 """
 
 import math
+import pathlib
 import struct
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from cage_jax.export.files import Path, as_path, malformed
+from cage_jax.export.files import MalformedFileError, Path, as_path, malformed
 
 MAGIC = b"GGUF"
+WRITER = {"general.quantized_by": "cage_jax"}
+"""Marks our own files, which alone are replaced."""
 _VERSIONS = (2, 3)
 # Limit of keys and of tensors: far above any model, far below what exhausts memory.
 _MOST_ENTRIES = 2**16
@@ -46,11 +49,13 @@ class Stored(NamedTuple):
       kind: name of the type, such as "Q4_0".
       shape: shape of the tensor; blocks run along the last axis.
       data: bytes of the tensor, uint8 of shape (bytes,), read-only.
+      begin: the first of them in the file.
     """
 
     kind: str
     shape: tuple[int, ...]
     data: np.ndarray
+    begin: int
 
 
 class Content(NamedTuple):
@@ -58,11 +63,17 @@ class Content(NamedTuple):
 
     Attributes:
       metadata: numbers, bools, texts, lists of texts and arrays of numbers by key.
-      tensors: tensors by name.
+      tensors: tensors by name, in their order.
+      stored_keys: the bytes of each key and its value in the file.
+      version: version of the format.
+      alignment: tensors begin at multiples of it.
     """
 
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
+    stored_keys: dict[str, bytes]
+    version: int
+    alignment: int
 
 
 def read_content(path: Path) -> Content:
@@ -83,18 +94,34 @@ def read_content(path: Path) -> Content:
             cursor.refuse(f"be of a version among {_VERSIONS}, little-endian", version)
         tensor_count, key_count = cursor.entries(), cursor.entries()
         metadata: dict[str, Any] = {}
+        stored_keys: dict[str, bytes] = {}
         for _ in range(key_count):
-            key = cursor.text(_LONGEST_KEY)
+            begin, key = cursor.position, cursor.text(_LONGEST_KEY)
             if key in metadata:
                 cursor.refuse("have each key once", f"{key!r} twice")
             metadata[key] = cursor.value(cursor.number("I"))
+            stored_keys[key] = bytes(cursor.view[begin : cursor.position])
         table = [_entry(cursor) for _ in range(tensor_count)]
     except UnicodeDecodeError as error:
         cursor.refuse("have texts in UTF-8", error)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         cursor.refuse("have a power of two as general.alignment", repr(alignment))
-    return Content(metadata, _located(table, cursor, alignment, content))
+    tensors = _located(table, cursor, alignment, content)
+    return Content(metadata, tensors, stored_keys, version, alignment)
+
+
+def is_export(path: pathlib.Path) -> bool:
+    """Tells whether we wrote a file."""
+    try:
+        return read_content(path).metadata.items() >= WRITER.items()
+    except MalformedFileError:
+        return False
+
+
+def padded(position: int, alignment: int) -> int:
+    """Returns the first multiple of `alignment` that is not before a position."""
+    return -(-position // alignment) * alignment
 
 
 def _entry(cursor):
@@ -111,10 +138,7 @@ def _located(table, cursor, alignment, content):
     """Locates the tensors of the table, which follow it one after another."""
     from gguf import GGML_QUANT_SIZES
 
-    def padded(position):
-        return -(-position // alignment) * alignment
-
-    begin, expected = padded(cursor.position), 0
+    begin, expected = padded(cursor.position, alignment), 0
     tensors: dict[str, Stored] = {}
     for name, number, shape, offset in table:
         if name in tensors:
@@ -137,8 +161,9 @@ def _located(table, cursor, alignment, content):
             cursor.refuse(
                 f"have {stop} bytes or more, for {name!r} of {shape}", len(content)
             )
-        tensors[name] = Stored(kind.name, shape, np.asarray(content[start:stop]))
-        expected = padded(offset + stop - start)
+        data = np.asarray(content[start:stop])
+        tensors[name] = Stored(kind.name, shape, data, start)
+        expected = padded(offset + stop - start, alignment)
     return tensors
 
 

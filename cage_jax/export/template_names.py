@@ -16,7 +16,9 @@ from cage_jax.llama.tensors import PARAMETERS
 
 LISTED = 40  # problems in one error
 # Constants that some files list among the weights.
-_CONSTANT = re.compile(r".*rotary_emb\.inv_freq")
+_CONSTANT = re.compile(
+    r".*rotary_emb\.inv_freq|(?:.*\.)?rope_(?:freqs|factors_long|factors_short)\.weight"
+)
 # Modules that are no linear layers, though their weights are matrices.
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_(tokens|positions|in)|\w*embeddings?|wte|wpe|shared)"
@@ -68,15 +70,16 @@ class TensorName:
             )
 
 
-def _cage():
+def _cage(kind):
     for names in PARAMETERS.values():
+        tensor = getattr(names, kind)
         axes = "io" if names.is_kernel else None
         if not names.in_layers:
-            yield TensorName(names.path, names.huggingface, axes)
+            yield TensorName(names.path, tensor, axes)
             continue
-        yield TensorName(names.path, names.huggingface, "lio" if axes else "lo")
+        yield TensorName(names.path, tensor, "lio" if axes else "lo")
         one = names.path.replace("layers/", r"layers/(\d+)/")
-        yield TensorName(one, names.huggingface.replace("{}", r"\1"), axes)
+        yield TensorName(one, tensor.replace("{}", r"\1"), axes)
 
 
 def _tunix():
@@ -99,7 +102,7 @@ def _tunix():
 
 TABLES: Mapping[str, Sequence[TensorName]] = {
     # Our own Llama, with stacked layers or with separate ones.
-    "cage": tuple(_cage()),
+    "cage": tuple(_cage("huggingface")),
     # The Flax models of transformers: its own names, with the names of Flax at the end.
     "flax": (
         TensorName(r"(.*)/kernel", r"\1.weight", "io"),
@@ -108,6 +111,7 @@ TABLES: Mapping[str, Sequence[TensorName]] = {
     # Llama 3, Qwen 2 and Qwen 3 of tunix.
     "tunix": tuple(_tunix()),
 }
+GGUF_TABLES: Mapping[str, Sequence[TensorName]] = {"cage": tuple(_cage("gguf"))}
 
 
 class Source(NamedTuple):
@@ -139,19 +143,21 @@ class Source(NamedTuple):
         return (self.outputs[1] - self.outputs[0], *shape[1:])
 
 
-def table_of(names: Any) -> Sequence[TensorName]:
-    """Resolves a `names` argument: None, a name in `TABLES`, or a table.
+def table_of(
+    names: Any, tables: Mapping[str, Sequence[TensorName]] = TABLES
+) -> Sequence[TensorName]:
+    """Resolves a `names` argument: None, a name in `tables`, or a table.
 
     Raises:
       TypeError, ValueError: if it is anything else.
     """
     if names is None:
-        return TABLES["cage"]
-    remedy = f"Use one of {list(TABLES)}, or a list of TensorName(path, tensor, axes)."
+        return tables["cage"]
+    remedy = f"Use one of {list(tables)}, or a list of TensorName(path, tensor, axes)."
     if isinstance(names, str):
-        if names not in TABLES:
+        if names not in tables:
             raise ValueError(f"`names` must be a table; got {names!r}. {remedy}")
-        return TABLES[names]
+        return tables[names]
     if not isinstance(names, Sequence) or not all(
         isinstance(line, TensorName) for line in names
     ):
@@ -183,7 +189,7 @@ def sources_of(
             f"`codes` must have the parameters of the template, each once; got\n"
             f"{first_lines(problems, LISTED)}\n"
             f"Give `names` a line for each of them, and take what was not trained from "
-            f"read_tensors(folder)."
+            f"read_tensors."
         )
     return found.parts
 
@@ -254,6 +260,11 @@ def matched(
         if name not in found_parts and is_weight(name, tensor)
     ]
     return Matched(found_parts, left_over, misfits, without)
+
+
+def is_own_name(path: str, name: str) -> bool:
+    """Tells whether a parameter has the name of a tensor, and its layout."""
+    return path == name or path.replace("/", ".") == name
 
 
 def is_weight(name: str, tensor: Like) -> bool:

@@ -22,6 +22,7 @@ from cage_jax.export.files import (
     read_json,
     write_json,
 )
+from cage_jax.export.gguf_templates import read_gguf_tensors
 from cage_jax.export.safetensors_files import (
     INDEX,
     Header,
@@ -130,27 +131,29 @@ def read_template(folder: Path, argument: str = "config") -> Template:
     return Template(path, config, shards(path))
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    r"""Reads the tensors of a transformers model of any architecture.
+def read_tensors(folder: Path) -> dict[str, Any]:
+    r"""Reads the tensors of a model of any architecture.
 
     They are the parameters of a training in any framework, by the names of the files:
     no code of the model is needed. What is trained and quantized goes back with
-    `compressed_tensors(codes, folder, path)`. The weight of a linear layer is
-    (out, in), so that quantizers have axis=-1.
+    `compressed_tensors(codes, folder, path)`, or `gguf(codes, file, path)`. The weight
+    of a linear layer is (out, in), so that quantizers have axis=-1.
 
     Args:
-      folder: path of the folder, with config.json, and weights of floats in
-        safetensors, in one file or several.
+      folder: path of the folder of a transformers model, with config.json, and weights
+        of floats in safetensors, in one file or several; or of a GGUF file.
 
     Returns:
       A dict of arrays in the dtypes of the files. They are read-only and mapped from
-      the files, so they take memory only when they are used.
+      the files, so they take memory only when they are used. Blocks of a GGUF are
+      `QuantizedArray`s; their floats are `dequantize(tensors)`.
 
     Raises:
-      FileNotFoundError: if there is no such folder.
+      FileNotFoundError: if there is no such folder or file.
       MalformedFileError: if its files are damaged, or lead out of it.
       TypeError, ValueError: if `folder` is not a folder with weights in safetensors, or
-        if its model is quantized already.
+        if its model is quantized already. If a GGUF has blocks other than Q4_0, Q4_1,
+        Q8_0, MXFP4 and TQ2_0, or is a part of a model.
 
     Example:
       >>> import json, pathlib, tempfile
@@ -168,6 +171,8 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
       >>> codes = cage.quantize(tensors, rules)
       >>> cage.export.compressed_tensors(codes, folder, folder / "int4")
     """
+    if as_path(folder, "folder").is_file():
+        return read_gguf_tensors(folder)
     return read_shards(read_template(folder, "folder").folder)
 
 

@@ -145,6 +145,8 @@ def test_the_programs_of_the_page_of_exports(tmp_path, capsys):
         "out.gguf",
         "floats",
         "floats-int4",
+        "floats.gguf",
+        "floats-q4_0.gguf",
         "codes.safetensors",
         "layer.safetensors",
         "shipped.safetensors",
