@@ -213,6 +213,29 @@ def test_our_llama_is_written_as_with_its_config(tmp_path):
         )
 
 
+def test_names_of_transformers(tmp_path):
+    params, file = on_host(params_of()), tmp_path / "floats.gguf"
+    gguf(params, CONFIG, file)
+    export.compressed_tensors(params, CONFIG, tmp_path / "floats")
+    weights = export.read_tensors(tmp_path / "floats")
+    rules = cage.Rules([(r".*(proj|lm_head)\.weight", KINDS["Q4_1"]), (".*", None)])
+    codes = cage.quantize(weights, rules)
+    nested_codes = nested({n.replace(".", "/"): codes[n] for n in codes})
+    rules = cage.Rules([(r".*/kernel", cage.q4_1(axis=-2)), (".*", None)])
+    gguf(cage.quantize(params, rules), CONFIG, tmp_path / "expected.gguf")
+    expected = stored_in(tmp_path / "expected.gguf")
+    for tree in (codes, nested_codes):
+        found = tmp_path / "found.gguf"
+        gguf(tree, file, found, names="transformers", overwrite=True)
+        found = stored_in(found)
+        assert list(found) == list(expected)
+        for name, (kind, data) in expected.items():
+            assert found[name][0] == kind and same_bits(found[name][1], data), name
+    other = {"model.layers.0.self_attn.r_proj.weight": weights["lm_head.weight"]}
+    with pytest.raises(ValueError, match=r"r_proj\.weight`: no tensor of"):
+        gguf(codes | other, file, tmp_path / "out.gguf", names="transformers")
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "MXFP4"])
 def test_stacks_that_are_joined(kind, rng, tmp_path):
     fused = {f"blk.{layer}.ffn_up.weight": ("F16", (48, 64)) for layer in range(2)}
@@ -310,6 +333,25 @@ def test_rows_and_norms_of_an_architecture(architecture, rng, tmp_path):
     for name, (kind, data) in stored_in(tmp_path / "b.gguf").items():
         found = ggml.quants.dequantize(data, ggml.GGMLQuantizationType[kind])
         np.testing.assert_array_equal(found, expected[name], name)
+    # The same by the names of transformers, but for a norm under its own name.
+    named = {
+        "self_attn.q_proj.weight": "attn_q.weight",
+        "self_attn.k_proj.weight": "attn_k.weight",
+        "self_attn.v_proj.weight": "attn_v.weight",
+        "self_attn.q_proj.bias": "attn_q.bias",
+        "input_layernorm.weight": "attn_norm.weight",
+    }
+    tree = {f"model.layers.0.{n}": weights[f"blk.0.{own}"] for n, own in named.items()}
+    own = "blk.0.attn_q_norm.weight"
+    tree[own] = expected[own] = weights[own]
+    for name, count in {"q.weight": 4, "k.weight": 2}.items():
+        rows = weights[f"blk.0.attn_{name}"]
+        if architecture in ("llama", "granite"):
+            rows = paired(rows, count)
+        expected[f"blk.0.attn_{name}"] = rows
+    gguf(tree, path, tmp_path / "named.gguf", names="transformers")
+    for name, (_, data) in stored_in(tmp_path / "named.gguf").items():
+        np.testing.assert_array_equal(data, expected[name], name)
     # Under the names of the file, everything is as it is there.
     gguf(weights, path, tmp_path / "c.gguf")
     for name, (_, data) in stored_in(tmp_path / "c.gguf").items():

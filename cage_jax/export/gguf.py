@@ -60,7 +60,7 @@ def gguf(
     config: LlamaConfig | Path,
     path: Path,
     *,
-    names: Sequence[TensorName] | None = None,
+    names: str | Sequence[TensorName] | None = None,
     tokenizer: Mapping[str, bytes] | Path | None = None,
     float_dtype: FloatDtype | None = None,
     name: str | None = None,
@@ -97,8 +97,9 @@ def gguf(
         axis -1, and floats. With a template, the parameters of its model, in any tree.
       config: the model's dimensions; or the GGUF file of a model.
       path: path of the file.
-      names: with a template, a list of `TensorName`s, which say what the parameters are
-        called in it. None for its own names, and for those of this library's Llama.
+      names: with a template, what the parameters are called in it. None for its own
+        names, and for those of this library's Llama; "transformers" for the names of
+        transformers, as `read_tensors(folder)` has them; or a list of `TensorName`s.
       tokenizer: the files of a byte-level BPE by name, as bytes: "tokenizer.json" and
         "tokenizer_config.json", which names the token that ends a text; or the folder
         that contains them. With None the file has no vocabulary. llama.cpp's library

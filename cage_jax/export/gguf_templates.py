@@ -39,6 +39,7 @@ from cage_jax.export.gguf_files import (
 from cage_jax.export.safetensors_files import Like
 from cage_jax.export.template_names import (
     GGUF_TABLES,
+    TensorName,
     is_own_name,
     sources_of,
     table_of,
@@ -171,7 +172,10 @@ def write_by_template(
     template = read_template(file)
     tensors, leaves = template.tensors, leaves_of(codes)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    sources = sources_of(shapes, tensors, table_of(names, GGUF_TABLES))
+    tables = dict(GGUF_TABLES)
+    if names == "transformers":
+        tables["transformers"] = _lines_of_transformers(shapes, template)
+    sources = sources_of(shapes, tensors, table_of(names, tables))
     _check_quantized(sources, leaves, template)
     coding = functools.partial(_coding, template=template)
     coded = coded_tensors(sources, leaves, tensors, coding, "GGUF")
@@ -207,6 +211,25 @@ def write_by_template(
     ]
     with new_file(path, is_export=is_export, overwrite=overwrite) as temporary:
         _write(template, temporary, layouts, replaced, rows_of)
+
+
+def _lines_of_transformers(paths, template):
+    """Returns a table for parameters by the names of transformers, from the package."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    lines = {}
+    for kind, architecture in MODEL_ARCH_NAMES.items():
+        if architecture != template.architecture:
+            continue
+        known = get_tensor_name_map(kind, 1)
+        for path in paths:
+            pieces = re.split(r"\d+", path, maxsplit=1)  # around the block's number
+            first = "0".join(pieces).replace("/", ".")
+            if name := known.get_name(first, (".weight", ".bias")):
+                pattern = r"(\d+)".join(map(re.escape, pieces))
+                tensor = name.replace("blk.0.", r"blk.\1.")
+                lines[pattern] = TensorName(pattern, tensor)
+    return list(lines.values())
 
 
 class _Coded(NamedTuple):
