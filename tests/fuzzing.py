@@ -73,6 +73,7 @@ def corpus(folder: pathlib.Path) -> list[pathlib.Path]:
     blocks = codes(cage.q4_0(), cage.q8_0(axis=-1))
     cage.export.gguf(blocks, CONFIG, folder / "q4_0.gguf", **options)
     cage.export.gguf(codes(cage.q4_1()), CONFIG, folder / "q4_1.gguf")
+    cage.export.gguf(codes(cage.mxfp4()), CONFIG, folder / "mxfp4.gguf")
     native.save(Model(codes(cage.int3()), CONFIG, tokenizer), folder / "native")
     tree = codes(cage.nf4(group_size=32))
     cage.export.save(tree, folder / "tree.safetensors")

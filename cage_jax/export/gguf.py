@@ -1,4 +1,4 @@
-"""GGUF, for llama.cpp: a Llama in one file, with the trained codes bit for bit."""
+"""GGUF, for llama.cpp: one file, of a Llama or by template, with codes bit for bit."""
 
 import os
 import pathlib
@@ -282,8 +282,8 @@ def _check_plain(config):
         if value := getattr(config, name):
             raise ValueError(
                 f"`config` must be of a plain Llama; got {name}={value!r}. "
-                f"Other models are not written as GGUF yet: use "
-                f"cage_jax.export.compressed_tensors."
+                f"Pass the model's own GGUF in its place, which llama.cpp's "
+                f"convert_hf_to_gguf.py makes."
             )
 
 
