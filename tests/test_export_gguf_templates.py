@@ -333,7 +333,9 @@ def test_rows_and_norms_of_an_architecture(architecture, rng, tmp_path):
     for name, (kind, data) in stored_in(tmp_path / "b.gguf").items():
         found = ggml.quants.dequantize(data, ggml.GGMLQuantizationType[kind])
         np.testing.assert_array_equal(found, expected[name], name)
-    # The same by the names of transformers, but for a norm under its own name.
+    # The same by the names of transformers, but for a norm under its own name; though
+    # they are the very bytes of the file.
+    weights = export.read_tensors(path)
     named = {
         "self_attn.q_proj.weight": "attn_q.weight",
         "self_attn.k_proj.weight": "attn_k.weight",
@@ -343,12 +345,14 @@ def test_rows_and_norms_of_an_architecture(architecture, rng, tmp_path):
     }
     tree = {f"model.layers.0.{n}": weights[f"blk.0.{own}"] for n, own in named.items()}
     own = "blk.0.attn_q_norm.weight"
-    tree[own] = expected[own] = weights[own]
-    for name, count in {"q.weight": 4, "k.weight": 2}.items():
-        rows = weights[f"blk.0.attn_{name}"]
-        if architecture in ("llama", "granite"):
-            rows = paired(rows, count)
-        expected[f"blk.0.attn_{name}"] = rows
+    tree[own] = weights[own]
+    expected = dict(weights)
+    if architecture in ("llama", "granite"):
+        for name, count in {"q.weight": 4, "k.weight": 2, "q.bias": 4}.items():
+            name = f"blk.0.attn_{name}"
+            expected[name] = paired(weights[name], count)
+    if architecture == "gemma2":
+        expected["blk.0.attn_norm.weight"] = weights["blk.0.attn_norm.weight"] + 1
     gguf(tree, path, tmp_path / "named.gguf", names="transformers")
     for name, (_, data) in stored_in(tmp_path / "named.gguf").items():
         np.testing.assert_array_equal(data, expected[name], name)
