@@ -124,7 +124,7 @@ def test_wrong_codes(template, rng, tmp_path):
                 ValueError,
                 "`blk.0.attn_norm.weight`: `codes` must have finite values",
             ),
-            (lambda: write(names="tunix"), ValueError, "`names` must be a table"),
+            (lambda: write(names="tunix"), ValueError, "Use one of .*transformers"),
             (lambda: write(name="x"), ValueError, "`name` must be None"),
             (lambda: write(tokenizer={}), ValueError, "`tokenizer` must be None"),
             (

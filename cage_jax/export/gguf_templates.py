@@ -172,10 +172,10 @@ def write_by_template(
     template = read_template(file)
     tensors, leaves = template.tensors, leaves_of(codes)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    tables = dict(GGUF_TABLES)
-    if names == "transformers":
-        tables["transformers"] = _lines_of_transformers(shapes, template)
-    sources = sources_of(shapes, tensors, table_of(names, tables))
+    by_theirs = names == "transformers"
+    lines = _lines_of_transformers(shapes, template) if by_theirs else []
+    table = table_of(names, {**GGUF_TABLES, "transformers": lines})
+    sources = sources_of(shapes, tensors, table)
     _check_quantized(sources, leaves, template)
     coding = functools.partial(_coding, template=template)
     coded = coded_tensors(sources, leaves, tensors, coding, "GGUF")
