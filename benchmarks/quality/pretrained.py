@@ -5,7 +5,6 @@ a seed share the batches. What no training is needed for, full precision and rou
 are cells of their own.
 """
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -36,6 +35,7 @@ ARMS: dict[str, tuple[Method, float]] = {
     "winq": (METHODS["winq"], FLOOR),
 }
 BETWEEN = ("ste", "recommended")
+FREE = ("ste", "ste0", "recommended")
 TRAINED = re.compile(
     r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+), "
     r"seed (?P<seed>\d+)"
@@ -70,17 +70,24 @@ def names(
     widths: Iterable[str], objectives: Iterable[str], seeds: int = SEEDS
 ) -> list[str]:
     """Returns the names of all cells, those without training first."""
-    widths, objectives = [*widths], [*objectives]
-    trained = itertools.product(range(seeds), STARTS, widths, objectives, ARMS)
-    # All arms with the plainest recipe and with the best one, two with those between.
-    ends = (STARTS[0], objectives[0]), (STARTS[-1], objectives[-1])
+    widths, (plain, *others) = [*widths], [*objectives]
+    best = others[-1] if others else plain
+    # All methods with the teacher's predictions; what start and objective are worth,
+    # with few of them.
+    recipes = {
+        (STARTS[0], best): tuple(ARMS),
+        (STARTS[1], best): BETWEEN,
+        **({(STARTS[0], plain): FREE} if others else {}),
+    }
     return [
         "full precision",
         *(f"{width}, {start}" for width in widths for start in STARTS),
         *(
             f"{width}, {objective}, from {start}: {arm}, seed {seed}"
-            for seed, start, width, objective, arm in trained
-            if arm in BETWEEN or (start, objective) in ends
+            for seed in range(seeds)
+            for width in widths
+            for (start, objective), arms in recipes.items()
+            for arm in arms
         ),
     ]
 

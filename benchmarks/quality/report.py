@@ -466,6 +466,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "g2p_words": ("g2p", pretrained_report.means("words right", 1, scale=100)),
     "g2p_recovered": ("g2p", pretrained_report.recovered("cross-entropy")),
     "minilm": ("minilm", pretrained_report.means("distance")),
+    "pitch": ("pitch", pretrained_report.means("KL")),
+    "pitch_right": ("pitch", pretrained_report.means("tones right", 1, 100)),
     "minilm_nearest": ("minilm", pretrained_report.means("same nearest", 1, 100)),
     "tuned": ("tuned", tuned),
     "classifiers_recovered": ("classifiers", classifiers_recovered),

@@ -23,6 +23,7 @@ import language_models
 import minilm
 import paper
 import pieces
+import pitch
 import plots
 import prose
 import quadratics
@@ -42,6 +43,7 @@ TABLES = {
     "finetuning": finetuning,
     "g2p": g2p,
     "minilm": minilm,
+    "pitch": pitch,
     "pieces": pieces,
     "paper": paper,
 }
@@ -51,8 +53,9 @@ PLAN = {
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
-    "g2p": "185 cells, most of them trainings of 3000 steps of two GRUs: 8 hours",
-    "minilm": "133 cells, most of them trainings of 2000 steps of a BERT: 8 hours",
+    "g2p": "125 cells, most of them trainings of 3000 steps of two GRUs: 5 hours",
+    "minilm": "88 cells, most of them trainings of 2000 steps of a BERT: 5 hours",
+    "pitch": "187 cells, most of them trainings of 1000 steps of a CNN: 4 hours",
     "pieces": "9 cells of a fine-tuning of SmolLM2-135M: 8 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }

@@ -1,9 +1,12 @@
-"""The study's small pretrained models: the letters to phonemes of g2p-en."""
+"""The study's small pretrained models: letters, sentences, tones."""
+
+import itertools
 
 import g2p
 import jax
 import minilm
 import numpy as np
+import pitch
 import pretrained
 import pretrained_report
 import pytest
@@ -110,7 +113,8 @@ def test_names_are_those_of_cells():
     assert len(set(names)) == len(names)
     trained = [name for name in names if "seed" in name]
     assert all(pretrained.TRAINED.fullmatch(name) for name in trained)
-    assert len(trained) == 2 * 2 * 2 * (len(pretrained.ARMS) + 2)
+    recipes = len(pretrained.ARMS) + len(pretrained.BETWEEN) + len(pretrained.FREE)
+    assert len(trained) == 2 * 2 * recipes
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -180,3 +184,77 @@ def test_the_embeddings_are_those_of_transformers(rng):
     params = {k.replace(".", "/"): v.numpy() for k, v in model.state_dict().items()}
     found = minilm.embeddings(params, minilm.Sentences(tokens))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+CHANNELS = (1, 8, 4, 4, 4, 4, 8)
+
+
+@pytest.fixture
+def crepe(rng):
+    """Arrays of random weights by torchcrepe's names."""
+    arrays = {"classifier.weight": (360, 32), "classifier.bias": (360,)}
+    for number, (before, own) in enumerate(itertools.pairwise(CHANNELS), start=1):
+        width = 512 if number == 1 else 64
+        arrays[f"conv{number}.weight"] = (own, before, width, 1)
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        arrays |= {f"conv{number}_BN.{kind}": (own,) for kind in kinds}
+        arrays[f"conv{number}.bias"] = (own,)
+    values = {name: rng.normal(size=shape) / 8 for name, shape in arrays.items()}
+    return {
+        name: np.float32(np.abs(value) if "var" in name else value)
+        for name, value in values.items()
+    }
+
+
+def test_the_pitch_is_that_of_torch(crepe):
+    torch = pytest.importorskip("torch", reason="the oracle")
+    layers = torch.nn.functional
+    tones = pitch.draw(jax.random.key(0), 3)
+    arrays = {name: torch.from_numpy(array) for name, array in crepe.items()}
+    x = torch.from_numpy(np.array(tones.samples))[:, None]
+    for number in range(1, 7):
+        first = number == 1
+        x = layers.pad(x, (254, 254) if first else (31, 32))
+        kernel, bias = (arrays[f"conv{number}.{kind}"] for kind in ("weight", "bias"))
+        x = layers.conv1d(x, kernel[..., 0], bias, stride=4 if first else 1)
+        norm = [
+            arrays[f"conv{number}_BN.{kind}"]
+            for kind in ("running_mean", "running_var", "weight", "bias")
+        ]
+        x = layers.batch_norm(layers.relu(x), *norm, eps=pitch.EPSILON)
+        x = layers.max_pool1d(x, 2)
+    x = x.permute(0, 2, 1).reshape(3, -1)
+    expected = x @ arrays["classifier.weight"].T + arrays["classifier.bias"]
+    found = pitch.logits(pitch.as_params(crepe), tones)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_tones_have_their_pitch():
+    """Harmonics of it explain a tone; those of a semitone above do not."""
+    tones = jax.tree.map(np.float64, pitch.draw(jax.random.key(1), 200))
+    np.testing.assert_allclose(tones.samples.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(tones.samples.std(axis=1), 1, rtol=1e-4)
+
+    def explained(samples, cents):
+        order = np.arange(1, pitch.HARMONICS + 1)
+        turns = 10 * 2 ** (cents / 1200) / pitch.RATE * order
+        angles = 2 * np.pi * np.arange(pitch.SAMPLES)[:, None] * turns[turns < 0.5]
+        waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        rest = samples - waves @ np.linalg.lstsq(waves, samples)[0]
+        return 1 - rest.var()
+
+    found, above = (
+        np.array([explained(x, c + away) for x, c in zip(*tones)]) for away in (0, 100)
+    )
+    assert np.median(found) > 0.98 and (found > above).mean() > 0.98
+
+
+def test_the_pitch_of_logits(rng):
+    """A bump around a bin means that bin; 20 cents apart, the first at 31.7 Hz."""
+    bins = rng.uniform(5, 350, 20)
+    bump = np.exp(-0.5 * np.square((np.arange(360) - bins[:, None]) / 1.25))
+    with np.errstate(divide="ignore"):
+        found = np.maximum(np.log(bump / (1 - bump)), -50)
+    hertz = 10 * 2 ** (np.asarray(pitch.cents_of(np.float32(found))) / 1200)
+    expected = 31.7017 * 2 ** (bins * 20 / 1200)
+    np.testing.assert_allclose(hertz, expected, rtol=0.002)
