@@ -99,8 +99,8 @@ def compressed_tensors(
       path: path of the folder.
       names: with a template, what the parameters are called in it. None for its own
         names, and for those of this library's Llama; "flax" for the Flax models of
-        transformers; "tunix" for Llama 3, Qwen 2 and Qwen 3 of tunix; or a list of
-        `TensorName`s.
+        transformers; "tunix" for Llama 3, Qwen 2 and Qwen 3 of tunix;
+        "maxtext_qwen" for Qwen 2 and Qwen 3 of MaxText; or a list of `TensorName`s.
       tokenizer: the tokenizer's files by name, such as "tokenizer.json", as bytes; or
         the folder that contains them.
       dtype: dtype of the model and of all unquantized parameters: "float32", "float16"

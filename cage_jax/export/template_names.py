@@ -100,6 +100,38 @@ def _tunix():
     yield TensorName("lm_head/w", "lm_head.weight", "io")
 
 
+def _maxtext():
+    of_one = {
+        "pre_self_attention_layer_norm/scale": ("input_layernorm.weight", "o"),
+        "post_self_attention_layer_norm/scale": (
+            "post_attention_layernorm.weight",
+            "o",
+        ),
+        "self_attention/out/kernel": ("self_attn.o_proj.weight", "iio"),
+        "mlp/wi_0/kernel": ("mlp.gate_proj.weight", "io"),
+        "mlp/wi_1/kernel": ("mlp.up_proj.weight", "io"),
+        "mlp/wo/kernel": ("mlp.down_proj.weight", "io"),
+        "moe_block/gate/kernel": ("mlp.gate.weight", "io"),
+    }
+    for name in ("query", "key", "value"):
+        ours, theirs = f"self_attention/{name}", f"self_attn.{name[0]}"
+        of_one[f"{ours}/kernel"] = f"{theirs}_proj.weight", "ioo"
+        of_one[f"{ours}/bias"] = f"{theirs}_proj.bias", "oo"
+        of_one[f"{ours}_norm/scale"] = f"{theirs}_norm.weight", "o"
+    ours, theirs = r".*decoder/layers[_/](\d+)/", r"model.layers.\1."
+    for path, (tensor, axes) in of_one.items():
+        yield TensorName(ours + path, theirs + tensor, axes)
+        # Layers that are scanned lie along axis 1.
+        stack, axes = f"model.layers.{{}}.{tensor}", f"{axes[0]}l{axes[1:]}"
+        yield TensorName(f".*decoder/layers/{path}", stack, axes)
+    for path, tensor in ("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"):
+        experts = f"{theirs}mlp.experts.{{}}.{tensor}_proj.weight"
+        yield TensorName(f"{ours}moe_block/{path}", experts, "lio")
+    yield TensorName(".*token_embedder/embedding", "model.embed_tokens.weight")
+    yield TensorName(".*decoder/decoder_norm/scale", "model.norm.weight")
+    yield TensorName(".*decoder/logits_dense/kernel", "lm_head.weight", "io")
+
+
 TABLES: Mapping[str, Sequence[TensorName]] = {
     # Our own Llama, with stacked layers or with separate ones.
     "cage": tuple(_cage("huggingface")),
@@ -110,6 +142,9 @@ TABLES: Mapping[str, Sequence[TensorName]] = {
     ),
     # Llama 3, Qwen 2 and Qwen 3 of tunix.
     "tunix": tuple(_tunix()),
+    # Qwen 2 and Qwen 3 of MaxText. Of Llama and Mistral it has other queries: divided
+    # by the root of the size of a head, and their rows in another order.
+    "maxtext_qwen": tuple(_maxtext()),
 }
 GGUF_TABLES: Mapping[str, Sequence[TensorName]] = {"cage": tuple(_cage("gguf"))}
 
