@@ -1,5 +1,6 @@
 """The plan of a budget of tokens: its formulas in float64, and what it says."""
 
+import inspect
 import math
 import operator
 import re
@@ -121,6 +122,10 @@ def test_the_functions_that_it_names_are_there(make):
     } < names
     for name in names:
         assert callable(operator.attrgetter(name)(cage))
+    options = {*re.findall(r"cage\.(\w+)\(\.\.\., (\w+)=", " ".join(texts))}
+    assert options == {("gptq", "rounded")}  # to train from what it returns
+    for name, option in options:
+        assert option in inspect.signature(getattr(cage, name)).parameters
 
 
 def test_it_prints_what_it_returns(capsys):

@@ -252,7 +252,10 @@ def _pieces(bits, tokens, pretrained, dose) -> tuple[str, ...]:
             "only if the loss rose, cage.distill",
         )
     found = ["bits where they cost least: cage.choose_bits"]
-    found.append("a start on the grid: cage.gptq, by some hundred sequences")
+    found.append(
+        "a better start than rounding: cage.gptq(..., rounded=False), by some hundred "
+        "sequences"
+    )
     if bits < 3.5:
         found.append(
             "block by block, cage.finetuning.reconstruct: weights at 1e-5 (2e-5 at 2 "
