@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M, or another Llama, to few bits, and exports it.
 
 The model is first trained a little in full precision: this is the teacher. From there
-each target starts on its grid (`--start gptq`), block by block (`--blocks`), learns the
+each target starts from GPTQ (`--start gptq`), block by block (`--blocks`), learns the
 teacher's predictions (`--distill`) while CAGE pulls weights to the grid (`--cage`), and
 ends with its scales alone (`--scales`). Then the codes are written, and transformers
 and llama.cpp read them: their perplexity is that of training.
@@ -34,6 +34,7 @@ with program.imports(__name__):
         TARGETS,
         Finetuning,
         Pieces,
+        Recipe,
         Sizes,
         Target,
         inputs_of,
@@ -128,14 +129,10 @@ class Settings:
         return settings
 
     @property
-    def pieces(self) -> Pieces:
-        """What a fine-tuning is made of."""
-        return Pieces(self.start, self.blocks, self.distill, self.cage, self.scales)
-
-    @property
-    def sizes(self) -> Sizes:
-        """The lengths of its stages, after `resolved`."""
-        return Sizes(
+    def recipe(self) -> Recipe:
+        """How each target is fine-tuned, after `resolved`."""
+        pieces = Pieces(self.start, self.blocks, self.distill, self.cage, self.scales)
+        sizes = Sizes(
             self.base_steps,
             self.steps,
             self.scale_steps,
@@ -144,6 +141,8 @@ class Settings:
             self.batch,
             self.sequence,
         )
+        rate, dtype = self.learning_rate, self.dtype
+        return Recipe(pieces, sizes, rate, dtype, self.seed, self.save_every)
 
     @property
     def words(self) -> str:
@@ -392,19 +391,7 @@ def main() -> int:
             RunFolder(settings.out, kept, resume=settings.resume) as folder,
             Progress(*COLUMNS, console=console) as bars,
         ):
-            tuning = Finetuning(
-                model,
-                tokens,
-                held_out,
-                pieces=settings.pieces,
-                sizes=settings.sizes,
-                learning_rate=settings.learning_rate,
-                dtype=settings.dtype,
-                seed=settings.seed,
-                save_every=settings.save_every,
-                folder=folder,
-                bars=bars,
-            )
+            tuning = Finetuning(model, tokens, held_out, settings.recipe, folder, bars)
             found = results_of(tuning, settings, folder, bars.console)
     except (ValueError, OSError, Failed) as error:
         console.print(f"error: {escape(str(error))}", soft_wrap=True)

@@ -1,9 +1,8 @@
 """The stages of a fine-tuning to few bits: each piece composes with the others.
 
 A model is first trained a little in full precision: this is the teacher, and the start
-of each target. Then come a start on the grid, blocks, the training of the whole model,
-and its scales alone. What a stage ends with is kept, so that a run continues where it
-was stopped.
+of each target. Then come GPTQ, blocks, the training of the whole model, and its scales
+alone. What a stage ends with is kept, so that a run continues where it was stopped.
 """
 
 import dataclasses
@@ -77,6 +76,26 @@ class Sizes(NamedTuple):
     sequence: int
 
 
+class Recipe(NamedTuple):
+    """How a model is fine-tuned.
+
+    Attributes:
+      pieces: what a fine-tuning is made of.
+      sizes: its lengths.
+      learning_rate: the peak, which falls in a cosine to a tenth.
+      dtype: of the computation; parameters are float32.
+      seed: of the order of the windows.
+      save_every: steps between two checkpoints.
+    """
+
+    pieces: Pieces
+    sizes: Sizes
+    learning_rate: float
+    dtype: str = "float32"
+    seed: int = 0
+    save_every: int = 50
+
+
 def rules_of(target: Target) -> cage.Rules:
     """Returns the rules of a target's weights, and of their inputs."""
     weights = {
@@ -122,12 +141,7 @@ class Finetuning:
       model: the pretrained model.
       tokens: what it learns from.
       held_out: what judges it.
-      pieces: what a fine-tuning is made of.
-      sizes: its lengths.
-      learning_rate: the peak, which falls in a cosine to a tenth.
-      dtype: of the computation; parameters are float32.
-      seed: of the order of the windows.
-      save_every: steps between two checkpoints.
+      recipe: how it is fine-tuned.
       folder: keeps checkpoints.
       bars: shows progress.
     """
@@ -137,27 +151,20 @@ class Finetuning:
         model: Model,
         tokens: np.ndarray,
         held_out: np.ndarray,
-        *,
-        pieces: Pieces,
-        sizes: Sizes,
-        learning_rate: float,
-        dtype: str,
-        seed: int,
-        save_every: int,
+        recipe: Recipe,
         folder: RunFolder,
         bars: Progress,
     ):
         self.model, self.held_out = model, held_out
-        self._pieces, self.sizes = pieces, sizes
-        self._rate, self._dtype, self._save_every = learning_rate, dtype, save_every
+        self.recipe, self.sizes = recipe, recipe.sizes
         self._folder, self._bars = folder, bars
         # A batch lies on as many devices as divide it.
-        count = math.gcd(sizes.batch, len(jax.devices()))
+        count = math.gcd(self.sizes.batch, len(jax.devices()))
         self._mesh = layout.mesh_of(jax.devices()[:count])
         self._batches = Batches(
-            Windows(tokens, sizes.sequence),
-            batch=sizes.batch,
-            seed=seed,
+            Windows(tokens, self.sizes.sequence),
+            batch=self.sizes.batch,
+            seed=recipe.seed,
             sharding=layout.batch_sharding(self._mesh),
         )
 
@@ -166,7 +173,7 @@ class Finetuning:
         params = jax.device_put(
             self.model.params, layout.shardings(self.model.params, self._mesh)
         )
-        optimizer = self._adamw(self._rate, self.sizes.base)
+        optimizer = self._adamw(self.recipe.learning_rate, self.sizes.base)
         loss = self._cross_entropy(cage.Rules([(r".*", None)]))
         return self._trained("base", loss, optimizer, params, self.sizes.base)
 
@@ -183,7 +190,7 @@ class Finetuning:
         Returns:
           The tree with codes.
         """
-        rules, pieces = rules_of(target), self._pieces
+        rules, pieces = rules_of(target), self.recipe.pieces
         params = teacher
         report("rounded", cage.quantize(params, rules))
         if pieces.start == "gptq":
@@ -222,7 +229,7 @@ class Finetuning:
 
     def _reconstructed(self, target, teacher, params):
         found = cage.finetuning.reconstruct(
-            llama.blocks(self.model.config, dtype=self._dtype),
+            llama.blocks(self.model.config, dtype=self.recipe.dtype),
             rules_of(target),
             params,
             self._calibration(),
@@ -230,7 +237,7 @@ class Finetuning:
             teacher=teacher,
             epochs=self.sizes.epochs,
             # More than its default, which is for thousands of steps of each block.
-            learning_rate=self._rate,
+            learning_rate=self.recipe.learning_rate,
             folder=self._folder.folder / f"{target}-blocks",
             progress=self._progress(f"{target} blocks"),
         )
@@ -238,14 +245,16 @@ class Finetuning:
 
     def _whole(self, target, teacher, params):
         rules, steps = rules_of(target), self.sizes.steps
-        optimizer = self._adamw(self._rate, steps, rules if self._pieces.cage else None)
+        pull = rules if self.recipe.pieces.cage else None
+        optimizer = self._adamw(self.recipe.learning_rate, steps, pull)
         loss = self._loss(rules, teacher)
         return self._trained(target, loss, optimizer, params, steps)
 
     def _scaled(self, target, teacher, codes):
         rules, steps = learned(rules_of(target)), self.sizes.scales
         variables = cage.with_grids(codes, rules)
-        optimizer = cage.finetuning.only_scales(self._adamw(self._rate / 10, steps))
+        adamw = self._adamw(self.recipe.learning_rate / 10, steps)
+        optimizer = cage.finetuning.only_scales(adamw)
         loss = self._loss(rules, teacher)
         variables = self._trained(f"{target}-scales", loss, optimizer, variables, steps)
         return cage.quantize(variables, rules)["params"]
@@ -255,15 +264,15 @@ class Finetuning:
     def _logits(self, params: Any, windows: jax.Array) -> jax.Array:
         """Predicts each token of windows but the first."""
         return llama.logits(
-            params, windows[:, :-1], self.model.config, dtype=self._dtype
+            params, windows[:, :-1], self.model.config, dtype=self.recipe.dtype
         )
 
     def _embedded(self, params, windows):
-        return llama.embed(params, windows[:, :-1], dtype=self._dtype)
+        return llama.embed(params, windows[:, :-1], dtype=self.recipe.dtype)
 
     def _loss(self, rules, teacher):
         """Returns `(params, windows) -> loss`, a pytree."""
-        if self._pieces.distill:
+        if self.recipe.pieces.distill:
             return cage.distill(self._logits, rules, teacher)
         return self._cross_entropy(rules)
 
@@ -337,7 +346,7 @@ class Finetuning:
             for number in range(done + 1, steps + 1):
                 state, value = run(state, loss, next(batches))
                 self._show(task, name, number, float(value))
-                if number % self._save_every == 0 and number < steps:
+                if number % self.recipe.save_every == 0 and number < steps:
                     checkpoints.save(number, state)
             checkpoints.wait()
         return state[0]

@@ -15,7 +15,7 @@ import prose
 from cells import Table
 from checkpoints import RunFolder
 from finetuning import Texts, load_texts
-from finetuning_stages import Finetuning, Pieces, Sizes, Target, inputs_of
+from finetuning_stages import Finetuning, Pieces, Recipe, Sizes, Target, inputs_of
 from rich.console import Console
 from rich.progress import Progress
 
@@ -116,19 +116,9 @@ def measure(
             batch=1,
             sequence=sequence,
         )
-        return Finetuning(
-            model,
-            texts.train,
-            next(iter(texts.judges.values())),
-            pieces=pieces,
-            sizes=sizes,
-            learning_rate=LEARNING_RATE,
-            dtype="float32",
-            seed=0,
-            save_every=25,
-            folder=folder,
-            bars=bars,
-        )
+        recipe = Recipe(pieces, sizes, LEARNING_RATE, save_every=25)
+        judged = next(iter(texts.judges.values()))
+        return Finetuning(model, texts.train, judged, recipe, folder, bars)
 
     @functools.cache
     def teacher():

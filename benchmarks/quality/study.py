@@ -99,6 +99,11 @@ def main() -> int:
                 f"`--only` must be how the name of a cell begins; got "
                 f"{' '.join(settings.only)!r}. There are {', '.join(module.names())}."
             )
+        if seeds and "seeds" not in _arguments(module.measure):
+            raise ValueError(
+                f"`--seeds` must be left out for {name}, whose cells have one seed; "
+                f"got {settings.seeds}."
+            )
         if settings.tiny:
             table = Table(name, {}, folder=None)
             with tempfile.TemporaryDirectory() as runs:

@@ -533,6 +533,8 @@ def test_the_command(monkeypatch, capsys, only):
     assert status == 2 and "`--only` must be how the name" in printed
     status, printed = run("quadratics", "--seeds", "1")
     assert status == 2 and "`--seeds` must be at least 2" in printed
+    status, printed = run("pieces", "--seeds", "3")
+    assert status == 2 and "`--seeds` must be left out for pieces" in printed
 
 
 def test_the_readme_agrees_with_the_results():
