@@ -98,3 +98,15 @@ def _without_empty_columns(header, lines):
         [header[place] for place in kept],
         [[line[place] for place in kept] for line in lines],
     )
+
+
+# By the name of a place in the README: the file, and what becomes of it.
+SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
+    "g2p": ("g2p", means("cross-entropy")),
+    "g2p_words": ("g2p", means("words right", 1, scale=100)),
+    "g2p_recovered": ("g2p", recovered("cross-entropy")),
+    "minilm": ("minilm", means("distance")),
+    "minilm_nearest": ("minilm", means("same nearest", 1, scale=100)),
+    "pitch": ("pitch", means("KL")),
+    "pitch_right": ("pitch", means("tones right", 1, scale=100)),
+}
