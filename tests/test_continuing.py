@@ -283,6 +283,58 @@ def test_a_frozen_grid_of_another_kind_is_told():
             jax.eval_shape(make(rules).update, params, state, params)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_remembers_rules_that_no_shape_shows(fused):
+    """Under jit, and in a state for each of several models."""
+    params = tree()
+
+    def make(rules):
+        return cage.cage_adamw(0.1, rules, strength=1.0)
+
+    def step(rules):
+        tx = make(rules)
+        return jax.jit(tx.fused_step) if fused else jax.jit(tx.update)
+
+    state = make(BOTH).init(params)
+    assert len(jax.tree.leaves(state[1])) == 1
+    bits = cage.Rules([("a/.*", "int4"), (".*kernel", "int8")])
+    for rules, text in (
+        (bits, "remembers int4 .*: 2 of .*, and these have int4 .*: 1 of .*, int8 "),
+        (ONE, "remembers int4 .*: 2 of .*, and these have int4 .*: 1 of "),
+        (
+            cage.Rules([("b/.*", "int4")]),
+            "remembers int4 .*, and these have int4 .*: 1 of ",
+        ),
+    ):
+        text = f"^`state` must be that of these rules; it {text}.*move_state"
+        with pytest.raises(ValueError, match=text):
+            step(rules)(params, state, params)
+        moved = cage.move_state(
+            make(rules), params, state, old_rules=BOTH, new_rules=rules
+        )
+        jax.eval_shape(make(rules).update, params, moved, params)
+    forgets = (state[0], state[1]._replace(rules=None))
+    _, after = jax.eval_shape(make(bits).update, params, forgets, params)
+    assert after[1].rules is None
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    state = jax.vmap(make(BOTH).init)(several)
+    jax.eval_shape(jax.vmap(make(BOTH).update), several, state, several)
+    with pytest.raises(ValueError, match="it remembers int4 "):
+        jax.eval_shape(jax.vmap(make(bits).update), several, state, several)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", STATES)
+def test_optax_maps_over_the_parameters_in_a_state(name):
+    params, tx = tree(), STATES[name](BOTH)
+    state = tx.init(params)
+    mapped = optax.tree_map_params(tx, lambda x: x + 1, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    if name == "recommended":
+        np.testing.assert_array_equal(mapped[0][0].mu["a"]["kernel"], 1.0)
+        chex.assert_trees_all_equal(mapped[1], state[1])
+
+
 @pytest.mark.parametrize("name", [n for n in STATES if n != "recommended"])
 def test_a_gradient_of_none_passes_where_the_optimizer_lets_it(name):
     params, tx = tree(), STATES[name](BOTH)

@@ -25,8 +25,10 @@ def _part(value):
     if hasattr(value, "_fields"):
         return f"{type(value).__name__}(...)"
     if isinstance(value, (dict, list, tuple)):
-        number = len(jax.tree.leaves(value))
-        return "1 array" if number == 1 else f"{number} arrays"
+        number, what = len(jax.tree.leaves(value)), "array"
+        if not number and isinstance(value, dict):
+            number, what = len(value), "key"
+        return f"{number} {what}{'s' * (number != 1)}"
     return repr(value)
 
 

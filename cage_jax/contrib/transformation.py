@@ -9,7 +9,7 @@ import optax
 from cage_jax.arrays.checks import warn
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.optim.correction import check_params
-from cage_jax.optim.states import check_state, first_state
+from cage_jax.optim.states import check_state, first_state, is_placeholder
 
 
 def transformation(
@@ -35,7 +35,7 @@ def transformation(
         return state_type(jnp.zeros([], jnp.int32), *dicts)
 
     def init_state(params):
-        if not rules.quantized(params):
+        if not rules.quantized(params) and not is_placeholder(params):
             warn(nothing_quantized(rules, params, ", so there is nothing to do"))
         return first_state(first, params)
 

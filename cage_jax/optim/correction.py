@@ -26,7 +26,13 @@ from cage_jax.optim.schedules import (
     is_optimizer,
     value_at,
 )
-from cage_jax.optim.states import check_state, first_state
+from cage_jax.optim.states import (
+    check_remembered,
+    check_state,
+    first_state,
+    is_placeholder,
+    remembered,
+)
 from cage_jax.optim.statistics import (
     CageStatistics,
     ParameterStatistics,
@@ -52,12 +58,16 @@ class CageState(NamedTuple):
         `grid`. None otherwise.
       statistics: with `statistics`, the statistics of the last step. None otherwise.
       curvature: with `curvature`, the state of that source. None otherwise.
+      rules: the quantizers, with the number and a digest of the paths of each, as keys
+        of a dict without arrays. So `update` refuses a state of other rules, as do
+        checkpoints. None in its place is not compared.
     """
 
     cage_count: jax.Array
     grids: dict[str, Grid] | None
     statistics: CageStatistics | None
     curvature: Any = None
+    rules: dict[str, None] | None = None
 
 
 class Fused(NamedTuple):
@@ -131,7 +141,8 @@ def correction(
     first = FirstState(rules, curvature, freeze_scale, statistics)
 
     def init(params):
-        _warn_of_rules(rules, params)
+        if not is_placeholder(params):
+            _warn_of_rules(rules, params)
         return first_state(first, params)
 
     def update(
@@ -192,7 +203,7 @@ def correction(
 
         updates = rules.map(correct, params, updates)
         count = optax.safe_increment(count)
-        return updates, CageState(count, grids, measured, source)
+        return updates, CageState(count, grids, measured, source, state.rules)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -218,6 +229,7 @@ class FirstState:
             grids=_unknown_grids(quantized) if self.freeze_scale else None,
             statistics=initial_statistics(quantized) if self.statistics else None,
             curvature=curvature and curvature.init(quantized),
+            rules=remembered(quantized),
         )
 
 
@@ -389,6 +401,7 @@ def check_parts(state: CageState, first: FirstState, params: Any) -> None:
         f: None for f, is_needed in needed.items() if not is_needed
     }
     check_state(state._replace(**others), first, params)
+    check_remembered(state.rules, first.rules.quantized(params))
 
 
 def _warn_of_rules(rules, params):
