@@ -213,7 +213,8 @@ def read_codes(path: Path) -> Any:
 
     Raises:
       MalformedFileError: if the folder is damaged.
-      ValueError: if the codes are constants in the program.
+      ValueError: if the codes are constants in the program; for arrays of 64 bits
+        without `jax_enable_x64`.
     """
     folder = as_path(path)
     description = read_json(inside(folder, DESCRIPTION))
@@ -223,8 +224,8 @@ def read_codes(path: Path) -> Any:
         raise malformed(rule, short(said), "Get the file again, or upgrade cage_jax.")
     if description.get("weights") is None:
         raise ValueError(
-            f"the folder must hold the codes in {WEIGHTS}; got {folder}, whose codes "
-            f"are constants in the program. Export it with weights='arguments'."
+            f"`path` must be a folder with the codes in {WEIGHTS}; got {folder}, whose "
+            f"codes are constants in the program. Export it with weights='arguments'."
         )
     words, _ = read(inside(folder, WEIGHTS))
     tree = Tree(description.get("parameters"))

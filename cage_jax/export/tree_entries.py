@@ -258,8 +258,8 @@ def _like(path, entry):
     parts = jax.tree.leaves(like)
     if any(jax.dtypes.canonicalize_dtype(p.dtype) != p.dtype for p in parts):
         raise ValueError(
-            f"`{path[:200]}`: arrays of 64 bits need jax_enable_x64; got {dtype}. Use "
-            f'jax.config.update("jax_enable_x64", True) first.'
+            f"`{path[:200]}`: arrays of 64 bits need jax_enable_x64; got {dtype}. Set "
+            f'JAX_ENABLE_X64=1, or use jax.config.update("jax_enable_x64", True) first.'
         )
     return like
 
