@@ -43,7 +43,8 @@ def choose_rotations(
       batches: the arguments of `function` after the parameters, a tuple for each batch.
 
     Returns:
-      `rules`, with a line for each parameter that is not rotated before the others.
+      `rules`, with a line for each parameter that is not rotated before the others, and
+      without the rules that decide nothing then.
 
     Raises:
       TypeError: for anything but `Rules`, and for a module in place of a function.
@@ -82,14 +83,22 @@ def choose_rotations(
     weights, *by_batch = found
     inputs = jax.tree.map(lambda *each: sum(each), *by_batch)
     lines, resolved = [], dict(rules.resolved)
+    with_plain, with_other = set[int](), set[int]()
     for path, (quantizer, _) in rules.quantized(params).items():
         errors = [each[path].shares() for each in (weights, inputs) if path in each]
         rotated, plain = (float(sum(each)) for each in zip(*errors))
+        rule = rules.rule_of(path)
+        assert rule is not None
         if plain < rotated:
-            inputs_plain = _plain(rules.match_inputs(path))
+            with_plain.add(id(rule))
             resolved[path] = _plain(quantizer)
-            lines.append((re.escape(path), resolved[path], inputs_plain))
-    return Rules([*lines, *rules], resolved=resolved)
+            lines.append((re.escape(path), resolved[path], _plain(rule.inputs)))
+        else:
+            with_other.add(id(rule))
+    # A rule that no longer decides anything would be warned about.
+    idle = with_plain - with_other
+    left = [rule for rule in rules if id(rule) not in idle]
+    return Rules([*lines, *left], resolved=resolved)
 
 
 class _Errors(NamedTuple):
