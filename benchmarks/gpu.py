@@ -4,8 +4,11 @@ On a machine with an H200 each kernel is first checked, against the form of `jax
 and against float64 NumPy, and then timed beside the former, a copy of the array on the
 device and, where it is installed, PyTorch: two minutes. Elsewhere `--compile` counts
 what both forms move to and from memory and what registers the kernels need. Both are
-kept in one record. It needs JAX, Optax, NumPy, SciPy and rich: no more than is found
-where the GPU is.
+kept in one record.
+
+`--all` runs whatever is worth knowing on a GPU for so many minutes, see `gpu_day.py`:
+tests, agreement, this table, train steps, trainings. `--pack` makes the folder that
+has to be there.
 """
 
 import argparse
@@ -35,7 +38,6 @@ import numpy as np
 from kernel_cases import CASES_FOR_GPU as CASES
 from kernel_cases import Case
 from measurement import Rows
-from rich.console import Console
 
 import cage_jax as cage
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
@@ -285,22 +287,48 @@ def table(made: dict[str, Any]) -> Rows:
     return Rows(header, cells)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; the exit status."""
-    console = Console()
+def before() -> dict[str, Any]:
+    """Returns the record as it was, with a figure for each case."""
+    path = measurement.RESULTS / "gpu.json"
+    found = json.loads(path.read_text()) if path.exists() else {"figures": {}}
+    figures = {
+        str(case): {"least": case.least} | found["figures"].get(str(case), {})
+        for case in CASES
+    }
+    return found | {"figures": figures}
+
+
+def _settings(arguments):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true", help="for an H200, not here")
     parser.add_argument("--tiny", action="store_true", help="one case; nothing is kept")
-    settings = parser.parse_args(arguments)
+    parser.add_argument("--all", action="store_true", help="everything; goes on")
+    parser.add_argument("--minutes", type=float, default=25.0, help="of --all")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="of --all")
+    parser.add_argument("--pack", type=Path, help="make this folder for --all")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="of --pack")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="of --pack")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program; the exit status."""
+    settings = _settings(arguments)
+    if settings.pack or settings.all:
+        import gpu_day
+
+        if settings.pack:
+            text = settings.text, settings.vocabulary
+            print(f"{gpu_day.pack(settings.pack, *text) / 1e6:.1f} MB")
+        else:
+            gpu_day.run(settings.out, settings.minutes, settings.tiny)
+        return 0
+    from rich.console import Console
+
+    console = Console()
     if settings.compile or settings.tiny:
         jax.config.update("jax_platforms", "cpu")
-    path = measurement.RESULTS / "gpu.json"
-    before = json.loads(path.read_text()) if path.exists() else {"figures": {}}
-    figures = {
-        str(case): {"least": case.least} | before["figures"].get(str(case), {})
-        for case in CASES
-    }
-    copy = before.get("copy")
+    figures, copy = before()["figures"], before().get("copy")
     if settings.tiny:
         (case, *_) = CASES
         check(case, interpret=True)

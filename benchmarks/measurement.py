@@ -10,10 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:  # what only measures needs no rich
+    from rich.console import Console
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -164,8 +164,10 @@ def save(record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def show(record: Mapping[str, Any], rows: Rows, console: Console) -> None:
+def show(record: Mapping[str, Any], rows: Rows, console: "Console") -> None:
     """Prints the table of a record and its targets."""
+    from rich.table import Table
+
     table = Table(title=record["title"])
     for number, name in enumerate(rows.header):
         table.add_column(name, justify="right" if number else "left")
@@ -177,7 +179,7 @@ def show(record: Mapping[str, Any], rows: Rows, console: Console) -> None:
 
 
 def finish(
-    record: Mapping[str, Any], rows: Rows, console: Console, *, keep: bool
+    record: Mapping[str, Any], rows: Rows, console: "Console", *, keep: bool
 ) -> None:
     """Prints a record and, unless it is only a trial, writes it."""
     show(record, rows, console)

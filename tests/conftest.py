@@ -5,7 +5,8 @@ import gc
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Kernels may be tested where there is a GPU, by JAX_PLATFORMS=cuda.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

@@ -1,4 +1,4 @@
-"""Kernels for GPU: interpreted, against float64 NumPy; and lowered for CUDA."""
+"""Kernels for GPU against float64 NumPy, run or interpreted; and lowered for CUDA."""
 
 import dataclasses
 from functools import partial
@@ -39,6 +39,8 @@ CASES = [
     ("quest", 0, (256, 32, 32)),
     ("int4 groups", -3, (2, 128, 32, 32)),
 ]
+# Not on a GPU, with JAX_PLATFORMS=cuda.
+INTERPRET = jax.default_backend() == "cpu"
 
 
 def check(name, axis, shape, rng, dtype="float32"):
@@ -46,7 +48,7 @@ def check(name, axis, shape, rng, dtype="float32"):
     quantizer = dataclasses.replace(QUANTIZERS[name], axis=axis)
     cut = tiling.tiling_for_gpu(quantizer, x.shape, x.dtype)
     assert cut is not None
-    kernel = partial(gpu.fake_quant, tiling=cut, masked=True, interpret=True)
+    kernel = partial(gpu.fake_quant, tiling=cut, masked=True, interpret=INTERPRET)
     check_kernel(jax.jit(kernel), x, quantizer)
 
 
@@ -64,7 +66,7 @@ def test_levels_beyond_the_dtype_saturate(rng):
     largest = float(jnp.finfo(jnp.bfloat16).max)
     x = jnp.asarray(largest * rng.choice([-1, 0.5, 1], (32, 128)), jnp.bfloat16)
     cut = tiling.tiling_for_gpu(quantizer, x.shape, x.dtype)
-    kernel = partial(gpu.fake_quant, tiling=cut, masked=False, interpret=True)
+    kernel = partial(gpu.fake_quant, tiling=cut, masked=False, interpret=INTERPRET)
     (value,) = jax.tree.leaves(jax.jit(kernel)(x))
     assert np.isfinite(np.float64(value)).all()
     expected = cage.fake_quant(x, quantizer, implementation="xla")
@@ -75,7 +77,7 @@ def test_without_a_mask_the_values_are_the_same(rng):
     x = rng.standard_normal((32, 128)).astype(np.float32)
     quantizer = dataclasses.replace(QUANTIZERS["int4 channel"], axis=-1)
     cut = tiling.tiling_for_gpu(quantizer, x.shape, x.dtype)
-    kernel = partial(gpu.fake_quant, tiling=cut, interpret=True)
+    kernel = partial(gpu.fake_quant, tiling=cut, interpret=INTERPRET)
     both = jax.jit(lambda x: (kernel(x, masked=False), kernel(x, masked=True)[0]))
     np.testing.assert_array_equal(*both(x))
 
@@ -86,7 +88,7 @@ def test_the_gradient_of_a_mask(rng):
         mask = rng.integers(0, 2, shape).astype(np.int8)
         cotangent = rng.standard_normal(shape).astype(np.float32)
         cut = tiling.tiling_for_gpu(quantizer, shape, jnp.float32)
-        run = partial(gpu.masked_gradient, tiling=cut, interpret=True)
+        run = partial(gpu.masked_gradient, tiling=cut, interpret=INTERPRET)
         found = jax.jit(run)(mask, cotangent)
         expected = rotate(mask * rotate(np.float64(cotangent), quantizer), quantizer)
         # Two products of three parts each, of 24 bits.
@@ -115,7 +117,7 @@ def test_a_step(quantizer, shape, at_updated, weighted, dtype, rng):
         tiling=tiling.tiling_for_gpu(quantizer, shape, dtype),
         adamw=ADAMW,
         at_updated=at_updated,
-        interpret=True,
+        interpret=INTERPRET,
     )
     step = jax.jit(kernel)
     error = jax.jit(partial(cage.quantization_error, quantizer=quantizer))
