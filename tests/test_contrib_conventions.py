@@ -19,7 +19,9 @@ BUILD = {
     "averaging": lambda rules: contrib.averaging(),
     "dampening": lambda rules: contrib.dampening(rules, strength=0.3),
     "freezing": lambda rules: contrib.freezing(rules, 0.1, momentum=0.3),
+    "gradual_pruning": lambda rules: contrib.gradual_pruning(rules, 0.4, every=2),
     "interpolation": lambda rules: contrib.interpolation(rules, every=2),
+    "locked_zeros": lambda rules: contrib.locked_zeros(rules),
     "lotion": lambda rules: contrib.lotion(rules, strength=2.0, decay=0.5),
     "trained_rows": lambda rules: contrib.trained_rows(rules, 0.5, every=2),
 }
@@ -100,6 +102,7 @@ def test_compiled_steps_and_scans_agree_with_eager_steps(name, params, gradients
     [
         (contrib.dampening, {"strength": 0.3}),
         (contrib.freezing, {"threshold": 0.1, "momentum": 0.3}),
+        (contrib.gradual_pruning, {"sparsity": 0.4, "every": 2}),
         (contrib.interpolation, {"share": 0.3, "every": 2}),
         (contrib.lotion, {"strength": 2.0, "decay": 0.5}),
     ],
@@ -177,8 +180,8 @@ def test_learned_grids_are_found_beside_the_parameters(name, params):
     zeros = jax.tree.map(np.zeros_like, variables)
     updates, _ = steps(tx, variables, zeros)
     chex.assert_trees_all_equal(updates["grids"], variables["grids"])
-    if name in ("averaging", "trained_rows"):  # which quantize nothing
-        return
+    if name in ("averaging", "gradual_pruning", "locked_zeros", "trained_rows"):
+        return  # they quantize nothing
     with pytest.raises(ValueError, match="kernel`: `grid` must be given for a learned"):
         tx.update(params, tx.init(params), params)
 
@@ -232,6 +235,11 @@ BAD = {
         else contrib.trained_rows(RULES, v, every=1)
     ),
     "every": lambda v: contrib.interpolation(RULES, every=v),
+    "sparsity": lambda v: contrib.gradual_pruning(RULES, v),
+    "final": lambda v: contrib.cubic_sparsity(10, v),
+    "scale": lambda v: contrib.apply_vector(
+        PARAMS, contrib.quantization_vector(PARAMS, PARAMS), v
+    ),
     "radius": lambda v: contrib.two_point_gradient(
         jnp.sum, PARAMS, jax.random.key(0), radius=v
     ),
@@ -257,6 +265,7 @@ def test_something_else_than_rules():
         lambda: contrib.dampening(NO_RULES, strength=1.0),
         lambda: contrib.freezing(NO_RULES, 0.1),
         lambda: contrib.interpolation(NO_RULES),
+        lambda: contrib.locked_zeros(NO_RULES),
         lambda: contrib.lotion(NO_RULES),
         lambda: contrib.trained_rows(NO_RULES, 0.5, every=1),
         *(functools.partial(f, PARAMS, NO_RULES) for f in FORWARD.values()),
@@ -274,11 +283,13 @@ def test_bad_numbers():
         )
         for name, call in BAD.items()
         for value, kind in ((-1, ValueError), ("1", TypeError), (True, TypeError))
+        if not (name == "scale" and value == -1)  # which takes a vector away
     )
 
 
 def test_bounds():
     most_one = ("momentum", "share", "decay", "relaxation", "inverse_slope")
+    most_one += ("sparsity", "final")
     rows = [
         (name, 2, ValueError, f"`{name}` must be at least 0 and at most 1; got 2")
         for name in most_one
@@ -318,6 +329,8 @@ def test_bounds():
 
 def test_every_name_has_an_example_and_a_source():
     for name in contrib.__all__:
+        if not inspect.isfunction(getattr(contrib, name)):
+            continue
         documentation = inspect.getdoc(getattr(contrib, name))
         assert "Example:\n  >>> " in documentation, name
         assert "Source: " in documentation or name == "averaged", name

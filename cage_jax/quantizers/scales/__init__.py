@@ -20,6 +20,7 @@ from cage_jax.quantizers.scales.symmetric import (
     Searched,
     SignedMax,
 )
+from cage_jax.quantizers.scales.ternary import KeptMean, Thresholds
 
 __all__ = [
     "AbsMax",
@@ -29,6 +30,7 @@ __all__ = [
     "FourOverSix",
     "Gaussian",
     "Grid",
+    "KeptMean",
     "Learned",
     "MinMax",
     "Percentile",
@@ -36,4 +38,5 @@ __all__ = [
     "ScaleRule",
     "Searched",
     "SignedMax",
+    "Thresholds",
 ]
