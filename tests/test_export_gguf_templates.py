@@ -260,6 +260,35 @@ def test_stacks_that_are_joined(kind, rng, tmp_path):
         np.testing.assert_array_equal(found, expected[layer], name)
 
 
+def test_experts_by_the_names_of_transformers(rng, tmp_path):
+    experts, shape = range(12), (32, 64)
+    tensors = {
+        "blk.0.ffn_up_exps.weight": ("F32", (12, *shape)),
+        "blk.0.ffn_gate_exps.weight": ("F16", (12, *shape)),
+        "blk.0.ffn_gate_inp.weight": ("F32", (12, 64)),
+    }
+    path = file_of(tmp_path / "a.gguf", rng, tensors, "qwen3moe")
+    layer = "model.layers.0.mlp"
+    up = [random_codes(rng, KINDS["Q4_0"], shape) for _ in experts]
+    gate = [rng.standard_normal(shape).astype(np.float16) for _ in experts]
+    tree = {f"{layer}.gate.weight": np.ones((12, 64), np.float32)}
+    for number in experts:
+        tree[f"{layer}.experts.{number}.up_proj.weight"] = up[number]
+        tree[f"{layer}.experts.{number}.gate_proj.weight"] = gate[number]
+    gguf(tree, path, tmp_path / "b.gguf", names="transformers")
+    found = stored_in(tmp_path / "b.gguf")
+    kind, data = found["blk.0.ffn_up_exps.weight"]
+    assert kind == "Q4_0"
+    values = ggml.quants.dequantize(data, ggml.GGMLQuantizationType.Q4_0)
+    np.testing.assert_array_equal(values, np.stack([values_of(each) for each in up]))
+    np.testing.assert_array_equal(found["blk.0.ffn_gate_exps.weight"][1], gate)
+    del tree[f"{layer}.experts.7.up_proj.weight"]
+    with pytest.raises(
+        ValueError, match=r"for `blk.0.ffn_up_exps.weight` \[12, 32, 64\]"
+    ):
+        gguf(tree, path, tmp_path / "c.gguf", names="transformers")
+
+
 # --- rows and norms of other architectures --------------------------------------------
 
 ATTENTION = {

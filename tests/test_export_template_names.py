@@ -7,7 +7,7 @@ import pytest
 
 import cage_jax as cage
 from cage_jax import export
-from cage_jax.export import safetensors_files
+from cage_jax.export import TensorName, safetensors_files
 
 # What MaxText calls the weights of Qwen, the names and shapes of transformers, and the
 # shapes of MaxText, as its `param_mapping.py` has them: 2 layers of width 48, with 3
@@ -57,6 +57,13 @@ OURS = cage.Rules(
 )
 
 
+def template_of(folder, weights):
+    folder.mkdir()
+    safetensors_files.write(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    return folder
+
+
 @pytest.mark.parametrize("layers", ["layers", "layers_{}", "layers/{}"])
 def test_names_of_maxtext(layers, rng, tmp_path):
     weights, tree = {}, {}
@@ -83,10 +90,7 @@ def test_names_of_maxtext(layers, rng, tmp_path):
                 place = layers.format(number)
                 tree[f"params/decoder/{place}/{path}"] = np.stack(stack)
 
-    folder = tmp_path / "template"
-    folder.mkdir()
-    safetensors_files.write(folder / "model.safetensors", weights)
-    (folder / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    folder = template_of(tmp_path / "template", weights)
     export.compressed_tensors(
         cage.quantize(weights, THEIRS), folder, tmp_path / "expected"
     )
@@ -101,3 +105,13 @@ def test_names_of_maxtext(layers, rng, tmp_path):
     assert sum(name.endswith("packed") for name in found) == 2 * 7
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], name)
+
+
+def test_experts_that_are_one_tensor(rng, tmp_path):
+    stack = rng.standard_normal((3, 5, 7)).astype(np.float32)
+    folder = template_of(tmp_path / "template", {"experts.up": np.zeros_like(stack)})
+    tree = {f"{name}/kernel": each.T for name, each in zip("abc", stack)}
+    names = [TensorName(r"\w/kernel", "experts.up", "io")]
+    export.compressed_tensors(tree, folder, tmp_path / "out", names=names)
+    found, _ = safetensors_files.read(tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(found["experts.up"], stack)

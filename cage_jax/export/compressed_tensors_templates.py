@@ -78,7 +78,7 @@ def write_by_template(
             whole = whole_of(sources[name], leaves, quantizer)
             stored = stored_codes(whole, scheme)
             return {f"{module_of(name)}.{suffix}": x for suffix, x in stored.items()}
-        whole = whole_of(sources[name], leaves)
+        whole = whole_of(sources[name], leaves).reshape(tensors[name].shape)
         paths = " and ".join(source.path for source in sources[name])
         return {name: stored_floats(whole, tensors[name].dtype.name, paths)}
 

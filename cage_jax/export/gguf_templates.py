@@ -8,7 +8,7 @@ import functools
 import pathlib
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from cage_jax.export.gguf_files import (
 from cage_jax.export.safetensors_files import Like
 from cage_jax.export.template_names import (
     GGUF_TABLES,
+    Source,
     TensorName,
     is_own_name,
     sources_of,
@@ -172,18 +173,12 @@ def write_by_template(
     template = read_template(file)
     tensors, leaves = template.tensors, leaves_of(codes)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    by_theirs = names == "transformers"
-    lines = _lines_of_transformers(shapes, template) if by_theirs else []
-    table = table_of(names, {**GGUF_TABLES, "transformers": lines})
+    table = table_for(names, shapes, template)
     sources = sources_of(shapes, tensors, table)
     _check_quantized(sources, leaves, template)
     coding = functools.partial(_coding, template=template)
     coded = coded_tensors(sources, leaves, tensors, coding, "GGUF")
-    orders = {
-        name: _row_order(name, template)
-        for name, parts in sources.items()
-        if not all(is_own_name(part.path, name) for part in parts)
-    }
+    changes = {name: change_of(name, sources[name], template) for name in sources}
     layouts = {}
     for name, stored in template.content.tensors.items():
         kind = coded[name].kind if name in coded else stored.kind
@@ -196,21 +191,35 @@ def write_by_template(
             rows = block_rows(whole, coded[name].kind)
         else:
             whole = whole_of(parts, leaves)
-            if name in orders and _adds_one(name, template):
-                whole = whole.astype(np.float32) + np.float32(1)
+            if changes[name].plus:
+                whole = whole.astype(np.float32) + np.float32(changes[name].plus)
             paths = " and ".join(part.path for part in parts)
             values = stored_floats(whole, tensors[name].dtype.name, paths)
             rows = np.ascontiguousarray(values).reshape(len(values), -1)
-        order = orders.get(name)
+        order = changes[name].order
         return rows if order is None else rows[order]
 
     replaced = [
         name
         for name, parts in sources.items()
-        if name in orders or not template.holds(name, leaves[parts[0].path])
+        if changes[name].order is not None
+        or changes[name].plus
+        or not template.holds(name, leaves[parts[0].path])
     ]
     with new_file(path, is_export=is_export, overwrite=overwrite) as temporary:
         _write(template, temporary, layouts, replaced, rows_of)
+
+
+def table_for(
+    names: Any, paths: Iterable[str], template: Template
+) -> Sequence[TensorName]:
+    """Resolves a `names` argument for parameters with these paths, see `gguf`.
+
+    Raises:
+      TypeError, ValueError: if it is no table.
+    """
+    lines = _lines_of_transformers(paths, template) if names == "transformers" else []
+    return table_of(names, {**GGUF_TABLES, "transformers": lines})
 
 
 def _lines_of_transformers(paths, template):
@@ -222,14 +231,20 @@ def _lines_of_transformers(paths, template):
         if architecture != template.architecture:
             continue
         known = get_tensor_name_map(kind, 1)
-        for path in paths:
+        for path in sorted(paths, key=_numbers):
             pieces = re.split(r"\d+", path, maxsplit=1)  # around the block's number
             first = "0".join(pieces).replace("/", ".")
+            # The experts of a block are the places of one tensor, by their numbers.
+            first = re.sub(r"\.experts\.\d+\.", ".experts.", first)
             if name := known.get_name(first, (".weight", ".bias")):
                 pattern = r"(\d+)".join(map(re.escape, pieces))
                 tensor = name.replace("blk.0.", r"blk.\1.")
                 lines[pattern] = TensorName(pattern, tensor)
     return list(lines.values())
+
+
+def _numbers(path):
+    return [int(number) for number in re.findall(r"\d+", path)]
 
 
 class _Coded(NamedTuple):
@@ -270,6 +285,30 @@ def _coding(name, like_all, template):
     return _Coded(kind, quantizer)
 
 
+class Change(NamedTuple):
+    """What llama.cpp's converter does to a tensor of transformers.
+
+    Attributes:
+      order: the row of transformers that each row of the file is; None for the same.
+      plus: what it adds.
+    """
+
+    order: np.ndarray | None = None
+    plus: int = 0
+
+
+def change_of(name: str, parts: Sequence[Source], template: Template) -> Change:
+    """Finds what is done to the parts of a tensor to be as in the file.
+
+    Raises:
+      ValueError: if the converter is not known for the architecture.
+    """
+    if all(is_own_name(part.path, name) for part in parts):
+        return Change()
+    adds_one = template.architecture in _NORMS_PLUS_ONE and _NORM.fullmatch(name)
+    return Change(_row_order(name, template), 1 if adds_one else 0)
+
+
 def _row_order(name, template):
     """Returns the order of rows in the file of a tensor of transformers, or None."""
     architecture = template.architecture
@@ -296,10 +335,6 @@ def _row_order(name, template):
         rule = f"{template.path.name} must have a number of heads that divides {rows}"
         raise malformed(rule, repr(heads)[:80])
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
-
-
-def _adds_one(name, template):
-    return template.architecture in _NORMS_PLUS_ONE and _NORM.fullmatch(name)
 
 
 # --- writing --------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class TensorName:
       tensor: name of its tensor, which may refer to groups of `path` as in `re.sub`;
         "{}" stands for the place in a stack. Several names for a fused matrix that is
         cut along its outputs into these. Several parameters with one name are joined
-        along their outputs, in the order of the table.
+        along their outputs, in the order of the table, or make the places of a stack.
       axes: a letter for each axis of the parameter: "i" inputs, "o" outputs, "l" the
         places in a stack, such as "io" for a kernel of Flax, "lio" for one of many
         layers, and "ioo" for one with outputs (heads, size). None if its axes are those
@@ -362,7 +362,9 @@ def _misfit(name, sources, shapes, expected):
     else:
         rest = {shape[1:] for shape in found} | {expected[1:]}
         outputs = [shape[0] if shape else 0 for shape in found]
-        fits = len(rest) == 1 and sum(outputs) == expected[0]
+        joined = len(rest) == 1 and sum(outputs) == expected[0]
+        stacked = {(len(found), *shape) for shape in found} == {expected}
+        fits = joined or stacked
     if fits:
         return ""
     given = [f"`{part.path}` {list(size)}" for part, size in zip(sources, found)]
