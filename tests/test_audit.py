@@ -249,10 +249,11 @@ def test_a_gguf(tmp_path):
     scale[1, 0, 2] *= 2
     other = dataclasses.replace(leaf, codes=numbers, scale=scale)
     audit = cage.audit(path, with_leaf(codes, "layers/query/kernel", other))
-    place = "layers/1/query/kernel"
+    place = "blk.1.attn_q.weight"
     assert told(audit) == {(place, "codes"), (place, "scales")}
-    assert "1 of 8192 codes differ, first at (40, 5)" in str(audit)
-    assert "1 of 256 scales differ, first at (0, 2)" in str(audit)
+    # In the file the halves of a head, rows 0 to 7 and 8 to 15, alternate.
+    assert "1 of 8192 codes differ, first at (10, 40)" in str(audit)
+    assert "1 of 256 scales differ, first at (4, 0)" in str(audit)
     # One layer of floats, in a file of half the floats.
     mixed = on_host(params_of())
     separate = {
@@ -271,11 +272,69 @@ def test_a_gguf(tmp_path):
         overwrite=True,
     )
     audit = cage.audit(path, mixed | {"more": np.ones(3, np.float32)})
-    assert told(audit) == {("layers/0/up/kernel", "quantized"), ("more", "missing")}
-    (row,) = [row for row in audit.rows if row.path == "layers/1/up/kernel"]
+    assert told(audit) == {("blk.0.ffn_up.weight", "quantized"), ("more", "missing")}
+    (row,) = [row for row in audit.rows if row.path == "blk.1.ffn_up.weight"]
     kernel = np.asarray(mixed["layers"]["up"]["kernel"][1], np.float64)
     change = np.abs(kernel.astype(np.float16) - kernel) / np.abs(kernel)
     assert row.shipped == "float16" and row.cast == pytest.approx(change.max(), 1e-3)
+
+
+def test_a_gguf_of_another_architecture(rng, tmp_path):
+    pytest.importorskip("gguf")
+    from small_gguf import file_of
+
+    tensors = {
+        "token_embd.weight": ("BF16", (11, 64)),
+        "blk.0.attn_norm.weight": ("F32", (64,)),
+        "blk.0.attn_q.weight": ("F16", (64, 64)),
+        "blk.0.ffn_up_exps.weight": ("F16", (3, 32, 64)),
+        "rope_freqs.weight": ("F32", (5,)),
+    }
+    heads = {f"granitemoe_DOT_attention_DOT_head_count{n}": 4 for n in ("", "_kv")}
+    template = file_of(tmp_path / "floats.gguf", rng, tensors, "granitemoe", **heads)
+    floats = export.read_tensors(template)
+    assert cage.audit(template, floats).ok
+    q4_0 = cage.q4_0(axis=-1)
+    rules = cage.Rules([(r".*(_q|_exps)\.weight", q4_0), (".*", None)])
+    shipped = cage.quantize(floats, rules)
+    shipped["token_embd.weight"] = floats["token_embd.weight"] * 2
+    file = tmp_path / "it.gguf"
+    export.gguf(shipped, template, file)
+    assert told(cage.audit(file, floats, rules)) == {("token_embd.weight", "values")}
+    less = {k: v for k, v in shipped.items() if k != "blk.0.attn_norm.weight"}
+    audit = cage.audit(file, less | {"more": np.ones(3, np.float32)})
+    assert told(audit) == {("blk.0.attn_norm.weight", "extra"), ("more", "missing")}
+
+    # By the names of transformers, which has other rows, and experts one by one.
+    layer = "model.layers.0"
+    query = np.asarray(rng.standard_normal((64, 64)), np.float32)
+    experts = np.asarray(rng.standard_normal((3, 32, 64)), np.float32)
+    trained = {
+        "model.embed_tokens.weight": floats["token_embd.weight"],
+        f"{layer}.input_layernorm.weight": np.ones(64, np.float32),
+        f"{layer}.self_attn.q_proj.weight": query,
+    }
+    named = [f"{layer}.mlp.experts.{number}.up_proj.weight" for number in range(3)]
+    trained |= dict(zip(named, experts))
+    names = [
+        TensorName(r".*\.q_proj\.weight", "blk.0.attn_q.weight"),
+        TensorName(r".*layernorm\.weight", "blk.0.attn_norm.weight"),
+        TensorName(r".*up_proj\.weight", "blk.0.ffn_up_exps.weight"),
+        TensorName(r".*embed_tokens\.weight", "token_embd.weight"),
+    ]
+    rules = cage.Rules([(r".*(q|up)_proj\.weight", q4_0), (".*", None)])
+    codes = cage.quantize(trained, rules)
+    export.gguf(codes, template, file, names=names, overwrite=True)
+    assert cage.audit(file, trained, rules, names=names).ok
+    # A row of queries and an expert that others have.
+    query[[0, 1]] = query[[1, 0]]
+    trained |= {named[0]: experts[1], named[1]: experts[0]}
+    assert {
+        path for path, _ in told(cage.audit(file, trained, rules, names=names))
+    } == {
+        "blk.0.attn_q.weight",
+        "blk.0.ffn_up_exps.weight",
+    }
 
 
 def test_a_native_folder_and_a_file_of_a_tree(tmp_path):

@@ -17,7 +17,7 @@ from cage_jax.export.audit_arrays import compared
 from cage_jax.export.audit_files import Pair, pairs
 from cage_jax.export.audit_report import Audit
 from cage_jax.export.files import Path
-from cage_jax.export.template_names import TensorName, table_of
+from cage_jax.export.template_names import TensorName
 from cage_jax.llama.loaded import Model
 
 
@@ -47,13 +47,13 @@ def audit(
     near 100% where the dtype is too coarse to tell, as bfloat16 is for 8 bits.
 
     Args:
-      file: anything that `load` reads; or the folder of a transformers model of any
-        architecture, of floats or compressed-tensors.
+      file: anything that `load` reads; or a model of any architecture: the folder of
+        a transformers model, of floats or compressed-tensors, or a GGUF.
       params: the parameters of the training: floats, codes, or the variables of
         `with_grids`. With the paths of the file, or such that `names` maps to them.
       rules: the rules of the training; None if `params` has codes.
       names: for a transformers model, what the parameters are called in it, as in
-        `export.compressed_tensors`.
+        `export.compressed_tensors`; for a GGUF, as in `export.gguf`.
 
     Returns:
       An `Audit`: `ok`, `findings` and `rows`, shown as a table.
@@ -81,7 +81,7 @@ def audit(
     """
     trained = _trained(params, rules)
     rows, findings = [], []
-    for each in pairs(file, trained, table_of(names)):
+    for each in pairs(file, trained, names):
         if isinstance(each, Pair):
             row, found = compared(*each)
             rows.append(row)

@@ -19,9 +19,10 @@ from cage_jax.export.compressed_tensors_schemes import (
     check_read,
     declared_schemes,
 )
-from cage_jax.export.files import inside, malformed, read_json
+from cage_jax.export.files import MalformedFileError, inside, malformed, read_json
 from cage_jax.export.gguf import TARGET as GGUF
-from cage_jax.export.gguf import read_arrays
+from cage_jax.export.gguf_blocks import DTYPES, array_of
+from cage_jax.export.gguf_templates import change_of, read_template, table_for
 from cage_jax.export.loading import located
 from cage_jax.export.safetensors_files import Like, read_shards
 from cage_jax.export.template_names import (
@@ -30,11 +31,11 @@ from cage_jax.export.template_names import (
     is_linear,
     matched,
     module_of,
+    table_of,
 )
 from cage_jax.export.template_parts import along_inputs, joined, part_of
 from cage_jax.llama.config import LlamaConfig
 from cage_jax.llama.folding import folded
-from cage_jax.llama.tensors import expected_tensors, layer_of
 
 _KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CLASS = "Linear"  # the name by which config.json means all linear layers
@@ -57,21 +58,23 @@ class Pair(NamedTuple):
 
 
 def pairs(
-    file: Any, trained: Mapping[str, Any], table: Sequence[TensorName]
+    file: Any, trained: Mapping[str, Any], names: str | Sequence[TensorName] | None
 ) -> Iterator[Pair | Finding]:
     """Yields each tensor of a file with its parameter, and what fits nothing.
 
     Args:
       file: anything that `cage_jax.load` reads, or the folder of a transformers model.
       trained: floats and codes by path.
-      table: what parameters are called in a transformers model.
+      names: what parameters are called in a transformers model or a GGUF.
 
     Raises:
       FileNotFoundError, ImportError, ValueError: as `cage_jax.load` does.
+      TypeError, ValueError: if `names` is no table.
     """
     location, target = located(file)
     if target is GGUF:
-        return _of_gguf(location, trained)
+        return _of_gguf(location, trained, names)
+    table = table_of(names)
     if target is TRANSFORMERS:
         return _of_transformers(location, trained, table)
     return _of_tree(target.read(location).params, trained)
@@ -99,27 +102,33 @@ def _extra(path, array):
 # --- GGUF -----------------------------------------------------------------------------
 
 
-def _of_gguf(path, trained):
-    _, config, arrays, kinds = read_arrays(path)
-    trained, used = folded(trained, config), set()
-    for names, layer, _ in expected_tensors(config):
-        place, key = names.path_in(layer), (names.path, layer)
-        own = names.path if names.path in trained else place
-        used.add(own)
-        if own not in trained:
-            yield _extra(place, arrays[key])
-            continue
-        array = trained[own]
-        if layer is not None and own != place:
-            if array.shape[:1] != (config.layers,):
-                text = f"{config.layers} layers in the file, {array.shape} in training"
-                yield Finding(place, "shape", text)
-                continue
-            array = layer_of(array, layer)
-        kind = _KINDS.get(kinds[key], kinds[key])
-        yield Pair(place, array, arrays[key], kind)
-    for path in [path for path in trained if path not in used]:
-        yield Finding(path, "missing", "a parameter that the file does not have")
+def _of_gguf(path, trained, names):
+    template = read_template(path)
+    stored = template.content.tensors
+    trained = _folded(trained, lambda: GGUF.read(path).config)
+    codes = Like(np.dtype(np.float32), ())
+    like = {
+        name: each if stored[name].kind in DTYPES else codes._replace(shape=each.shape)
+        for name, each in template.tensors.items()
+    }
+
+    def pair(name, parts):
+        whole = _whole(parts, trained, like[name].shape)
+        order, plus = change_of(name, parts, template)
+        if plus and not isinstance(whole, QuantizedArray):
+            whole = whole.astype(np.float32) + np.float32(plus)
+        if order is not None:
+            whole = jax.tree.map(lambda part: part[order], whole)
+        kind = stored[name].kind
+        shipped = array_of(stored[name], -1)
+        return Pair(name, whole, shipped, _KINDS.get(kind, kind))
+
+    shapes = {path: tuple(leaf.shape) for path, leaf in trained.items()}
+    found = matched(shapes, like, table_for(names, shapes, template))
+    yield from _unmatched(found)
+    for name in found.without:
+        yield _extra(name, array_of(stored[name], -1))
+    yield from _matched(found, like, pair)
 
 
 # --- folders of transformers ----------------------------------------------------------
@@ -132,25 +141,20 @@ def _of_transformers(folder, trained, table):
     arrays = read_shards(folder)
     check_read(arrays)
     file = _Tensors(_taken_codes(arrays), arrays, schemes)
-    trained = _folded(trained, content)
+    trained = _folded(trained, lambda: LlamaConfig.from_huggingface(content))
+
+    def pair(name, parts):
+        return Pair(
+            name, _whole(parts, trained, file.like[name].shape), file.array(name)
+        )
+
     shapes = {path: tuple(leaf.shape) for path, leaf in trained.items()}
     found = matched(shapes, file.like, table)
-    for path, text in found.left_over.items():
-        yield Finding(path, "missing", text.replace("the template", "the file"))
-    for name, text in found.misfits.items():
-        yield Finding(name, "shape", text.replace("the template", "the file"))
+    yield from _unmatched(found)
     for name in found.without:
         if name != "lm_head.weight" or not content.get("tie_word_embeddings"):
             yield _extra(name, file.array(name))
-    for name in file.like:
-        if name in found.misfits or name not in found.parts:
-            continue
-        try:
-            array = _whole(found.parts[name], trained)
-        except ValueError as error:
-            yield Finding(name, "layout", f"codes that no such file holds: {error}")
-        else:
-            yield Pair(name, array, file.array(name))
+    yield from _matched(found, file.like, pair)
     if quantization is not None:
         yield from _wrong_config(quantization, file)
 
@@ -221,26 +225,51 @@ def _shape(name, stored):
     return shape
 
 
-def _folded(trained, content):
-    """Folds rotations as the writer of a Llama does."""
+# --- both -----------------------------------------------------------------------------
+
+
+def _folded(trained, config):
+    """Folds rotations as the writer of a Llama does; `config` returns its config."""
     if not any(
         isinstance(leaf, QuantizedArray) and leaf.quantizer.hadamard is not None
         for leaf in trained.values()
     ):
         return trained
     try:
-        return folded(trained, LlamaConfig.from_huggingface(content))
+        return folded(trained, config())
     except (TypeError, ValueError):
         return trained
 
 
-def _whole(sources: Sequence[Source], trained: Mapping[str, Any]) -> Any:
+def _unmatched(found):
+    for path, text in found.left_over.items():
+        yield Finding(path, "missing", text.replace("the template", "the file"))
+    for name, text in found.misfits.items():
+        yield Finding(name, "shape", text.replace("the template", "the file"))
+
+
+def _matched(found, like, pair):
+    """Yields the pairs in the order of the file; codes that it cannot hold are none."""
+    for name in like:
+        if name in found.misfits or name not in found.parts:
+            continue
+        try:
+            yield pair(name, found.parts[name])
+        except MalformedFileError:
+            raise
+        except ValueError as error:
+            yield Finding(name, "layout", f"codes that no such file holds: {error}")
+
+
+def _whole(
+    sources: Sequence[Source], trained: Mapping[str, Any], shape: tuple[int, ...]
+) -> Any:
     """Makes a tensor of its parts; raises ValueError for codes that have no scheme."""
     leaves = [trained[source.path] for source in sources]
     parts = [part_of(leaf, source) for leaf, source in zip(leaves, sources)]
     are_codes = {isinstance(leaf, QuantizedArray) for leaf in leaves}
     if are_codes == {False}:
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return np.concatenate(parts).reshape(shape) if len(parts) > 1 else parts[0]
     if len(are_codes) > 1:
         raise ValueError("floats and codes in one. Quantize all of it or nothing.")
     if len(sources) == 1 and sources[0].axes is None:
@@ -248,7 +277,11 @@ def _whole(sources: Sequence[Source], trained: Mapping[str, Any]) -> Any:
     quantizers = {along_inputs(leaf, part) for leaf, part in zip(leaves, sources)}
     if len(quantizers) > 1:
         raise ValueError("several quantizers in one. Give all parts the same one.")
-    return joined(parts, quantizers.pop())
+    whole = joined(parts, quantizers.pop())
+    if len(shape) == 2:
+        return whole
+    # A stack; the last axis of scales is shorter.
+    return jax.tree.map(lambda part: part.reshape(*shape[:-1], part.shape[-1]), whole)
 
 
 # --- what config.json says ------------------------------------------------------------

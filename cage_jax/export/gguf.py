@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from cage_jax.llama.config_fields import in_terms_of
 from cage_jax.llama.loaded import Model
 from cage_jax.llama.tensors import (
     PARAMETERS,
-    Array,
     expected_tensors,
     tensors,
     tree_of,
@@ -240,37 +239,14 @@ def read(path: Path) -> Model:
       >>> model.config == config, model.params["norm"]["scale"].shape
       (True, (64,))
     """
-    metadata, config, arrays, _ = read_arrays(path)
-    return Model(tree_of(arrays, config), config, files_of(metadata))
-
-
-class Arrays(NamedTuple):
-    """The content of a file.
-
-    Attributes:
-      metadata: texts, numbers and lists by key.
-      config: the model's dimensions.
-      arrays: floats and codes in our layout, by path in `PARAMETERS` and layer.
-      kinds: the type of each in the file, such as "Q4_0".
-    """
-
-    metadata: Mapping[str, Any]
-    config: LlamaConfig
-    arrays: dict[tuple[str, int | None], Array]
-    kinds: dict[tuple[str, int | None], str]
-
-
-def read_arrays(path: Path) -> Arrays:
-    """Reads the tensors of a file one by one; raises as `read` does."""
     metadata, found, *_ = read_content(path)
     config = _config(metadata, found)
     _check_count(found, config)
-    arrays, kinds = {}, {}
-    for names, layer, shape in expected_tensors(config):
-        key = names.path, layer
-        arrays[key] = _array(found, names, layer, shape, config)
-        kinds[key] = found[names.gguf.format(layer)].kind
-    return Arrays(metadata, config, arrays, kinds)
+    arrays = {
+        (names.path, layer): _array(found, names, layer, shape, config)
+        for names, layer, shape in expected_tensors(config)
+    }
+    return Model(tree_of(arrays, config), config, files_of(metadata))
 
 
 # --- writing --------------------------------------------------------------------------
