@@ -425,3 +425,10 @@ def test_the_mean_of_fogzo_without_a_guide(key):
         return jax.vmap(gradient)(jax.random.split(key, 20_000)).mean(0)
 
     np.testing.assert_allclose(mean(key), expected, atol=0.1)
+
+
+def test_the_trust_of_fogzo_falls_linearly(x64):
+    beta = jax.jit(contrib.fogzo_beta(50, 0.9, start=10))
+    for count in (0, 10, 11, 30, 50, 90):
+        want = 1 - 0.1 * min(max((count - 10) / 40, 0), 1)
+        np.testing.assert_allclose(beta(count), want, rtol=1e-12)

@@ -5,15 +5,16 @@ transformations: put `dampening` and `lotion` before the optimizer, and `freezin
 `interpolation`, `trained_rows`, `gradual_pruning`, `locked_zeros` and `averaging` after
 it. Methods that change the forward pass replace `fake_quant`: `ewgs`,
 `noisy_fake_quant`, `binary_relax` and `parq`. `two_point_gradient` and `fogzo` replace
-`jax.value_and_grad`. `quantization_vector` and `apply_vector` do without training.
-`binary_coding` makes codes of which scales alone are trained. `tapped` lets tensors of
-a teacher stand in for those of the student.
-For rules, `dual_scale` and `chunked` are quantizers, and `choose_rotations` changes
-them.
+`jax.value_and_grad`, and `clipped_grids` gives `fake_quant` its grids.
+`quantization_vector` and `apply_vector` do without training. `binary_coding` makes
+codes of which scales alone are trained. `tapped` lets tensors of a teacher stand in for
+those of the student. For rules, `dual_scale` and `chunked` are quantizers, and
+`choose_rotations` changes them.
 """
 
 from cage_jax.contrib.averaging import averaged, averaging
 from cage_jax.contrib.binary_coding import binary_coding, coded_weights, with_scales
+from cage_jax.contrib.clipping import clipped_grids, first_clips
 from cage_jax.contrib.efqat import trained_rows
 from cage_jax.contrib.ewgs import ewgs, ewgs_delta
 from cage_jax.contrib.lotion import lotion
@@ -34,7 +35,7 @@ from cage_jax.contrib.teacher_intervention import (
 )
 from cage_jax.contrib.ternary import twn
 from cage_jax.contrib.winq import interpolation, noisy_fake_quant
-from cage_jax.contrib.zeroth_order import fogzo, two_point_gradient
+from cage_jax.contrib.zeroth_order import fogzo, fogzo_beta, two_point_gradient
 
 __all__ = [
     "QuantizationVector",
@@ -45,6 +46,7 @@ __all__ = [
     "binary_relax",
     "choose_rotations",
     "chunked",
+    "clipped_grids",
     "coded_weights",
     "cosine_ramp",
     "cubic_sparsity",
@@ -52,7 +54,9 @@ __all__ = [
     "dual_scale",
     "ewgs",
     "ewgs_delta",
+    "first_clips",
     "fogzo",
+    "fogzo_beta",
     "freezing",
     "gradual_pruning",
     "interpolation",
