@@ -310,6 +310,10 @@ def test_learned_scales_are_fitted(params, curvature):
     variables = cage.with_grids(params, rules)
     new = cage.choose_bits(rules, variables, bits=6, curvature=curvature, show=False)
     assert new.match("v/kernel").bits > new.match("o/kernel").bits
+    beside = {"params": curvature, "grids": variables["grids"]}
+    assert new == cage.choose_bits(
+        rules, variables, bits=6, curvature=beside, show=False
+    )
 
 
 # --- the measured change of the loss --------------------------------------------------
@@ -372,14 +376,16 @@ def test_fisher_is_the_mean_of_squared_gradients(rng):
     def loss(params, x):
         return jnp.sum((x @ params["w"].astype(jnp.float32)) ** 2) / 2
 
-    batches = ((jnp.asarray(x[None]),) for x in inputs)
-    found = fisher(loss, params, batches)
+    batches = [(jnp.asarray(x[None]),) for x in inputs]
+    found = fisher(loss, params, iter(batches))
     w, x = np.asarray(params["w"], np.float64), inputs.astype(np.float64)
     gradients = np.einsum("bi,bo->bio", x, x @ w)
     # Gradients are bfloat16, of 8 bits.
     np.testing.assert_allclose(found["w"], (gradients**2).mean(0), rtol=2e-2)
     assert found["w"].dtype == jnp.float32
     assert found["count"] == 0
+    beside = fisher(loss, {"params": params, "grids": {}}, batches)
+    np.testing.assert_array_equal(beside["w"], found["w"])
     with pytest.raises(ValueError, match="`batches` must have a batch"):
         fisher(loss, params, [])
     with pytest.raises(TypeError, match="`batches` must be tuples"):
@@ -401,6 +407,19 @@ def test_a_budget_that_cannot_be_met_names_the_least_bits(params):
         cage.choose_bits(rules, uneven, bits=1, show=False)
     named = float(str(error.value).partition("at least ")[2].partition(" ")[0])
     cage.choose_bits(rules, uneven, bits=named, show=False)
+
+
+def test_codes_in_place_of_floats(params):
+    codes = cage.quantize(params, RULES)
+    calls = [
+        ("params", lambda: cage.choose_bits(RULES, codes, show=False)),
+        ("curvature", lambda: cage.choose_bits(RULES, params, curvature=codes)),
+        ("params", lambda: fisher(sum, codes, [])),
+    ]
+    for name, call in calls:
+        text = rf"`{name}` must be floats; got codes at '\w/kernel'.*cage\.dequantize"
+        with pytest.raises(TypeError, match=text):
+            call()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])

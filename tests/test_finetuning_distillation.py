@@ -351,6 +351,11 @@ def test_bad_arguments_of_the_loss_are_explained():
     errors = [
         (lambda: call(*student), ValueError, "`teacher` must be given"),
         (lambda: call(*student, top), TypeError, "belong to one batch"),
+        (
+            lambda: call(*student, cage.quantize(PARAMS, RULES)),
+            TypeError,
+            "`teacher` must be floats; got codes at 'head'",
+        ),
         (lambda: call(*student, others), ValueError, "vocabulary, 41 entries; got 40"),
         (
             lambda: call(*student, PARAMS, where=TOKENS),

@@ -100,6 +100,12 @@ def test_memory_counts_what_adam_and_the_teacher_take(make):
     np.testing.assert_allclose(found.memory, expected)
     assert found.memory.total == pytest.approx(expected.sum())
     assert make(1e9, 1_001_000, 4, pretrained=False).memory.teacher == 0
+    rules = cage.Rules([("kernel", cage.lsq(4)), (".*", None)])
+    variables = jax.eval_shape(lambda x: cage.with_grids(x, rules), params)
+    assert make(1e9, variables, 4).weights == found.weights
+    codes = jax.eval_shape(lambda x: cage.quantize(x, rules), variables)["params"]
+    with pytest.raises(TypeError, match="`params` must be floats; got codes at 'ker"):
+        make(1e9, codes, 4)
     assert make(1e9, 1_001_000, 4).memory.parameters == 4 * 1_001_000 / 1e9
 
 

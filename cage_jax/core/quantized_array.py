@@ -12,6 +12,7 @@ import numpy as np
 
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.packing import pack_bits, unpack_bits
+from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
@@ -315,6 +316,18 @@ def grid_of(quantized: QuantizedArray) -> Grid:
         offset=None if offset is None else offset.astype(dtype),
         tensor_divisor=quantized.tensor_divisor,
     )
+
+
+def check_no_codes(**trees: Any) -> None:
+    """Raises TypeError for codes in arguments that must be floats, given by name."""
+    for name, tree in trees.items():
+        paths, leaves, _ = flatten_with_paths(tree, QuantizedArray)
+        for path, leaf in zip(paths, leaves):
+            if isinstance(leaf, QuantizedArray):
+                raise TypeError(
+                    f"`{name}` must be floats; got codes at {path!r}, {leaf!r}. Use "
+                    f"cage.dequantize(codes)."
+                )
 
 
 def _no_array(what):

@@ -10,10 +10,12 @@ import optax
 
 from cage_jax.arrays.checks import check_int, check_number, is_int, warn
 from cage_jax.arrays.names import names_checked
+from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules
 from cage_jax.finetuning.published_recipes import Recipe, nearest
 from cage_jax.optim.recommended import recommended
 from cage_jax.optim.schedules import dose
+from cage_jax.program.tracing import split_grids
 
 # arXiv 2509.22935: what its law was fitted to, and its one constant.
 _LAW = 6.7297
@@ -201,6 +203,8 @@ def _size(params) -> tuple[int, int]:
     if is_int(params) or isinstance(params, float):
         check_number("params", params, "Use the number of weights.", least=1)
         return int(params), 4 * int(params)
+    check_no_codes(params=params)
+    params, _ = split_grids(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = Rules([(".*", None)]).report(params)

@@ -15,6 +15,7 @@ from cage_jax.arrays.checks import check_int, check_number, is_int
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.core.tables import table
 from cage_jax.finetuning.batches import Progress
@@ -73,7 +74,8 @@ def choose_bits(
     Args:
       rules: a table whose quantizers get other bits, resolved if it has to be. What it
         leaves alone stays alone.
-      params: a tree of parameters with values.
+      params: a tree of parameters with values; grids beside them are left out, as in
+        `curvature`.
       bits: the most bits a weight, scales and zero points included, as the mean over
         all parameters that are quantized; bytes are those of `rules.report`.
       choices: widths, such as 3 or "int3", for which a quantizer keeps its groups,
@@ -117,7 +119,8 @@ def choose_bits(
     check_number("bits", bits, "Use 3.5.", above=0)
     choices = _checked_choices(choices)
     _check_estimate(curvature, loss, batches)
-    params, _ = split_grids(params)
+    check_no_codes(params=params, curvature=curvature)
+    (params, _), (curvature, _) = split_grids(params), split_grids(curvature)
     quantized = rules.quantized(params)
     if not quantized:
         raise ValueError(nothing_quantized(rules, params))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
+from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.finetuning.batches import checked_batches
+from cage_jax.program.tracing import split_grids
 
 
 @names_checked
@@ -23,7 +25,8 @@ def fisher(loss: Callable, params: Any, batches: Iterable[tuple]) -> Any:
       loss: maps the parameters and the arguments of a batch to a scalar, the mean over
         its examples. The divergence of the model from itself has no gradient: use the
         cross-entropy of labels, or of labels drawn from the model's predictions.
-      params: the parameters, in which the loss is differentiated.
+      params: the parameters, in which the loss is differentiated. From what
+        `with_grids` returns, they are taken out.
       batches: the arguments of `loss` after the parameters, a tuple for each batch.
 
     Returns:
@@ -31,7 +34,7 @@ def fisher(loss: Callable, params: Any, batches: Iterable[tuple]) -> Any:
       real floating.
 
     Raises:
-      TypeError: for batches that are no tuples.
+      TypeError: for batches that are no tuples, and for codes.
       ValueError: without batches.
 
     Example:
@@ -45,6 +48,8 @@ def fisher(loss: Callable, params: Any, batches: Iterable[tuple]) -> Any:
 
     Source: Kirkpatrick et al., arXiv 1612.00796.
     """
+    check_no_codes(params=params)
+    params, _ = split_grids(params)
 
     @jax.jit
     def add(total, params, batch):

@@ -12,6 +12,7 @@ from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import compute_dtype, times
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantize import fake_quant
+from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.finetuning.distillation.divergence import kl, mean_where
 from cage_jax.finetuning.distillation.top_logits import TopLogits, check_temperature
@@ -99,6 +100,7 @@ def distill(
             f"`where` must be a function of a batch's arguments; got "
             f"{type(where).__name__}. Use where=lambda tokens: tokens != 0."
         )
+    check_no_codes(teacher=teacher)
     if isinstance(teacher, TopLogits):
         raise TypeError(
             "`teacher` must be parameters or a function; got TopLogits, which belong "

@@ -11,8 +11,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from cage_jax.arrays.names import did_you_mean, names_checked
-from cage_jax.arrays.paths import flatten_with_paths, name_of, nodes_of_type
-from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.arrays.paths import flatten_with_paths, name_of
 from cage_jax.core.rules import Rules
 from cage_jax.program.tracing import split_grids
 from cage_jax.program.visiting import INPUTS
@@ -163,11 +162,6 @@ class HostTree:
 
     def __init__(self, variables: Any):
         params, grids = split_grids(variables)
-        if nodes_of_type(params, QuantizedArray):
-            raise TypeError(
-                "`params` and `teacher` must be floats; got codes among them. Use "
-                "cage.dequantize(codes)."
-            )
         self.has_grids = params is not variables
         paths, leaves, self.structure = flatten_with_paths(params)
         self.arrays: dict[str, Any] = dict(zip(paths, leaves))

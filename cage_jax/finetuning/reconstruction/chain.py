@@ -12,6 +12,7 @@ import optax
 from cage_jax.arrays.checks import warn
 from cage_jax.arrays.paths import path_in_errors
 from cage_jax.core.quantize import fake_quant
+from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.finetuning.batches import checked_batches
 from cage_jax.finetuning.reconstruction.blocks import Block, HostTree, Part, parts_of
@@ -72,8 +73,8 @@ class Chain:
         stream_dtype: jax.typing.DTypeLike | None,
     ):
         check_rules(rules)
-        if teacher is None:
-            teacher, _ = split_grids(params)
+        check_no_codes(params=params, teacher=teacher)
+        teacher, _ = split_grids(params if teacher is None else teacher)
         self.rules, self._params, self._teacher = rules, params, teacher
         self._first, self._dtype = first or _alone, stream_dtype
         self.student, self.teacher = HostTree(params), HostTree(teacher)
