@@ -333,3 +333,25 @@ def test_scales_along_outputs_by_default_are_told():
         warnings.simplefilter("error")
         cage.gptq(transposed, resolved, params, [(x,)])
         cage.gptq(multiply, rules, {"w": params["w"].T}, [(x,)])
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_stack_takes_the_memory_of_its_codes_and_of_one_layer(rounded):
+    layers, width = 16, 64
+    params = {"w": jnp.asarray(some(2, layers, width, width))}
+    rules = cage.Rules([("w", cage.int3(axis=-2, group_size=16))])
+    live, x = [], jnp.asarray(some(1, 2 * width, width))
+
+    def apply(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    def note(*_):
+        live.append(sum(x.nbytes for x in jax.live_arrays()))
+
+    note()
+    found = cage.gptq(apply, rules, params, [(x,)], rounded=rounded, progress=note)
+    note()
+    assert len(live) == layers + 2
+    # A quarter of the stack are its codes, and some layers of 1/16 are at work.
+    result = 0 if rounded else found["w"].nbytes
+    assert max(live) - live[0] < result + params["w"].nbytes

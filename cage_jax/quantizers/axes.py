@@ -63,6 +63,16 @@ def numbered(
     return dataclasses.replace(quantizer, axis=from_end, group_size=size)
 
 
+def from_the_end(quantizer: "Quantizer", ndim: int) -> "Quantizer":
+    """Returns the quantizer with axes that are the same in a row of a stack."""
+    axes = quantizer.axis
+    if isinstance(axes, tuple):
+        axes = tuple(axis % ndim - ndim for axis in axes)
+    elif isinstance(axes, int):
+        axes = axes % ndim - ndim
+    return dataclasses.replace(quantizer, axis=axes)
+
+
 def dividing_size(size: int, lengths: tuple[int, ...]) -> int:
     """Returns the largest size up to `size` that divides axes as if they were one."""
     return next(n for n in range(size, 0, -1) if _sizes(n, lengths))

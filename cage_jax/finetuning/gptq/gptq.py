@@ -72,7 +72,8 @@ def gptq(
     Args:
       function: a function of parameters and any other arguments, of any framework, as
         in `quantize_activations`. Products are found under `jax.jit`, `jax.checkpoint`,
-        custom derivatives and `jax.lax.scan`, whose repetitions are taken one by one.
+        custom derivatives and `jax.lax.scan`, whose repetitions are taken one by one, in
+        the memory of one layer beside the codes.
       rules: the table of quantizers.
       params: the parameters, or what `with_grids` or `calibrate` returned: a parameter
         whose grid is given keeps it.
@@ -139,12 +140,7 @@ def gptq(
     search.collect(traced, arrays)
     search.run(traced, arrays)
     search.check_reached(strict)
-    paths, leaves, structure = flatten_with_paths(search.start, QuantizedArray)
-    done = {
-        path: each.finished() if rounded else each.unrounded()
-        for path, each in search.parameters.items()
-    }
-    return structure.unflatten(map(done.get, paths, leaves))
+    return search.result(rounded)
 
 
 def _check_rounding(rules, params):
@@ -215,13 +211,14 @@ class _Search:
     def __init__(self, rules, params, damping, inputs, count, progress, keeps):
         self.rules, self.damping, self.progress = rules, damping, progress
         self.with_inputs = inputs
-        self.start = quantize(params, rules)
-        paths, leaves, _ = flatten_with_paths(self.start, QuantizedArray)
-        codes = dict(zip(paths, leaves))
+        start = quantize(params, rules)
+        paths, leaves, self._structure = flatten_with_paths(start, QuantizedArray)
+        self._start = dict(zip(paths, leaves))
         self.parameters = {
-            path: Parameter(x, codes[path], grid_at(path, params, None), keeps)
+            path: Parameter(x, self._start[path], grid_at(path, params, None), keeps)
             for path, (_, x) in rules.quantized(params).items()
         }
+        self._start |= dict.fromkeys(self.parameters)  # which alone hold their codes
         self.params, self.grids = split_grids(params)
         self.count = count
         self.too_few: dict[str, tuple[int, int]] = {}
@@ -233,6 +230,14 @@ class _Search:
         # queries, keys and values share it.
         self._last: list[tuple[Any, dict]] = []
 
+    def result(self, rounded):
+        """Returns the tree with codes, or with the weights that get them."""
+        done = {
+            path: each.finished() if rounded else each.unrounded()
+            for path, each in self.parameters.items()
+        }
+        return self._structure.unflatten((self._start | done).values())
+
     def collect(self, traced, arrays):
         """Sums the products of inputs of parameters that are used several times."""
         again = used_again(traced.program, traced.origins) & self.parameters.keys()
@@ -241,7 +246,7 @@ class _Search:
             return self._collect(eqn, values, side, repeats, again)
 
         if again:
-            self._run(traced, arrays, visit, lambda path: self.others[path])
+            self._run(traced, arrays, visit, lambda path, at: self.others[path][at])
 
     def run(self, traced, arrays):
         """Rounds all parameters."""
@@ -267,10 +272,10 @@ class _Search:
         inputs = self.with_inputs and self.rules.match_inputs(path) is not None
         return path in self.parameters or inputs
 
-    def _value_of(self, path):
+    def _value_of(self, path, layer):
         if path in self.parameters:
-            return self.parameters[path].values
-        return self.others[path]
+            return self.parameters[path].values(layer)
+        return self.others[path][layer]
 
     def _collect(self, eqn, values, side, repeats, again):
         """Adds to the sums of a parameter with several products."""
@@ -367,8 +372,11 @@ class _Search:
         shape = parameter.codes.shape
 
         def places(batch=0):
-            moved = weight_matrices(eqn, side, weight.of(parameter.numbers, batch))
-            return places_of(np.asarray(moved), shape)
+            numbers, first = parameter.numbers(weight.layer)
+            moved = weight_matrices(eqn, side, weight.of(numbers, batch))
+            small = math.prod(shape) <= np.iinfo(np.int32).max
+            dtype = np.int32 if small else np.int64
+            return places_of(np.add(moved, first, dtype=dtype), shape)
 
         found = places()
         if found is None or not parameter.takes(found):

@@ -44,23 +44,43 @@ class Weight:
 
     Attributes:
       path: the path of the parameter.
+      layer: the place of a layer in the stack that the parameter is; () for all of it.
       moves: what moves the elements: functions of an array and of a batch's number.
       chosen: whether data chooses the elements, others for each batch.
+      in_place: whether each element is still in its place.
     """
 
     path: str
+    layer: tuple[int, ...] = ()
     moves: tuple[Callable[[Any, int], Any], ...] = ()
     chosen: bool = False
+    in_place: bool = True
 
     def of(self, parameter: Any, batch: int = 0) -> Any:
-        """Moves the elements of a parameter, or their numbers."""
+        """Moves the elements of a parameter's layer, or their numbers."""
         for move in self.moves:
             parameter = move(parameter, batch)
         return parameter
 
-    def moved(self, move: Callable[[Any, int], Any], chosen: bool = False) -> "Weight":
+    def moved(
+        self,
+        move: Callable[[Any, int], Any],
+        chosen: bool = False,
+        in_place: bool = False,
+    ) -> "Weight":
         """Returns the weight after one more move."""
-        return Weight(self.path, (*self.moves, move), self.chosen or chosen)
+        return dataclasses.replace(
+            self,
+            moves=(*self.moves, move),
+            chosen=self.chosen or chosen,
+            in_place=self.in_place and in_place,
+        )
+
+    def row(self, number: int) -> "Weight":
+        """Returns a row of a stack."""
+        if self.in_place:
+            return dataclasses.replace(self, layer=(*self.layer, number))
+        return self.moved(lambda x, _: _row(x, number))
 
 
 # Takes an equation that multiplies a weight with data, the values of its operands, the
@@ -75,13 +95,18 @@ class Lockstep:
     Args:
       count: the number of batches.
       visit: called at each product of a weight with data.
-      value_of: returns the present value of a parameter, by path.
+      value_of: returns the present value of a parameter's layer, by path and place.
 
     Attributes:
       lost: what was done to parameters other than a product, by path.
     """
 
-    def __init__(self, count: int, visit: Visit, value_of: Callable[[str], jax.Array]):
+    def __init__(
+        self,
+        count: int,
+        visit: Visit,
+        value_of: Callable[[str, tuple[int, ...]], jax.Array],
+    ):
         self.count, self.visit, self.value_of = count, visit, value_of
         self.lost: dict[str, Loss] = {}
         self._compiled: dict[Any, tuple[Any, ClosedJaxpr]] = {}
@@ -113,7 +138,7 @@ class Lockstep:
             case Batched():
                 return value[batch]
             case Weight():
-                return value.of(self.value_of(value.path), batch)
+                return value.of(self.value_of(value.path, value.layer), batch)
         return value
 
     def every(self, function: Callable, values: Sequence[Any]) -> list[Any]:
@@ -247,7 +272,7 @@ class _Frame:
         carry, length = values[constants:first], params["length"]
         stacks = []
         for number in reversed(range(length)) if params["reverse"] else range(length):
-            rows = [self._row(stack, number) for stack in values[first:]]
+            rows = [_row(stack, number) for stack in values[first:]]
             inputs = [*values[:constants], *carry, *rows]
             wanted = [True] * len(eqn.outvars)
             outputs = run(params["jaxpr"], inputs, wanted, (*self.repeats, number))
@@ -260,17 +285,6 @@ class _Frame:
             for each in zip(*stacks)
         ]
         return [*carry, *joined]
-
-    def _row(self, stack, number):
-        def row(x, _=0):
-            return lax.dynamic_index_in_dim(x, number, keepdims=False)
-
-        match stack:
-            case Weight():
-                return stack.moved(row)
-            case Batched():
-                return Batched(map(row, stack))
-        return row(stack)
 
     def _read(self, atoms, place):
         """Returns values; computes what waits if one of them is among it."""
@@ -311,6 +325,16 @@ class _Frame:
             del self.known[var]
 
 
+def _row(stack, number):
+    """Returns a row of a stack of any kind."""
+    match stack:
+        case Weight():
+            return stack.row(number)
+        case Batched():
+            return Batched(_row(each, number) for each in stack)
+    return lax.dynamic_index_in_dim(stack, number, keepdims=False)
+
+
 def _origin(value, atom):
     if isinstance(value, Weight):
         return of_parameter(value.path, atom.aval.ndim)
@@ -333,5 +357,6 @@ def _moved(eqn, values, place):
     def at(number):
         return lambda x, batch: move(number, x, batch)
 
-    weight = values[place]
-    return [weight.moved(at(number), chosen) for number in range(len(eqn.outvars))]
+    weight, in_place = values[place], eqn.primitive.name == "convert_element_type"
+    count = len(eqn.outvars)
+    return [weight.moved(at(number), chosen, in_place) for number in range(count)]
