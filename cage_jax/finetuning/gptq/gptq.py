@@ -72,8 +72,8 @@ def gptq(
     Args:
       function: a function of parameters and any other arguments, of any framework, as
         in `quantize_activations`. Products are found under `jax.jit`, `jax.checkpoint`,
-        custom derivatives and `jax.lax.scan`, whose repetitions are taken one by one, in
-        the memory of one layer beside the codes.
+        custom derivatives and `jax.lax.scan`, whose repetitions are taken one by one: a
+        stack takes the memory of its codes and of one layer.
       rules: the table of quantizers.
       params: the parameters, or what `with_grids` or `calibrate` returned: a parameter
         whose grid is given keeps it.
