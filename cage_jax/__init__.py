@@ -104,6 +104,7 @@ __all__ = [
     "silence_then_ramp",
     "suggest",
     "ternary",
+    "tune",
     "with_grids",
 ]
 
@@ -125,6 +126,7 @@ _FUNCTIONS = {
     "report": "program.model_report",
     "resolve": "program.resolving",
     "suggest": "program.suggesting",
+    "tune": "program.tuning",
 }
 # The same for public modules, some of which need an extra and say which.
 _MODULES = {
@@ -176,6 +178,7 @@ if TYPE_CHECKING:
     from cage_jax.program.model_report import report
     from cage_jax.program.resolving import resolve
     from cage_jax.program.suggesting import suggest
+    from cage_jax.program.tuning import tune
     from cage_jax.quantizers import formats as formats
     from cage_jax.quantizers import scale_types as scale_types
     from cage_jax.quantizers import scales as scales

@@ -82,6 +82,15 @@ def compilations():
     return expected
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_tuned(tmp_path_factory):
+    """What this machine was tuned for decides nothing here."""
+    file = tmp_path_factory.mktemp("tuned") / "kernels.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cage_jax.pallas.tuned.path", lambda: file)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten():
     """Compiled programs of one file do not stay in memory for the next ones."""

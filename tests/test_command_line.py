@@ -107,6 +107,18 @@ def test_report(folder, capsys):
     assert "layers/down/kernel" in text and "int4 full range signed max" in text
 
 
+def test_tune(folder, capsys, standard_promotion):
+    flags = folder / "floats", "--weights", "int4", "--report", "--json"
+    found = json.loads(printed(capsys, "tune", *flags).out)
+    assert found["device"] == "cpu" and found["faults"] == []
+    paths = {path for form in found["forms"] for path in form["paths"]}
+    assert paths == {path for path in CONFIG.shapes() if path.endswith("kernel")}
+    assert {form["is_kernel"] for form in found["forms"]} == {False}
+    error = printed(capsys, "tune", *flags[:3], code=1).err
+    assert "`tune` must run where there is a TPU or a GPU; got cpu" in error
+    assert "`--weights`, " in printed(capsys, "tune", folder / "floats", code=1).err
+
+
 def test_report_of_what_would_be(folder, capsys):
     flags = ["--weights", "int4", "--group-size", "32", "--skip", "down", "--json"]
     found = json.loads(printed(capsys, "report", folder / "floats", *flags).out)
@@ -366,7 +378,7 @@ def test_flags_that_there_are_not():
 
 
 def test_help(capsys):
-    names = "report", "quantize", "export", "eval", "check", "audit"
+    names = "report", "quantize", "export", "eval", "check", "audit", "tune"
     for command in [[], *([name] for name in names)]:
         with pytest.raises(SystemExit) as stop:
             main([*command, "--help"])

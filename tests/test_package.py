@@ -72,6 +72,7 @@ CONTRACT = [
     "resolve",
     "seq",
     "suggest",
+    "tune",
 ]
 
 # A folder imports only itself and those before it.

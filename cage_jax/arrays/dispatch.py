@@ -19,7 +19,28 @@ from cage_jax.arrays.checks import check_choice
 
 Implementation = Literal["xla", "pallas"]
 Platform = Literal["tpu", "cuda", "cpu"]
+# Its name in a program; the variants are in its parameters.
+PRIMITIVE = "cage_dispatch"
 WITH_KERNELS: tuple[Platform, ...] = ("tpu", "cuda")
+# What programs are lowered for, by what devices call it.
+PLATFORM_OF = {"gpu": "cuda"}
+
+
+class Request(NamedTuple):
+    """What a program asks for, and what it is compiled for.
+
+    Attributes:
+      implementation: as in `dispatch`.
+      devices: number of devices that the compiler partitions the program over.
+      kind: kind of these devices, such as "NVIDIA H200"; "" if it is not known.
+      default: the `jax.numpy` function, which takes arrays of other shapes too; None
+        before the program is lowered.
+    """
+
+    implementation: Implementation | None = None
+    devices: int = 1
+    kind: str = ""
+    default: Callable | None = None
 
 
 class Variant(NamedTuple):
@@ -28,14 +49,13 @@ class Variant(NamedTuple):
     Attributes:
       platform: the platform that a program is compiled for.
       function: takes the same arguments and returns the same results.
-      when: tells whether it may run, from `implementation` and the number of devices
-        that the compiler partitions the program over: `by_default`, `on_request` or
-        `if_divided(pieces)`.
+      when: tells whether it may run: `by_default`, `on_request`, `if_divided(pieces)`
+        or a `Choice` of `pallas/choices.py`.
     """
 
     platform: Platform
     function: Callable
-    when: Callable[[int, Implementation | None], bool]
+    when: Callable[[Request], bool]
 
 
 class Variants(NamedTuple):
@@ -55,28 +75,28 @@ def no_kernel(reason: str) -> Variants:
     return Variants(missing=tuple((platform, reason) for platform in WITH_KERNELS))
 
 
-def by_default(devices: int, implementation: Implementation | None) -> bool:
+def by_default(request: Request) -> bool:
     """Lets a kernel run if it may, because it is known to be faster.
 
     It was measured on its platform to take at most 1 / 1.15 of the time of the best
     `jax.numpy` form.
     """
-    return devices == 1 and implementation != "xla"
+    return request.devices == 1 and request.implementation != "xla"
 
 
-def on_request(devices: int, implementation: Implementation | None) -> bool:
+def on_request(request: Request) -> bool:
     """Lets a kernel run only if "pallas" is asked for."""
-    return devices == 1 and implementation == "pallas"
+    return request.devices == 1 and request.implementation == "pallas"
 
 
-def if_divided(pieces: int) -> Callable[[int, Implementation | None], bool]:
+def if_divided(pieces: int) -> Callable[[Request], bool]:
     """Lets a `jax.numpy` form run on numbers of devices that divide `pieces`.
 
     A compiler may partition it over these; 0 is for any number at all.
     """
 
-    def when(devices, implementation):
-        return implementation != "pallas" and pieces % devices == 0
+    def when(request):
+        return request.implementation != "pallas" and pieces % request.devices == 0
 
     return when
 
@@ -108,7 +128,8 @@ def dispatch(
     """
     if implementation is not None:
         check_implementation(implementation)
-        found = [each for each in variants.found if each.when(1, implementation)]
+        request = Request(implementation)
+        found = [each for each in variants.found if each.when(request)]
         variants = variants._replace(found=tuple(found))
     if not variants.found:
         if implementation == "pallas":
@@ -130,6 +151,7 @@ def dispatch(
     results = _primitive().bind(
         *leaves,
         default=jaxpr,
+        function=default,
         variants=_change(variants, flat),
         implementation=implementation,
         path=path,
@@ -246,7 +268,7 @@ def _primitive():
     """Makes the primitive; importing `jax.extend` takes as long as this package."""
     from jax.extend.core import Primitive
 
-    primitive = Primitive("cage_dispatch")
+    primitive = Primitive(PRIMITIVE)
     primitive.multiple_results = True
     primitive.def_impl(
         lambda *args, **params: jax.jit(partial(primitive.bind, **params))(*args)
@@ -266,11 +288,14 @@ def _as_function(jaxpr):
     return jaxpr_as_fun(jaxpr)
 
 
-def _lower(context, *args, default, variants, implementation, path, platform):
-    devices = _devices(context.module_context.axis_context)
+def _lower(context, *args, default, function, variants, implementation, path, platform):
     here = [each for each in variants.found if each.platform == platform]
+    if here:
+        devices = _devices(context.module_context.axis_context)
+        kind = _kind(context.module_context.backend, platform)
+        request = Request(implementation, devices, kind, function)
     for each in here:
-        if each.when(devices, implementation):
+        if each.when(request):
             with warnings.catch_warnings():
                 # Not all supported versions have what replaces Triton's lowering.
                 warnings.filterwarnings(
@@ -293,6 +318,17 @@ def _devices(context):
         manual = context.manual_axes == frozenset(context.mesh.axis_names)
         return 1 if manual else context.mesh.size
     return getattr(context, "num_devices", 1)
+
+
+def _kind(backend, platform):
+    """Returns the kind of device that a program is compiled for, or ""."""
+    # Programs for devices that are not here may name one in the mesh.
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    devices = [named] if named else backend.devices() if backend else []
+    first = next(iter(devices), None)
+    if first is None or PLATFORM_OF.get(first.platform, first.platform) != platform:
+        return ""
+    return first.device_kind
 
 
 def _batch(args, dimensions, *, default, variants, **others):

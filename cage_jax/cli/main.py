@@ -6,6 +6,7 @@
     cage-jax export codes/ SmolLM2-q4_0.gguf
     cage-jax check SmolLM2-q4_0.gguf --same-as codes/
     cage-jax audit SmolLM2-q4_0.gguf --trained floats/ --rules rules.json
+    cage-jax tune SmolLM2.gguf --weights q4_0
 
 `cage-jax COMMAND --help` describes the arguments of each command.
 """
@@ -15,10 +16,11 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from cage_jax.cli import audit, check, evaluate, export, quantize, report
+from cage_jax.cli import audit, check, evaluate, export, quantize, report, tune
 from cage_jax.cli.terminal import Terminal, prepare_streams, run
 
-COMMANDS = tuple(m.COMMAND for m in (report, quantize, export, evaluate, check, audit))
+_MODULES = (report, quantize, export, evaluate, check, audit, tune)
+COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -90,8 +90,8 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
       key: a `jax.random` key, needed for stochastic rounding only; in a tree each
         parameter draws its own numbers from it.
       implementation: None uses a kernel if the program is compiled for a platform that
-        has a faster one, and runs on one device, inside of a `shard_map`, or on
-        explicit shards of whole groups. "xla" never uses one. "pallas" uses the kernel
+        has a faster one (see `tune`), and runs on one device, inside of a `shard_map`,
+        or on explicit shards of whole groups. "xla" never uses one. "pallas" uses it
         or raises if it cannot run. Kernels agree with XLA to the bit, except that they
         may sum (rotations, means) in another order, so that a value at a tie may go
         the other way.

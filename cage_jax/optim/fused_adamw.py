@@ -93,18 +93,18 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         state from before the step are used again.
 
         The state is that of `update`, and each can go on from the other's. Their
-        results agree except in the last places. On a TPU, each large quantized
-        parameter is one kernel if it is on one device, inside of a `shard_map`, or on
-        explicit shards of whole groups. The kernel reads the gradient, moments and
-        values once and writes the moments and values once. With `statistics` it
-        measures in every step, whatever the period. Everything else is computed
-        as in `update`. The following have no fused form and fall back to `update`:
-        `nesterov`, `freeze_scale` and a weight decay that is an array; a `curvature`
-        other than the recommended one or `fisher(factored=True)`, or with `statistics`;
-        parameters other than float32 and bfloat16, and gradients and second moments
-        of another dtype; scales of a whole tensor; quantizers for which `fake_quant`
-        has no kernel; and, with `statistics`, formats other than integers and mid-rise
-        ones.
+        results agree except in the last places. Each large quantized parameter is one
+        kernel where there is a faster one (see `tune`), if it is on one device, inside
+        of a `shard_map`, or on explicit shards of whole groups. The kernel reads the
+        gradient, moments and values once and writes the moments and values once. With
+        `statistics` it measures in every step, whatever the period. Everything else is
+        computed as in `update`. The following have no fused form and fall back to
+        `update`: `nesterov`, `freeze_scale` and a weight decay that is an array; a
+        `curvature` other than the recommended one or `fisher(factored=True)`, or with
+        `statistics`; parameters other than float32 and bfloat16, and gradients and
+        second moments of another dtype; scales of a whole tensor; quantizers for which
+        `fake_quant` has no kernel; and, with `statistics`, formats other than integers
+        and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.

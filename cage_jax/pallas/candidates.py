@@ -1,19 +1,19 @@
 """The kernels that suit an array and its quantizer; `dispatch` chooses among them.
 
 The modules that launch kernels are imported only when a program is compiled for their
-platform, because importing them takes longer than the rest of this package. The GPU
-kernels have not been timed on a GPU yet, so they run only if "pallas" is asked for.
+platform, because importing them takes longer than the rest of this package.
 """
 
 import importlib
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cage_jax.arrays.adamw import AdamW
+from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
 from cage_jax.arrays.dispatch import (
     Platform,
     Variant,
@@ -22,7 +22,9 @@ from cage_jax.arrays.dispatch import (
     no_kernel,
     on_request,
 )
+from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.tile_order import LANES, SMALLEST
+from cage_jax.pallas.choices import Choice, Untuned
 from cage_jax.pallas.tiling import (
     NoKernelError,
     Tiling,
@@ -40,7 +42,7 @@ _MODULES = {"tpu": "cage_jax.pallas.tpu", "cuda": "cage_jax.pallas.gpu"}
 
 def fake_quant_kernels(
     quantizer: Quantizer,
-    x: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
     grid: Grid | None,
     noise: jax.Array | None,
     *,
@@ -52,11 +54,16 @@ def fake_quant_kernels(
     """
     if grid is not None or noise is not None:
         return no_kernel("kernels do not take a grid, such as a learned one, or noise")
+    dtype = x.dtype
 
     def kernel(module, tiling):
         return lambda x, grid, noise: module.fake_quant(x, tiling=tiling, masked=masked)
 
-    return _kernels(kernel, quantizer, x.shape, x.dtype)
+    def arguments(shape):
+        return _normal(0, shape, dtype), None, None
+
+    name = "fake_quant with a mask" if masked else "fake_quant"
+    return _kernels(_Operation(name, kernel, arguments), quantizer, x.shape, dtype)
 
 
 def masked_gradient_kernels(quantizer: Quantizer, cotangent: jax.Array) -> Variants:
@@ -64,11 +71,17 @@ def masked_gradient_kernels(quantizer: Quantizer, cotangent: jax.Array) -> Varia
 
     The mask is that of `fake_quant`.
     """
+    dtype = cotangent.dtype
 
     def kernel(module, tiling):
         return partial(module.masked_gradient, tiling=tiling)
 
-    return _kernels(kernel, quantizer, cotangent.shape, cotangent.dtype)
+    def arguments(shape):
+        mask = _normal(1, shape, dtype) < 2
+        return mask.astype(jnp.int8), _normal(0, shape, dtype)
+
+    operation = _Operation("masked_gradient", kernel, arguments)
+    return _kernels(operation, quantizer, cotangent.shape, dtype)
 
 
 def adamw_kernels(
@@ -115,14 +128,49 @@ def adamw_kernels(
             module.adamw_step, tiling=tiling, adamw=adamw, at_updated=at_updated
         )
 
-    when = by_default
+    def arguments(shape):
+        numbers = StepNumbers(*map(jnp.float32, (1e-3, -0.5, 0.5, 0.5)))
+        first = _normal(1, shape, moment_dtype)
+        return (
+            _normal(0, shape, dtype),
+            first,
+            jnp.square(_normal(2, shape, dtype)),
+            _normal(3, shape, dtype),
+            numbers.rounded(Dtypes(dtype, first.dtype)),
+            jnp.zeros(shape, jnp.int8) if measured else None,
+            _weights(quantizer, shape) if weighted else None,
+        )
+
+    options = {"at_updated": at_updated, "measured": measured, "weighted": weighted}
+    words = ["adamw_step", *(name for name, is_so in options.items() if is_so)]
+    if moment_dtype != dtype:
+        words.append(f"moment in {jnp.dtype(moment_dtype)}")
+    replaced = (1, 2, 3, 5) if measured else (1, 2, 3)
+    operation = _Operation(", ".join(words), kernel, arguments, replaced)
+    on_tpu: Untuned = "kernel"
     plain = quantizer.hadamard is None and not (at_updated or measured)
     plain = plain and dtype == jnp.float32
     if plain and _takes_one_extra_read(quantizer, shape):
         # The compiler's step moves 8 copies of the array and the kernel's 7, which
         # gains less than the factor of 1.15 that `by_default` asks for.
-        when = on_request
-    return _kernels(kernel, quantizer, shape, dtype, for_tpu, for_gpu, when)
+        on_tpu = "xla"
+    return _kernels(operation, quantizer, shape, dtype, for_tpu, for_gpu, on_tpu)
+
+
+def _weights(quantizer, shape):
+    """Returns weights of the error, one for each input and each output of a matrix."""
+    blocks = quantizer.blocks(shape)
+    outputs = [axis for axis in blocks.tensor_axes if axis not in blocks.axes]
+
+    def factor(number, others):
+        lengths = (1 if axis in others else n for axis, n in enumerate(shape))
+        return 1 + jnp.abs(_normal(number, tuple(lengths), jnp.float32))
+
+    return Factors(factor(4, outputs), factor(5, blocks.axes), largest=3.0)
+
+
+def _normal(number, shape, dtype):
+    return jax.random.normal(jax.random.key(number), shape, dtype)
 
 
 def _takes_one_extra_read(quantizer, shape):
@@ -174,33 +222,62 @@ def product_kernels(
     return Variants((Variant("tpu", on_tpu, by_default if is_faster else on_request),))
 
 
+class _Operation(NamedTuple):
+    """What a kernel computes.
+
+    Attributes:
+      name: of the operation and its options.
+      kernel: maps a module of kernels and a tiling to the kernel.
+      arguments, replaced: as in `Choice`.
+    """
+
+    name: str
+    kernel: Callable[..., Callable]
+    arguments: Callable[[tuple[int, ...]], tuple]
+    replaced: tuple[int, ...] = ()
+
+
 def _kernels(
-    kernel: Callable[..., Callable],
+    operation: _Operation,
     quantizer: Quantizer,
     shape: tuple[int, ...],
     dtype,
     for_tpu: Callable[..., Tiling] = tiling_for_tpu,
     for_gpu: Callable[..., Tiling] = tiling_for_gpu,
-    tpu_when: Callable[..., bool] = by_default,
+    on_tpu: Untuned = "kernel",
 ) -> Variants:
-    """Returns `kernel(module, tiling)` for each platform that has a tiling."""
+    """Returns the kernel of an operation for each platform that has a tiling."""
     if reason := _too_small(shape):
         return no_kernel(reason)
+    # XLA writes a rotated array to memory and reads it again, several times, so that it
+    # moves at least twice as much as the kernel; without a rotation it never does.
+    on_gpu: Untuned = "xla" if quantizer.hadamard is None else "compare"
     found: list[Variant] = []
     missing: list[tuple[Platform, str]] = []
-
-    def add(platform, tiling_of, when):
+    platforms: tuple[tuple[Platform, Callable[..., Tiling], Untuned], ...] = (
+        ("tpu", for_tpu, on_tpu),
+        ("cuda", for_gpu, on_gpu),
+    )
+    for platform, tiling_of, untuned in platforms:
+        kernel = partial(
+            _kernel, platform, operation.kernel, tiling_of, quantizer, jnp.dtype(dtype)
+        )
         try:
-            tiling = tiling_of(quantizer, shape, dtype)
+            function = kernel(shape)
         except NoKernelError as reason:
             missing.append((platform, str(reason)))
         else:
-            function = partial(_launch, platform, kernel, tiling)
-            found.append(Variant(platform, function, when))
-
-    add("tpu", for_tpu, tpu_when)
-    add("cuda", for_gpu, on_request)
+            array = quantizer, shape, jnp.dtype(dtype).name
+            about = operation.arguments, operation.replaced, untuned
+            when = Choice(operation.name, *array, kernel, *about)
+            # mypy does not see that this tuple can be called.
+            found.append(Variant(platform, function, when))  # type: ignore[arg-type]
     return Variants(tuple(found), tuple(missing))
+
+
+def _kernel(platform, kernel, tiling_of, quantizer, dtype, shape):
+    """Returns the kernel for arrays of a shape, or raises `NoKernelError`."""
+    return partial(_launch, platform, kernel, tiling_of(quantizer, shape, dtype))
 
 
 def _launch(platform, kernel, tiling, *args):
