@@ -1,4 +1,4 @@
-"""Which form runs: by what was measured, by counted bytes, and by a comparison."""
+"""The form that runs: by what was measured, by counted bytes, by a comparison."""
 
 import json
 import pathlib

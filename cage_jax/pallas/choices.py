@@ -1,4 +1,4 @@
-"""Which form of a computation runs if no one asks for one: the kernel or XLA's.
+"""The form of a computation that runs if no one asks for one: a kernel or XLA's.
 
 What `cage.tune` measured on this kind of device decides. Without that, the bytes that
 both forms were counted to move decide, see `Untuned`.
