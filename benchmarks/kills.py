@@ -9,6 +9,7 @@ timed.
 
 import concurrent.futures
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -53,6 +54,8 @@ class Settings:
     """Number of kills of a run of two processes."""
     seed: int = 0
     """Seed of the random moments."""
+    add: bool = False
+    """Keep the runs of the record, and add these; with another seed."""
     tiny: bool = False
     """Two kills of one process, to see that it works; nothing is written."""
 
@@ -60,15 +63,24 @@ class Settings:
 def measure(kills: dict[int, int], seed: int) -> dict[str, Any]:
     """Returns the record of runs that are killed, with the kills by their processes."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
+        counts = [count for count in kills if kills[count]]
         figures = list(
-            pool.map(lambda count: _compared(count, kills[count], seed), kills)
+            pool.map(lambda count: _compared(count, kills[count], seed), counts)
         )
+    return record_of(figures)
+
+
+def record_of(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the record of the figures of runs."""
     return {
         "name": "kills",
         "benchmark": "kills",
         "title": "Runs that are killed at random moments, and their last checkpoint",
         "environment": measurement.environment(),
-        "settings": {"kills": list(kills.values()), "seed": seed},
+        "settings": {
+            "kills": [len(each["kills"]) for each in figures],
+            "seed": [each["seed"] for each in figures],
+        },
         "figures": figures,
         "targets": [
             measurement.target(
@@ -91,6 +103,7 @@ def _compared(count: int, kills: int, seed: int) -> dict[str, Any]:
         _finish(_start(count, steps, whole))
         return {
             "processes": count,
+            "seed": seed,
             "steps": steps,
             "kills": at,
             "arrays": len(arrays(whole, steps)),
@@ -234,6 +247,9 @@ def main() -> int:
     tiny = settings.tiny
     kills = {1: 2} if tiny else {1: settings.kills, 2: settings.kills_of_two}
     record = measure(kills, settings.seed)
+    if settings.add:
+        before = json.loads((measurement.RESULTS / "kills.json").read_text())
+        record = record_of([*before["figures"], *record["figures"]])
     measurement.finish(record, table(record), console, keep=not tiny)
     return 0
 
