@@ -124,6 +124,32 @@ def deep_params(rng):
     return params | {"norms": jnp.ones(3)}
 
 
+def test_codes_are_multiplied_as_integers_where_inputs_are_quantized(rng):
+    params, tokens = deep_params(rng), jnp.arange(8)
+    inputs = cage.int8(axis=-1)
+    table = [("norms", None), ("embedding", cage.int4(axis=-1), inputs)]
+    rules = cage.Rules([*table, (".*", cage.int4(axis=-2), inputs)])
+    adapters, frozen = finetuning.low_rank(cage.quantize(params, rules), rules)
+    adapters = moved(adapters, rng)
+
+    def loss(apply):
+        return lambda *pair: jnp.sum(apply(*pair, tokens) ** 2)
+
+    in_low_bits = loss(finetuning.adapted(deep, rules))
+    of_values = loss(finetuning.adapted(cage.quantize_activations(deep, rules)))
+    integers = "preferred_element_type=int32"  # of both products in the scan
+    assert str(jax.make_jaxpr(in_low_bits)(adapters, frozen)).count(integers) == 2
+    assert integers not in str(jax.make_jaxpr(of_values)(adapters, frozen))
+    found, expected = (
+        jax.jit(jax.value_and_grad(each))(adapters, frozen)
+        for each in (in_low_bits, of_values)
+    )
+    for one, other in zip(*map(jax.tree.leaves, (found, expected))):
+        # A rounded input may be on the other side of a tie behind another sum.
+        size = np.abs(other).max()
+        np.testing.assert_allclose(one, other, atol=2e-3 * size, rtol=2e-3)
+
+
 @pytest.mark.parametrize("start", ["weights", "codes"])
 def test_weights_are_made_where_they_are_used(rng, start):
     params, tokens = deep_params(rng), jnp.arange(8)

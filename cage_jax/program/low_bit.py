@@ -83,7 +83,7 @@ def low_bit(
     with_rules = function
     if rules:  # forward only, so derivatives of its own may be lost
         with_rules = with_inputs(
-            function, rules, _quantized_input, strict=strict, custom_derivatives=True
+            function, rules, marked_input, strict=strict, custom_derivatives=True
         )
 
     @functools.wraps(function)
@@ -123,12 +123,12 @@ def _cage_jax_input(x, features, quantizer, grid):
     return quantize_input(x, features, quantizer, grid)
 
 
-_quantized_input = jax.jit(_cage_jax_input, static_argnums=(1, 2))
+marked_input = jax.jit(_cage_jax_input, static_argnums=(1, 2))
 # Its name in a program, by which the inputs to quantize are found.
-_INPUT = _cage_jax_input.__name__
+MARK = _cage_jax_input.__name__
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     """An input of a product: what `low_bit_dot` quantizes, and quantized values."""
 
     x: Any
@@ -140,15 +140,15 @@ def _evaluate_with_codes(eqn, values, *, rules, implementation):
 
     Calls, checkpoints and scans are entered, in search of products.
     """
-    if eqn.params.get("name") == _INPUT:
+    if eqn.params.get("name") == MARK:
         (quantized,) = unchanged(eqn, values)
-        return [_Input(values[0], quantized)]
+        return [Input(values[0], quantized)]
     are_codes = [isinstance(value, _Weights) for value in values]
     if any(are_codes):
         name, params = eqn.primitive.name, eqn.params
         sums = name == "dot_general" and params["dimension_numbers"][0][0]
         if sums and sum(are_codes) == 1:
-            return [_product(params, values, are_codes[0], rules, implementation)]
+            return [_product(params, values, rules, implementation)]
         if name == "transpose":
             return [_transposed(values[0], params["permutation"])]
         if name == "convert_element_type":
@@ -174,28 +174,41 @@ def _evaluate_with_codes(eqn, values, *, rules, implementation):
     return unchanged(eqn, [*map(_dequantized, values)])
 
 
-def _product(params, values, weights_first, rules, implementation):
-    numbers = params["dimension_numbers"]
-    if weights_first:
-        values, numbers = values[::-1], tuple(pair[::-1] for pair in numbers)
-    inputs, weights = values
-    quantizer = None
-    if isinstance(inputs, _Input):
+def _product(params, values, rules, implementation):
+    side = next(n for n, value in enumerate(values) if isinstance(value, _Weights))
+    weights, inputs, quantizer = values[side], values[1 - side], None
+    if isinstance(inputs, Input):
         inputs, quantizer = inputs.x, rules.match_inputs(weights.path)
+    options = {"inputs_quantizer": quantizer, "implementation": implementation}
     with path_in_errors(weights.path):
-        found = low_bit_dot(
-            inputs,
-            weights.codes,
-            numbers,
-            inputs_quantizer=quantizer,
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-            implementation=implementation,
-        )
-    if not weights_first:
+        return dot_of_codes(params, inputs, weights.codes, side, **options)
+
+
+def dot_of_codes(
+    params: dict[str, Any],
+    inputs: jax.Array,
+    codes: QuantizedArray,
+    side: int,
+    **options: Any,
+) -> jax.Array:
+    """Computes a `dot_general`, one operand of which are codes, by `low_bit_dot`.
+
+    Args:
+      params: the parameters of its equation.
+      inputs: the other operand.
+      codes: the codes.
+      side: the number of the operand that they are.
+      options: options of `low_bit_dot`.
+    """
+    numbers = params["dimension_numbers"]
+    if side == 0:
+        numbers = tuple(pair[::-1] for pair in numbers)
+    options |= {name: params[name] for name in ("precision", "preferred_element_type")}
+    found = low_bit_dot(inputs, codes, numbers, **options)
+    if side == 1:
         return found
     (_, contracted), (_, batch) = numbers
-    free = len(weights.codes.shape) - len(contracted) - len(batch)
+    free = len(codes.shape) - len(contracted) - len(batch)
     return jnp.moveaxis(found, range(-free, 0), range(len(batch), len(batch) + free))
 
 
@@ -239,7 +252,7 @@ def _dequantized(value):
     match value:
         case _Weights():
             return dequantize(value.codes)
-        case _Input():
+        case Input():
             return value.quantized
     return value
 

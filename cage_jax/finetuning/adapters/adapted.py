@@ -6,21 +6,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import JaxprEqn
 
+from cage_jax.arrays.exact import compute_dtype, times
 from cage_jax.arrays.jaxprs import called, enter, evaluate, scan_counts, unchanged
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantized_array import QuantizedArray, decoded
-from cage_jax.finetuning.adapters.frozen_weights import Adapter, FrozenWeight, weight
+from cage_jax.core.rules import Rules, check_rules
+from cage_jax.finetuning.adapters.frozen_weights import (
+    Adapter,
+    FrozenWeight,
+    is_codes,
+    weight,
+)
 from cage_jax.finetuning.adapters.low_rank import map_pairs
+from cage_jax.program.activations import with_inputs
+from cage_jax.program.low_bit import MARK, Input, dot_of_codes, marked_input
 from cage_jax.program.tracing import check_function, trace
+from cage_jax.quantizers.axes import from_the_end
+from cage_jax.quantizers.quantizer import Quantizer
 
 # What only changes the form of a weight is done again with it.
 _FORMS = ("convert_element_type", "transpose", "reshape", "squeeze", "copy")
 
 
 @names_checked
-def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
+def adapted(
+    function: Callable[..., Any], rules: Rules | None = None
+) -> Callable[..., Any]:
     """Makes `function` take adapters and frozen weights in place of parameters.
 
     The result is that of `function(weights(adapters, frozen), ...)`. But each weight is
@@ -30,9 +45,15 @@ def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
     a second rounding of each weight. Call the result under `jax.jit`, otherwise each
     call traces it anew.
 
+    Beside codes (QLoRA) the factors multiply the input, and no gradient has the size
+    of a weight: `x @ w + alpha / rank * ((x @ a) @ b)`.
+
     Args:
       function: a function of parameters, and any other arguments, that returns a tree
         of arrays.
+      rules: None, or a table in which some rules have a quantizer for inputs, which are
+        quantized as by `quantize_activations`. Codes are then multiplied as integers,
+        where `low_bit_dot` does that; the gradient is that of the values.
 
     Returns:
       A function of the two trees of `low_rank`, and of the other arguments. The
@@ -40,7 +61,8 @@ def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       TypeError: for a Flax module in place of a function.
-      ValueError: in a call, for adapters that belong to other frozen weights.
+      ValueError: in a call, for adapters that belong to other frozen weights, and with
+        `rules` as in `quantize_activations`.
 
     Example:
       >>> import cage_jax as cage
@@ -65,13 +87,22 @@ def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
         "Use adapted(model.apply), or a function that merges what nnx.split gave.",
     )
 
+    with_rules = function
+    if rules is not None:
+        check_rules(rules)
+        with_rules = with_inputs(function, rules, marked_input, strict=True)
+
+    def pending(path, adapter, frozen):
+        inputs = None if rules is None else rules.match_inputs(path)
+        return _Pending(adapter, frozen, inputs)
+
     @functools.wraps(function)
     def of_adapters(adapters: Mapping[str, Adapter], frozen: Any, *args, **kwargs):
-        tree = map_pairs(_Pending, decoded, adapters, frozen)
+        tree = map_pairs(pending, decoded, adapters, frozen)
         leaves, structure = jax.tree.flatten(tree, is_leaf=_is_pending)
         shapes = [each.frozen.like if _is_pending(each) else each for each in leaves]
         params = jax.tree.unflatten(structure, shapes)
-        traced = trace(function, params, args, kwargs)
+        traced = trace(with_rules, params, args, kwargs)
         values = [*leaves, *traced.values[len(leaves) :]]
         program = traced.program
         found = evaluate(program.jaxpr, [*program.consts, *values], _evaluate)
@@ -83,7 +114,7 @@ def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("adapter", "frozen"),
-    meta_fields=("forms",),
+    meta_fields=("inputs", "forms"),
 )
 @dataclasses.dataclass(frozen=True)
 class _Pending:
@@ -91,18 +122,23 @@ class _Pending:
 
     Attributes:
       adapter, frozen: what it is made of.
+      inputs: the quantizer of its inputs, or None.
       forms: equations that change its form once it is made.
     """
 
     adapter: Adapter
     frozen: FrozenWeight
+    inputs: Quantizer | None
     forms: tuple[JaxprEqn, ...] = ()
 
 
 def _evaluate(eqn, values):
     """Computes an equation; one that uses a weight makes it, and keeps it not."""
+    if eqn.params.get("name") == MARK:
+        (quantized,) = unchanged(eqn, values)
+        return [Input(values[0], quantized)]
     if not any(map(_is_pending, values)):
-        return unchanged(eqn, values)
+        return unchanged(eqn, [*map(_made, values)])
     name = eqn.primitive.name
     if name in _FORMS and len(values) == 1:
         (pending,) = values
@@ -111,6 +147,9 @@ def _evaluate(eqn, values):
     def run(program, values):
         return evaluate(program.jaxpr, [*program.consts, *values], _evaluate)
 
+    if name == "dot_general" and (side := _side_of_codes(values)) is not None:
+        product = functools.partial(_product_beside_codes, eqn, side)
+        return [jax.checkpoint(product)(*values)]
     if called(eqn) is not None:
         return enter(eqn, values, run)
     if name == "scan":
@@ -125,38 +164,103 @@ def _evaluate(eqn, values):
     return jax.checkpoint(made_and_used)(values)
 
 
+def _side_of_codes(values):
+    """Returns which operand has codes and an adapter, if only its dtype was changed."""
+    sides = [n for n, value in enumerate(values) if _is_pending(value)]
+    if len(sides) != 1 or not is_codes(values[sides[0]].frozen.store):
+        return None
+    names = {eqn.primitive.name for eqn in values[sides[0]].forms}
+    return sides[0] if names <= {"convert_element_type"} else None
+
+
+def _product_beside_codes(eqn, side, *values):
+    """Multiplies data with codes, and with the factors of the adapter beside them."""
+    pending, x, params = values[side], _made(values[1 - side]), eqn.params
+    codes = lax.stop_gradient(pending.frozen.store)
+
+    def of_values(x, codes):
+        operands = [x, _in_form(decoded(codes), pending.forms)]
+        return unchanged(eqn, operands if side else operands[::-1])[0]
+
+    if isinstance(values[1 - side], Input):
+        options = {"inputs_quantizer": pending.inputs}
+        found = _straight_through(
+            lambda x, codes: dot_of_codes(params, x, codes, side, **options), of_values
+        )(x, values[1 - side].x, codes)
+    else:
+        found = of_values(x, codes)
+    stack, rows, columns = pending.frozen.layout
+    rank = len(codes.shape)  # below it are axes of the weight, above of the input
+    summed, batch = ([*zip(*pair)] for pair in params["dimension_numbers"])
+    pairs = {p[1 - side]: p[side] for p in (*summed, *batch)}
+    axes = [pairs.get(axis, rank + 1 + axis) for axis in range(x.ndim)]
+    free = [
+        [axis for axis in axes if axis > rank],
+        [axis for axis in range(rank) if axis not in axes],
+    ]
+    first = [p[side] for p in batch]
+    wide = compute_dtype(x.dtype)
+    a, b = (pending.adapter[name].astype(wide) for name in "ab")
+    low = jnp.einsum(
+        x.astype(wide),
+        axes,
+        times(a, pending.frozen.factor),
+        (*stack, *rows, rank),
+        b,
+        (*stack, rank, *columns),
+        [*first, *(free[0] + free[1] if side else free[1] + free[0])],
+        precision=params["precision"],
+        optimize="optimal",
+    )
+    return (found.astype(wide) + low).astype(found.dtype)
+
+
+def _straight_through(in_low_bits, of_values):
+    """Returns a product of codes with an input, with the gradient of their values."""
+
+    @jax.custom_vjp
+    def product(quantized, x, codes):
+        return in_low_bits(x, codes)
+
+    def forward(quantized, x, codes):
+        return in_low_bits(x, codes), (quantized, codes)
+
+    def backward(saved, cotangent):
+        quantized, codes = saved
+        back = jax.linear_transpose(lambda x: of_values(x, codes), quantized)
+        return *back(cotangent), None, None
+
+    product.defvjp(forward, backward)
+    return product
+
+
 def _made(value):
+    if isinstance(value, Input):
+        return value.quantized
     if not _is_pending(value):
         return value
-    found = weight(value.adapter, value.frozen)
-    for eqn in value.forms:
-        (found,) = unchanged(eqn, [found])
-    return found
+    return _in_form(weight(value.adapter, value.frozen), value.forms)
+
+
+def _in_form(value, forms):
+    for eqn in forms:
+        (value,) = unchanged(eqn, [value])
+    return value
 
 
 def _of_layers(value):
     """Returns a stack whose rows are weights of their own, as far as they are."""
     if not _is_pending(value):
-        return value
+        return _made(value)
     frozen = value.frozen
     if value.forms or 0 not in frozen.layout.stack:
         return _made(value)
-    moved = functools.partial(_from_the_end, ndim=len(frozen.store.shape))
+    moved = functools.partial(from_the_end, ndim=len(frozen.store.shape))
     store = frozen.store
     if isinstance(store, QuantizedArray):
         store = dataclasses.replace(store, quantizer=moved(store.quantizer))
     frozen = dataclasses.replace(frozen, store=store, quantizer=moved(frozen.quantizer))
     return dataclasses.replace(value, frozen=frozen)
-
-
-def _from_the_end(quantizer, ndim):
-    """Returns the quantizer with axes that are the same in a row of a stack."""
-    axes = quantizer.axis
-    if isinstance(axes, tuple):
-        axes = tuple(axis % ndim - ndim for axis in axes)
-    elif axes is not None:
-        axes = axes % ndim - ndim
-    return dataclasses.replace(quantizer, axis=axes)
 
 
 def _is_pending(value):

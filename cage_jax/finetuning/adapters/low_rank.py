@@ -178,7 +178,7 @@ def weights(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
       >>> jax.tree.map(jnp.shape, jax.grad(loss)(adapters, frozen))
       {'kernel': {'a': (16, 2), 'b': (2, 8), 'scale': (1, 8)}}
     """
-    return map_pairs(weight, decoded, adapters, frozen)
+    return map_pairs(lambda _, *pair: weight(*pair), decoded, adapters, frozen)
 
 
 @names_checked
@@ -210,7 +210,7 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
       QuantizedArray((16, 8), float32, int4 absmax, axis -2, identity, 96 bytes)
     """
 
-    def value(adapter, leaf):
+    def value(_, adapter, leaf):
         if is_codes(leaf.store):
             raise ValueError(
                 f"`adapters` must be of weights that `low_rank` put on a grid; got one "
@@ -224,12 +224,12 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
 
 
 def map_pairs(
-    function: Callable[[Adapter, FrozenWeight], Any],
+    function: Callable[[str, Adapter, FrozenWeight], Any],
     of_codes: Callable[[QuantizedArray], Any],
     adapters: Mapping[str, Adapter],
     frozen: Any,
 ) -> Any:
-    """Calls `function(adapter, frozen weight)` on each pair, `of_codes` on codes."""
+    """Calls `function(path, adapter, frozen)` on each pair, `of_codes` on codes."""
     paths, leaves, structure = flatten_with_paths(
         frozen, (FrozenWeight, QuantizedArray)
     )
@@ -246,7 +246,7 @@ def map_pairs(
     for path, leaf in zip(paths, leaves):
         with path_in_errors(path):
             if isinstance(leaf, FrozenWeight):
-                leaf = function(adapters[path], leaf)
+                leaf = function(path, adapters[path], leaf)
             elif is_codes(leaf):
                 leaf = of_codes(leaf)
         values.append(leaf)
