@@ -61,10 +61,10 @@ def test_a_file_and_its_training(tmp_path, folder, codes, capsys):
     cage.export.gguf(other, CONFIG, file, overwrite=True)
     flags = [file, *floats, "--rules", folder / "rules.json"]
     text = printed(capsys, *flags, code=3).out
-    assert "`layers/1/up/kernel`: 1 of 8192 codes differ, first at (2, 3): " in text
+    assert "`blk.1.ffn_up.weight`: 1 of 8192 codes differ, first at (3, 2): " in text
     content = json.loads(printed(capsys, *flags, "--json", code=3).out)
     (finding,) = content["findings"]
-    assert (finding["path"], finding["kind"]) == ("layers/1/up/kernel", "codes")
+    assert (finding["path"], finding["kind"]) == ("blk.1.ffn_up.weight", "codes")
     assert not content["ok"] and len(content["tensors"]) == 3 + 9 * CONFIG.layers
 
 

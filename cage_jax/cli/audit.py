@@ -6,14 +6,16 @@ from typing import Any
 from cage_jax.cli import weights
 from cage_jax.cli.check import DIFFERENT
 from cage_jax.cli.command import Command
+from cage_jax.cli.export import NAMES
 from cage_jax.cli.terminal import Terminal
 from cage_jax.core.rules import Rules
 from cage_jax.export.audit import audit
 from cage_jax.export.compressed_tensors import TARGET as TRANSFORMERS
 from cage_jax.export.files import MalformedFileError, as_path, read_bytes
+from cage_jax.export.gguf import TARGET as GGUF
 from cage_jax.export.loading import located
 from cage_jax.export.rules_json import rules_from_json
-from cage_jax.export.template_names import TABLES
+from cage_jax.export.template_names import OF_TRANSFORMERS
 from cage_jax.export.templates import read_tensors
 
 
@@ -23,7 +25,7 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
         "--trained",
         metavar="TRAINED",
         help="the parameters of the training, floats or codes, in anything that MODEL "
-        "may be, or in a transformers folder of floats of any model; without it the "
+        "may be, or in a transformers folder or a GGUF of any model; without it the "
         "floats of MODEL itself are looked at: whether they lie on the grid of the "
         "rules",
     )
@@ -34,7 +36,7 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
         "the flags below, as in `quantize`",
     )
     flags.add_argument(
-        "--names", choices=TABLES, help="what TRAINED calls the tensors of MODEL"
+        "--names", choices=NAMES, help="what TRAINED calls the tensors of MODEL"
     )
     weights.add_arguments(flags)
 
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     flag = "MODEL" if options.trained is None else "--trained"
     with terminal.doing(f"reading {trained}"):
         try:
-            params = _parameters(trained, rules)
+            params = _parameters(trained, rules, options.names)
         except (FileNotFoundError, ValueError) as error:
             message = str(error)
             for name in ("`path`", "`folder`"):
@@ -89,17 +91,18 @@ def _rules(options):
         raise ValueError(str(error).replace("`text`", "`--rules`")) from error
 
 
-def _parameters(path: str, rules: Rules | None) -> Any:
+def _parameters(path: str, rules: Rules | None, names: str | None) -> Any:
     """Reads parameters by our names, or those of the files if only they have rules."""
     location, target = located(path)
-    if target is not TRANSFORMERS:
+    if target not in (TRANSFORMERS, GGUF):
         return target.read(location).params
-    try:
-        params = target.read(location).params
-        if rules is None or not rules.misses(params):
-            return params
-    except MalformedFileError:  # no Llama, or damaged, which is found below
-        pass
+    if names != OF_TRANSFORMERS:
+        try:
+            params = target.read(location).params
+            if rules is None or not rules.misses(params):
+                return params
+        except MalformedFileError:  # no Llama, or damaged, which is found below
+            pass
     return read_tensors(location)
 
 

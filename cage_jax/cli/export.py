@@ -3,9 +3,21 @@
 import argparse
 import pathlib
 
-from cage_jax.cli.command import Command, add_out, check_out, load_llama, print_written
+from cage_jax.cli.command import (
+    Command,
+    add_out,
+    check_out,
+    load_llama,
+    load_model,
+    print_written,
+)
 from cage_jax.cli.terminal import Terminal
 from cage_jax.export.target import Target, targets
+from cage_jax.export.template_names import OF_TRANSFORMERS, TABLES
+
+NAMES = (*TABLES, OF_TRANSFORMERS)
+# The flags by the names of the arguments, for errors.
+_FLAGS = {"config": "--template", "names": "--names", "codes": "MODEL"}
 
 
 def targets_to_write() -> dict[str, Target]:
@@ -24,6 +36,19 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
         choices=found,
         help=f"by default {default}, and {_default_format('')} for a folder",
     )
+    flags.add_argument(
+        "--template",
+        metavar="FLOATS",
+        help="the model's own file of floats: a GGUF, or a transformers folder, of any "
+        "architecture; all but what MODEL has as codes or floats is copied from it. "
+        "MODEL may then be a tree of any model",
+    )
+    flags.add_argument(
+        "--names",
+        choices=NAMES,
+        help="what MODEL calls the tensors of --template; without it as the template, "
+        "or as this library's Llama",
+    )
 
 
 def _default_format(suffix):
@@ -37,12 +62,24 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     name = options.format or _default_format(pathlib.Path(options.out).suffix.lower())
     target = targets_to_write()[name]
     check_out(options, target.is_export if target.suffix else None)
+    write = _by_template if options.template is not None else _llama
+    if options.names is not None and write is _llama:
+        raise ValueError(
+            f"`--names` has no effect without --template; got {options.names}. Leave "
+            f"it out, or give the model's own file as --template."
+        )
+    write(options, terminal, target)
+    print_written(options, terminal, {"format": name}, f", {name}")
+    return 0
+
+
+def _llama(options, terminal, target):
+    """Writes a Llama with its own dimensions and tokenizer."""
     model, config = load_llama(options.model, terminal)
     if not model.tokenizer:
         terminal.warn(
             "the model has no tokenizer; programs that answer in text cannot run it."
         )
-    assert target.write is not None
     if lacks := target.lacks(model.params):
         terminal.warn(lacks)
     with terminal.doing(f"writing {options.out}"):
@@ -58,8 +95,31 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
             raise ValueError(
                 f"{error} `cage-jax quantize --help` lists the presets of each format."
             ) from error
-    print_written(options, terminal, {"format": name}, f", {name}")
-    return 0
+
+
+def _by_template(options, terminal, target):
+    """Writes a model of any architecture like its own file or folder of floats."""
+    if not target.takes_template:
+        raise ValueError(
+            f"`--template` must be left out for what {target.written_by} writes; got "
+            f"{options.template}. Use --format gguf or compressed-tensors."
+        )
+    params = load_model(options.model, terminal).params
+    with terminal.doing(f"writing {options.out}"):
+        try:
+            target.write(
+                params,
+                options.template,
+                options.out,
+                names=options.names,
+                overwrite=options.overwrite,
+            )
+        except (FileNotFoundError, ValueError) as error:
+            message = str(error)
+            for argument, flag in _FLAGS.items():
+                message = message.replace(f"`{argument}`", f"`{flag}`")
+            absent = isinstance(error, FileNotFoundError)
+            raise (FileNotFoundError if absent else ValueError)(message) from error
 
 
 COMMAND = Command(

@@ -255,6 +255,7 @@ TARGET = Target(
     recognises=lambda path: has(path, "config.json"),
     read=read,
     write=compressed_tensors,
+    takes_template=True,
     presets=(
         *("q4_0", "q8_0", "ct_w4a16", "ct_w8a8", "fp8", "mxfp4", "nvfp4"),
         *("int8", "int4", "int3", "int2", "ternary"),

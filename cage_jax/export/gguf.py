@@ -426,6 +426,7 @@ TARGET = Target(
     recognises=is_file,
     read=read,
     write=gguf,
+    takes_template=True,
     suffix=".gguf",
     is_export=is_export,
     presets=("q4_0", "q4_1", "q8_0", "mxfp4"),

@@ -39,6 +39,7 @@ from cage_jax.export.gguf_files import (
 from cage_jax.export.safetensors_files import Like
 from cage_jax.export.template_names import (
     GGUF_TABLES,
+    OF_TRANSFORMERS,
     Source,
     TensorName,
     is_own_name,
@@ -218,8 +219,8 @@ def table_for(
     Raises:
       TypeError, ValueError: if it is no table.
     """
-    lines = _lines_of_transformers(paths, template) if names == "transformers" else []
-    return table_of(names, {**GGUF_TABLES, "transformers": lines})
+    lines = _lines_of_transformers(paths, template) if names == OF_TRANSFORMERS else []
+    return table_of(names, {**GGUF_TABLES, OF_TRANSFORMERS: lines})
 
 
 def _lines_of_transformers(paths, template):

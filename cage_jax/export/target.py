@@ -38,6 +38,8 @@ class Target:
       write: writes a Llama, called with (codes, config, path, tokenizer=, overwrite=);
         raises ValueError for what the target cannot hold. None if only Python programs
         can write it.
+      takes_template: whether `write` takes a model's own file or folder in place of
+        the config, and `names=` in place of the tokenizer.
       suffix: ending of a file, such as ".gguf"; "" for a folder.
       is_export: tells whether `write` wrote an existing file, which only then is
         replaced. A folder is known by its marker.
@@ -52,6 +54,7 @@ class Target:
     recognises: Callable[[pathlib.Path], bool]
     read: Callable[[pathlib.Path], Model]
     write: Callable[..., None] | None = None
+    takes_template: bool = False
     suffix: str = ""
     is_export: IsExport = lambda path: False
     presets: tuple[str, ...] = ()

@@ -147,6 +147,8 @@ TABLES: Mapping[str, Sequence[TensorName]] = {
     "maxtext_qwen": tuple(_maxtext()),
 }
 GGUF_TABLES: Mapping[str, Sequence[TensorName]] = {"cage": tuple(_cage("gguf"))}
+OF_TRANSFORMERS = "transformers"
+"""The table of a GGUF that is made for its architecture."""
 
 
 class Source(NamedTuple):
