@@ -5,7 +5,6 @@ of each target. Then come GPTQ, blocks, the training of the whole model, and its
 alone. What a stage ends with is kept, so that a run continues where it was stopped.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,6 +33,9 @@ TARGETS: dict[Target, str] = {
     "int2": "INT2 in groups of 64, for cage_jax",
     "w4a4": "QuEST's 4 bits for weights and inputs, for cage_jax",
 }
+
+
+SCALE_RATE = 1e-3  # of a scale, in a step
 
 
 class Pieces(NamedTuple):
@@ -122,16 +124,9 @@ def inputs_of(target: Target) -> cage.Quantizer | None:
     return inputs.get(target)
 
 
-def learned(rules: cage.Rules) -> cage.Rules:
-    """Returns the same rules with scales that are trained, of the same type."""
-
-    def with_learned(quantizer):
-        if quantizer is None:
-            return None
-        scale = cage.scales.Learned(start=quantizer.scale)
-        return dataclasses.replace(quantizer, scale=scale)
-
-    return cage.Rules([(r.pattern, with_learned(r.weights), r.inputs) for r in rules])
+def without_weights(rules: cage.Rules) -> cage.Rules:
+    """Returns the rules of inputs alone, for weights that are rounded already."""
+    return cage.Rules([(r.pattern, None, r.inputs) for r in rules])
 
 
 class Finetuning:
@@ -251,13 +246,18 @@ class Finetuning:
         return self._trained(target, loss, optimizer, params, steps)
 
     def _scaled(self, target, teacher, codes):
-        rules, steps = learned(rules_of(target)), self.sizes.scales
-        variables = cage.with_grids(codes, rules)
-        adamw = self._adamw(self.recipe.learning_rate / 10, steps)
-        optimizer = cage.finetuning.only_scales(adamw)
-        loss = self._loss(rules, teacher)
-        variables = self._trained(f"{target}-scales", loss, optimizer, variables, steps)
-        return cage.quantize(variables, rules)["params"]
+        scales, frozen = cage.finetuning.only_scales(codes)
+        # Scales differ in size, and Adam's steps do not.
+        optimizer = optax.chain(
+            self._adamw(SCALE_RATE, self.sizes.scales),
+            optax.stateless(lambda steps, own: jax.tree.map(jnp.multiply, steps, own)),
+        )
+        loss = jax.tree_util.Partial(
+            _of_scales, self._loss(without_weights(rules_of(target)), teacher), frozen
+        )
+        name, steps = f"{target}-scales", self.sizes.scales
+        scales = self._trained(name, loss, optimizer, scales, steps)
+        return cage.finetuning.merge(scales, frozen)
 
     # --- parts of stages
 
@@ -391,3 +391,7 @@ def _abstract(tree):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
     )
+
+
+def _of_scales(loss, frozen, scales, windows):
+    return loss(cage.finetuning.weights(scales, frozen), windows)

@@ -355,7 +355,8 @@ def test_scales_are_trained_and_shipped(quantizer, rng):
     w = rng.standard_normal((64, 16)).astype("float32")
     x = rng.standard_normal((128, 64)).astype("float32")
     variables = cage.with_grids({"w": w}, rules)
-    tx = cage.finetuning.only_scales(optax.adam(1e-2))
+    parts = {"params": optax.set_to_zero(), "grids": optax.adam(1e-2)}
+    tx = optax.partition(parts, {"params": "params", "grids": "grids"})
 
     def apply(params):
         return x @ params["w"]

@@ -13,7 +13,7 @@ framework.
 - `reconstruct` trains block after block to return what it does in full precision.
 - `reconstruction_memory` says how many bytes that takes.
 - `kl` is the loss of distillation, from all logits of a teacher or its `TopLogits`.
-- `only_scales` trains learned scales and leaves the weights as they are.
+- `only_scales` freezes codes and gives their scales, to be trained alone.
 - `low_rank` freezes weights in few bits and gives each a low-rank adapter.
 - `weights` makes parameters of them, through which the adapters are trained.
 - `adapted` lets a model take adapters, and makes each weight where it is used.
@@ -22,6 +22,7 @@ framework.
 
 from cage_jax.finetuning.adapters.adapted import adapted
 from cage_jax.finetuning.adapters.low_rank import low_rank, merge, weights
+from cage_jax.finetuning.adapters.only_scales import only_scales
 from cage_jax.finetuning.bits.choose_bits import choose_bits
 from cage_jax.finetuning.bits.fisher import fisher
 from cage_jax.finetuning.distillation.distill import distill
@@ -37,7 +38,6 @@ from cage_jax.finetuning.reconstruction.reconstruct import (
     reconstruct,
     reconstruction_memory,
 )
-from cage_jax.finetuning.scales import only_scales
 
 __all__ = [
     "Block",

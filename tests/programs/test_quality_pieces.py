@@ -40,6 +40,7 @@ def test_a_cell_has_the_losses_after_each_stage(measure):
     found = measure(first, second)
     stages = ["full precision", "rounded", "gptq", "blocks", "trained", "scales"]
     assert [*found[first]] == stages
+    assert found[first]["scales"] != found[first]["trained"]
     assert [*found[second]] == ["full precision", "rounded", "trained"]
     assert found[first]["rounded"] == found[second]["rounded"]
     assert set(found[first]["gptq"]) == {"novel", "law"}

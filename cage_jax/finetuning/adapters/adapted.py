@@ -18,7 +18,6 @@ from cage_jax.core.rules import Rules, check_rules
 from cage_jax.finetuning.adapters.frozen_weights import (
     Adapter,
     FrozenWeight,
-    is_codes,
     weight,
 )
 from cage_jax.finetuning.adapters.low_rank import map_pairs
@@ -167,7 +166,7 @@ def _evaluate(eqn, values):
 def _side_of_codes(values):
     """Returns which operand has codes and an adapter, if only its dtype was changed."""
     sides = [n for n, value in enumerate(values) if _is_pending(value)]
-    if len(sides) != 1 or not is_codes(values[sides[0]].frozen.store):
+    if len(sides) != 1 or values[sides[0]].frozen.grid is not None:
         return None
     names = {eqn.primitive.name for eqn in values[sides[0]].forms}
     return sides[0] if names <= {"convert_element_type"} else None

@@ -49,11 +49,11 @@ def layout_of(quantizer: Quantizer, shape: tuple[int, ...]) -> Layout:
 )
 @dataclasses.dataclass(frozen=True)
 class FrozenWeight:
-    """What is not trained of one weight; made by `low_rank`. A pytree.
+    """What is not trained of one weight; of `low_rank` and `only_scales`. A pytree.
 
     Attributes:
-      store: the positions of the weight on its grid, or its codes as they were given.
-      grid: the grid at the start; None beside codes.
+      store: the positions of the weight on its grid, or its codes.
+      grid: the grid at the start; None for codes to whose values a product is added.
       quantizer: the quantizer (static).
       dtype: the dtype of the weight (static).
       factor: what the product of the adapters is multiplied by (static).
@@ -82,12 +82,12 @@ class FrozenWeight:
 @jax.custom_vjp
 def weight(adapter: Adapter, frozen: FrozenWeight) -> jax.Array:
     """Returns one of the `weights`, with its gradient."""
-    if is_codes(frozen.store):
+    if frozen.grid is None:
         values = decoded(frozen.store)
         wide = compute_dtype(frozen.dtype)
         return (values.astype(wide) + _product(adapter, frozen)).astype(frozen.dtype)
     grid = _grid(adapter, frozen)
-    codes = frozen.quantizer.format.round(_position(adapter, frozen, grid))
+    codes = _code_values(adapter, frozen, grid)
     return dequantized(codes, frozen.quantizer, grid, frozen.like)
 
 
@@ -97,7 +97,7 @@ def merged(adapter: Adapter, frozen: FrozenWeight) -> QuantizedArray:
     grid, quantizer = _grid(adapter, frozen), frozen.quantizer
     format, dtype = quantizer.format, quantizer.scale_type.dtype or grid.scale.dtype
     return QuantizedArray(
-        codes=format.encode(format.round(_position(adapter, frozen, grid))),
+        codes=format.encode(_code_values(adapter, frozen, grid)),
         scale=grid.scale.astype(dtype),
         zero_point=None if grid.zero_point is None else format.encode(grid.zero_point),
         offset=None if grid.offset is None else grid.offset.astype(dtype),
@@ -105,6 +105,12 @@ def merged(adapter: Adapter, frozen: FrozenWeight) -> QuantizedArray:
         quantizer=quantizer,
         dtype=frozen.dtype,
     )
+
+
+def trained_parts(grid: Grid) -> Adapter:
+    """Returns what is trained of a grid: copies, since that may be donated."""
+    parts = {"scale": grid.scale, "offset": grid.offset}
+    return {name: jnp.copy(x) for name, x in parts.items() if x is not None}
 
 
 def _grid(adapter, frozen):
@@ -119,6 +125,13 @@ def _grid(adapter, frozen):
     axes = quantizer.blocks(frozen.store.shape).tensor_axes
     grid = grid._replace(**parts)
     return quantizer.scale_type.nearest(grid, quantizer.format, axes)
+
+
+def _code_values(adapter, frozen, grid):
+    format = frozen.quantizer.format
+    if is_codes(frozen.store):
+        return format.decode(frozen.store.codes, compute_dtype(frozen.dtype))
+    return format.round(_position(adapter, frozen, grid))
 
 
 def _position(adapter, frozen, grid):
@@ -172,12 +185,13 @@ def _forward(adapter, frozen):
 def _backward(saved, cotangent):
     # Without the barrier a compiler would keep what the forward pass has computed.
     (adapter, frozen), cotangent = lax.optimization_barrier((saved, cotangent))
-    learned = {}
+    found = {}
     gradient = cotangent.astype(compute_dtype(frozen.dtype))
-    if not is_codes(frozen.store):
-        gradient, learned = _through_rounding(adapter, frozen, gradient)
-    gradient = times(gradient, frozen.factor)
-    found = {**_product_gradient(adapter, frozen, gradient), **learned}
+    if frozen.grid is not None:
+        gradient, found = _through_rounding(adapter, frozen, gradient)
+    if "a" in adapter:
+        gradient = times(gradient, frozen.factor)
+        found |= _product_gradient(adapter, frozen, gradient)
     return {name: found[name].astype(x.dtype) for name, x in adapter.items()}, None
 
 
@@ -188,34 +202,36 @@ def _through_rounding(adapter, frozen, cotangent):
     """Returns the gradients of the product, and of the trained parts of the grid."""
     quantizer, grid = frozen.quantizer, _grid(adapter, frozen)
     blocks, basis = quantizer.blocks(cotangent.shape), quantizer.basis(cotangent.shape)
-    position, gradient = _position(adapter, frozen, grid), basis.rotate(cotangent)
-    inside, codes = _inside(quantizer, position), quantizer.format.round(position)
+    gradient, codes = basis.rotate(cotangent), _code_values(adapter, frozen, grid)
+
+    def of_grid(slope, of_offset=gradient):
+        total = functools.partial(jnp.sum, keepdims=True)
+        learned = {
+            "scale": blocks.reduce(total, gradient * slope),
+            "offset": blocks.reduce(total, of_offset),
+        }
+        if (divisor := frozen.grid.tensor_divisor) is not None:
+            per_scale = jnp.broadcast_to(divisor, learned["scale"].shape)
+            learned["scale"] = learned["scale"] / per_scale
+        return learned
+
+    zero = None if grid.zero_point is None else blocks.spread(grid.zero_point)
+    above = codes if zero is None else codes - zero
+    if is_codes(frozen.store):
+        return None, of_grid(above)
+    position = _position(adapter, frozen, grid)
+    inside = _inside(quantizer, position)
     # In units of weights the steps cancel, where the scale divides too.
     step = blocks.spread((frozen.grid if frozen.scale == "grid" else grid).step)
     product = select(inside, gradient * step, 0)
     if frozen.units == "weights":
         product = basis.unrotate(product / blocks.spread(frozen.grid.step))
-
-    def of_group(parts):
-        return blocks.reduce(functools.partial(jnp.sum, keepdims=True), parts)
-
-    learned = {}
-    if frozen.scale == "grid":
-        slope = codes - select(inside, position, 0)
-        if grid.zero_point is not None:
-            slope = slope - select(inside, 0, blocks.spread(grid.zero_point))
-        learned["scale"] = of_group(gradient * slope)
-        learned["offset"] = of_group(select(inside, 0, gradient))
-    elif frozen.scale == "output":
-        if grid.zero_point is not None:
-            codes = codes - blocks.spread(grid.zero_point)
-        learned["scale"] = of_group(gradient * codes)
-        learned["offset"] = of_group(gradient)
-    divisor = frozen.grid.tensor_divisor
-    if learned and divisor is not None:
-        per_scale = jnp.broadcast_to(divisor, learned["scale"].shape)
-        learned["scale"] = learned["scale"] / per_scale
-    return product, learned
+    if frozen.scale is None:
+        return product, {}
+    if frozen.scale == "output":
+        return product, of_grid(above)
+    slope = select(inside, codes - position, above)
+    return product, of_grid(slope, select(inside, 0, gradient))
 
 
 def _inside(quantizer, position):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_choice, check_int, check_number, is_traced
-from cage_jax.arrays.exact import power_below
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, key_at, path_in_errors
 from cage_jax.core.finite import check_finite
@@ -22,12 +21,14 @@ from cage_jax.finetuning.adapters.frozen_weights import (
     Units,
     is_codes,
     merged,
+    trained_parts,
     weight,
 )
 from cage_jax.finetuning.adapters.stores import Store, stored
 from cage_jax.program.tracing import split_grids
 from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import rounding
+from cage_jax.quantizers.scale_types import of_the_size_of_weights
 
 
 @names_checked
@@ -211,7 +212,7 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
     """
 
     def value(_, adapter, leaf):
-        if is_codes(leaf.store):
+        if leaf.grid is None:
             raise ValueError(
                 f"`adapters` must be of weights that `low_rank` put on a grid; got one "
                 f"of codes, {leaf.store!r}, to which the product is added unrounded. "
@@ -240,7 +241,7 @@ def map_pairs(
         raise ValueError(
             f"`adapters` must have an entry for each frozen weight, such as "
             f"{expected[:3]}; got {sorted(adapters)[:3]}. Take both from one call of "
-            f"low_rank."
+            f"low_rank, or of only_scales."
         )
     values = []
     for path, leaf in zip(paths, leaves):
@@ -256,13 +257,7 @@ def map_pairs(
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _frozen_parts(x, quantizer, grid, store):
     found = rounding(x, quantizer, grid)
-    grid, divisor = found.grid, found.grid.tensor_divisor
-    if divisor is not None:
-        # Scales of the size of weights, as an optimizer expects them, and of `Learned`.
-        power = power_below(divisor)
-        scale = grid.scale / jnp.broadcast_to(power, grid.scale.shape)
-        grid = grid._replace(scale=scale, tensor_divisor=divisor / power)
-    return stored(found, store), grid
+    return stored(found, store), of_the_size_of_weights(found.grid)
 
 
 def _first_adapter(frozen, rank, key):
@@ -278,10 +273,7 @@ def _first_adapter(frozen, rank, key):
     size = (rank if frozen.units == "steps" else inputs) ** -0.5
     a = size * jax.random.normal(key, (*lengths[0], *lengths[1], rank), jnp.float32)
     adapter = {"a": a, "b": jnp.zeros((*lengths[0], rank, *lengths[2]), jnp.float32)}
-    if frozen.scale is not None:  # copies, as what is trained may be donated
-        parts = {"scale": frozen.grid.scale, "offset": frozen.grid.offset}
-        adapter |= {name: jnp.copy(x) for name, x in parts.items() if x is not None}
-    return adapter
+    return adapter if frozen.scale is None else adapter | trained_parts(frozen.grid)
 
 
 def _shape_of_codes(leaf):
