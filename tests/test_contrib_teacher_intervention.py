@@ -104,7 +104,7 @@ def test_the_distance_is_a_sum_of_mean_squares(rng):
         {name: rng.normal(size=(2, 3)).astype(np.float32) for name in NAMES}
         for _ in range(2)
     )
-    student["0/scores"][0] = -1e9
+    student["0/scores"][0], student["0/scores"][1, 1] = -1e9, -150
     teacher["0/scores"][:, 0] = -np.inf
     x, y = (np.float64(each["0/scores"]).copy() for each in (student, teacher))
     x[x <= -100], y[y <= -100] = 0, 0
