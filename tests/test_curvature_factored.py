@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cage_jax as cage
-from cage_jax import curvature
+from cage_jax import curvature, weightings
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 # By name: the quantizer, the shape, the axes of inputs and of outputs, and the length
@@ -223,7 +223,17 @@ def test_devices_send_vectors_and_only_where_gradients_are_read():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_inside_shard_map_the_mean_is_over_all_devices(rng):
+@pytest.mark.parametrize(
+    "source",
+    [
+        curvature.fisher(factored=True),
+        curvature.fisher(relative=True),
+        curvature.fisher(relative=False, largest=1.5),
+        weightings.by_distance(),
+    ],
+    ids=["factored", "relative", "of each array", "distance"],
+)
+def test_inside_shard_map_the_mean_is_over_all_devices(source, rng):
     """Also if parameters vary along different axes, or along none."""
     specs = {
         "first": jax.P("a", None, None),
@@ -233,7 +243,6 @@ def test_inside_shard_map_the_mean_is_over_all_devices(rng):
     }
     shapes = {"first": (4, 8, 4), "second": (2, 8, 4), "both": (8, 8, 4)}
     rules = cage.Rules([(".*", cage.int4(axis=-2))])
-    source = curvature.fisher(factored=True)
     gradients = {
         name: np.float32(np.exp(2 * rng.normal()) * rng.normal(size=shape))
         for name, shape in (shapes | {"copied": (8, 4)}).items()

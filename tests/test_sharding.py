@@ -3,9 +3,7 @@
 Each placement is checked once; programs/test_every_sharding.py crosses all with all.
 """
 
-import dataclasses
 import math
-import re
 import warnings
 
 import chex
@@ -409,92 +407,3 @@ def test_a_learned_scale_of_shards_has_the_gradient_of_the_whole(rng):
     chex.assert_trees_all_close(
         jax.device_get(got), jax.device_get(whole), rtol=1e-5, atol=1e-6
     )
-
-
-# By name: the quantizer, the shards, the shape, and that of a shard with a kernel. All
-# of these differ, so that they tell whose kernel it is.
-ON_SHARDS = {
-    "rows": (
-        cage.int4(group_size=32),
-        P(("data", "model"), None),
-        (512, 1024),
-        (64, 1024),
-    ),
-    "columns": (cage.quest(4), P(None, ("data", "model")), (512, 1024), (512, 128)),
-    "both": (
-        cage.quest(4, hadamard=32, group_size=32),
-        P("data", "model"),
-        (512, 1024),
-        (128, 512),
-    ),
-    "nowhere": (cage.int4(), P(None, None), (512, 1024), (512, 1024)),
-    "a group is cut": (
-        cage.int4(group_size=128),
-        P(("data", "model"), None),
-        (512, 256),
-        None,
-    ),
-    "a tensor is cut": (cage.nvfp4(), P("data", None), (512, 256), None),
-    "a channel is cut": (cage.int4(), P("data", None), (512, 256), None),
-}
-
-CUT_SHARDS = ["a group is cut", "a tensor is cut", "a channel is cut"]
-
-
-def check_kernels_on_shards(names, rng, compared, **options):
-    """Finds the kernels in a program for TPU, and compares what it finds without them.
-
-    Args:
-      names: of weights.
-      rng: of NumPy.
-      compared: whether values are compared with those of whole weights.
-      **options: of `cage_adamw`.
-    """
-    cases = {name: ON_SHARDS[name] for name in names}
-    rules = cage.Rules(
-        [
-            (name, dataclasses.replace(quantizer, gradient="clip"))
-            for name, (quantizer, *_) in cases.items()
-        ]
-    )
-    tx = cage.cage_adamw(1e-2, rules, strength=5.0, **options)
-
-    @jax.jit
-    def run(params, state):
-        values, back = jax.vjp(lambda params: cage.fake_quant(params, rules), params)
-        gradients = jax.tree.map(jnp.sin, params)
-        stepped = tx.fused_step(gradients, state, params)
-        return values, back(jax.tree.map(jnp.cos, values)), stepped
-
-    init = jax.jit(tx.init)
-    whole = {
-        name: rng.standard_normal(shape).astype(np.float32)
-        for name, (_, _, shape, _) in cases.items()
-    }
-    with jax.set_mesh(mesh_of(EXPLICIT)):
-        specs = {name: spec for name, (_, spec, _, _) in cases.items()}
-        params = {name: jax.device_put(whole[name], specs[name]) for name in cases}
-        state = init(params)
-        traced = run.trace(params, state)
-        text = traced.lower(lowering_platforms=("tpu",)).as_text()
-        values, _, (after, _) = traced.out_info
-        found = traced.lower().compile()(params, state) if compared else None
-    for name, spec in specs.items():
-        assert values[name].sharding.spec == spec == after[name].sharding.spec
-    pattern = r'kernel_name = "(cage_\w+)".* -> \(?tensor<1x(\d+)x(\d+)x'
-    named = {(name, (int(m), int(n))) for name, m, n in re.findall(pattern, text)}
-    kernels = ("cage_fake_quant", "cage_masked_gradient", "cage_adamw_step")
-    shards = [shard for *_, shard in cases.values() if shard is not None]
-    assert named == {(kernel, shard) for kernel in kernels for shard in shards}
-    assert ("tpu_custom_call" in text) == bool(shards)
-    if compared:
-        *expected, stepped = run(whole, init(whole))
-        *values, after = found
-        chex.assert_trees_all_close(values, expected, atol=1e-6)
-        chex.assert_trees_all_close(after, stepped, rtol=1e-5, atol=1e-6)
-
-
-def test_a_kernel_runs_on_each_explicit_shard(rng, small_arrays_too):
-    names = ["rows", "columns", "both", "nowhere"]
-    check_kernels_on_shards(names, rng, compared=True, statistics=True)
-    check_kernels_on_shards(CUT_SHARDS, rng, compared=False, statistics=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -40,8 +40,20 @@ def replicated(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*[None] * x.ndim)))
 
 
+class Placement(NamedTuple):
+    """How the devices of an automatic mesh divide an array, as its owner says.
+
+    Attributes:
+      shape: shape of the whole array.
+      sharding: of that array.
+    """
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+
+
 class Shards(NamedTuple):
-    """An array's explicit sharding.
+    """An array's sharding.
 
     Attributes:
       mesh: the devices.
@@ -49,26 +61,45 @@ class Shards(NamedTuple):
       shape: shape of the part on one device.
     """
 
-    mesh: AbstractMesh
+    mesh: Mesh | AbstractMesh
     spec: P
     shape: tuple[int, ...]
 
+    def place(self, x: jax.Array, spec: P) -> jax.Array:
+        """Returns `x` placed by `spec` on an explicit mesh; as it is on others."""
+        if is_automatic(self.mesh):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
 
-def shards_of(x: jax.Array, pieces: Iterable[tuple[int, int]]) -> Shards | None:
-    """Returns the explicit shards of `x` if they keep all pieces whole, else None.
+
+def shards_of(
+    x: jax.Array,
+    pieces: Iterable[tuple[int, int]],
+    placement: Placement | None = None,
+) -> Shards | None:
+    """Returns the shards of `x` if they keep all pieces whole, else None.
 
     Pieces are pairs of an axis and a length. If they are whole, a `shard_map` can
-    process each of them.
+    process each of them. Explicit shards are known; on an automatic mesh the compiler
+    knows them later, so that the `placement` has to say, of an array of this shape.
     """
-    sharding = jax.typeof(x).sharding
-    mesh = sharding.mesh
-    if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
+    sharding, mesh = jax.typeof(x).sharding, jax.typeof(x).sharding.mesh
+    if is_automatic(mesh):
+        if placement is None or placement.shape != x.shape:
+            return None
+        sharding, mesh = placement.sharding, placement.sharding.mesh
+    elif any(kind != AxisType.Explicit for kind in mesh.axis_types):
         return None
     devices = devices_along(sharding, x.ndim)
     shape = tuple(length // count for length, count in zip(x.shape, devices))
     if any(shape[axis] % size for axis, size in pieces):
         return None
     return Shards(mesh, sharding.spec, shape)
+
+
+def is_automatic(mesh: Mesh | AbstractMesh) -> bool:
+    """Returns whether the compiler divides arrays over a mesh, or there is none."""
+    return all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def devices_along(sharding: NamedSharding, ndim: int) -> list[int]:

@@ -91,10 +91,10 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
         parameter draws its own numbers from it.
       implementation: None uses a kernel if the program is compiled for a platform that
         has a faster one (see `tune`), and runs on one device, inside of a `shard_map`,
-        or on explicit shards of whole groups. "xla" never uses one. "pallas" uses it
-        or raises if it cannot run. Kernels agree with XLA to the bit, except that they
-        may sum (rotations, means) in another order, so that a value at a tie may go
-        the other way.
+        or on shards of whole groups that are explicit or that `Rules.placed` was told.
+        "xla" never uses one. "pallas" uses it or raises if it cannot run. Kernels agree
+        with XLA to the bit, except that they may sum (rotations, means) in another
+        order, so that a value at a tie may go the other way.
 
     Returns:
       An array, or a tree, like `x`.
@@ -126,7 +126,10 @@ def fake_quant(x, quantizer, *, grid=None, key=None, implementation=None):
         )
     if implementation is not None:
         check_implementation(implementation)
-    apply = functools.partial(_fake_quant_array, implementation=implementation)
+    placements = quantizer.placements if isinstance(quantizer, Rules) else {}
+    apply = functools.partial(
+        _fake_quant_array, implementation=implementation, placements=placements
+    )
     return _apply(apply, x, quantizer, grid, key)
 
 
@@ -369,10 +372,10 @@ def gaussian_error(quantizer: Quantizer) -> float:
     return float(np.mean(np.square(np.asarray(error, np.float64))))
 
 
-def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation):
+def _fake_quant_array(x, quantizer, grid, key, path="", *, implementation, placements):
     x = _checked(x, quantizer, grid, key)
-    noise = _noise(x, quantizer, key)
-    return straight_through(quantizer, x, grid, noise, implementation, path)
+    noise, placement = _noise(x, quantizer, key), placements.get(path)
+    return straight_through(quantizer, x, grid, noise, implementation, path, placement)
 
 
 def _quantize_array(x, quantizer, grid, key, path=""):

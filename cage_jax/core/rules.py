@@ -3,48 +3,30 @@
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from cage_jax.arrays.checks import check_byte_order, first_lines, warn
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
+from cage_jax.arrays.sharding import Placement, is_automatic
+from cage_jax.core.rule import REMEDY, Entry, Rule, rule_of_entry
 from cage_jax.core.unused import unused_text
 from cage_jax.core.weight_report import Report, Row, split_text
 from cage_jax.quantizers.axes import UnknownAxesError, WeightAxes
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.quantizer import Quantizer
-from cage_jax.quantizers.registry import named
 
-_REMEDY = 'Use Rules([(r".*kernel", "int4"), (r".*", None)]).'
-Entry = Quantizer | str | None
 _NO_PRODUCT = (
     "`axis` must be given, since it is in no product with data here, so that it is not "
     "known what is summed over; got axis='contracted' (the default of most presets). "
     "Name the axes, such as axis=-1, or leave it alone by a rule with None."
 )
 INPUT_GRIDS = "input_grids"  # where NNX modules keep grids; no rule applies to them
-
-
-class Rule(NamedTuple):
-    """One line of `Rules`.
-
-    Attributes:
-      pattern: a regular expression for whole paths.
-      weights: the quantizer of the parameter, or None.
-      inputs: the quantizer of the parameter's input, or None.
-    """
-
-    pattern: str
-    weights: Quantizer | None
-    inputs: Quantizer | None = None
-
-    def __str__(self) -> str:
-        inputs = f", inputs {self.inputs}" if self.inputs else ""
-        return f"({self.pattern!r}, {self.weights}{inputs})"
 
 
 class Rules:
@@ -86,7 +68,7 @@ class Rules:
       total          2112                                                   5.82   8448     1536
     """
 
-    __slots__ = ("_compiled", "_resolved", "_rules")
+    __slots__ = ("_compiled", "_placements", "_resolved", "_rules")
 
     def __init__(
         self,
@@ -97,11 +79,12 @@ class Rules:
         if isinstance(rules, (str, dict, Quantizer)) or not isinstance(rules, Iterable):
             raise TypeError(
                 f"`rules` must be a list of (pattern, quantizer) pairs; got {rules!r}. "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
-        self._rules = tuple(map(_checked, rules))
+        self._rules = tuple(map(rule_of_entry, rules))
         self._compiled = tuple(re.compile(rule.pattern) for rule in self._rules)
         self._resolved = dict(resolved or {})
+        self._placements: dict[str, Placement] = {}
 
     @property
     def resolved(self) -> Mapping[str, Quantizer]:
@@ -154,7 +137,47 @@ class Rules:
         paths, leaves, _ = _flatten(params)
         quantizers = self._quantizers(paths, leaves, axes)
         found = {path: each for path, each in zip(paths, quantizers) if each}
-        return Rules(self._rules, resolved={**self.resolved, **found})
+        rules = Rules(self._rules, resolved={**self.resolved, **found})
+        rules._placements.update(self._placements)
+        return rules
+
+    @property
+    def placements(self) -> Mapping[str, Placement]:
+        """Shape and sharding of each parameter by path, as `placed` was told."""
+        return types.MappingProxyType(self._placements)
+
+    def placed(self, params: Any) -> "Rules":
+        """Returns these rules with the sharding of each quantized parameter.
+
+        Under `jax.jit` on an automatic mesh no function can see how an array is
+        sharded, and compilers cannot partition kernels. With these rules `fake_quant`
+        and `fused_step` run kernels on each device's part, where the parts hold whole
+        groups and rotation blocks. Gradients and moments are placed alike. Everything
+        else stays as it is.
+
+        Args:
+          params: the parameters of the training step, or their shapes, with
+            `NamedSharding`; parameters with other shardings are left to the compiler.
+
+        Example:
+          >>> import cage_jax as cage
+          >>> import jax
+          >>> import jax.numpy as jnp
+          >>> from jax.sharding import NamedSharding, PartitionSpec as P
+          >>> kinds = (jax.sharding.AxisType.Auto,)
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=kinds)
+          >>> columns = NamedSharding(mesh, P(None, "data"))
+          >>> params = {"kernel": jax.device_put(jnp.ones((64, 512)), columns)}
+          >>> rules = cage.Rules([(".*", cage.int4())]).placed(params)
+          >>> rules.placements["kernel"].sharding.spec
+          P(None, 'data')
+        """
+        found = Rules(self._rules, resolved=self._resolved)
+        for path, (_, x) in self.quantized(params).items():
+            sharding = getattr(x, "sharding", None)
+            if isinstance(sharding, NamedSharding) and is_automatic(sharding.mesh):
+                found._placements[path] = Placement(x.shape, sharding)
+        return found
 
     def map(self, function: Callable, tree: Any, *rest: Any) -> Any:
         """Calls `function(path, quantizer, leaf, *rest)` on each quantized parameter.
@@ -387,10 +410,12 @@ class Rules:
             isinstance(other, Rules)
             and self._rules == other._rules
             and self.resolved == other.resolved
+            and self.placements == other.placements
         )
 
     def __hash__(self) -> int:
-        return hash((self._rules, frozenset(self.resolved.items())))
+        by_path = self._resolved.items(), self._placements.items()
+        return hash((self._rules, *map(frozenset, by_path)))
 
     @property
     def in_words(self) -> str:
@@ -432,41 +457,6 @@ def nothing_quantized(rules: Rules, tree: Any, so: str = "") -> str:
         f"rules.report(params) to see all paths. They begin at the tree that is given, "
         f"so that they are shorter in a part of a model."
     )
-
-
-def _checked(entry) -> Rule:
-    """Converts an entry of the table to a `Rule`; raises for anything but rules."""
-    if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
-        raise TypeError(
-            f"`rules` must be a list of (pattern, quantizer) pairs, or triples with a "
-            f"quantizer for inputs; got the entry {entry!r}. {_REMEDY}"
-        )
-    pattern, *quantizers = entry
-    if not isinstance(pattern, str):
-        raise TypeError(
-            f"`rules` must have strings as patterns; got {pattern!r}. {_REMEDY}"
-        )
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`rules` must have regular expressions as patterns; got {pattern!r}: "
-            f"{error}. Write '.*' for any text."
-        ) from None
-    found = []
-    for quantizer in quantizers:
-        if isinstance(quantizer, str):
-            with path_in_errors(pattern):
-                quantizer = named(quantizer)
-        if not isinstance(quantizer, Quantizer | None):
-            name = getattr(quantizer, "__name__", "int4")
-            call = f"Call the preset: {name}(...). " if callable(quantizer) else ""
-            raise TypeError(
-                f"`rules` must map {pattern!r} to a Quantizer, the name of a preset or "
-                f"None; got {quantizer!r}. {call}{_REMEDY}"
-            )
-        found.append(quantizer)
-    return Rule(pattern, *found)
 
 
 def _flatten(tree):

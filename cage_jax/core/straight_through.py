@@ -15,7 +15,9 @@ from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
-def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
+def straight_through(
+    quantizer, x, grid, noise, implementation=None, path="", placement=None
+):
     """Quantizes and dequantizes `x`, with the quantizer's gradients."""
 
     # On shards with a kernel there are no grid and no noise, which kernels do not take.
@@ -26,9 +28,9 @@ def straight_through(quantizer, x, grid, noise, implementation=None, path=""):
             x = kernel_required(kernels, x, path)
         return _fake_quant(quantizer, implementation, x, grid, noise)
 
-    if jax.typeof(x).sharding.mesh.empty:
+    if placement is None and jax.typeof(x).sharding.mesh.empty:
         return local(x, grid, noise)
-    shards = shards_of(x, quantizer.blocks(x.shape).pieces)
+    shards = shards_of(x, quantizer.blocks(x.shape).pieces, placement)
     if shards is None or not _has_kernel(quantizer, shards.shape, x, grid, noise):
         return local(x, grid, noise)
     # A kernel cannot be partitioned, but runs on each shard.

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from cage_jax.arrays.adamw import AdamW, Dtypes, StepNumbers
@@ -95,16 +94,16 @@ class FusedAdamW(optax.GradientTransformationExtraArgs):
         The state is that of `update`, and each can go on from the other's. Their
         results agree except in the last places. Each large quantized parameter is one
         kernel where there is a faster one (see `tune`), if it is on one device, inside
-        of a `shard_map`, or on explicit shards of whole groups. The kernel reads the
-        gradient, moments and values once and writes the moments and values once. With
-        `statistics` it measures in every step, whatever the period. Everything else is
-        computed as in `update`. The following have no fused form and fall back to
-        `update`: `nesterov`, `freeze_scale` and a weight decay that is an array; a
-        `curvature` other than the recommended one or `fisher(factored=True)`, or with
-        `statistics`; parameters other than float32 and bfloat16, and gradients and
-        second moments of another dtype; scales of a whole tensor; quantizers for which
-        `fake_quant` has no kernel; and, with `statistics`, formats other than integers
-        and mid-rise ones.
+        of a `shard_map`, or on shards of whole groups that are explicit or that
+        `Rules.placed` was told. The kernel reads the gradient, moments and values once
+        and writes the moments and values once. With `statistics` it measures in every
+        step, whatever the period. Everything else is computed as in `update`. The
+        following have no fused form and fall back to `update`: `nesterov`,
+        `freeze_scale` and a weight decay that is an array; a `curvature` other than the
+        recommended one or `fisher(factored=True)`, or with `statistics`; parameters
+        other than float32 and bfloat16, and gradients and second moments of another
+        dtype; scales of a whole tensor; quantizers for which `fake_quant` has no
+        kernel; and, with `statistics`, formats other than integers and mid-rise ones.
 
         Args:
           gradients: a tree like `params`.
@@ -216,7 +215,8 @@ def _kernel_steps(options, gradients, state, params, implementation):
         if not path:  # a lone array leaves no others for `update`
             continue
         gradient, first, second, decays = others[path]
-        shards = shards_of(x, quantizer.blocks(x.shape).pieces)
+        placement = options.rules.placements.get(path)
+        shards = shards_of(x, quantizer.blocks(x.shape).pieces, placement)
         grid = grid_at(path, params, None)
         arrays = gradient, first, second, x
         if why := _why_not_fused(options, cage_state, arrays, grid, shards):
@@ -287,11 +287,7 @@ def _step_on_shards(step, shards, arrays, numbers, codes, weights):
         return P(*(name if n > 1 else None for name, n in zip(spec, factor.shape)))
 
     specs = jax.tree.map(spec_of, weights)
-    weights = jax.tree.map(
-        lambda factor, spec: reshard(factor, NamedSharding(shards.mesh, spec)),
-        weights,
-        specs,
-    )
+    weights = jax.tree.map(shards.place, weights, specs)
     return jax.shard_map(
         local,
         mesh=shards.mesh,

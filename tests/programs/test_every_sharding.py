@@ -1,15 +1,14 @@
 """Sharded parameters: all quantizers, placements, kinds of mesh and options."""
 
 import pytest
+from test_kernels_on_shards import CUT_SHARDS, check_kernels_on_shards
 from test_sharding import (
     AUTO,
-    CUT_SHARDS,
     EXPLICIT,
     QUANTIZERS,
     SENDS,
     SPECS,
     check_inside_shard_map,
-    check_kernels_on_shards,
     check_training,
     check_values_and_codes,
     check_what_a_step_sends,
@@ -73,7 +72,7 @@ def test_a_step_sends_scales_and_statistics(name, options, kind, rng):
 
 
 def test_where_pieces_are_cut_the_values_are_those_of_the_whole(rng, small_arrays_too):
-    check_kernels_on_shards(CUT_SHARDS, rng, compared=True, statistics=True)
+    check_kernels_on_shards(CUT_SHARDS, EXPLICIT, rng, compared=True, statistics=True)
 
 
 def test_a_kernel_weights_errors_on_each_explicit_shard(rng, small_arrays_too):

@@ -150,7 +150,8 @@ def clamp_diagonals(
     found = {path: jnp.maximum(h, 0) for path, h in diagonals.items()}
     if not relative:
         return {
-            path: jnp.minimum(h, largest * jnp.mean(h)) for path, h in found.items()
+            path: jnp.minimum(h, largest * mean_of_all({path: h}))
+            for path, h in found.items()
         }
 
     def within(most):

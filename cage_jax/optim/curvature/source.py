@@ -1,10 +1,12 @@
 """The protocol of a source of curvature, and what one is given at a step."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.names import names_checked
@@ -157,7 +159,14 @@ def apply_weights(
 
 
 def mean_of_all(arrays: Arrays) -> jax.Array:
-    """Returns the mean of all entries of all arrays, float32."""
-    sums = [jnp.sum(x, dtype=jnp.float32) for x in arrays.values()]
-    entries = sum(x.size for x in arrays.values())
-    return sum(sums, start=jnp.float32(0)) / max(entries, 1)
+    """Returns the mean of all entries of all arrays, float32.
+
+    Inside a `shard_map` it is over the parts on all devices.
+    """
+    total, entries = jnp.float32(0), 0
+    for x in arrays.values():
+        axes = tuple(jax.typeof(x).manual_axis_type.varying)
+        own = jnp.sum(x, dtype=jnp.float32)
+        total += lax.psum(own, axes) if axes else own
+        entries += x.size * math.prod(map(lax.axis_size, axes))
+    return total / max(entries, 1)
