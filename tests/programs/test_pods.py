@@ -17,11 +17,12 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "pods.md"
 
 @pytest.fixture(scope="module")
 def found():
-    """What the page's program defines."""
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """What the page's programs define."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(block, "pods.md", "exec"), names)
+        for block in blocks:
+            exec(compile(block, "pods.md", "exec"), names)
     return names
 
 
