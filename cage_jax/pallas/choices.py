@@ -114,10 +114,10 @@ _AGREED: dict[tuple[str, str], bool] = {}
 def fault(choice: Choice, default: Callable, device: jax.Device) -> str:
     """Runs both forms on a device; returns what is wrong with the kernel, or ""."""
     with jax.default_device(device), jax.debug_nans(False):
-        arguments = choice.arguments(choice.shape)
-        theirs = jax.tree.leaves(jax.jit(default)(*arguments))
         try:
+            arguments = choice.arguments(choice.shape)
+            theirs = jax.tree.leaves(jax.jit(default)(*arguments))
             ours = jax.tree.leaves(jax.jit(choice.kernel(choice.shape))(*arguments))
             return disagreement(ours, theirs, exact=choice.is_exact)
-        except Exception as error:  # whatever a compiler raises
+        except Exception as error:  # whatever a compiler or a full memory raises
             return f"it fails: {type(error).__name__}: {str(error)[:300]}"
