@@ -24,6 +24,8 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
 # What takes the place of `fake_quant`.
 FORWARD = {
     "ewgs": lambda x, rules: contrib.ewgs(x, rules, 0.5),
+    "stable_qat": lambda x, rules: contrib.stable_qat(x, rules),
+    "soft_quant": lambda x, rules: contrib.soft_quant(x, rules, 0.5),
     "noisy_fake_quant": lambda x, rules: contrib.noisy_fake_quant(
         x, rules, jax.random.key(0)
     ),

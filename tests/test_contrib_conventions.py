@@ -23,6 +23,8 @@ BUILD = {
     "interpolation": lambda rules: contrib.interpolation(rules, every=2),
     "locked_zeros": lambda rules: contrib.locked_zeros(rules),
     "lotion": lambda rules: contrib.lotion(rules, strength=2.0, decay=0.5),
+    "prox_quant": lambda rules: contrib.prox_quant(rules, strength=0.02),
+    "sparse_codes": lambda rules: contrib.sparse_codes(rules, 0.2, decay=0.1),
     "trained_rows": lambda rules: contrib.trained_rows(rules, 0.5, every=2),
 }
 each = pytest.mark.parametrize("name", list(BUILD))
@@ -248,6 +250,8 @@ BAD = {
     ),
     "decay": lambda v: contrib.averaging(v),
     "start": lambda v: contrib.averaging(start=v),
+    "amplitude": lambda v: contrib.stable_qat(PARAMS, RULES, v),
+    "temperature": lambda v: contrib.soft_quant(PARAMS, RULES, v),
     "delta": lambda v: contrib.ewgs(PARAMS, RULES, v),
     "deviation": lambda v: contrib.noisy_fake_quant(
         PARAMS, RULES, jax.random.key(0), deviation=v
