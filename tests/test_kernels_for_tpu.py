@@ -19,7 +19,7 @@ needs_libtpu = pytest.mark.skipif(
 SCRIPT = """
 import dataclasses, json
 import cage_jax as cage
-import hlo, jax, kernels, low_bit
+import hlo, jax, kernels, kernels_on_shards, low_bit
 
 QUEST, GROUPS = cage.quest(4), cage.int4(group_size=32, axis=-1)
 ZEROS = cage.int4(group_size=32, symmetric=False, axis=-2)
@@ -56,7 +56,9 @@ product = low_bit.counted(low_bit.CASES[3], "v5e", "codes")["units"]
 x = kernels.array((65536, 4096), "float32", "v5e")
 groups = jax.jit(lambda x: cage.fake_quant(x, GROUPS, implementation="xla"))
 moved = hlo.moved(groups.lower(x).compile().as_text()).memory
-print(json.dumps([kernel, product, moved / x.size / 4]))
+columns = kernels_on_shards.CASES["quest(4), columns"]
+shards = kernels_on_shards.counted(*columns, True)
+print(json.dumps([kernel, product, moved / x.size / 4, shards]))
 """
 
 
@@ -77,7 +79,7 @@ def on(chips, script):
 
 @needs_libtpu
 def test_each_kind_moves_the_least_and_no_copy():
-    found, product, groups = on([], SCRIPT)
+    found, product, groups, shards = on([], SCRIPT)
     for units, in_place in found:
         assert 1 <= units < 1.05
         assert in_place == pytest.approx(0, abs=1e-4)
@@ -85,3 +87,7 @@ def test_each_kind_moves_the_least_and_no_copy():
     # Groups in the order of its memory: read twice, written once, and a number for each
     # group.
     assert groups <= 3.2
+    # On each chip of an automatic mesh as on one device.
+    assert shards.pop("received") == 0
+    for units, least in zip(shards.values(), (2, 4, 7), strict=True):
+        assert least <= units < 1.05 * least
