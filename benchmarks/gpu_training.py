@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gpu_day
 import jax
@@ -39,24 +39,26 @@ class Kind(NamedTuple):
       optimizer: AdamW alone, or with the pull of the paper or the recommended one.
       a_bits: bits of inputs, 16 for none.
       quantized: whether anything is.
-      kernels: whether weights are rounded by kernels, and the step is the fused one.
+      implementation: of the weights' `fake_quant` and of the optimizer's step, which is
+        the fused one unless "xla" is asked for; None for what a user gets.
     """
 
     optimizer: str = "AdamW"
     a_bits: int = 4
     quantized: bool = True
-    kernels: bool = False
+    implementation: Literal["xla", "pallas"] | None = "xla"
 
 
 KINDS = {
     "bfloat16": Kind(quantized=False),
     "W4A16 STE": Kind(a_bits=16),
     "W4A4 STE": Kind(),
-    "W4A4 STE, kernels": Kind(kernels=True),
+    "W4A4 STE, kernels": Kind(implementation="pallas"),
     "W4A4 CAGE": Kind("paper"),
-    "W4A4 CAGE, kernels": Kind("paper", kernels=True),
+    "W4A4 CAGE, kernels": Kind("paper", implementation="pallas"),
     "W4A4 CAGE, recommended": Kind("recommended"),
-    "W4A4 CAGE, recommended, kernels": Kind("recommended", kernels=True),
+    "W4A4 CAGE, recommended, kernels": Kind("recommended", implementation="pallas"),
+    "W4A4 CAGE, recommended, as chosen": Kind("recommended", implementation=None),
 }
 
 
@@ -74,8 +76,8 @@ def model_of(tiny: bool, a_bits: int, vocabulary: int, seed: int) -> lm.Language
 
 
 def steps(findings: gpu_day.Findings) -> None:
-    """Times each kind of step, and adds what it is to the others."""
-    # The last one has all that the others have.
+    """Times each kind of step."""
+    # The last one has all that the others have, and runs without a GPU too.
     kinds = dict(list(KINDS.items())[-1:]) if findings.tiny else KINDS
     for name, kind in kinds.items():
         findings.add(name, partial(_timed, kind, findings.tiny))
@@ -84,9 +86,7 @@ def steps(findings: gpu_day.Findings) -> None:
 def _timed(kind: Kind, tiny: bool) -> dict[str, Any]:
     model = model_of(tiny, kind.a_bits, VOCABULARY, 0)
     tx = _optimizer(model, kind)
-    implementation = "pallas" if kind.kernels and not tiny else None
-    step = _fused(model, tx, implementation) if kind.kernels else model.step(tx)
-    run = jax.jit(partial(step, quantized=kind.quantized), donate_argnums=0)
+    run = jax.jit(_step(model, tx, kind), donate_argnums=0)
     shape = model.size.batch, model.size.sequence + 1
     windows = jax.random.randint(jax.random.key(0), shape, 0, VOCABULARY, jnp.int32)
     params, before = jax.jit(lambda: model.first_state(tx))()
@@ -121,24 +121,30 @@ def _optimizer(model, kind):
         correction["strength"] = STRENGTH
     elif kind.optimizer == "recommended":
         correction = cage.recommended(rate, 1000)
-    if kind.kernels:
-        return cage.cage_adamw(rate, model.rules, weight_decay=0.1, **correction)
-    return model.optimizer(rate, **correction)
+    return cage.cage_adamw(rate, model.rules, weight_decay=0.1, **correction)
 
 
-def _fused(model, tx, implementation) -> Callable:
-    """Returns `model.step` with kernels for the weights and in the optimizer."""
-    weights = partial(
-        cage.fake_quant, quantizer=model.rules, implementation=implementation
-    )
+def _step(model, tx, kind) -> Callable:
+    """Returns a step of AdamW after clipping, fused unless XLA's form is asked for."""
+    weights, implementation = None, kind.implementation
+    if kind.quantized:
+        weights = partial(
+            cage.fake_quant, quantizer=model.rules, implementation=implementation
+        )
+    clip = optax.clip_by_global_norm(1.0)
 
-    def step(state, windows, quantized):
+    def step(state, windows):
         params, before = state
+        quantized = kind.quantized
         loss, gradients = model.gradient(params, windows, quantized, weights=weights)
-        clip = optax.clip_by_global_norm(1.0)
         gradients, _ = clip.update(gradients, clip.init(params))
-        after = tx.fused_step(gradients, before, params, implementation=implementation)
-        return after, loss
+        if implementation != "xla":
+            after = tx.fused_step(
+                gradients, before, params, implementation=implementation
+            )
+            return after, loss
+        updates, after = tx.update(gradients, before, params)
+        return (optax.apply_updates(params, updates), after), loss
 
     return step
 

@@ -87,3 +87,16 @@ def test_findings_are_kept_and_errors_have_a_traceback(tmp_path):
         assert "fails" in each["error"]
     gpu_day.Findings(path, True, 0.0).add("late", lambda: 1)
     assert "late" not in gpu_day.read(path)
+
+
+def test_the_step_with_every_kernel_can_be_traced():
+    """Not on a GPU, where it would be late to see that it cannot."""
+    kind = gpu_training.KINDS["W4A4 CAGE, recommended, kernels"]
+    model = gpu_training.model_of(False, kind.a_bits, gpu_training.VOCABULARY, 0)
+    tx = gpu_training._optimizer(model, kind)
+    state = jax.eval_shape(lambda: model.first_state(tx))
+    shape = model.size.batch, model.size.sequence + 1
+    windows = jax.ShapeDtypeStruct(shape, jax.numpy.int32)
+    step = gpu_training._step(model, tx, kind)
+    after, loss = jax.eval_shape(step, state, windows)
+    assert loss.shape == () and jax.tree.structure(after) == jax.tree.structure(state)
