@@ -91,6 +91,10 @@ def test_tensors_that_are_not_of_the_configuration(folder):
         ({f"{module}.weight_scale": scale.astype(np.float64)}, "of a scheme"),
         ({f"{module}.weight": np.zeros((128, 64), np.float32)}, "of a scheme"),
         ({f"{module}.bias": np.zeros(64, np.float32)}, "got 1 more, .*up_proj.bias"),
+        (
+            {f"{module}.weight_zero_point": np.zeros((16, 2), np.int32)},
+            "`.*up_proj`: the file must have no zero points, .* symmetric; got",
+        ),
         ({"model.norm.weight": np.zeros(64, np.int32)}, "`model.norm`"),
         ({"model.norm.weight": np.zeros(65, np.float32)}, "`model.norm`"),
         ({"model.norm.weight_scale": np.zeros(1, np.float32)}, "`model.norm`"),

@@ -120,6 +120,13 @@ def kernel_of(
         ):
             return _codes_of(module, stored, shape, scheme)
     texts = [f"{suffix} {dtype}{list(size)}" for suffix, (dtype, size) in has.items()]
+    if "weight_zero_point" in has and all(scheme.symmetric for scheme in schemes):
+        raise malformed(
+            f"`{module}`: the file must have no zero points, since config.json says "
+            f"that its schemes are symmetric",
+            texts,
+            "If readers of the model use them, set symmetric to false there.",
+        )
     raise malformed(
         f"`{module}`: the file must have the tensors of a matrix {shape[::-1]} of "
         f"{FLOATS}, or of a scheme in config.json that is supported, "
