@@ -55,9 +55,14 @@ def test_the_start_is_that_of_fake_quant(rng, name, store):
 def test_merged_codes_have_the_values_of_the_forward_pass_to_the_bit(rng, name):
     quantizer = QUANTIZERS[name]
     rules, params = rules_of(quantizer), params_of(rng)
-    for units, scale in (("steps", "output"), ("weights", "grid"), ("steps", None)):
+    for options in (
+        {},  # LR-QAT
+        {"units": "weights", "scale": "grid"},  # L4Q
+        {"units": "weights", "store": "float32"},  # DL-QAT
+        {"scale": None},
+    ):
         adapters, frozen = finetuning.low_rank(
-            params, rules, rank=3, alpha=2.0, scale=scale, units=units
+            params, rules, rank=3, alpha=2.0, **options
         )
         start = finetuning.merge(adapters, frozen)["up"]["kernel"]
         adapters = moved(adapters, rng)

@@ -94,6 +94,29 @@ def test_the_input_of_a_head_is_rounded_by_rules_alone(rng):
     np.testing.assert_allclose(by_the_option(params), hidden @ head, rtol=0, atol=1e-5)
 
 
+def test_weights_of_4_bits_with_a_scale_for_each_output(rng):
+    """The recipe of GLM-130B: nothing but the kernels of the layers is rounded."""
+    tokens, params = rng.integers(0, 320, (2, 8), dtype=np.int32), params_of(CONFIG)
+    rules = cage.Rules([(r"layers/.*kernel", cage.int4(axis=-2)), (r".*", None)])
+    codes = cage.quantize(params, rules)
+    rounded, kernels = [], 0
+    for path, x in jax.tree.leaves_with_path(params):
+        x = np.asarray(x, np.float64)
+        if "layers" in str(path) and "kernel" in str(path):
+            scale = np.abs(x).max(-2, keepdims=True) / 7
+            x, kernels = np.rint(x / scale) * scale, kernels + 1
+        rounded.append(x)
+    assert kernels == 7  # of all layers in one array
+    values = cage.dequantize(codes)
+    for found, expected in zip(jax.tree.leaves(values), rounded):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    run = jax.jit(functools.partial(llama.logits, config=CONFIG))
+    trained = run(cage.fake_quant(params, rules), tokens)
+    np.testing.assert_array_equal(run(values, tokens), trained)
+    change = np.linalg.norm(trained - run(params, tokens)) / np.linalg.norm(trained)
+    assert 0 < change < 0.5
+
+
 def test_suggested_rules_take_the_gate_for_no_router():
     params = jax.eval_shape(lambda: params_of(CONFIG))
     tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
