@@ -124,6 +124,33 @@ def deep_params(rng):
     return params | {"norms": jnp.ones(3)}
 
 
+@pytest.mark.parametrize("form", ["tef,efg->teg", "efg,tef->egt", "tef,efg->tg"])
+def test_factors_beside_codes_multiply_the_input_along_all_axes(rng, form):
+    w, x = rng.standard_normal((3, 8, 4)), rng.standard_normal((5, 3, 8))
+    w, x = jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+    codes = cage.quantize(w, cage.int4(axis=-2))
+    first = form.startswith("efg")
+
+    def apply(params, x):
+        return jnp.einsum(form, *((params["w"], x) if first else (x, params["w"])))
+
+    rules = cage.Rules([("w", cage.int4(axis=-2))])
+    adapters, frozen = finetuning.low_rank({"w": codes}, rules, rank=2, alpha=3.0)
+    adapters = moved(adapters, rng)
+    found, pull = jax.vjp(
+        lambda each: finetuning.adapted(apply)(each, frozen, x), adapters
+    )
+    a, b = (np.float64(adapters["w"][name]) for name in "ab")
+    sum_ = np.float64(cage.dequantize(codes)) + 1.5 * a @ b
+    operands = (sum_, np.float64(x)) if first else (np.float64(x), sum_)
+    np.testing.assert_allclose(found, np.einsum(form, *operands), atol=1e-5)
+    # The gradient of a sum of all outputs.
+    reach = np.float64(x).sum(0)[..., None] * np.ones(4)
+    gradient = pull(jnp.ones_like(found))[0]["w"]["a"]
+    expected = 1.5 * reach @ np.swapaxes(b, -1, -2)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_codes_are_multiplied_as_integers_where_inputs_are_quantized(rng):
     params, tokens = deep_params(rng), jnp.arange(8)
     inputs = cage.int8(axis=-1)

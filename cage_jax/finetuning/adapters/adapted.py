@@ -174,44 +174,49 @@ def _side_of_codes(values):
 
 def _product_beside_codes(eqn, side, *values):
     """Multiplies data with codes, and with the factors of the adapter beside them."""
-    pending, x, params = values[side], _made(values[1 - side]), eqn.params
+    pending, x = values[side], _made(values[1 - side])
     codes = lax.stop_gradient(pending.frozen.store)
 
     def of_values(x, codes):
         operands = [x, _in_form(decoded(codes), pending.forms)]
         return unchanged(eqn, operands if side else operands[::-1])[0]
 
-    if isinstance(values[1 - side], Input):
+    def in_low_bits(x, codes):
         options = {"inputs_quantizer": pending.inputs}
-        found = _straight_through(
-            lambda x, codes: dot_of_codes(params, x, codes, side, **options), of_values
-        )(x, values[1 - side].x, codes)
+        return dot_of_codes(eqn.params, x, codes, side, **options)
+
+    if isinstance(values[1 - side], Input):
+        product = _straight_through(in_low_bits, of_values)
+        found = product(x, values[1 - side].x, codes)
     else:
         found = of_values(x, codes)
+    low = _product_of_factors(eqn.params, side, pending, x)
+    return (found.astype(low.dtype) + low).astype(found.dtype)
+
+
+def _product_of_factors(params, side, pending, x):
+    """Multiplies data with `factor * a @ b`, in the dtype of computation."""
     stack, rows, columns = pending.frozen.layout
-    rank = len(codes.shape)  # below it are axes of the weight, above of the input
+    rank = len(pending.frozen.store.shape)  # below it axes of the weight, above of `x`
     summed, batch = ([*zip(*pair)] for pair in params["dimension_numbers"])
     pairs = {p[1 - side]: p[side] for p in (*summed, *batch)}
     axes = [pairs.get(axis, rank + 1 + axis) for axis in range(x.ndim)]
-    free = [
-        [axis for axis in axes if axis > rank],
-        [axis for axis in range(rank) if axis not in axes],
-    ]
-    first = [p[side] for p in batch]
+    mine = [axis for axis in axes if axis > rank]
+    theirs = [axis for axis in range(rank) if axis not in axes]
+    free = mine + theirs if side else theirs + mine
     wide = compute_dtype(x.dtype)
     a, b = (pending.adapter[name].astype(wide) for name in "ab")
-    low = jnp.einsum(
+    return jnp.einsum(
         x.astype(wide),
         axes,
         times(a, pending.frozen.factor),
         (*stack, *rows, rank),
         b,
         (*stack, rank, *columns),
-        [*first, *(free[0] + free[1] if side else free[1] + free[0])],
+        [p[side] for p in batch] + free,
         precision=params["precision"],
         optimize="optimal",
     )
-    return (found.astype(wide) + low).astype(found.dtype)
 
 
 def _straight_through(in_low_bits, of_values):

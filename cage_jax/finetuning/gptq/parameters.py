@@ -88,7 +88,10 @@ class Parameter:
         if self.grid is None:
             for which in self._layers():
                 found = _refitted(self._codes_of(which, self._lead))
-                self.codes = self._put_back(self.codes, found, which)
+                found = dataclasses.replace(found, quantizer=self.codes.quantizer)
+                if self._lead:
+                    found = _with_rows(self.codes, found, which, self._lead)
+                self.codes = found
         return self.codes
 
     def unrounded(self) -> jax.Array:
@@ -202,12 +205,6 @@ class Parameter:
             x, grid = _rows((self.x, self.grid), which, self._lead)
             self._part = key, Part(x, quantizer, grid, self._axes)
         return self._part[1]
-
-    def _put_back(self, codes, found, which):
-        if not self._lead:
-            return found
-        found = dataclasses.replace(found, quantizer=codes.quantizer)
-        return _with_rows(codes, found, which, self._lead)
 
 
 def _rows(tree, which, lead):
