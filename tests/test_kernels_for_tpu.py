@@ -53,6 +53,9 @@ program = jax.jit(step, donate_argnums=(0, 1)).lower(x, state, x).compile()
 # Besides, every tenth step reads the gradient, for its means.
 kernel.append([hlo.moved(program.as_text()).memory / x["x"].size / 4 / (7 + 1), 0])
 product = low_bit.counted(low_bit.CASES[3], "v5e", "codes")["units"]
+# Scales of float16, which XLA converts first: in the memory of the chip.
+float16 = low_bit.Case(cage.q4_1(axis=-2))
+product = max(product, low_bit.counted(float16, "v6e", "kernel")["units"])
 x = kernels.array((65536, 4096), "float32", "v5e")
 groups = jax.jit(lambda x: cage.fake_quant(x, GROUPS, implementation="xla"))
 moved = hlo.moved(groups.lower(x).compile().as_text()).memory

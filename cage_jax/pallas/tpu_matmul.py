@@ -23,8 +23,8 @@ from cage_jax.pallas.tiling import ProductTiling
 from cage_jax.pallas.tpu_launch import Operand, references
 from cage_jax.quantizers.formats import Float
 
-# Limit for the memory of the blocks; chips have at least twice that.
-_VMEM_BYTES = 2**26
+# Limit for the memory of the blocks. Chips have more, where XLA keeps scales meanwhile.
+_VMEM_BYTES = 2**25
 _OPTIONAL = "group_sums", "divisor", "zero_point", "offset"
 
 

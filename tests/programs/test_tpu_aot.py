@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama3_aot
 import pytest
 import tpu_aot
 
@@ -71,3 +72,44 @@ def test_a_small_step_for_four_chips():
     # The step's count and, at a tile each, nothing else.
     assert 0 < pulled["state"] - adamw["state"] < 4096
     assert adamw["traffic"] < pulled["traffic"] < 1.5 * adamw["traffic"]
+
+
+def test_what_is_counted_of_llama_3(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(config, topology, kind, tokens):
+        asked.append(kind)
+        traffic = 104e9 if kind == "CAGE" else 100e9
+        return FIGURES | {"kernels": 14, "traffic": traffic}
+
+    monkeypatch.setattr(llama3_aot, "counted", counted)
+    program = llama3_aot.TINY, ("v5e:2x2",), 128, tmp_path / "parts"
+    made = llama3_aot.measure(*program)
+    assert asked == ["AdamW", "CAGE", "CAGE, distilled"]
+    assert llama3_aot.measure(*program)["figures"] == made["figures"]
+    assert len(asked) == 3
+    fits, added = made["targets"]
+    assert fits["met"] and fits["measured"] == 2.0 and fits["bound"] == 16
+    assert added["met"] and added["measured"] == 1.04
+    rows = llama3_aot.table(json.loads(json.dumps(made)))
+    assert rows.cells[1] == ["v5e:2x2, CAGE", "2.00", "1.00", "104.0", "0.00", "14"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the extra `tpu` is missing"
+)
+def test_a_small_step_of_llama_3_with_a_teacher():
+    script = (
+        "import json, llama3_aot as l; "
+        "print(json.dumps(l.counted(l.TINY, 'v5e:2x2', l.DISTILLED, 128)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["memory"] > found["state"] > 0
