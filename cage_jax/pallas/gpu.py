@@ -3,6 +3,18 @@
 The arithmetic on a strip is in `strips`; a strip stays in registers. Triton's division
 and square root are approximate, and its lowering has no rounding. So these are PTX
 instructions here, except where a kernel is interpreted.
+
+JAX deprecates this backend from 0.11 on; Mosaic GPU is to replace it, through
+`plgpu.kernel` of `jax.experimental.pallas.mosaic_gpu`. Kernels written for it were
+tried with JAX 0.10.2 and compile for an H200 that is not here, but not these:
+
+- A strip's grid is a reduction along one axis of an array. Lane-level code has none
+  ("No support for axes yet"), and warpgroup-level code lacks `is_finite`.
+- The program holds MLIR that is compiled once a GPU loads it, so no registers and
+  spills can be counted without one, and these counts are how kernels are checked.
+
+The arithmetic in `strips` and `quantizers` knows neither backend. What has to be
+written anew is in this file: `_call`, `_each`, `_rotation` and `_instruction`.
 """
 
 from collections.abc import Callable
