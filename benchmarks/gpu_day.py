@@ -247,6 +247,7 @@ def tests(findings: Findings) -> None:
             text=True,
             check=False,
             env=os.environ | {"JAX_PLATFORMS": platform},
+            timeout=max(1.0, findings.ends - time.monotonic()),
         )
         if not results.exists():
             raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
