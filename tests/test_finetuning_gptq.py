@@ -268,7 +268,7 @@ ERRORS = {
         [(some(1, 8, 4),), (some(1, 7, 4),)],
         "same shapes.*in batch 1.*Cut them",
     ),
-    "nan": (multiply, [(np.full((8, 4), np.nan),)], "`w`: `batches` must give finite"),
+    "nan": (multiply, [(np.full((8, 4), np.nan),)], "`w`: `batches` must give inputs"),
     "unused": (lambda params, x: x, [(some(1, 8, 4),)], "`w`: `function` must use"),
     "while": (looped, [(some(1, 8, 4),)], "`w`: its products .* behind `while`"),
     "mask": (masked, [(some(1, 8, 4),)], "`w`: its products .* behind `max`"),

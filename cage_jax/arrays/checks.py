@@ -147,6 +147,26 @@ def is_traced(array: Any) -> bool:
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
+def check_callable(name: str, value: Any, remedy: str) -> None:
+    """Raises TypeError for anything that cannot be called."""
+    if not callable(value):
+        raise TypeError(
+            f"`{name}` must be a function; got {type(value).__name__}. {remedy}"
+        )
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises TypeError for anything but a dtype of floats."""
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise TypeError(
+            f"`{name}` must be a dtype of floats; got {dtype!r}. Use 'bfloat16'."
+        )
+
+
 def check_choice(
     name: str, value: Any, choices: Sequence[Any], remedy: str = ""
 ) -> None:

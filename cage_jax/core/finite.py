@@ -27,6 +27,17 @@ def not_finite(leaf: Any) -> dict[str, int]:
     return {what: count for what, count in counts.items() if count}
 
 
+def check_values(leaves: Mapping[str, Any], argument: str = "codes") -> None:
+    """Raises TypeError, with the path, for shapes in the place of arrays."""
+    for path, leaf in leaves.items():
+        parts = jax.tree.leaves(leaf)
+        if any(isinstance(part, jax.ShapeDtypeStruct) for part in parts):
+            raise TypeError(
+                f"`{path}`: `{argument}` must have values; got a shape. Load or "
+                f"initialize the parameters first."
+            )
+
+
 def check_finite(leaves: Mapping[str, Any], argument: str = "codes") -> None:
     """Checks parameters.
 
@@ -36,8 +47,10 @@ def check_finite(leaves: Mapping[str, Any], argument: str = "codes") -> None:
       argument: name of the argument, for errors.
 
     Raises:
+      TypeError: for shapes in the place of arrays.
       ValueError: if there are NaN or infinities; the error names the parameters.
     """
+    check_values(leaves, argument)
     found = {path: each for path, leaf in leaves.items() if (each := not_finite(leaf))}
     if not found:
         return

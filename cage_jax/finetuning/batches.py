@@ -10,10 +10,15 @@ def checked_batches(batches: Iterable[tuple]) -> Iterator[tuple]:
     """Walks batches once.
 
     Raises:
-      TypeError: for a batch that is no tuple of arguments.
+      TypeError: for what cannot be walked, and a batch that is no tuple of arguments.
       ValueError: if there are none.
     """
     empty = True
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`batches` must be tuples of arguments, one for each batch; got "
+            f"{type(batches).__name__}. Use [(x,) for x in batches]."
+        )
     for batch in batches:
         if not isinstance(batch, (tuple, list)):
             raise TypeError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from cage_jax.arrays.checks import check_int, check_number, is_int, warn
+from cage_jax.arrays.checks import check_choice, check_int, check_number, is_int, warn
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules
@@ -138,7 +138,8 @@ def plan(
         tenth.
       learning_rate: its peak; None for that of the nearest training. It decays to a
         tenth by a cosine.
-      tokens_per_step: None for as many as make 1000 steps, from 256 to 262,144.
+      tokens_per_step: None for as many as make 1000 steps, from 256 to 262,144, or
+        more for 10^7 steps at most.
       show: whether the plan is printed.
 
     Returns:
@@ -159,15 +160,16 @@ def plan(
     """
     check_number("tokens", tokens, "Use 1e9.", least=1)
     check_number("bits", bits, "Use 4.", above=0, most=16)
+    check_choice("pretrained", pretrained, (True, False))
     weights, width = _size(params)
     recipe = nearest(weights, tokens, pretrained)
     rate = recipe.rate if learning_rate is None else learning_rate
     check_number("learning_rate", rate, "Use 1e-5, or None.", above=0)
     fewest, most = _TOKENS_PER_STEP
-    usual = int(min(max(tokens // _STEPS, fewest), most))
+    least = math.ceil(tokens / _MOST_STEPS)
+    usual = max(int(min(max(tokens // _STEPS, fewest), most)), least)
     if tokens_per_step is None:
         tokens_per_step = usual
-    least = math.ceil(tokens / _MOST_STEPS)
     check_int("tokens_per_step", tokens_per_step, f"Use {usual}.", least=max(least, 1))
     per_byte = tokens / (weights * bits / 8)
     law = math.exp(-_LAW / math.log(per_byte)) if per_byte > 1 else 0.0

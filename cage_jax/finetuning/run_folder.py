@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from cage_jax.arrays.paths import flatten_with_paths
@@ -28,10 +29,16 @@ class RunFolder:
     """
 
     def __init__(self, folder: Any, run: Mapping[str, Any]):
-        self._folder = None if folder is None else pathlib.Path(folder)
+        self._folder = None if folder is None else _path_of(folder)
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"`folder` must be a folder; got {str(folder)!r}, a file. Use another "
+                f"path."
+            ) from error
         path, now = self._folder / _BELONGS, json.loads(json.dumps(run))
         if not path.exists():
             self._write(path, json.dumps(now, indent=1).encode())
@@ -105,7 +112,7 @@ def read_run(folder: Any) -> dict[str, Any]:
     Raises:
       ValueError: if it belongs to none, or if that cannot be read.
     """
-    path = pathlib.Path(folder) / _BELONGS
+    path = _path_of(folder) / _BELONGS
     try:
         run = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -130,13 +137,29 @@ class Digest:
     def add(self, tree: Any) -> "Digest":
         """Adds a tree: its paths, dtypes, shapes and values."""
         paths, leaves, _ = flatten_with_paths(tree)
-        for path, leaf in zip(paths, map(np.asarray, leaves)):
+        for path, leaf in zip(paths, map(values_of, leaves)):
             self._sha.update(repr((path, str(leaf.dtype), leaf.shape)).encode())
             self._sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
         return self
 
     def __str__(self) -> str:
         return self._sha.hexdigest()
+
+
+def values_of(x: Any) -> np.ndarray:
+    """Returns an array as NumPy has it; a random key as its numbers."""
+    is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(
+        x.dtype, jax.dtypes.prng_key
+    )
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def _path_of(folder):
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"`folder` must be a path; got {type(folder).__name__}. Use 'teacher'."
+        )
+    return pathlib.Path(folder)
 
 
 def rules_in_full(rules: Rules) -> list[Any]:

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from cage_jax.arrays.checks import check_int, check_number, is_int
+from cage_jax.arrays.checks import check_callable, check_int, check_number, is_int
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.core.tables import table
@@ -124,13 +124,10 @@ def choose_bits(
     quantized = rules.quantized(params)
     if not quantized:
         raise ValueError(nothing_quantized(rules, params))
+    check_finite({path: x for path, (_, x) in quantized.items()}, "params")
     options = {}
     for path, (_, x) in quantized.items():
         with path_in_errors(path):
-            if isinstance(x, jax.ShapeDtypeStruct):
-                raise TypeError(
-                    "`params` must have values; got a shape. Load the parameters first."
-                )
             options[path] = _options(rules.match(path), x.shape, choices)
     sets = _tied(together, [*quantized])
     if loss is not None and batches is not None:
@@ -168,6 +165,8 @@ def _check_estimate(curvature, loss, batches):
             f"`{missing}` must come with `{given}`; got None. Use loss=loss, "
             f"batches=[(x, y)]."
         )
+    if loss is not None:
+        check_callable("loss", loss, "Use loss=lambda params, *batch: ...")
 
 
 def _checked_choices(choices) -> list[int | Quantizer]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cage_jax.arrays.checks import check_callable
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantized_array import check_no_codes
@@ -48,6 +49,7 @@ def fisher(loss: Callable, params: Any, batches: Iterable[tuple]) -> Any:
 
     Source: Kirkpatrick et al., arXiv 1612.00796.
     """
+    check_callable("loss", loss, "The order is loss, params, batches.")
     check_no_codes(params=params)
     params, _ = split_grids(params)
 

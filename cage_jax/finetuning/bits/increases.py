@@ -32,7 +32,15 @@ def by_curvature(
     """
     trees = (params,) if curvature is None else (params, curvature)
     found = {}
-    for done, (path, (_, x, *given)) in enumerate(rules.quantized(*trees).items()):
+    try:
+        quantized = rules.quantized(*trees)
+    except ValueError as error:  # the table was applied to the parameters before
+        raise ValueError(
+            "`curvature` must be a tree like `params`; got one of another structure. "
+            "Use cage.finetuning.fisher(loss, params, batches), or the second moment "
+            "of Adam for these parameters."
+        ) from error
+    for done, (path, (_, x, *given)) in enumerate(quantized.items()):
         with path_in_errors(path):
             weights = _checked_curvature(given[0], x) if given else None
             found[path] = np.array([_increase(x, weights, q) for q in options[path]])
@@ -116,9 +124,13 @@ def _rounded(x, quantizer):
 
 
 def _checked_loss(value, name) -> float:
-    if jnp.shape(value) or not np.isfinite(value):
+    kind = jax.typeof(value) if isinstance(value, jax.Array) else value
+    is_number = isinstance(value, jax.Array) and not value.shape
+    is_number = is_number and jnp.issubdtype(value.dtype, jnp.floating)
+    if not is_number or not np.isfinite(value):
         raise ValueError(
-            f"{name} must be a finite scalar; got {value}. Use the mean over the "
-            f"batch, and look for NaN in the parameters and the batch."
+            f"{name} must return a finite scalar, a float; got "
+            f"{value if is_number else kind}. Use the mean over the batch, and look "
+            f"for NaN in the parameters and the batch."
         )
     return float(value)

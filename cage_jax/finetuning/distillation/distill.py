@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.checks import check_float_dtype, check_number
 from cage_jax.arrays.exact import compute_dtype, times
 from cage_jax.arrays.names import names_checked
+from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules
@@ -101,11 +102,9 @@ def distill(
             f"{type(where).__name__}. Use where=lambda tokens: tokens != 0."
         )
     check_no_codes(teacher=teacher)
-    if isinstance(teacher, TopLogits):
-        raise TypeError(
-            "`teacher` must be parameters or a function; got TopLogits, which belong "
-            "to one batch. Use loss(params, *args, teacher=top)."
-        )
+    _check_teacher(teacher)
+    if dtype is not None:
+        check_float_dtype("dtype", dtype)
     student = function
     if any(rule.inputs for rule in rules):
         student = quantize_activations(function, rules)
@@ -118,6 +117,12 @@ def distill(
             raise ValueError(
                 "`teacher` must be given, here or in the call of the loss; got None in "
                 "both. Use loss(params, *args, teacher=logits)."
+            )
+        if _is_array(teacher_params) and not _is_array(params):
+            raise TypeError(
+                f"`teacher` must be parameters like those of the student; got an array "
+                f"of shape {teacher_params.shape}. If these are logits of a batch, use "
+                f"loss(params, *args, teacher=logits)."
             )
         return function(teacher_params, *args)
 
@@ -139,10 +144,34 @@ def distill(
 
     # A callable tree of arrays may be parameters: each call tells by its structure.
     leaves = jax.tree.leaves(teacher)
-    arrays = leaves and all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    arrays = leaves and all(map(_is_array, leaves))
     if teacher is None or (callable(teacher) and not arrays):
         return jax.tree_util.Partial(loss, None)
     return jax.tree_util.Partial(loss, _converted(split_grids(teacher)[0], dtype))
+
+
+def _check_teacher(teacher):
+    """Raises for anything but parameters with values and what can be called."""
+    if isinstance(teacher, TopLogits):
+        raise TypeError(
+            "`teacher` must be parameters or a function; got TopLogits, which belong "
+            "to one batch. Use loss(params, *args, teacher=top)."
+        )
+    if callable(teacher):
+        return
+    paths, leaves, _ = flatten_with_paths(teacher)
+    for path, leaf in zip(paths, leaves):
+        if not (_is_array(leaf) or isinstance(leaf, np.generic | int | float)):
+            raise TypeError(
+                f"`teacher` must be parameters with values, or a function of a "
+                f"batch's arguments; got {type(leaf).__name__} at {path!r}. Use the "
+                f"parameters before quantization, or, of a cache, "
+                f"loss(params, *args, teacher=cache.at(number, *args))."
+            )
+
+
+def _is_array(x):
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def _converted(params, dtype):
@@ -172,6 +201,11 @@ def _distance(mine, theirs, where):
         raise ValueError(
             f"`features` of the student must have the shapes of the teacher's, "
             f"{shapes[1]}; got {shapes[0]}. Return the same hidden states."
+        )
+    if not jax.tree.leaves(mine):
+        raise ValueError(
+            "`features` must have an array; got none. Return hidden states, or leave "
+            "features=0."
         )
     errors = []
     for x, y in zip(*map(jax.tree.leaves, (mine, theirs))):

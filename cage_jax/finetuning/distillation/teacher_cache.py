@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cage_jax.arrays.checks import check_choice, check_int
+from cage_jax.arrays.checks import check_choice, check_float_dtype, check_int
 from cage_jax.arrays.names import names_checked
 from cage_jax.finetuning.batches import Progress, checked_batches
 from cage_jax.finetuning.distillation.top_logits import TopLogits, check_temperature
-from cage_jax.finetuning.run_folder import Digest, RunFolder, read_run
+from cage_jax.finetuning.run_folder import Digest, RunFolder, read_run, values_of
 from cage_jax.program.tracing import check_function, split_arrays
 
 
@@ -56,7 +56,8 @@ def cache_teacher(
     Raises:
       TypeError: for a batch that is no tuple, and logits that are no floats.
       ValueError: without batches; for a folder of another teacher or other settings, or
-        with other batches; for a damaged file, and arguments out of range.
+        with other batches; for a batch whose logits are all NaN; for a damaged file,
+        and arguments out of range.
 
     Example:
       >>> from cage_jax import finetuning
@@ -77,6 +78,7 @@ def cache_teacher(
     )
     check_int("k", k, "64 is enough for most.", least=1)
     check_temperature(temperature)
+    check_float_dtype("dtype", dtype)
     dtype = np.dtype(dtype)
     check_choice("dtype", dtype.name, ("float16", "bfloat16"))
 
@@ -103,6 +105,12 @@ def cache_teacher(
             cache.at(number, *args)
         else:
             top = largest(params, arrays, static)
+            if top.rest.size and bool(jnp.isnan(top.rest).all()):
+                raise ValueError(
+                    f"`params` must give logits without NaN; got NaN for all tokens of "
+                    f"batch {number}. Look for it in the teacher's parameters and the "
+                    f"batch, or compute in float32. This batch was not written."
+                )
             files.write(_name(number), _as_arrays(top, _digest(args), dtype))
         if progress is not None:
             progress("batches of the teacher", number + 1, total)
@@ -130,7 +138,7 @@ class TeacherCache:
 
     def __init__(self, folder: Any):
         run = read_run(folder)
-        if set(run) < {"k", "temperature", "dtype"}:
+        if not {"k", "temperature", "dtype"} <= set(run):
             raise ValueError(
                 f"`folder` must be that of a teacher; got {str(folder)!r}, of a run "
                 f"with {', '.join(run)}. Use the folder of cache_teacher."
@@ -178,6 +186,7 @@ class TeacherCache:
 
     def _read(self, number):
         """Returns the digest of a batch, and its logits."""
+        check_int("number", number, "Use the place of a batch, from 0.")
         if number < 0 or not self.has(number):
             raise IndexError(
                 f"`number` must be that of a batch in {self._folder!r}; got "
@@ -231,7 +240,7 @@ def _digest(args):
     """Returns the digest of a batch's arguments; integers of all widths are alike."""
 
     def wide(x):
-        x = np.asarray(x)
+        x = values_of(x)
         return x.astype(np.int64) if np.issubdtype(x.dtype, np.integer) else x
 
     return np.frombuffer(

@@ -11,10 +11,11 @@ import numpy as np
 from cage_jax.arrays.checks import check_number, first_lines, warn
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, path_in_errors
+from cage_jax.core.finite import check_finite
 from cage_jax.core.grids import grid_at
 from cage_jax.core.inputs import quantize_input
 from cage_jax.core.quantize import quantize
-from cage_jax.core.quantized_array import QuantizedArray
+from cage_jax.core.quantized_array import QuantizedArray, check_no_codes
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.finetuning.batches import Progress, checked_batches
 from cage_jax.finetuning.gptq.lockstep import Batched, Lockstep, Weight
@@ -130,7 +131,7 @@ def gptq(
     check_rules(rules)
     check_function(function, "gptq(model.apply, rules, ...)", "Use model.apply.")
     check_number("damping", damping, "Use 0.01.", least=0)
-    _check_rounding(rules, params)
+    _check_params(rules, params)
     arrays, first = _arrays_of(batches)
     search = _Search(
         rules, params, damping, inputs, len(arrays), progress, keeps=not rounded
@@ -143,8 +144,11 @@ def gptq(
     return search.result(rounded)
 
 
-def _check_rounding(rules, params):
-    for path, (quantizer, _) in rules.quantized(params).items():
+def _check_params(rules, params):
+    check_no_codes(params=params)
+    quantized = rules.quantized(params)
+    check_finite({path: x for path, (_, x) in quantized.items()}, "params")
+    for path, (quantizer, _) in quantized.items():
         if quantizer.rounding != "nearest":
             raise ValueError(
                 f"`{path}`: `rules` must round to the nearest; got {quantizer}. Use "
@@ -351,8 +355,9 @@ class _Search:
             self._count_rows(eqn, values, side)
         if not bool(jnp.isfinite(sums).all()):
             raise ValueError(
-                "`batches` must give finite inputs; got NaN or infinity in the input "
-                "of this weight. Look for it in the data or the parameters."
+                "`batches` must give inputs whose products are finite; got NaN or "
+                "infinity in those of this weight. Look for it, or for numbers as "
+                "large as 1e19, in the data or the parameters."
             )
         self.parameters[path].round(places, matrices, sums, self.damping)
         if self.progress is not None:
@@ -424,6 +429,11 @@ class _Search:
             lambda x: input_matrices(eqn, 1 - side, x), eqn.invars[1 - side].aval
         )
         rows = like.shape[1] * self.lockstep.count
+        if not rows:
+            raise ValueError(
+                "`batches` must have rows of data; got none for this weight. Leave out "
+                "empty batches."
+            )
         if rows < like.shape[2]:
             self.too_few.setdefault(weight.path, (rows, like.shape[2]))
 

@@ -91,13 +91,20 @@ def blocks(
       >>> [block.name for block in found]
       ['layers[0]', 'layers[1]', 'layers[2]']
     """
+    try:
+        whole = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`pattern` must be a regular expression; got {pattern!r}: {error}. Use "
+            f"r'layers/\\d+'."
+        ) from error
     paths, leaves, _ = flatten_with_paths(split_grids(params)[0])
     nodes = {
         "/".join(p.split("/")[:n])
         for p in paths
         for n in range(1, 1 + len(p.split("/")))
     }
-    found = sorted((p for p in nodes if re.fullmatch(pattern, p)), key=_by_number)
+    found = sorted((p for p in nodes if whole.fullmatch(p)), key=_by_number)
     if not found:
         raise ValueError(
             f"`pattern` must match the path of a layer's parameters; got {pattern!r}."

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import warn
+from cage_jax.arrays.checks import check_callable, check_float_dtype, warn
 from cage_jax.arrays.paths import path_in_errors
+from cage_jax.core.finite import check_finite
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules, check_rules
@@ -75,6 +76,10 @@ class Chain:
         check_rules(rules)
         check_no_codes(params=params, teacher=teacher)
         teacher, _ = split_grids(params if teacher is None else teacher)
+        if first is not None:
+            check_callable("first", first, "Use lambda params, *batch: x.")
+        if stream_dtype is not None:
+            check_float_dtype("stream_dtype", stream_dtype)
         self.rules, self._params, self._teacher = rules, params, teacher
         self._first, self._dtype = first or _alone, stream_dtype
         self.student, self.teacher = HostTree(params), HostTree(teacher)
@@ -90,8 +95,12 @@ class Chain:
           digest: takes the batches, or None.
 
         Raises:
-          TypeError, ValueError: as in `checked_batches`, and for NaN or infinities.
+          TypeError, ValueError: as in `checked_batches`; for NaN or infinities, in
+            parameters with a rule too, for shapes in their place and empty batches.
         """
+        for argument, tree in (("params", self.student), ("teacher", self.teacher)):
+            leaves = tree.arrays.items()
+            check_finite({p: x for p, x in leaves if self.rules.match(p)}, argument)
         inputs: list[Any] = []
         targets: list[Any] = []
         like = None
@@ -107,6 +116,11 @@ class Chain:
                         f"`batches` must give finite inputs of the first block; got "
                         f"NaN or infinity in batch {number}. Look for it in the data, "
                         f"or in the parameters of `first`."
+                    )
+                if not all(leaf.size for leaf in jax.tree.leaves(x)):
+                    raise ValueError(
+                        f"`batches` must give inputs of the first block; got an empty "
+                        f"array in batch {number}. Leave it out."
                     )
                 stream.append(x)
         return Streams(inputs, targets, like)

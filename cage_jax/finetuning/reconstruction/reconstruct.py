@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cage_jax.arrays.checks import check_int, check_number
+from cage_jax.arrays.checks import check_callable, check_int, check_number
 from cage_jax.arrays.names import names_checked
 from cage_jax.core.rules import Rules
 from cage_jax.finetuning.batches import Progress, checked_batches
@@ -179,6 +179,9 @@ def reconstruct(
                 f"{learning_rate} and one. Give the rate to that one alone."
             )
     check_number("grid_learning_rate", grid_learning_rate, "Use 1e-4.", above=0)
+    if optimizer is not None:
+        remedy = "Use optimizer=lambda rules, total_steps: optax.adam(1e-5)."
+        check_callable("optimizer", optimizer, remedy)
     chain = Chain(blocks, rules, params, teacher, first, stream_dtype)
     digest = None if folder is None else Digest()
     streams = chain.streams(batches, digest)
