@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -458,6 +459,16 @@ def test_errors(tmp_path):
                 lambda: cage.audit(path, {"up": "text"}),
                 TypeError,
                 "`up`: `params` must be arrays and QuantizedArrays; got str",
+            ),
+            (
+                lambda: cage.audit(path, jax.eval_shape(lambda: params)),
+                TypeError,
+                "`up`: `params` must have values; got a shape",
+            ),
+            (
+                lambda: cage.audit(None, params),
+                TypeError,
+                "`file` must be a path; got NoneType",
             ),
             (
                 lambda: cage.audit(path, params, int4),

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -341,6 +342,11 @@ def test_wrong_codes(template, rng, tmp_path):
                 "`norm.weight`: `codes` must have finite values",
             ),
             (lambda: write({"norm.weight": 1.0}), TypeError, "must be arrays"),
+            (
+                lambda: write({"norm.weight": jax.ShapeDtypeStruct((64,), "float32")}),
+                TypeError,
+                "`norm.weight`: `codes` must have values; got a shape",
+            ),
             (lambda: write(names="maxtext"), ValueError, "`names` must be a table"),
             (lambda: write(names=[("a", "b")]), TypeError, "list of TensorName"),
             (lambda: write(dtype="float32"), ValueError, "`dtype` must be None"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths, is_nnx_module, path_in_errors
+from cage_jax.core.finite import check_values
 from cage_jax.core.grids import grid_at
 from cage_jax.core.quantize import quantize
 from cage_jax.core.quantized_array import QuantizedArray
@@ -16,7 +17,7 @@ from cage_jax.core.rules import Rules, check_rules, nothing_quantized
 from cage_jax.export.audit_arrays import compared
 from cage_jax.export.audit_files import Pair, pairs
 from cage_jax.export.audit_report import Audit
-from cage_jax.export.files import Path
+from cage_jax.export.files import Path, as_path
 from cage_jax.export.template_names import TensorName
 from cage_jax.llama.loaded import Model
 
@@ -79,6 +80,7 @@ def audit(
       >>> print(*audit.findings)
       `norm`: 32 of 32 values differ, first at (0,): 1 in the file, 0 in training
     """
+    file = as_path(file, "file")
     trained = _trained(params, rules)
     rows, findings = [], []
     for each in pairs(file, trained, names):
@@ -108,6 +110,7 @@ def _trained(params, rules):
                 f"`{path}`: `params` must be arrays and QuantizedArrays; got "
                 f"{type(leaf).__name__}. Pass the parameters of the training alone."
             )
+    check_values(trained, "params")
     if rules is not None:
         check_rules(rules)
         floats = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from cage_jax.arrays.checks import first_lines
 from cage_jax.arrays.paths import flatten_with_paths
-from cage_jax.core.finite import check_finite
+from cage_jax.core.finite import check_finite, check_values
 from cage_jax.core.quantized_array import QuantizedArray
 from cage_jax.export.safetensors_files import Like
 from cage_jax.export.template_names import LISTED, Source
@@ -33,7 +33,9 @@ def leaves_of(codes: Any) -> dict[str, Any]:
                 f"`{path}`: `codes` must be arrays and QuantizedArrays; got "
                 f"{type(leaf).__name__}. Pass what quantize(params, rules) returns."
             )
-    return dict(zip(paths, leaves))
+    found = dict(zip(paths, leaves))
+    check_values(found)
+    return found
 
 
 def coded_tensors(
