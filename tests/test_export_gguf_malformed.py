@@ -186,6 +186,7 @@ def test_models_that_are_not_here(tmp_path):
             "`llama.rope.freq_base` must be at l",
         ),
         ("general.alignment", 3, "UINT32", "power of two as general.alignment; got 3"),
+        ("split.count", 2, "UINT16", "whole model; got one of 2 parts. Merge them"),
     ]:
         metadata = [(key, value, ggml.GGUFValueType[kind])]
         rewritten(plain, new, lambda _, data: (data, None), metadata)

@@ -240,6 +240,12 @@ def read(path: Path) -> Model:
       (True, (64,))
     """
     metadata, found, *_ = read_content(path)
+    count = metadata.get("split.count")
+    if isinstance(count, int) and count > 1:
+        remedy = "Merge them with llama.cpp's llama-gguf-split --merge."
+        raise malformed(
+            "the file must be a whole model", f"one of {count} parts", remedy
+        )
     config = _config(metadata, found)
     _check_count(found, config)
     arrays = {
