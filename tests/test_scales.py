@@ -16,7 +16,7 @@ from cases import assert_raises
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.presets import int4
+from cage_jax.quantizers.presets import int4, int8
 from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scale_types import FULL as FULL_SCALE
 from cage_jax.quantizers.scale_types import PowerOfTwo
@@ -441,3 +441,10 @@ def test_compute_dtype():
         ("float64", "float64"),
     ):
         assert compute_dtype(jnp.dtype(dtype)) == jnp.dtype(expected)
+
+
+def test_a_cpu_reads_rows_once():
+    """XLA for CPU stores an array first that it reduces along a long axis."""
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    program = fit_grid.lower(x, int8(axis=-1)).compile()
+    assert program.memory_analysis().temp_size_in_bytes == 0

@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
 from cage_jax.arrays.sharding import across_shards
@@ -19,24 +18,8 @@ from cage_jax.arrays.tile_order import (
     tile_pieces,
 )
 
-# A power of two. With 16 slices of an array, XLA for CPU would store the array first.
-FOLDS = 8
-# Values that are joined are this near, where the axis is long.
-_NEAR = 128
-
-
-class Folding(NamedTuple):
-    """A reduction of values that can be joined in any order.
-
-    Attributes:
-      prepare: maps an array to values that can be joined.
-      join: makes one of two values, elementwise.
-      reduce: takes joined values and the axes of a group, and keeps these axes.
-    """
-
-    prepare: Callable
-    join: Callable
-    reduce: Callable
+# Axes up to this length are reduced in one pass by XLA for CPU.
+_SHORT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +109,7 @@ class Blocks:
         x: jax.Array,
         *,
         ignores_zeros: bool = False,
-        folding: Folding | None = None,
+        in_any_order: bool = False,
     ) -> Any:
         """Reduces each group to one number, or to a tree of numbers.
 
@@ -136,7 +119,8 @@ class Blocks:
           x: an array of `shape`.
           ignores_zeros: whether adding zeros to a group leaves the result of `function`
             unchanged; a TPU then has a faster form.
-          folding: another way to the same result, which is faster on a CPU; or None.
+          in_any_order: whether `function` gives the same for any order of a group, as a
+            maximum does; a CPU then has a faster form.
 
         Returns:
           Arrays of `scale_shape`.
@@ -146,15 +130,9 @@ class Blocks:
             found = function(self.split(x), self.split_axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, self._places), found)
 
-        def folded(folding, x):
-            axis = self._folded
-            axes, places = (
-                (axis, *(each + (each >= axis) for each in axes))
-                for axes in (self.split_axes, self._places)
-            )
-            x = fold_axis(folding.join, folding.prepare(self.split(x)), axis)
-            found = folding.reduce(x, axes)
-            return jax.tree.map(lambda each: jnp.squeeze(each, places), found)
+        def in_short_axes(shape, axes, x):
+            found = function(x.reshape(shape), axes)
+            return jax.tree.map(lambda each: each.reshape(self.scale_shape), found)
 
         def default(x):
             if jax.typeof(x).sharding.mesh.empty:
@@ -164,10 +142,12 @@ class Blocks:
         variants: tuple[Variant, ...] = ()
         if ignores_zeros:
             variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
-        if folding is not None and self._is_large and self._folded is not None:
-            # XLA for CPU stores what it reduces, so this leaves less to reduce.
-            fold = functools.partial(folded, folding)
-            variants += (Variant("cpu", fold, if_divided(pieces=1)),)
+        in_rows = len(self.shape) - 1 in self.axes
+        # Along other axes, two passes are faster while an array stays in the cache.
+        is_faster = in_any_order and (in_rows or self._is_large)
+        if is_faster and self._in_short_axes is not None:
+            short = functools.partial(in_short_axes, *self._in_short_axes)
+            variants += (Variant("cpu", short, if_divided(pieces=1)),)
         return dispatch(default, Variants(variants), x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
@@ -205,20 +185,32 @@ class Blocks:
         return known and math.prod(self.shape) >= SMALLEST
 
     @functools.cached_property
-    def _folded(self):
-        """The axis of a split array to fold, or None if groups are too short."""
-        for axis, size in zip(self.split_axes, self.sizes):
-            if size % FOLDS == 0 and size >= FOLDS**2:
-                return axis
-        return None
+    def _in_short_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """A shape in which no axis of a group is long, and the axes of a group in it.
+
+        XLA for CPU reduces a longer axis in two passes, and stores the array for the
+        first one. None if no axis is long, or one has no short factors.
+        """
+        shape: list[int] = []
+        axes: list[int] = []
+        for axis, length in enumerate(self.shape):
+            size = self.by_axis.get(axis, 1)
+            if not isinstance(length, int) or not size:  # symbolic, or empty
+                return None
+            shape.append(length // size)
+            if parts := _short_factors(size):
+                axes += range(len(shape), len(shape) + len(parts))
+                shape += parts
+        found = tuple(shape), tuple(axes)
+        is_short = max((shape[axis] for axis in axes), default=0) <= _SHORT
+        return found if is_short and max(self.sizes, default=0) > _SHORT else None
 
 
-def fold_axis(joined: Callable, x: jax.Array, axis: int) -> jax.Array:
-    """Joins eight values at a time along an axis, which becomes two axes."""
-    length = x.shape[axis]
-    near = _NEAR if length % _NEAR == 0 else length
-    x = x.reshape(*x.shape[:axis], length // near, near, *x.shape[axis + 1 :])
-    parts = lax.split(x, [near // FOLDS] * FOLDS, axis + 1)
-    while len(parts) > 1:
-        parts = [joined(one, other) for one, other in zip(parts[::2], parts[1::2])]
-    return parts[0]
+def _short_factors(length: int) -> list[int]:
+    """Divides a length into factors of at most `_SHORT`, or larger primes."""
+    factors = []
+    while length > 1:
+        divisors = (n for n in range(_SHORT, 1, -1) if length % n == 0)
+        factors.append(next(divisors, length))
+        length //= factors[-1]
+    return factors

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cage_jax.arrays.blocks import Folding
 from cage_jax.arrays.checks import check_number, make_plain
 from cage_jax.arrays.exact import clamp, finite
 from cage_jax.quantizers.formats import Format
@@ -25,10 +24,10 @@ class ReducedScale(ScaleRule):
     """A rule that reduces a group to one number, which can be computed in parts.
 
     Attributes:
-      folding: another way to this number, which is faster on a CPU; or None.
+      in_any_order: whether this number is the same in any order of the values.
     """
 
-    folding: ClassVar[Folding | None] = None
+    in_any_order: ClassVar[bool] = False
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
@@ -69,7 +68,9 @@ class ReducedScale(ScaleRule):
     def fit_groups(self, x, blocks, format, scale_type, largest=None):
         count, axes = blocks.count, blocks.tensor_axes
         part = functools.partial(self.part, count=count)
-        whole = blocks.reduce(part, x, ignores_zeros=True, folding=self.folding)
+        whole = blocks.reduce(
+            part, x, ignores_zeros=True, in_any_order=self.in_any_order
+        )
         return self.stored(whole, count, format, scale_type, axes, largest)
 
 
@@ -86,15 +87,11 @@ def from_magnitude_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def largest_magnitude(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns max|x| along `axes`, kept with size 1; infinity for NaN."""
-    return _largest(magnitude_bits(x), axes)
-
-
-def _largest(bits, axes):
-    """Returns the number of the largest bits along `axes`, kept with size 1."""
     # Of floats, XLA for CPU drops NaN from large maxima.
+    bits = magnitude_bits(x)
     initial = 0 if 0 in bits.shape else None
     bits = jnp.max(bits, axis=axes, keepdims=True, initial=initial)
-    return from_magnitude_bits(bits, np.dtype(f"float{8 * bits.dtype.itemsize}"))
+    return from_magnitude_bits(bits, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +99,7 @@ class AbsMax(ReducedScale):
     """scale = clip * max|x| / half the format's range; `clip` below 1 cuts outliers."""
 
     clip: float = 1.0
-    folding = Folding(magnitude_bits, lax.max, _largest)
+    in_any_order = True
 
     def __post_init__(self):
         make_plain(self)
