@@ -60,27 +60,30 @@ class Rounding:
         if not self.quantizer.has_codes:
             # `fit` made each quantized value the offset, the value of code value 0.
             return self.rotated * 0
-        format, position = self.quantizer.format, self.position()
+        format = self.quantizer.format
         if noise is None:
-            return format.round(position)
+            return format.round(self._position())
+        position = self.position()
         below, above = format.neighbours(position)
         up = noise * (above - below) < position - below
         return jnp.where(up, above, below)
 
     def position(self) -> jax.Array:
         """Converts to units of the grid, in which the values of the format lie."""
+        # This changes no value, but lets compilers divide and go on in one pass.
+        return uncontracted(self._position())
+
+    def _position(self):
         spread, factor = self._spread, self._factor
         if self.rounding_grid is None:
             step = self._step if factor == 1 else self._step / factor
             position = divide(self._from_offset(), spread(step))
-            # This changes no value, but lets compilers divide and round in one pass.
-            position = uncontracted(position)
         else:
             inverse = 1 / self.rounding_grid.scale
-            position = uncontracted(self._from_offset() * spread(inverse * factor))
-        if self.grid.zero_point is not None:
-            position = position + spread(self.grid.zero_point)
-        return position
+            position = self._from_offset() * spread(inverse * factor)
+        if self.grid.zero_point is None:
+            return position
+        return uncontracted(position) + spread(self.grid.zero_point)
 
     def gradient_mask(self) -> jax.Array:
         """Returns the mask of the values that receive a gradient: "clip" and "trust".

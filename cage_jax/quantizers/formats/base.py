@@ -9,11 +9,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from cage_jax.arrays.exact import clamp
+
 
 class Format(abc.ABC):
     """A finite grid of values and their codes.
 
-    `round` maps a float to the nearest value of the grid and saturates at the ends.
+    `round` maps a float to the nearest value of the grid and saturates at the ends. It
+    clamps first, so that compilers divide and round in one pass.
     `encode` maps such a value to its code, and `decode` maps the code back exactly, so
     `decode(encode(round(x)))` equals `round(x)` to the bit.
 
@@ -45,6 +48,7 @@ class Format(abc.ABC):
 
         A number halfway between two values is rounded to the lower one.
         """
+        x = clamp(x, self.low, self.high)
         value = jnp.where(jnp.isnan(x), x, self.low)
         for middle, level in zip(self._middles(x.dtype), self.values[1:].tolist()):
             value = jnp.where(x > middle, level, value)

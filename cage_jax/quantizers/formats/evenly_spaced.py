@@ -79,6 +79,7 @@ class Integer(EvenlySpaced):
         return constant(np.arange(-top + self.narrow, top) + self.code_offset)
 
     def round(self, x):
+        x = clamp(x, self.low, self.high)
         if self.ties == "even":
             rounded = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
         elif self.ties == "away":
@@ -87,13 +88,11 @@ class Integer(EvenlySpaced):
             rounded = whole + jnp.floor(2 * (size - whole))
             rounded = select(lax.lt(x, x.dtype.type(0)), -rounded, rounded)
         else:
-            x = clamp(x, self.low - 1, self.high + 1)
-            # The sum counts from 0, as codes in the file do. Clamping `x` first keeps
-            # compilers from contracting the sum with the product that `x` comes from.
+            # The sum counts from 0, as codes in the file do. Compilers do not contract
+            # it with the product that `x` was clamped from.
             rounded = jnp.floor(x + (0.5 - self.low)) + self.low
         # Codes have no -0.
-        rounded = select(lax.eq(rounded, x.dtype.type(0)), lax.abs(rounded), rounded)
-        return clamp(rounded, self.low, self.high)
+        return select(lax.eq(rounded, x.dtype.type(0)), lax.abs(rounded), rounded)
 
     def neighbours(self, x):
         below = clamp(jnp.floor(x), self.low, self.high)
@@ -146,10 +145,10 @@ class MidRise(EvenlySpaced):
     def round(self, x):
         # This is round(x + 1/2) - 1/2, half to even, as in QuEST's own code. It avoids
         # that sum, which compilers contract with the product that `x` comes from.
+        x = clamp(x, self.low, self.high)
         half = lax.mul(x, x.dtype.type(0.5))
         even = lax.convert_element_type(lax.eq(lax.floor(half), half), x.dtype)
-        level = lax.add(lax.floor(x), lax.sub(x.dtype.type(0.5), even))
-        return clamp(level, self.low, self.high)
+        return lax.add(lax.floor(x), lax.sub(x.dtype.type(0.5), even))
 
     def neighbours(self, x):
         whole = jnp.floor(x)
