@@ -31,4 +31,9 @@ class Factors:
 
     def product(self) -> jax.Array:
         """Multiplies the two."""
-        return jnp.minimum(self.inputs * self.outputs, self.largest)
+        return _product(self)
+
+
+@jax.jit
+def _product(factors):
+    return jnp.minimum(factors.inputs * factors.outputs, factors.largest)

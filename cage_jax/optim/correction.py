@@ -349,6 +349,7 @@ def _weighted(curvature, source, step, found):
     )
 
 
+@jax.jit
 def _pulled(update, factor, error, is_pulling):
     """Adds the pull of CAGE (arXiv 2510.18784) to an update: u + factor * e."""
     pulled = update.astype(error.dtype) + jnp.asarray(factor, error.dtype) * error

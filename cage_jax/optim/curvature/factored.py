@@ -7,6 +7,7 @@ array of weights is ever stored. The product is constant within each block of a
 rotation, so that it can be applied without rotating the error.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -94,9 +95,7 @@ def factored(
 
     def init(quantized):
         groups = _groups(quantized)
-        # Made from the parameters, so that they vary along the same axes of a mesh.
-        zeros = {path: jnp.zeros_like(x) for path, (_, x) in quantized.items()}
-        means = tuple(group.mean_squares(zeros) for group in groups)
+        means = tuple(group.zeros(quantized) for group in groups)
         return FactoredState(
             steps=jnp.zeros([], jnp.int32),
             estimates=tuple(
@@ -116,8 +115,13 @@ def factored(
 
         def read():
             gradients = gradients_of(step)
+            # A CPU would store squares that sums by input and by output shared.
+            read_again = functools.partial(jax.tree.map, lax.optimization_barrier)
+            again = lax.platform_dependent(
+                gradients, cpu=read_again, default=lambda g: g
+            )
             averages = [
-                group.average(decay, group.mean_squares(gradients), count, mean)
+                group.average(decay, group.mean_squares(gradients, again), count, mean)
                 for group, count, mean in zip(groups, state.estimates, state.means)
             ]
             estimates, means = zip(*averages)
@@ -177,7 +181,9 @@ def factors_of(
     found: dict[str, dict[str, jax.Array]] = {path: {} for path in quantized}
     for group, array in zip(_groups(quantized), vectors, strict=True):
         for path, kind, over, *_ in group.members:
-            row = lax.dynamic_index_in_dim(array, rows[path][kind], keepdims=False)
+            row = lax.dynamic_index_in_dim(
+                array, rows[path][kind], keepdims=False, allow_negative_indices=False
+            )
             found[path][kind] = jnp.expand_dims(row, over)
     return {path: Factors(**each, largest=largest) for path, each in found.items()}
 
@@ -239,21 +245,24 @@ class _Group(NamedTuple):
         stack = math.prod(self.shape.lengths[: self.shape.stack])
         return np.repeat(self.each(field), stack)
 
-    def mean_squares(self, gradients: Arrays) -> jax.Array:
-        """Computes the mean squares, constant within each block of a rotation.
+    def zeros(self, quantized: Quantized) -> jax.Array:
+        """Returns vectors of zeros, which vary along the same axes of a mesh."""
+        _, x = quantized[self.members[0].path]
+        shape = len(self.members), *self.shape.lengths
+        return lax.full_like(x, 0, jnp.float32, shape)
+
+    def mean_squares(self, by_input: Arrays, by_output: Arrays) -> jax.Array:
+        """Computes the mean squares of gradients, constant within a rotated block.
 
         They are NaN without a gradient.
         """
         sums = []
-        for path, kind, over, *_ in self.members:
-            if path not in gradients:
+        for vector in self.members:
+            gradients = by_input if vector.is_input else by_output
+            if vector.path in gradients:
+                sums.append(_sum_of_squares(gradients[vector.path], vector.over))
+            else:
                 sums.append(jnp.full(self.shape.lengths, jnp.nan, jnp.float32))
-                continue
-            g = gradients[path]
-            if kind == "outputs":
-                g = _read_again(g)
-            squares = jnp.square(g.astype(jnp.float32))
-            sums.append(replicated(jnp.sum(squares, over)))
         means = jnp.stack(sums) / np.float32(self.each("length"))
         if self.shape.rotated is None:
             return means
@@ -288,9 +297,9 @@ class _Group(NamedTuple):
         return jnp.sqrt(jnp.where(self.each("is_input"), means, relative))
 
 
-def _read_again(g):
-    """Returns `g`; a CPU would store its squares if two sums shared them."""
-    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_of_squares(g, over):
+    return replicated(jnp.sum(jnp.square(g.astype(jnp.float32)), over))
 
 
 def _groups(quantized: Quantized) -> list[_Group]:
