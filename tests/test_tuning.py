@@ -254,9 +254,13 @@ def test_a_file_that_cannot_be_written_stays_and_the_choices_here(name, monkeypa
 
 
 KEEPS = """
-import sys
+import pathlib, sys, time
 from cage_jax.pallas import tuned
 
+here = pathlib.Path(sys.argv[2])
+(here / sys.argv[1]).touch()
+while len([*here.iterdir()]) < 2:  # until the other one has started too
+    time.sleep(0.001)
 for number in range(20):
     entry = {f"{sys.argv[1]} {number}": tuned.Measured(True, "", 2.0, 1.0)}
     tuned.keep("a kind", entry)
@@ -266,12 +270,13 @@ for number in range(20):
 def test_processes_that_tune_at_once_keep_all(tmp_path, monkeypatch):
     monkeypatch.undo()  # the path is that of a user
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = pathlib.Path(cage.__file__).parents[1]
+    folder, here = pathlib.Path(cage.__file__).parents[1], tmp_path / "started"
+    here.mkdir()
     started = [
-        subprocess.Popen([sys.executable, "-c", KEEPS, name], cwd=folder)
+        subprocess.Popen([sys.executable, "-c", KEEPS, name, str(here)], cwd=folder)
         for name in ("one", "two")
     ]
-    assert [process.wait() for process in started] == [0, 0]
+    assert [process.wait(120) for process in started] == [0, 0]
     (entries,) = json.loads(
         (tmp_path / "cage_jax" / "kernels.json").read_text()
     ).values()
