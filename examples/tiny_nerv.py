@@ -39,9 +39,9 @@ class Settings:
     """Frames of the clip, 32 x 48 pixels."""
     width: int = 12
     """Channels of the network; the teacher has twice as many."""
-    steps: int = 3000
+    steps: int = 1000
     """Steps of full precision."""
-    quantized_steps: int = 1000
+    quantized_steps: int = 300
     """Steps at few bits, from there."""
     bits: tuple[int, ...] = (8, 4, 3, 2)
     """Bits of the weights."""
