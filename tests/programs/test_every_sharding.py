@@ -75,6 +75,7 @@ def test_where_pieces_are_cut_the_values_are_those_of_the_whole(rng, small_array
     check_kernels_on_shards(CUT_SHARDS, EXPLICIT, rng, compared=True, statistics=True)
 
 
-def test_a_kernel_weights_errors_on_each_explicit_shard(rng, small_arrays_too):
-    weights = cage.curvature.fisher(factored=True)
-    check_kernels_on_shards(["rows", "both"], rng, compared=True, curvature=weights)
+@each_mesh
+def test_a_kernel_weights_errors_on_each_shard(kind, rng, small_arrays_too):
+    weights, names = cage.curvature.fisher(factored=True), ["rows", "both"]
+    check_kernels_on_shards(names, kind, rng, compared=True, curvature=weights)
