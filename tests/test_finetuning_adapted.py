@@ -298,6 +298,14 @@ def test_bad_arguments(rng):
     adapters, frozen = finetuning.low_rank(params, rules)
     with pytest.raises(ValueError, match="`adapters` must have an entry for each"):
         finetuning.weights({"kernel": adapters["up/kernel"]}, frozen)
+    other = adapters["up/kernel"] | {"b": jnp.zeros((4, 1))}  # which would broadcast
+    with pytest.raises(ValueError, match=r"`up/kernel`: `adapters` must be those of"):
+        finetuning.weights({"up/kernel": other}, frozen)
+    moved = adapters["up/kernel"] | {
+        "b": adapters["up/kernel"]["b"].at[0, 0].set(jnp.nan)
+    }
+    with pytest.raises(ValueError, match=r"`up/kernel/b`: `adapters` must have finite"):
+        finetuning.merge({"up/kernel": moved}, frozen)
 
 
 class Codeless(cage.quantizers.codeless.CodelessQuantizer):

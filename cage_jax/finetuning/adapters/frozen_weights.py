@@ -108,9 +108,9 @@ def merged(adapter: Adapter, frozen: FrozenWeight) -> QuantizedArray:
 
 
 def trained_parts(grid: Grid) -> Adapter:
-    """Returns what is trained of a grid: copies, since that may be donated."""
+    """Returns what is trained of a grid; a copy is needed, as it may be donated."""
     parts = {"scale": grid.scale, "offset": grid.offset}
-    return {name: jnp.copy(x) for name, x in parts.items() if x is not None}
+    return {name: x for name, x in parts.items() if x is not None}
 
 
 def _grid(adapter, frozen):

@@ -198,8 +198,8 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
       result of `quantize`.
 
     Raises:
-      ValueError: for adapters that belong to other frozen weights, and for those of
-        weights that were codes (QLoRA), since a sum lies on no grid.
+      ValueError: for adapters that belong to other frozen weights or are not finite,
+        and for those of weights that were codes (QLoRA), since a sum lies on no grid.
 
     Example:
       >>> import cage_jax as cage
@@ -211,7 +211,7 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
       QuantizedArray((16, 8), float32, int4 absmax, axis -2, identity, 96 bytes)
     """
 
-    def value(_, adapter, leaf):
+    def value(path, adapter, leaf):
         if leaf.grid is None:
             raise ValueError(
                 f"`adapters` must be of weights that `low_rank` put on a grid; got one "
@@ -219,6 +219,7 @@ def merge(adapters: Mapping[str, Adapter], frozen: Any) -> Any:
                 f"Ship codes and adapters, or train with low_rank(dequantize(codes), "
                 f"rules)."
             )
+        check_finite({f"{path}/{n}": x for n, x in adapter.items()}, "adapters")
         return merged(adapter, leaf)
 
     return map_pairs(value, lambda codes: codes, adapters, frozen)
@@ -247,6 +248,7 @@ def map_pairs(
     for path, leaf in zip(paths, leaves):
         with path_in_errors(path):
             if isinstance(leaf, FrozenWeight):
+                _check_shapes(adapters[path], leaf)
                 leaf = function(path, adapters[path], leaf)
             elif is_codes(leaf):
                 leaf = of_codes(leaf)
@@ -261,9 +263,8 @@ def _frozen_parts(x, quantizer, grid, store):
 
 
 def _first_adapter(frozen, rank, key):
-    shape, (stack, rows, columns) = frozen.store.shape, frozen.layout
-    lengths = [[shape[axis] for axis in part] for part in (stack, rows, columns)]
-    inputs, outputs = math.prod(lengths[1]), math.prod(lengths[2])
+    shape, (_, rows, columns) = frozen.store.shape, frozen.layout
+    inputs, outputs = (math.prod(shape[n] for n in part) for part in (rows, columns))
     if rank > min(inputs, outputs):
         raise ValueError(
             f"`rank` must be at most the shorter side of each matrix; got {rank} for "
@@ -271,9 +272,34 @@ def _first_adapter(frozen, rank, key):
             f"or leave the parameter alone by a rule with None."
         )
     size = (rank if frozen.units == "steps" else inputs) ** -0.5
-    a = size * jax.random.normal(key, (*lengths[0], *lengths[1], rank), jnp.float32)
-    adapter = {"a": a, "b": jnp.zeros((*lengths[0], rank, *lengths[2]), jnp.float32)}
-    return adapter if frozen.scale is None else adapter | trained_parts(frozen.grid)
+    of_a, of_b = _factors(frozen, rank)
+    a = size * jax.random.normal(key, of_a, jnp.float32)
+    trained = jax.tree.map(jnp.copy, _trained(frozen))
+    return {"a": a, "b": jnp.zeros(of_b, jnp.float32)} | trained
+
+
+def _factors(frozen, rank):
+    """Returns the shapes of `a` and `b`."""
+    shape = frozen.store.shape
+    stack, rows, columns = ([shape[n] for n in part] for part in frozen.layout)
+    return (*stack, *rows, rank), (*stack, rank, *columns)
+
+
+def _trained(frozen):
+    return {} if frozen.scale is None else trained_parts(frozen.grid)
+
+
+def _check_shapes(adapter, frozen):
+    """Raises for an adapter of another weight."""
+    wanted = {name: x.shape for name, x in _trained(frozen).items()}
+    found = {name: jnp.shape(x) for name, x in adapter.items()}
+    if found.keys() >= {"a", "b"}:
+        wanted["a"], wanted["b"] = _factors(frozen, (1, *found["a"])[-1])
+    if found != wanted:
+        raise ValueError(
+            f"`adapters` must be those of this frozen weight, of shapes {wanted}; got "
+            f"{found}. Take both from one call of low_rank, or of only_scales."
+        )
 
 
 def _shape_of_codes(leaf):

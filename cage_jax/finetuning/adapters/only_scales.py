@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import flatten_with_paths
 from cage_jax.core.quantized_array import QuantizedArray, grid_of
@@ -58,7 +61,7 @@ def only_scales(codes: Any) -> tuple[dict[str, Adapter], Any]:
     for path, leaf in zip(paths, leaves):
         if is_codes(leaf):
             grid = of_the_size_of_weights(grid_of(leaf))
-            scales[path] = trained_parts(grid)
+            scales[path] = jax.tree.map(jnp.copy, trained_parts(grid))
             leaf = FrozenWeight(
                 leaf, grid, leaf.quantizer, leaf.dtype, 1.0, "steps", "output"
             )
