@@ -138,7 +138,10 @@ def quantizer_of(bits: int, grid: str) -> cage.Quantizer:
     return cage.Quantizer(format, axis=None)
 
 
-def _base(optimizer: str, rate: optax.Schedule) -> optax.GradientTransformation:
+def base_optimizer(
+    optimizer: str, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Returns the optimizer of a name, which all methods share."""
     if optimizer == "Muon":
         return optax.contrib.muon(rate)
     return optax.sgd(rate) if optimizer == "SGD" else optax.adam(rate)
@@ -170,7 +173,7 @@ def final_losses(
 
     def train_all(method, floor):
         rate = optax.cosine_decay_schedule(PEAK_RATE[optimizer], steps, floor)
-        training = Training(rules, steps, rate, _base(optimizer, rate))
+        training = Training(rules, steps, rate, base_optimizer(optimizer, rate))
 
         @jax.jit
         @jax.vmap

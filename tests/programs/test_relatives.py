@@ -4,8 +4,10 @@ import intervention
 import jax
 import jax.numpy as jnp
 import minilm
+import newer_rivals
 import numpy as np
 import pytest
+import quadratics
 import relatives
 import synthetic
 
@@ -123,3 +125,35 @@ def test_the_table_of_interventions():
     assert [len(cells) for cells in rows.cells] == [len(rows.header)] * 3
     assert rows.cells[2][1] == "0.150 ± 0.050"
     assert rows.cells[2][-1] == "+0.1000 ± 0.0000"
+
+
+def test_newer_rivals_are_compared_with_ste(monkeypatch):
+    monkeypatch.setattr(newer_rivals, "SETTINGS", {"W4, SGD": (4, "SGD")})
+    losses = newer_rivals.final_losses(4, "SGD", 1, 2)
+    problems = jax.tree.map(np.float64, quadratics.problems(1))
+
+    def rounded(x):
+        step = np.abs(x).max() / 7
+        return step * np.round(x / step)
+
+    def loss_of(x, number):
+        away = (rounded(x) - problems.optimum[number]).ravel()
+        return away, away @ problems.curvature[number] @ away / 2
+
+    for number in np.flatnonzero(problems.noise == 0):
+        x = problems.optimum[number].copy()
+        for rate in (0.1, 0.055):  # a cosine of two steps to a tenth
+            away, _ = loss_of(x, number)
+            x -= rate * (problems.curvature[number] @ away).reshape(x.shape)
+        expected = loss_of(x, number)[1]
+        np.testing.assert_allclose(losses["STE"][number], expected, rtol=1e-3)
+    record = newer_rivals.measure(1, 2)
+    rows = newer_rivals.table(record)
+    assert rows.header == ["method", "W4, SGD"]
+    methods = [*newer_rivals.RIVALS, "CAGE as recommended"]
+    assert [cells[0] for cells in rows.cells] == methods
+    for name in methods:
+        figures = record["figures"]["W4, SGD"][name]
+        ratio = losses[name] / losses["STE"]
+        np.testing.assert_allclose(np.log(figures["share"]), np.log(ratio).mean())
+        assert figures["won"] == np.mean(ratio < 1)
