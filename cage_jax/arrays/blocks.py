@@ -142,10 +142,8 @@ class Blocks:
         variants: tuple[Variant, ...] = ()
         if ignores_zeros:
             variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
-        in_rows = len(self.shape) - 1 in self.axes
-        # Along other axes, two passes are faster while an array stays in the cache.
-        is_faster = in_any_order and (in_rows or self._is_large)
-        if is_faster and self._in_short_axes is not None:
+        # What a kernel reduces is never large, and it takes no variants.
+        if in_any_order and self._is_large and self._in_short_axes is not None:
             short = functools.partial(in_short_axes, *self._in_short_axes)
             variants += (Variant("cpu", short, if_divided(pieces=1)),)
         return dispatch(default, Variants(variants), x)
