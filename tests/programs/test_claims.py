@@ -63,6 +63,21 @@ def test_what_is_recovered():
     assert found == recovered(to_zero, name="CAGE as published")
 
 
+def test_what_the_pieces_of_a_fine_tuning_are_worth():
+    number = r"(\d+\.\d)"
+    stages = ("in full precision", "rounded", "after GPTQ", "after blocks")
+    pattern = ", ".join(f"{number} {stage}" for stage in stages)
+    found = numbers(
+        rf"perplexity of {pattern}, {number} after 200 steps .{{,60}} and {number} "
+        "after its scales",
+        "docs/finetuning.md",
+    )
+    record = json.loads((report.RESULTS / "pieces.json").read_text())
+    cell = record["cells"]["int3 group 64, 50 thousand tokens: all"]
+    losses = [each["speeches of 2013 to 2021"] for each in cell.values()]
+    assert found == np.exp(losses).round(1).tolist()
+
+
 def test_what_a_step_costs():
     steps = {
         (each["size"], step["step"]): step["to_base"]
