@@ -1,6 +1,5 @@
 """EWGS: gradients scaled per weight by the distance to the rounded value."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +10,12 @@ from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import clamp, compute_dtype
 from cage_jax.arrays.names import names_checked
 from cage_jax.arrays.paths import key_at, path_in_errors
+from cage_jax.contrib.scaled_gradients import with_scaled_gradient
 from cage_jax.core.grids import grid_at
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
+from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import rounding
 
 
@@ -79,34 +79,18 @@ def ewgs(
             leaf_delta = delta[path]
         found = grid_at(path, params, grid)
         wide = compute_dtype(x.dtype)
-        scaled = _scaled(quantizer, x, found, jnp.asarray(leaf_delta).astype(wide))
+        number = jnp.asarray(leaf_delta).astype(wide)
+        scaled = with_scaled_gradient(_added, quantizer, x, found, number)
         return fake_quant(scaled, quantizer, grid=found)
 
     return rules.map(apply, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(quantizer, x, grid, delta):
-    """Returns `x`; scales its gradient by the distance to the rounded value."""
-    return x
-
-
-def _scaled_forward(quantizer, x, grid, delta):
-    return x, (x, grid, delta)
-
-
-def _scaled_backward(quantizer: Quantizer, saved, cotangent):
-    x, grid, delta = saved
-    rounded, basis = rounding(x, quantizer, grid), quantizer.basis(x.shape)
-    low, high = quantizer.format.low, quantizer.format.high
-    position = clamp(rounded.position(), low, high)
-    distance = (position - rounded.code_values()) / (high - low)
-    extra = basis.unrotate(delta * jnp.abs(basis.rotate(cotangent)) * distance)
-    gradient = (cotangent.astype(extra.dtype) + extra).astype(cotangent.dtype)
-    return gradient, jax.tree.map(jnp.zeros_like, grid), jnp.zeros_like(delta)
-
-
-_scaled.defvjp(_scaled_forward, _scaled_backward)
+def _added(rounded, gradient, delta):
+    format = rounded.quantizer.format
+    position = clamp(rounded.position(), format.low, format.high)
+    distance = (position - rounded.code_values()) / (format.high - format.low)
+    return delta * jnp.abs(gradient) * distance
 
 
 @names_checked

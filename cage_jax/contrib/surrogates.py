@@ -1,6 +1,5 @@
 """Other gradients for rounding: StableQAT's factor, and Hestia's soft quantizer."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +11,12 @@ from jax import lax
 from cage_jax.arrays.checks import check_number
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.names import names_checked
+from cage_jax.contrib.scaled_gradients import with_scaled_gradient
 from cage_jax.core.grids import grid_at, needed_grid
 from cage_jax.core.quantize import fake_quant
 from cage_jax.core.rules import Rules, check_rules
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.quantizer import Quantizer, check_has_codes
+from cage_jax.quantizers.quantizer import check_has_codes
 from cage_jax.quantizers.rounding import dequantized, rounding
 
 
@@ -78,35 +78,17 @@ def stable_qat(
             )
         found = grid_at(path, params, grid)
         wide = jnp.asarray(amplitude).astype(compute_dtype(x.dtype))
-        scaled = _scaled(quantizer, x, found, wide)
+        scaled = with_scaled_gradient(_added, quantizer, x, found, wide)
         return fake_quant(scaled, quantizer, grid=found)
 
     return rules.map(apply, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(quantizer, x, grid, amplitude):
-    """Returns `x`; scales its gradient by the distance to the rounded value."""
-    return x
-
-
-def _scaled_forward(quantizer, x, grid, amplitude):
-    return x, (x, grid, amplitude)
-
-
-def _scaled_backward(quantizer: Quantizer, saved, cotangent):
-    x, grid, amplitude = saved
-    rounded, basis = rounding(x, quantizer, grid), quantizer.basis(x.shape)
+def _added(rounded, gradient, amplitude):
     distance = rounded.position() - rounded.code_values()
     slope = math.sqrt(2) * math.pi * amplitude * jnp.cos(math.pi * distance)
-    # As what is taken away, so that nothing changes without an amplitude.
-    lost = basis.unrotate(2 * slope / (1 + slope) * basis.rotate(cotangent))
-    gradient = (cotangent.astype(lost.dtype) - lost).astype(cotangent.dtype)
-    zeros = jax.tree.map(jnp.zeros_like, (grid, amplitude))
-    return gradient, *zeros
-
-
-_scaled.defvjp(_scaled_forward, _scaled_backward)
+    # As what is added, so that nothing changes without an amplitude.
+    return -2 * slope / (1 + slope) * gradient
 
 
 @names_checked
