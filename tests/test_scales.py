@@ -443,8 +443,9 @@ def test_compute_dtype():
         assert compute_dtype(jnp.dtype(dtype)) == jnp.dtype(expected)
 
 
-def test_a_cpu_reads_rows_once():
+@pytest.mark.parametrize(("axis", "stored"), [(-1, 0), (-2, 512 * 1024 // 8 * 4)])
+def test_a_cpu_reads_an_array_once(axis, stored):
     """XLA for CPU stores an array first that it reduces along a long axis."""
     x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
-    program = fit_grid.lower(x, int8(axis=-1)).compile()
-    assert program.memory_analysis().temp_size_in_bytes == 0
+    program = fit_grid.lower(x, int8(axis=axis)).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= stored

@@ -18,9 +18,6 @@ from cage_jax.arrays.tile_order import (
     tile_pieces,
 )
 
-# Axes up to this length are reduced in one pass by XLA for CPU.
-_SHORT = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -109,7 +106,7 @@ class Blocks:
         x: jax.Array,
         *,
         ignores_zeros: bool = False,
-        in_any_order: bool = False,
+        on_cpu: Callable | None = None,
     ) -> Any:
         """Reduces each group to one number, or to a tree of numbers.
 
@@ -119,33 +116,28 @@ class Blocks:
           x: an array of `shape`.
           ignores_zeros: whether adding zeros to a group leaves the result of `function`
             unchanged; a TPU then has a faster form.
-          in_any_order: whether `function` gives the same for any order of a group, as a
-            maximum does; a CPU then has a faster form.
+          on_cpu: another form of `function`, which is faster on a CPU; or None.
 
         Returns:
           Arrays of `scale_shape`.
         """
 
-        def whole(x):
+        def whole(function, x):
             found = function(self.split(x), self.split_axes)
             return jax.tree.map(lambda each: jnp.squeeze(each, self._places), found)
 
-        def in_short_axes(shape, axes, x):
-            found = function(x.reshape(shape), axes)
-            return jax.tree.map(lambda each: each.reshape(self.scale_shape), found)
-
         def default(x):
             if jax.typeof(x).sharding.mesh.empty:
-                return whole(x)
-            return across_shards(whole, x, self._split)
+                return whole(function, x)
+            return across_shards(functools.partial(whole, function), x, self._split)
 
         variants: tuple[Variant, ...] = ()
         if ignores_zeros:
             variants += self._in_tiles(functools.partial(reduce_in_tiles, function), x)
         # What a kernel reduces is never large, and it takes no variants.
-        if in_any_order and self._is_large and self._in_short_axes is not None:
-            short = functools.partial(in_short_axes, *self._in_short_axes)
-            variants += (Variant("cpu", short, if_divided(pieces=1)),)
+        if on_cpu is not None and self._is_large:
+            other = functools.partial(whole, on_cpu)
+            variants += (Variant("cpu", other, if_divided(pieces=1)),)
         return dispatch(default, Variants(variants), x)
 
     def spread(self, per_group: jax.Array) -> jax.Array:
@@ -181,34 +173,3 @@ class Blocks:
         """Whether an array is worth another form; symbolic shapes have no size yet."""
         known = all(isinstance(length, int) for length in self.shape)
         return known and math.prod(self.shape) >= SMALLEST
-
-    @functools.cached_property
-    def _in_short_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """A shape in which no axis of a group is long, and the axes of a group in it.
-
-        XLA for CPU reduces a longer axis in two passes, and stores the array for the
-        first one. None if no axis is long, or one has no short factors.
-        """
-        shape: list[int] = []
-        axes: list[int] = []
-        for axis, length in enumerate(self.shape):
-            size = self.by_axis.get(axis, 1)
-            if not isinstance(length, int) or not size:  # symbolic, or empty
-                return None
-            shape.append(length // size)
-            if parts := _short_factors(size):
-                axes += range(len(shape), len(shape) + len(parts))
-                shape += parts
-        found = tuple(shape), tuple(axes)
-        is_short = max((shape[axis] for axis in axes), default=0) <= _SHORT
-        return found if is_short and max(self.sizes, default=0) > _SHORT else None
-
-
-def _short_factors(length: int) -> list[int]:
-    """Divides a length into factors of at most `_SHORT`, or larger primes."""
-    factors = []
-    while length > 1:
-        divisors = (n for n in range(_SHORT, 1, -1) if length % n == 0)
-        factors.append(next(divisors, length))
-        length //= factors[-1]
-    return factors

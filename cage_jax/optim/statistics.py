@@ -18,6 +18,7 @@ from jax import lax
 from cage_jax.arrays.checks import check_int
 from cage_jax.arrays.dispatch import Variant, Variants, dispatch, if_divided
 from cage_jax.arrays.exact import uncontracted
+from cage_jax.arrays.folding import FOLDS, fold_axis
 from cage_jax.arrays.reprs import brief_repr
 from cage_jax.core.quantize import quantize
 from cage_jax.quantizers.grid import Grid
@@ -28,11 +29,6 @@ from cage_jax.quantizers.rounding import (
     error_elementwise,
     fit_grid,
 )
-
-# A power of two. With 16 slices of an array, XLA for CPU would store the array first.
-_FOLDS = 8
-# Rows that are added up are this near, where there are many.
-_NEAR = 128
 
 
 @brief_repr
@@ -230,25 +226,14 @@ def _totals(*arrays):
 
     def at_once(*arrays):
         rows = [x.reshape(-1, x.shape[-1]) for x in arrays]
-        parts = jnp.stack([_folded(x) for x in rows], axis=1)
+        parts = jnp.stack([fold_axis(lax.add, x, 0) for x in rows], axis=1)
         # This changes no value, but its limits keep the sum below out of that loop.
-        return tuple(jnp.sum(uncontracted(parts), (0, 2, 3)))
+        return tuple(jnp.sum(uncontracted(parts), (0, 2)))
 
     variants = Variants()
-    if math.prod(arrays[0].shape[:-1]) % _FOLDS == 0:
+    if math.prod(arrays[0].shape[:-1]) % FOLDS == 0:
         variants = Variants((Variant("cpu", at_once, if_divided(pieces=1)),))
     return dispatch(lambda *arrays: tuple(map(jnp.sum, arrays)), variants, *arrays)
-
-
-def _folded(x):
-    """Adds up eight rows at a time; the rows become two axes."""
-    length = len(x)
-    near = _NEAR if length % _NEAR == 0 else length
-    x = x.reshape(length // near, near, *x.shape[1:])
-    parts = lax.split(x, [near // _FOLDS] * _FOLDS, 1)
-    while len(parts) > 1:
-        parts = [one + other for one, other in zip(parts[::2], parts[1::2])]
-    return parts[0]
 
 
 def _ratio(part, whole):

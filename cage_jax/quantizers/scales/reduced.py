@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 
 from cage_jax.arrays.checks import check_number, make_plain
 from cage_jax.arrays.exact import clamp, finite
+from cage_jax.arrays.folding import FOLDS, fold_axis, in_short_axes
 from cage_jax.quantizers.formats import Format
 from cage_jax.quantizers.grid import Grid
 from cage_jax.quantizers.scale_types import FULL
@@ -24,10 +26,10 @@ class ReducedScale(ScaleRule):
     """A rule that reduces a group to one number, which can be computed in parts.
 
     Attributes:
-      in_any_order: whether this number is the same in any order of the values.
+      part_on_cpu: another form of `part`, which is faster on a CPU; or None.
     """
 
-    in_any_order: ClassVar[bool] = False
+    part_on_cpu: ClassVar[Callable | None] = None
 
     @abc.abstractmethod
     def part(self, x: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
@@ -68,9 +70,7 @@ class ReducedScale(ScaleRule):
     def fit_groups(self, x, blocks, format, scale_type, largest=None):
         count, axes = blocks.count, blocks.tensor_axes
         part = functools.partial(self.part, count=count)
-        whole = blocks.reduce(
-            part, x, ignores_zeros=True, in_any_order=self.in_any_order
-        )
+        whole = blocks.reduce(part, x, ignores_zeros=True, on_cpu=self.part_on_cpu)
         return self.stored(whole, count, format, scale_type, axes, largest)
 
 
@@ -94,12 +94,24 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return from_magnitude_bits(bits, x.dtype)
 
 
+def largest_magnitude_on_cpu(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Computes `largest_magnitude` of a large array in one read, storing little."""
+    if x.ndim - 1 in axes:
+        kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
+        return largest_magnitude(*in_short_axes(x, axes)).reshape(kept)
+    axis = max(axes, key=lambda axis: x.shape[axis])
+    if x.shape[axis] % FOLDS or x.shape[axis] < FOLDS**2:
+        return largest_magnitude(x, axes)
+    sizes = infinite_if_nan(fold_axis(lax.max, lax.abs(x), axis))
+    return jnp.max(sizes, axis=axes, keepdims=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class AbsMax(ReducedScale):
     """scale = clip * max|x| / half the format's range; `clip` below 1 cuts outliers."""
 
     clip: float = 1.0
-    in_any_order = True
+    part_on_cpu = staticmethod(largest_magnitude_on_cpu)
 
     def __post_init__(self):
         make_plain(self)
