@@ -54,6 +54,7 @@ ORDER = (
     Part("tests", 5),
     Part("agreement", 4),
     Part("kernels", 8),
+    Part("choices", 4),
     Part("steps", 8),
     Part("llama", 60),
 )
@@ -310,6 +311,13 @@ def kernels(findings: Findings) -> None:
     write(findings.folder / "gpu.json", gpu.record(figures, copy, environment))
 
 
+def choices(findings: Findings) -> None:
+    """Lets the machine choose its kernels for the 30 M model; the steps have them."""
+    import gpu_training
+
+    findings.add("tune", lambda: gpu_training.chosen(findings.tiny))
+
+
 def steps(findings: Findings) -> None:
     """Train steps of the 30 M model."""
     import gpu_training
@@ -326,7 +334,7 @@ def llama(findings: Findings) -> None:
 
 PARTS: dict[str, Callable[[Findings], None]] = {
     function.__name__: function
-    for function in (machine, tests, agreement, kernels, steps, llama)
+    for function in (machine, tests, agreement, kernels, choices, steps, llama)
 }
 
 

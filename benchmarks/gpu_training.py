@@ -72,6 +72,15 @@ def model_of(tiny: bool, a_bits: int, vocabulary: int, seed: int) -> lm.Language
     )
 
 
+def chosen(report: bool) -> dict[str, Any]:
+    """Tunes the kernels of the recommended step, or reports what would run."""
+    model = model_of(False, 4, VOCABULARY, 0)
+    tx = _optimizer(model, KINDS["W4A4 CAGE, recommended"])
+    params = jax.eval_shape(model.initial_params)
+    found = cage.tune(params, model.rules, optimizer=tx, report=report)
+    return {"table": str(found).splitlines(), "faults": list(found.faults)}
+
+
 # --- timed steps ----------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ CONFIG = LlamaConfig(
 TINY = LlamaConfig(vocabulary=256, width=256, hidden=512, layers=3, heads=2)
 # Gigabytes of memory of a chip.
 MEMORY = {"v5e": 16, "v6e": 32}
-TOPOLOGIES = ("v5e:8x8",)
+TOPOLOGIES = ("v5e:8x8", "v6e:4x4")
 DISTILLED = "CAGE, distilled"
 KINDS = ("AdamW", "CAGE", DISTILLED)
 TOKENS = 2048  # of the one window of each chip

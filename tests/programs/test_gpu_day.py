@@ -35,6 +35,8 @@ def test_all_parts_run_from_the_packed_folder(tmp_path):
         assert part["outcome"]["status"] == "done", part["outcome"]
         assert part["outcome"]["failed"] == [] and part["found"]
     assert report["tests"]["found"]["test_pallas_gpu"]["result"]["run"] == 1
+    chosen = report["choices"]["found"]["tune"]["result"]
+    assert any("adamw_step" in line and "cuda" in line for line in chosen["table"])
     found = report["llama"]["found"]["CAGE, seed 0"]["result"]
     # The first guess is of all bytes alike.
     assert found["losses"][0] == pytest.approx(math.log(256), rel=0.05)
