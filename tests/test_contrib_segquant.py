@@ -1,6 +1,8 @@
 """Scales for each sign of an input and for each chunk of a layer, in float64 NumPy."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +152,7 @@ def test_bad_arguments():
 
 
 WIDTH, HEADS = 16, 2
+PAGE = Path(__file__).parents[1] / "docs" / "rivals.md"
 
 
 def block(params, x, condition):
@@ -173,7 +176,7 @@ def block(params, x, condition):
 
 
 def test_in_a_small_diffusion_transformer(rng):
-    """Its outputs change less than with one scale, in the mean over draws."""
+    """Its outputs change less than with one scale, as much as the page says."""
     shapes = {"modulation": 6, "fused": 3, "out": 1, "up": 4}
     one, fine = cage.int4(axis=None), cage.int8(axis=-1)
     chunks = {
@@ -199,8 +202,8 @@ def test_in_a_small_diffusion_transformer(rng):
             found[name] = jnp.mean((y - exact) ** 2)
         return found
 
-    total = dict.fromkeys(tables, 0.0)
-    for _ in range(20):
+    logs = {name: [] for name in tables}
+    for _ in range(200):
         params = {
             name: jnp.asarray(
                 rng.normal(size=(WIDTH, count, WIDTH))
@@ -216,6 +219,11 @@ def test_in_a_small_diffusion_transformer(rng):
             for shape in ((2, 6, WIDTH), (2, WIDTH))
         )
         for name, error in errors(params, x, condition).items():
-            total[name] += float(error)
-    assert total["per sign"] < total["one scale"]
-    assert total["per chunk"] < total["one for all"]
+            logs[name].append(np.log(float(error)))
+    text = (
+        r"to (\S+) of that with one scale, .{,90} to (\S+) of that with one scale for"
+    )
+    (told,) = re.findall(text, " ".join(PAGE.read_text().split()))
+    for of, base, share in zip(("sign", "chunk"), ("scale", "for all"), told):
+        away = np.subtract(logs[f"per {of}"], logs[f"one {base}"])
+        assert f"{np.exp(away.mean()):.2f}" == share
