@@ -165,10 +165,6 @@ def task_of(params: Params, learned: Words, held_out: Words) -> pretrained.Task:
     learned, held_out = (Words(*map(jnp.asarray, w)) for w in (learned, held_out))
     target = jax.jit(logits)(params, held_out)
 
-    def draw(key):
-        rows = jax.random.randint(key, (BATCH,), 0, len(learned.letters))
-        return jax.tree.map(lambda column: column[rows], learned)
-
     @jax.jit
     def measures(found, target, held_out):
         known = held_out.sounds[:, 1:] != 0
@@ -185,7 +181,7 @@ def task_of(params: Params, learned: Words, held_out: Words) -> pretrained.Task:
         name: cage.Rules([(MATRICES, quantizer), (r".*", None)])
         for name, quantizer in WIDTHS.items()
     }
-    return pretrained.Task(params, rules, logits, OBJECTIVES, draw, judge)
+    return pretrained.Task(params, rules, logits, OBJECTIVES, learned, BATCH, judge)
 
 
 def names(seeds: int = pretrained.SEEDS) -> list[str]:

@@ -148,13 +148,8 @@ def task_of(
     params: dict[str, Any], learned: Sentences, held_out: Sentences
 ) -> pretrained.Task:
     """Returns the task of a model that is judged by the sentences held out."""
-    tokens = jnp.asarray(learned.tokens)
-    held_out = Sentences(jnp.asarray(held_out.tokens))
+    learned, held_out = (Sentences(jnp.asarray(s.tokens)) for s in (learned, held_out))
     target = np.asarray(jax.jit(embeddings)(params, held_out))
-
-    def draw(key):
-        rows = jax.random.randint(key, (BATCH,), 0, len(tokens))
-        return Sentences(tokens[rows])
 
     def judge(params, outputs):
         return measures(np.asarray(jax.jit(outputs)(params, held_out)), target)
@@ -164,7 +159,15 @@ def task_of(
         for name, quantizers in WIDTHS.items()
     }
     return pretrained.Task(
-        params, rules, embeddings, OBJECTIVES, draw, judge, rate=1e-4, steps=2000
+        params,
+        rules,
+        embeddings,
+        OBJECTIVES,
+        learned,
+        BATCH,
+        judge,
+        rate=1e-4,
+        steps=2000,
     )
 
 

@@ -27,7 +27,7 @@ PITCHES, CENTS_PER_BIN, FIRST, BLUR = 360, 20.0, 1997.3794084376191, 25.0
 RIGHT = 50.0  # cents: the raw pitch accuracy of the field
 LOWEST, HIGHEST, HARMONICS = 50.0, 1000.0, 12  # Hz; number
 LEAST_SIGNAL, MOST_SIGNAL = 0.0, 40.0  # dB above white noise
-BATCH, HELD_OUT = 32, 2048
+BATCH, LEARNED, HELD_OUT = 32, 32_768, 2048
 KERNELS = r".*/kernel"
 WIDTHS = {
     "W4A8": (cage.int4(), cage.int8()),
@@ -91,7 +91,7 @@ def logits(params: Params, tones: Tones) -> jax.Array:
     return x @ params["classifier/kernel"] + params["classifier/bias"]
 
 
-def draw(key: jax.Array, count: int = BATCH) -> Tones:
+def draw(key: jax.Array, count: int) -> Tones:
     """Draws tones: harmonics that fade at random, with random phases, and noise."""
     keys = jax.random.split(key, 6)
     octaves = jnp.log2(HIGHEST / LOWEST)
@@ -152,7 +152,7 @@ def _entropy(found, known):
 OBJECTIVES = {"cross-entropy": cross_entropy, "KL": divergence}
 
 
-def task_of(params: Params, held_out: Tones) -> pretrained.Task:
+def task_of(params: Params, learned: Tones, held_out: Tones) -> pretrained.Task:
     """Returns the task of a model that is judged by the tones held out."""
     target = jax.jit(logits)(params, held_out)
 
@@ -172,7 +172,15 @@ def task_of(params: Params, held_out: Tones) -> pretrained.Task:
 
     rules = {name: resolved(quantizers) for name, quantizers in WIDTHS.items()}
     return pretrained.Task(
-        params, rules, logits, OBJECTIVES, draw, judge, rate=1e-3, steps=1000
+        params,
+        rules,
+        logits,
+        OBJECTIVES,
+        learned,
+        BATCH,
+        judge,
+        rate=1e-3,
+        steps=1000,
     )
 
 
@@ -190,7 +198,11 @@ def measure(
     table: Table | None = None,
 ) -> Table:
     """Fills the table, cell by cell, as `quadratics.measure` does."""
-    task = task_of(load_weights(), draw(jax.random.key(10**6 + 1), HELD_OUT))
+    tones = jax.jit(draw, static_argnums=1)
+    keys = jax.random.split(jax.random.key(10**6 + 1), LEARNED // HELD_OUT + 1)
+    held_out, *parts = (tones(key, HELD_OUT) for key in keys)
+    learned = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
+    task = task_of(load_weights(), learned, held_out)
     if steps is not None:
         task = task._replace(steps=steps)
     return pretrained.fill("pitch", task, console, only, seeds, table)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from cells import Table
 from methods import METHODS, Method, Training, train
@@ -50,7 +51,8 @@ class Task(NamedTuple):
       rules: by the name of a width, how it is quantized.
       outputs: `(params, batch) -> outputs`.
       objectives: by name, `(outputs, teacher's outputs, batch) -> loss`.
-      batch: draws a batch by a key.
+      data: what is learned from, a tree of arrays with a row for each example.
+      batch: examples of a step.
       judge: measures parameters, and outputs as quantized, on data held out.
       rate: the peak of the learning rate.
       steps: of a training.
@@ -60,7 +62,8 @@ class Task(NamedTuple):
     rules: Mapping[str, cage.Rules]
     outputs: Callable[[Any, Any], Any]
     objectives: Mapping[str, Callable[[Any, Any, Any], jax.Array]]
-    batch: Callable[[jax.Array], Any]
+    data: Any
+    batch: int
     judge: Callable[[Any, Callable[[Any, Any], Any]], Measures]
     rate: float = 1e-3
     steps: int = 3000
@@ -114,6 +117,7 @@ class Cells:
     def __init__(self, task: Task):
         self._task = task
         self._starts: dict[tuple[str, str], Any] = {}
+        self._targets: Any = None
 
     def measure(self, name: str) -> dict[str, Measures]:
         """Returns the measures of a cell, by what was judged."""
@@ -151,7 +155,7 @@ class Cells:
             return task.params
         if key not in self._starts:
             keys = jax.random.split(jax.random.key(10**6), CALIBRATION)
-            batches = [(task.batch(key),) for key in keys]
+            batches = [(_drawn(task.data, task.batch, key),) for key in keys]
             self._starts[key] = cage.gptq(
                 task.outputs, task.rules[width], task.params, batches, rounded=False
             )
@@ -168,11 +172,10 @@ class Cells:
         loss_of, outputs = task.objectives[objective], self._outputs(width)
 
         @jax.jit
-        def run(params, teacher, key):
+        def run(params, examples, key):
             def gradient(weights, params, step, key):
                 del step
-                batch = task.batch(key)
-                target = task.outputs(teacher, batch)
+                batch, target = _drawn(examples, task.batch, key)
 
                 def loss(params):
                     return loss_of(outputs(weights(params), batch), target, batch)
@@ -181,8 +184,32 @@ class Cells:
 
             return train(method, training, params, gradient, key)
 
+        if self._targets is None:
+            # Once for all trainings: a quarter to a third of a step otherwise.
+            self._targets = _outputs_of_all(task)
+        examples = task.data, self._targets
         start = self._start(width, start)
-        return jax.block_until_ready(run(start, task.params, jax.random.key(int(seed))))
+        return jax.block_until_ready(run(start, examples, jax.random.key(int(seed))))
+
+
+def _drawn(examples, count, key):
+    """Draws rows by a key."""
+    number = len(jax.tree.leaves(examples)[0])
+    return _rows(examples, jax.random.randint(key, (count,), 0, number))
+
+
+def _rows(examples, rows):
+    return jax.tree.map(lambda column: column[rows], examples)
+
+
+def _outputs_of_all(task):
+    """Returns what the model itself says to all examples."""
+    outputs, size = jax.jit(task.outputs), 8 * task.batch
+    parts = [
+        outputs(task.params, _rows(task.data, slice(first, first + size)))
+        for first in range(0, len(jax.tree.leaves(task.data)[0]), size)
+    ]
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
 def fill(
