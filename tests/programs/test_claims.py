@@ -112,6 +112,31 @@ def test_what_a_sharded_step_costs():
     assert found == [min(chips), max(chips)]
 
 
+def test_what_a_step_of_llama_3_needs_of_a_chip():
+    v5e, v6e = (
+        [
+            (each["memory"] / 1e9, each["traffic"])
+            for name, each in figures("llama3_aot").items()
+            if name.startswith(topology)
+        ]
+        for topology in ("v5e:8x8", "v6e:4x4")
+    )
+    pattern = (
+        r"needs (\S+) GB of each chip.* and (\S+) GB with AdamW in bf.* moves (\S+) % "
+        r"more bytes.* step it needs (\S+) GB .*On 16 v6e both need (\S+) GB, and CAGE "
+        r"moves (\S+) % more bytes; with a teacher (\d+\.\d) GB"
+    )
+
+    def more(steps):
+        (_, adamw), (_, ours), _ = steps
+        return round(100 * (ours / adamw - 1), 1)
+
+    assert round(v6e[0][0], 1) == round(v6e[1][0], 1)
+    gigabytes = [round(each, 1) for each, _ in (v5e[1], v5e[0], v5e[2], v6e[1], v6e[2])]
+    expected = [*gigabytes[:2], more(v5e), *gigabytes[2:4], more(v6e), gigabytes[4]]
+    assert numbers(pattern, "docs/pods.md") == expected
+
+
 def test_quadratics_where_hutchinsons_estimate_is_ahead():
     assert "than both published strengths in eight of nine problems" in page(
         "docs/placements.md"
