@@ -33,7 +33,7 @@ SEEDS, STEPS, FLOOR = 4, 400, 0.1
 SETTINGS = {f"W{b}, {o}": (b, o) for b in (4, 2) for o in ("SGD", "Adam")}
 STRENGTH, TEMPERATURE, COLDEST = 1e-3, 0.5, 1e-3
 SPARSITY = 0.01  # of codes that may change in a step, PV-Tuning's
-BETA = 0.999  # at the end, FOGZO's
+DOUBT = 1e-3  # at the end, FOGZO's
 
 
 class Rival(NamedTuple):
@@ -72,8 +72,8 @@ def _prox(training):
 
 
 def _two_points(loss, training, params, step, key):
-    beta = contrib.fogzo_beta(training.steps, BETA)(step)
-    return contrib.fogzo(loss, params, training.rules, key, beta=beta)[1]
+    doubt = contrib.fogzo_doubt(training.steps, DOUBT)(step)
+    return contrib.fogzo(loss, params, training.rules, key, doubt=doubt)[1]
 
 
 RIVALS = {

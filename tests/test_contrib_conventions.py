@@ -245,8 +245,8 @@ BAD = {
     "radius": lambda v: contrib.two_point_gradient(
         jnp.sum, PARAMS, jax.random.key(0), radius=v
     ),
-    "beta": lambda v: contrib.fogzo(
-        lambda x: jnp.sum(x["kernel"]), PARAMS, RULES, jax.random.key(0), beta=v
+    "doubt": lambda v: contrib.fogzo(
+        lambda x: jnp.sum(x["kernel"]), PARAMS, RULES, jax.random.key(0), doubt=v
     ),
     "decay": lambda v: contrib.averaging(v),
     "start": lambda v: contrib.averaging(start=v),

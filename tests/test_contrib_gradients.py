@@ -363,7 +363,7 @@ def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer):
     turn = np.eye(8) if quantizer is CLIPPED else TURN
 
     @jax.jit
-    def found(params, beta):
+    def found(params, doubt):
         seen = []
 
         def loss(params):
@@ -371,7 +371,7 @@ def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer):
             quantized = cage.fake_quant(params, rules)
             return jnp.sum(weight * quantized["kernel"]) + jnp.sum(params["bias"] ** 3)
 
-        value, gradient = contrib.fogzo(loss, params, rules, key, beta=beta)
+        value, gradient = contrib.fogzo(loss, params, rules, key, doubt=doubt)
         return value, gradient, seen[1:]  # the first is that of the gradient
 
     def by_numpy(x):
@@ -382,8 +382,8 @@ def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer):
     # The gate of the clip is that of the weights, in the basis.
     g = (turn @ weight) * (np.abs(turn @ params["kernel"]) <= 7 * STEP)
     g = g / np.linalg.norm(g)
-    for beta in (0.0, 0.5, 1.0):
-        value, gradient, seen = found(arrays(params), beta)
+    for doubt in (1.0, 0.5, 1e-9, 0.0):
+        value, gradient, seen = found(arrays(params), doubt)
         np.testing.assert_allclose(value, by_numpy(params), rtol=1e-11)
         bias = 3 * params["bias"] ** 2
         np.testing.assert_allclose(gradient["bias"], bias, rtol=1e-11)
@@ -396,10 +396,10 @@ def test_fogzo_goes_along_its_draw_and_the_gradient(x64, tree, key, quantizer):
         slope = (by_numpy(above) - by_numpy(below)) / (2 * epsilon)
         want = slope * (turn.T @ v)
         np.testing.assert_allclose(gradient["kernel"], want, rtol=1e-8, atol=1e-9)
-        if beta == 0.0:  # the draw alone
+        if doubt == 1.0:  # the draw alone
             u = v
             assert np.sqrt(3) / 2 < np.abs(u).max() <= np.sqrt(3)
-        along, across = np.sqrt(beta) * g, np.sqrt(1 - beta) * u
+        along, across = np.sqrt(1 - doubt) * g, np.sqrt(doubt) * u
         assert min(np.abs(v - across - s * along).max() for s in (-1, 1)) < 1e-9
 
 
@@ -417,7 +417,7 @@ def test_the_mean_of_fogzo_without_a_guide(key):
         def loss(params):
             return jnp.sum(slope * cage.fake_quant(params, CLIPPED_RULES)["kernel"])
 
-        found = contrib.fogzo(loss, params, CLIPPED_RULES, key, beta=0.0, samples=2)
+        found = contrib.fogzo(loss, params, CLIPPED_RULES, key, doubt=1.0, samples=2)
         return found[1]["kernel"]
 
     @jax.jit
@@ -427,8 +427,20 @@ def test_the_mean_of_fogzo_without_a_guide(key):
     np.testing.assert_allclose(mean(key), expected, atol=0.1)
 
 
-def test_the_trust_of_fogzo_falls_linearly(x64):
-    beta = jax.jit(contrib.fogzo_beta(50, 0.9, start=10))
+def test_the_doubt_of_fogzo_rises_linearly():
+    doubt = jax.jit(contrib.fogzo_doubt(50, 1e-9, start=10))
     for count in (0, 10, 11, 30, 50, 90):
-        want = 1 - 0.1 * min(max((count - 10) / 40, 0), 1)
-        np.testing.assert_allclose(beta(count), want, rtol=1e-12)
+        want = 1e-9 * min(max((count - 10) / 40, 0), 1)
+        np.testing.assert_allclose(doubt(count), want, rtol=1e-5)  # float32
+
+
+def test_fogzo_explores_at_a_doubt_below_the_resolution_of_1(key):
+    params, seen = {"kernel": jnp.float32([[0.1, 0.3, -0.7]])}, []
+
+    def loss(params):
+        seen.append(params["kernel"])
+        return cage.fake_quant(params, CLIPPED_RULES)["kernel"][0, 0]
+
+    contrib.fogzo(loss, params, CLIPPED_RULES, key, doubt=1e-9)
+    # The gradient of the others is 0, so the draw alone moves them.
+    assert (seen[1] != params["kernel"]).all() and (seen[2] != params["kernel"]).all()

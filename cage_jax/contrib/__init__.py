@@ -39,7 +39,7 @@ from cage_jax.contrib.teacher_intervention import (
 )
 from cage_jax.contrib.ternary import twn
 from cage_jax.contrib.winq import interpolation, noisy_fake_quant
-from cage_jax.contrib.zeroth_order import fogzo, fogzo_beta, two_point_gradient
+from cage_jax.contrib.zeroth_order import fogzo, fogzo_doubt, two_point_gradient
 
 __all__ = [
     "QuantizationVector",
@@ -60,7 +60,7 @@ __all__ = [
     "ewgs_delta",
     "first_clips",
     "fogzo",
-    "fogzo_beta",
+    "fogzo_doubt",
     "freezing",
     "gradual_pruning",
     "interpolation",
