@@ -129,7 +129,7 @@ wheel: $(call stamp,release)
 
 bench: $(call stamp,test$(comma)oracles)
 	@echo "[bench] the machine should have nothing else to do"
-	@for name in import_time model_programs quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect first_page adapters distillation relatives newer_rivals synthetic; do \
+	@for name in import_time model_programs quantizers optimizer_step optimizer_leaves train_step curvature_cost layers sharding kills effect first_page adapters distillation relatives newer_rivals synthetic tuned_digits video; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	@$(BIN)/python benchmarks/train_step.py --size 30m --window

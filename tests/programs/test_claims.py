@@ -197,6 +197,42 @@ def test_bytes_of_the_state_of_each_curvature():
     assert size(curvature.fisher(factored=True)) == 8 * (rows + columns)
 
 
+def test_methods_in_the_network_of_digits():
+    found, rivals = figures("tuned_digits"), "docs/rivals.md"
+
+    def right(*names):
+        runs = [found["arms"][name] for name in names]
+        means = [np.mean([run["right"] for run in each]) for each in runs]
+        return [round(100 * mean, 1) for mean in means]
+
+    text = r"LR-QAT comes to (\S+) % right, L4Q to (\S+) % and DL-QAT to (\S+) %"
+    told = numbers(rf"{text}, and .{{,70}} to (\S+) %", rivals)
+    assert told == right("LR-QAT", "L4Q", "DL-QAT", "straight through")
+    trained = [found["arms"][n][0]["trained"] for n in ("straight through", "LR-QAT")]
+    assert trained[0] == 12 * trained[1]
+    told = numbers(r"stays at (\S+) %; rotating all of it gives (\S+) %", rivals)
+    assert told == right("RoSTE", "straight through, all rotated")
+    text = r"rounded to (\S+) % right, clips come to (\S+) %, and .{,50} to (\S+) %\."
+    names = "rounded", "ZeroQAT, clips of frozen weights", "ZeroQAT, all weights"
+    assert numbers(text, rivals) == right(*names)
+    text = r"plans (\d+) MiB of temporary memory, and (\d+) MiB for the gradient of all"
+    memory = [found["memory"][name] for name in ("two points", "backward")]
+    assert numbers(text, rivals) == [round(each) for each in memory]
+
+
+def test_the_video_by_bits():
+    text = (
+        r"has (\S+) dB in full precision; at 4 bits (\S+) rounded, (\S+) trained and "
+    )
+    text += r"(\S+) distilled, at 2 bits (\S+), (\S+) and (\S+)\."
+    arms = [
+        f"{n} bits, {arm}" for n in (4, 2) for arm in ("rounded", "QAT", "distilled")
+    ]
+    found = figures("video")
+    want = [round(np.mean(found[name]), 2) for name in ("full precision", *arms)]
+    assert numbers(text, "docs/rivals.md") == want
+
+
 def test_how_many_damaged_files_there_are():
     counts = set(re.findall(r"(\d+,000) damaged", page("Makefile")))
     counts |= set(re.findall(r"damages (\S+) files", page("docs/export.md")))

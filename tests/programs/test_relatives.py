@@ -10,6 +10,8 @@ import pytest
 import quadratics
 import relatives
 import synthetic
+import tuned_digits
+import video
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
@@ -157,3 +159,64 @@ def test_newer_rivals_are_compared_with_ste(monkeypatch):
         ratio = losses[name] / losses["STE"]
         np.testing.assert_allclose(np.log(figures["share"]), np.log(ratio).mean())
         assert figures["won"] == np.mean(ratio < 1)
+
+
+def test_tuning_starts_from_rounding_and_scales_learn_slowly():
+    data = relatives.digits()
+    params = relatives.initial(jax.random.key(0))
+    x, labels = (np.asarray(each) for each in data.test)
+
+    def rounded(x, axis, most):
+        step = np.abs(x).max(axis, keepdims=True) / most
+        step = np.where(step == 0, 1, step)
+        return step * np.clip(np.round(x / step), -most - 1, most)
+
+    x = x.astype(np.float64)
+    for layer in jax.tree.map(np.float64, params["backbone"]):
+        kernel = rounded(layer["kernel"], 0, 1)
+        x = np.maximum(rounded(x, 1, 7) @ kernel + layer["bias"], 0)
+    found = x @ np.float64(params["head"]["kernel"])  # its bias is 0
+    away = np.log(np.exp(found).sum(1)) - found[np.arange(len(x)), labels]
+    right = (found.argmax(1) == labels).mean()
+    method, key = tuned_digits.METHODS[tuned_digits.STE], jax.random.key(1)
+    tuned = tuned_digits.tune(method, params, data, key, 0.0, 1)
+    # A code of an input may fall on the other side in float32.
+    assert tuned["loss"] == pytest.approx(away.mean(), rel=1e-3)
+    assert tuned["right"] == pytest.approx(right, abs=0.01)
+    assert tuned["trained"] == 64 * 128 + 128 * 128
+
+    trained = {"x": {"b": jnp.ones(1), "scale": jnp.ones(1)}}
+    tx = tuned_digits._optimizer(0.5, 1)
+    updates, _ = tx.update(trained, tx.init(trained))
+    moved = [updates["x"][name].item() for name in ("b", "scale")]
+    np.testing.assert_allclose(moved, [-0.5, -0.005], rtol=1e-5)  # Adam's in float32
+
+
+def test_tuned_arms_are_compared_with_straight_through():
+    def runs(*right):
+        return [{"right": each, "loss": 0.5, "trained": 3000} for each in right]
+
+    arms = {tuned_digits.STE: runs(0.5, 0.7), "RoSTE": runs(0.6, 0.8)}
+    figures = {"arms": arms, "rates": {"RoSTE": 0.01}}
+    cells = tuned_digits.table({"figures": figures}).cells
+    assert cells[1] == ["RoSTE", "3,000", "0.01", "70.0 ± 10.0", "10.0 ± 0.0", "0.500"]
+
+
+def test_clips_take_less_memory_than_a_backward_pass():
+    found = tuned_digits.memory(layers=8, width=64, tokens=512)
+    kept = 4 * 8 * 512 * 64 / 2**20  # inputs of the layers, in MiB
+    assert found["two points"] < kept < found["backward"]
+
+
+def test_the_table_of_a_video():
+    figures = {
+        "teacher": [30.0, 31.0],
+        "4 bits, QAT": [20.0, 21.0],
+        "4 bits, distilled": [20.5, 21.5],
+    }
+    rows = video.table({"figures": figures})
+    assert rows.cells == [
+        ["teacher", "30.50 ± 0.50", ""],
+        ["4 bits, QAT", "20.50 ± 0.50", ""],
+        ["4 bits, distilled", "21.00 ± 0.50", "+0.50 ± 0.00"],
+    ]
