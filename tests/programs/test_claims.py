@@ -89,10 +89,10 @@ def test_what_a_step_costs():
     def cost(name):
         return [round(steps[size, f"cage_jax, {name}"], 1) for size in sizes]
 
-    pattern = r"then (\S+) to (\S+) times \(int4\) or (\S+) to (\S+) times \(rotated\)"
-    found = numbers(pattern, "README.md")
-    names = ("int4, recommended, active", "quest, recommended, active")
-    assert found == cost(names[0]) + cost(names[1])
+    pattern = r"then (\S+) times \(int4\) or (\S+) to (\S+) times \(rotated\)"
+    (found,) = re.findall(pattern, page("README.md"))
+    assert [float(found[0])] * 2 == cost("int4, recommended, active")
+    assert [*map(float, found[1:])] == cost("quest, recommended, active")
     (most,) = re.findall(r"at most (\S+) times as long as AdamW's", page("README.md"))
     silent = max(cost("int4, recommended, silent") + cost("quest, recommended, silent"))
     assert float(most) == silent
