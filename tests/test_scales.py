@@ -5,6 +5,7 @@ fits many cases, a column each.
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -449,3 +450,14 @@ def test_a_cpu_reads_an_array_once(axis, stored):
     x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
     program = fit_grid.lower(x, int8(axis=axis)).compile()
     assert program.memory_analysis().temp_size_in_bytes <= stored
+
+
+def test_a_cpu_reduces_an_eighth_of_columns():
+    """XLA for CPU has slow loops for the rest; see `largest_magnitude_on_cpu`."""
+    x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    text = fit_grid.lower(x, int4(group_size=128)).compile().as_text()
+    reduced = re.findall(r" reduce\((?:[^%\s]\S* )?(%[\w.-]+)", text)
+    assert reduced
+    for name in reduced:
+        (shape,) = re.findall(rf"{re.escape(name)} = \w+\[([\d,]+)\]", text)
+        assert np.prod([*map(int, shape.split(","))]) <= 512 * 1024 // 8
