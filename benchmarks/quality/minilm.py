@@ -127,7 +127,8 @@ def distance(found: jax.Array, target: jax.Array, sentences: Any) -> jax.Array:
     return 1 - jnp.mean(jnp.sum(found * target, axis=-1))
 
 
-OBJECTIVES = {"cosine": distance}
+OBJECTIVES = {"distance": distance}
+RATES = 1e-4, 3e-4, 1e-3
 
 
 def measures(found: np.ndarray, target: np.ndarray) -> pretrained.Measures:
@@ -166,14 +167,14 @@ def task_of(
         learned,
         BATCH,
         judge,
-        rate=1e-4,
+        rates=RATES,
         steps=2000,
     )
 
 
 def names(seeds: int = 3) -> list[str]:
     """Returns the names of all cells."""
-    return pretrained.names(WIDTHS, OBJECTIVES, seeds)
+    return pretrained.names(WIDTHS, OBJECTIVES, seeds, RATES)
 
 
 def measure(

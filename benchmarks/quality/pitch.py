@@ -179,7 +179,6 @@ def task_of(params: Params, learned: Tones, held_out: Tones) -> pretrained.Task:
         learned,
         BATCH,
         judge,
-        rate=1e-3,
         steps=1000,
     )
 

@@ -2,7 +2,8 @@
 
 A task is a model, its data and its measures. Each cell is one training; all methods of
 a seed share the batches. What no training is needed for, full precision and rounding,
-are cells of their own.
+are cells of their own. The learning rate of a width is the one, of a few, at which STE
+came nearest on a seed that is not shown; it is that of all methods.
 """
 
 import re
@@ -22,7 +23,7 @@ import cage_jax as cage
 
 Measures = dict[str, float]
 FLOOR, WARM_UP = 0.1, 0.05
-SEEDS = 5
+SEEDS, TUNED_ON = 5, 100
 CALIBRATION = 16  # batches, from whose inputs GPTQ rounds
 STARTS = ("rounded", "GPTQ")
 # Trainings by name: a method, and the share of the rate at which its cosine ends.
@@ -38,8 +39,8 @@ ARMS: dict[str, tuple[Method, float]] = {
 BETWEEN = ("ste", "recommended")
 FREE = ("ste", "ste0", "recommended")
 TRAINED = re.compile(
-    r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+), "
-    r"seed (?P<seed>\d+)"
+    r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+)"
+    r"( at (?P<rate>[\w.-]+))?, seed (?P<seed>\d+)"
 )
 
 
@@ -50,11 +51,12 @@ class Task(NamedTuple):
       params: its parameters.
       rules: by the name of a width, how it is quantized.
       outputs: `(params, batch) -> outputs`.
-      objectives: by name, `(outputs, teacher's outputs, batch) -> loss`.
+      objectives: by name, `(outputs, teacher's outputs, batch) -> loss`; the last one
+        is of the teacher's outputs.
       data: what is learned from, a tree of arrays with a row for each example.
       batch: examples of a step.
       judge: measures parameters, and outputs as quantized, on data held out.
-      rate: the peak of the learning rate.
+      rates: peaks of the learning rate that are compared.
       steps: of a training.
     """
 
@@ -65,14 +67,17 @@ class Task(NamedTuple):
     data: Any
     batch: int
     judge: Callable[[Any, Callable[[Any, Any], Any]], Measures]
-    rate: float = 1e-3
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     steps: int = 3000
 
 
 def names(
-    widths: Iterable[str], objectives: Iterable[str], seeds: int = SEEDS
+    widths: Iterable[str],
+    objectives: Iterable[str],
+    seeds: int = SEEDS,
+    rates: tuple[float, ...] = Task._field_defaults["rates"],
 ) -> list[str]:
-    """Returns the names of all cells, those without training first."""
+    """Returns the names of all cells: those without training, rates, trainings."""
     widths, (plain, *others) = [*widths], [*objectives]
     best = others[-1] if others else plain
     # All methods with the teacher's predictions; what start and objective are worth,
@@ -85,6 +90,7 @@ def names(
     return [
         "full precision",
         *(f"{width}, {start}" for width in widths for start in STARTS),
+        *(_at_rate(width, best, rate) for width in widths for rate in rates),
         *(
             f"{width}, {objective}, from {start}: {arm}, seed {seed}"
             for seed in range(seeds)
@@ -93,6 +99,10 @@ def names(
             for arm in arms
         ),
     ]
+
+
+def _at_rate(width: str, objective: str, rate: float) -> str:
+    return f"{width}, {objective}, from {STARTS[0]}: ste at {rate:g}, seed {TUNED_ON}"
 
 
 def packaged_file(package: str, name: str) -> Path:
@@ -112,10 +122,15 @@ def packaged_file(package: str, name: str) -> Path:
 
 
 class Cells:
-    """Measures the cells of a task by their names."""
+    """Measures the cells of a task by their names.
 
-    def __init__(self, task: Task):
-        self._task = task
+    Args:
+      task: the task.
+      known: the cells that are measured already, among them those of the rates.
+    """
+
+    def __init__(self, task: Task, known: Mapping[str, dict[str, Measures]]):
+        self._task, self._known = task, known
         self._starts: dict[tuple[str, str], Any] = {}
         self._targets: Any = None
 
@@ -161,11 +176,24 @@ class Cells:
             )
         return self._starts[key]
 
-    def _train(self, width, objective, start, arm, seed):
+    def _rate(self, width: str) -> float:
+        """Returns the rate at which the training with the teacher came nearest."""
+        best, rates = [*self._task.objectives][-1], self._task.rates
+        if len(rates) == 1:
+            return rates[0]
+        cells = {rate: _at_rate(width, best, rate) for rate in rates}
+        if missing := [name for name in cells.values() if name not in self._known]:
+            raise ValueError(
+                f"`only` must have the cells of the learning rates before others; "
+                f"{missing[0]!r} is not measured. Add it, or leave `only` out."
+            )
+        return min(rates, key=lambda rate: self._known[cells[rate]]["last"][best])
+
+    def _train(self, width, objective, start, arm, rate, seed):
         task, (method, floor) = self._task, ARMS[arm]
-        warm_up = round(WARM_UP * task.steps)
+        peak = self._rate(width) if rate is None else float(rate)
         rate = optax.warmup_cosine_decay_schedule(
-            0.0, task.rate, warm_up, task.steps, floor * task.rate
+            0.0, peak, round(WARM_UP * task.steps), task.steps, floor * peak
         )
         base = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
         training = Training(task.rules[width], task.steps, rate, base)
@@ -223,12 +251,12 @@ def fill(
     """Fills the table of a task, cell by cell, as `quadratics.measure` does."""
     settings = {
         "steps": task.steps,
-        "rate": task.rate,
+        "rates": task.rates,
         "warm_up": WARM_UP,
         "floor": FLOOR,
         "calibration": CALIBRATION,
     }
     table = table or Table(name, settings)
-    keys = only or names(task.rules, task.objectives, seeds)
-    table.measure(keys, Cells(task).measure, console)
+    keys = only or names(task.rules, task.objectives, seeds, task.rates)
+    table.measure(keys, Cells(task, table.cells).measure, console)
     return table

@@ -17,7 +17,8 @@ def measured(record: Mapping[str, Any], name: str) -> Measured:
     """Collects one measure; full precision and rounding are there for each seed."""
     cells, found = record["cells"], Measured()
     for key, cell in cells.items():
-        if (parts := TRAINED.fullmatch(key)) is None:
+        parts = TRAINED.fullmatch(key)
+        if parts is None or parts["rate"]:
             continue
         by_arm = found.setdefault(parts.group("width", "objective", "start"), {})
         for label, values in cell.items():
@@ -70,6 +71,26 @@ def recovered(name: str) -> Callable[[Any], Rows]:
     return rows
 
 
+def rates(name: str) -> Callable[[Any], Rows]:
+    """Returns what makes the table of the learning rates that were compared."""
+
+    def rows(record):
+        found: dict[str, dict[str, str]] = {}
+        for key, cell in record["cells"].items():
+            parts = TRAINED.fullmatch(key)
+            if parts is not None and parts["rate"]:
+                value = f"{cell['last'][name]:.3f}"
+                found.setdefault(parts["width"], {})[parts["rate"]] = value
+        header = list(dict.fromkeys(rate for each in found.values() for rate in each))
+        lines = [
+            [width, *(each.get(rate, NOT_MEASURED) for rate in header)]
+            for width, each in found.items()
+        ]
+        return Rows(["learning rate", *header], lines)
+
+    return rows
+
+
 _COMPARED = tuple(arm for arm in WORDS if arm not in ("full", "ste"))
 
 
@@ -102,11 +123,14 @@ def _without_empty_columns(header, lines):
 
 # By the name of a place in the README: the file, and what becomes of it.
 SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
+    "g2p_rates": ("g2p", rates("KL")),
     "g2p": ("g2p", means("cross-entropy")),
     "g2p_words": ("g2p", means("words right", 1, scale=100)),
     "g2p_recovered": ("g2p", recovered("cross-entropy")),
+    "minilm_rates": ("minilm", rates("distance")),
     "minilm": ("minilm", means("distance")),
     "minilm_nearest": ("minilm", means("same nearest", 1, scale=100)),
+    "pitch_rates": ("pitch", rates("KL")),
     "pitch": ("pitch", means("KL")),
     "pitch_right": ("pitch", means("tones right", 1, scale=100)),
 }

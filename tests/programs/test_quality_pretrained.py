@@ -75,11 +75,11 @@ def test_the_model_is_two_grus(params):
 def task(params):
     params = jax.tree.map(np.float32, params)
     words = g2p.encode(ENTRIES)
-    return g2p.task_of(params, words, words)._replace(steps=40, rate=1e-2)
+    return g2p.task_of(params, words, words)._replace(steps=40, rates=(1e-2,))
 
 
 def test_cells_are_trainings_that_share_batches(task):
-    cells = pretrained.Cells(task)
+    cells = pretrained.Cells(task, {})
     (full,) = cells.measure("full precision").values()
     (rounded,) = cells.measure("int2, rounded").values()
     assert full["KL"] == 0 < rounded["KL"]
@@ -90,7 +90,7 @@ def test_cells_are_trainings_that_share_batches(task):
     assert set(found["ste"]) == {"last", "averaged"}
     assert found["ste"]["last"]["KL"] < rounded["KL"]
     assert found["ste"]["last"] != found["recommended"]["last"]
-    again = pretrained.Cells(task).measure("int2, KL, from rounded: ste, seed 0")
+    again = pretrained.Cells(task, {}).measure("int2, KL, from rounded: ste, seed 0")
     assert again == found["ste"]
 
 
@@ -111,10 +111,33 @@ def table(folder):
 def test_names_are_those_of_cells():
     names = g2p.names(seeds=2)
     assert len(set(names)) == len(names)
-    trained = [name for name in names if "seed" in name]
-    assert all(pretrained.TRAINED.fullmatch(name) for name in trained)
+    trained = [pretrained.TRAINED.fullmatch(name) for name in names if "seed" in name]
+    assert all(trained)
     recipes = len(pretrained.ARMS) + len(pretrained.BETWEEN) + len(pretrained.FREE)
-    assert len(trained) == 2 * 2 * recipes
+    rates = [parts["rate"] for parts in trained if parts["rate"]]
+    assert rates == ["0.0003", "0.001", "0.003"] * 2
+    assert len(trained) == 2 * 2 * recipes + len(rates)
+
+
+def test_the_rate_of_a_width_is_the_best_on_another_seed(task):
+    task = task._replace(rates=(1e-3, 1e-2), steps=10)
+    name, tried = "int2, KL, from rounded: ste, seed 0", {}
+    cells = pretrained.Cells(task, tried)
+    with pytest.raises(ValueError, match=r"'int2, KL, .* at 0.001, seed 100' is not"):
+        cells.measure(name)
+    for key in g2p.names(seeds=0):
+        if "int2" in key and ("at 0.001," in key or "at 0.003," in key):
+            tried[key.replace("0.003", "0.01")] = {"last": {"KL": 1.0}}
+    best, worst = tried
+    tried[best] = {"last": {"KL": 0.5}}
+    low = cells.measure(name)
+    tried[best], tried[worst] = tried[worst], tried[best]
+    high = cells.measure(name)
+    alone = [
+        pretrained.Cells(task._replace(rates=(rate,)), {}).measure(name)
+        for rate in (1e-3, 1e-2)
+    ]
+    assert [low, high] == alone and low != high
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -136,7 +159,13 @@ def test_the_tables():
         }
     for seed, loss in enumerate((2.0, 3.0)):
         cells[trained("recommended", seed)] = {"last": {"cross-entropy": loss}}
+    for rate in ("0.001", "0.01"):
+        name = f"int2, KL, from rounded: ste at {rate}, seed 100"
+        cells[name] = {"last": {"KL": float(rate)}}
     record = {"cells": cells}
+    rows = pretrained_report.rates("KL")(record)
+    assert rows.header[1:] == ["0.001", "0.01"]
+    assert rows.cells == [["int2", "0.001", "0.010"]]
     rows = pretrained_report.means("cross-entropy")(record)
     (line,) = [dict(zip(rows.header, line)) for line in rows.cells]
     assert line["trained"] == "int2, KL, from GPTQ"
