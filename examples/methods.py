@@ -179,40 +179,64 @@ class Trained(NamedTuple):
     average: Any
 
 
-def train(
-    method: Method,
-    training: Training,
-    params: Any,
-    gradient: Callable[[Callable[[Any], Any], Any, jax.Array, jax.Array], Any],
-    key: jax.Array,
-) -> Trained:
-    """Trains in one scan, to be jitted, and mapped over seeds.
+# `(weights, params, step, key) -> gradient` by the parameters, of the loss at
+# weights(params) on the step's data.
+Gradient = Callable[[Callable[[Any], Any], Any, jax.Array, jax.Array], Any]
+
+
+class Steps:
+    """The steps of a training, one by one.
 
     Args:
       method: the method.
       training: the run.
-      params: the initial parameters.
-      gradient: maps (weights, params, step, key) to the gradient by the parameters of
-        the loss at weights(params) on the step's data.
+      gradient: of each step.
       key: of all random numbers.
     """
-    averaging = contrib.averaging(
-        1.0, start=training.steps - max(1, round(AVERAGED_SHARE * training.steps))
-    )
-    tx = optax.chain(method.optimizer(training), averaging)
 
-    def step(carry, number):
+    def __init__(
+        self, method: Method, training: Training, gradient: Gradient, key: jax.Array
+    ):
+        averaged = training.steps - max(1, round(AVERAGED_SHARE * training.steps))
+        averaging = contrib.averaging(1.0, start=averaged)
+        self._tx = optax.chain(method.optimizer(training), averaging)
+        self._method, self._training = method, training
+        self._gradient, self._key = gradient, key
+
+    def start(self, params: Any) -> Any:
+        """Returns what steps advance."""
+        return params, self._tx.init(params)
+
+    def step(self, carry: Any, number: jax.Array) -> Any:
+        """Does a step, of the given number from 0 on."""
         params, state = carry
-        data_key, own_key = jax.random.split(jax.random.fold_in(key, number))
+        data_key, own_key = jax.random.split(jax.random.fold_in(self._key, number))
 
         def weights(params):
-            return method.weights(training, params, number, own_key)
+            return self._method.weights(self._training, params, number, own_key)
 
-        updates, state = tx.update(
-            gradient(weights, params, number, data_key), state, params
-        )
-        return (optax.apply_updates(params, updates), state), None
+        gradient = self._gradient(weights, params, number, data_key)
+        updates, state = self._tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
 
-    start = params, tx.init(params)
-    (params, state), _ = jax.lax.scan(step, start, jax.numpy.arange(training.steps))
-    return Trained(params, contrib.averaged(state))
+    def end(self, carry: Any) -> Trained:
+        """Returns the parameters that came out."""
+        params, state = carry
+        return Trained(params, contrib.averaged(state))
+
+
+def train(
+    method: Method,
+    training: Training,
+    params: Any,
+    gradient: Gradient,
+    key: jax.Array,
+) -> Trained:
+    """Does all `Steps` in one scan, to be jitted, and mapped over seeds."""
+    steps = Steps(method, training, gradient, key)
+
+    def step(carry, number):
+        return steps.step(carry, number), None
+
+    numbers = jax.numpy.arange(training.steps)
+    return steps.end(jax.lax.scan(step, steps.start(params), numbers)[0])

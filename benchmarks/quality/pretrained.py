@@ -6,6 +6,7 @@ are cells of their own. The learning rate of a width is the one, of a few, at wh
 came nearest on a seed that is not shown; it is that of all methods.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from cells import Table
-from methods import METHODS, Method, Training, train
+from methods import METHODS, Method, Steps, Training
 from rich.console import Console
 
 import cage_jax as cage
@@ -199,8 +200,7 @@ class Cells:
         training = Training(task.rules[width], task.steps, rate, base)
         loss_of, outputs = task.objectives[objective], self._outputs(width)
 
-        @jax.jit
-        def run(params, examples, key):
+        def steps_with(examples):
             def gradient(weights, params, step, key):
                 del step
                 batch, target = _drawn(examples, task.batch, key)
@@ -210,14 +210,23 @@ class Cells:
 
                 return jax.grad(loss)(params)
 
-            return train(method, training, params, gradient, key)
+            return Steps(method, training, gradient, jax.random.key(int(seed)))
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(carry, number, examples):
+            return steps_with(examples).step(carry, number)
 
         if self._targets is None:
             # Once for all trainings: a quarter to a third of a step otherwise.
             self._targets = _outputs_of_all(task)
         examples = task.data, self._targets
-        start = self._start(width, start)
-        return jax.block_until_ready(run(start, examples, jax.random.key(int(seed))))
+        start = jax.tree.map(jnp.copy, self._start(width, start))
+        carry = steps_with(examples).start(start)
+        # In a scan, XLA for CPU takes a hundred times as long for the gradients of
+        # convolutions.
+        for number in range(task.steps):
+            carry = step(carry, number, examples)
+        return jax.block_until_ready(steps_with(examples).end(carry))
 
 
 def _drawn(examples, count, key):
