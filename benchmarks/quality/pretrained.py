@@ -133,7 +133,6 @@ class Cells:
     def __init__(self, task: Task, known: Mapping[str, dict[str, Measures]]):
         self._task, self._known = task, known
         self._starts: dict[tuple[str, str], Any] = {}
-        self._targets: Any = None
 
     def measure(self, name: str) -> dict[str, Measures]:
         """Returns the measures of a cell, by what was judged."""
@@ -177,6 +176,17 @@ class Cells:
             )
         return self._starts[key]
 
+    @functools.cached_property
+    def _targets(self) -> Any:
+        """What the model itself says to all examples, a third of a step otherwise."""
+        task = self._task
+        outputs, size = jax.jit(task.outputs), 8 * task.batch
+        parts = [
+            outputs(task.params, _rows(task.data, slice(first, first + size)))
+            for first in range(0, len(jax.tree.leaves(task.data)[0]), size)
+        ]
+        return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
+
     def _rate(self, width: str) -> float:
         """Returns the rate at which the training with the teacher came nearest."""
         best, rates = [*self._task.objectives][-1], self._task.rates
@@ -216,9 +226,6 @@ class Cells:
         def step(carry, number, examples):
             return steps_with(examples).step(carry, number)
 
-        if self._targets is None:
-            # Once for all trainings: a quarter to a third of a step otherwise.
-            self._targets = _outputs_of_all(task)
         examples = task.data, self._targets
         start = jax.tree.map(jnp.copy, self._start(width, start))
         carry = steps_with(examples).start(start)
@@ -237,16 +244,6 @@ def _drawn(examples, count, key):
 
 def _rows(examples, rows):
     return jax.tree.map(lambda column: column[rows], examples)
-
-
-def _outputs_of_all(task):
-    """Returns what the model itself says to all examples."""
-    outputs, size = jax.jit(task.outputs), 8 * task.batch
-    parts = [
-        outputs(task.params, _rows(task.data, slice(first, first + size)))
-        for first in range(0, len(jax.tree.leaves(task.data)[0]), size)
-    ]
-    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
 def fill(
