@@ -128,7 +128,6 @@ def distance(found: jax.Array, target: jax.Array, sentences: Any) -> jax.Array:
 
 
 OBJECTIVES = {"distance": distance}
-RATES = 1e-4, 3e-4, 1e-3
 
 
 def measures(found: np.ndarray, target: np.ndarray) -> pretrained.Measures:
@@ -167,14 +166,13 @@ def task_of(
         learned,
         BATCH,
         judge,
-        rates=RATES,
         steps=2000,
     )
 
 
 def names(seeds: int = 3) -> list[str]:
     """Returns the names of all cells."""
-    return pretrained.names(WIDTHS, OBJECTIVES, seeds, RATES)
+    return pretrained.names(WIDTHS, OBJECTIVES, seeds)
 
 
 def measure(

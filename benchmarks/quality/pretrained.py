@@ -68,7 +68,7 @@ class Task(NamedTuple):
     data: Any
     batch: int
     judge: Callable[[Any, Callable[[Any, Any], Any]], Measures]
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     steps: int = 3000
 
 

@@ -115,7 +115,7 @@ def test_names_are_those_of_cells():
     assert all(trained)
     recipes = len(pretrained.ARMS) + len(pretrained.BETWEEN) + len(pretrained.FREE)
     rates = [parts["rate"] for parts in trained if parts["rate"]]
-    assert rates == ["0.0003", "0.001", "0.003"] * 2
+    assert rates == ["0.0001", "0.0003", "0.001"] * 2
     assert len(trained) == 2 * 2 * recipes + len(rates)
 
 
@@ -126,8 +126,10 @@ def test_the_rate_of_a_width_is_the_best_on_another_seed(task):
     with pytest.raises(ValueError, match=r"'int2, KL, .* at 0.001, seed 100' is not"):
         cells.measure(name)
     for key in g2p.names(seeds=0):
-        if "int2" in key and ("at 0.001," in key or "at 0.003," in key):
-            tried[key.replace("0.003", "0.01")] = {"last": {"KL": 1.0}}
+        if "int2" in key and ("at 0.0001," in key or "at 0.001," in key):
+            tried[key.replace("0.001", "0.01").replace("0.0001", "0.001")] = {
+                "last": {"KL": 1.0}
+            }
     best, worst = tried
     tried[best] = {"last": {"KL": 0.5}}
     low = cells.measure(name)
