@@ -17,7 +17,7 @@ from cases import assert_raises
 from cage_jax.arrays.exact import compute_dtype
 from cage_jax.quantizers.formats import Integer, MidRise
 from cage_jax.quantizers.grid import Grid
-from cage_jax.quantizers.presets import int4, int8
+from cage_jax.quantizers.presets import fp8, int4, int8
 from cage_jax.quantizers.rounding import fit_grid
 from cage_jax.quantizers.scale_types import FULL as FULL_SCALE
 from cage_jax.quantizers.scale_types import PowerOfTwo
@@ -450,6 +450,24 @@ def test_a_cpu_reads_an_array_once(axis, stored):
     x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
     program = fit_grid.lower(x, int8(axis=axis)).compile()
     assert program.memory_analysis().temp_size_in_bytes <= stored
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_large_array_has_the_largest_magnitudes(axis, rng):
+    """What is reduced in other steps there, with all that a maximum may lose."""
+    x = rng.normal(size=(512, 1024)).astype(np.float32)
+    x[0, 0], x[130, 200], x[260, 400] = np.nan, -np.inf, np.finfo(np.float32).max
+    x[384:, 896:] = -0.0
+    groups = np.moveaxis(x, axis, -1)
+    groups = np.abs(groups.reshape(*groups.shape[:-1], -1, 128))
+    expected = np.where(np.isnan(groups), np.inf, groups).max(axis=-1)
+    found = jax.jit(fit_grid, static_argnums=1)(x, fp8(axis=axis, group_size=128))
+    scale = np.moveaxis(np.asarray(found.scale), axis, -1)
+    known = np.isfinite(expected) & (expected > 0)
+    assert not known.all()
+    np.testing.assert_allclose(scale[known], expected[known] / 448, rtol=1e-6)
+    assert np.isnan(scale[np.isinf(expected)]).all()
+    assert (scale[expected == 0] > 0).all()
 
 
 def test_a_cpu_reduces_an_eighth_of_columns():
