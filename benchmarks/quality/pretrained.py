@@ -178,7 +178,7 @@ class Cells:
 
     @functools.cached_property
     def _targets(self) -> Any:
-        """What the model itself says to all examples, a third of a step otherwise."""
+        """The outputs of the model itself, once: a third of the time of a step."""
         task = self._task
         outputs, size = jax.jit(task.outputs), 8 * task.batch
         parts = [
