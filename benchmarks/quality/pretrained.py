@@ -38,7 +38,6 @@ ARMS: dict[str, tuple[Method, float]] = {
     "winq": (METHODS["winq"], FLOOR),
 }
 BETWEEN = ("ste", "recommended")
-FREE = ("ste", "ste0", "recommended")
 TRAINED = re.compile(
     r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+)"
     r"( at (?P<rate>[\w.-]+))?, seed (?P<seed>\d+)"
@@ -82,11 +81,11 @@ def names(
     widths, (plain, *others) = [*widths], [*objectives]
     best = others[-1] if others else plain
     # All methods with the teacher's predictions; what start and objective are worth,
-    # with few of them.
+    # with and without CAGE.
     recipes = {
         (STARTS[0], best): tuple(ARMS),
         (STARTS[1], best): BETWEEN,
-        **({(STARTS[0], plain): FREE} if others else {}),
+        **({(STARTS[0], plain): BETWEEN} if others else {}),
     }
     return [
         "full precision",

@@ -113,7 +113,7 @@ def test_names_are_those_of_cells():
     assert len(set(names)) == len(names)
     trained = [pretrained.TRAINED.fullmatch(name) for name in names if "seed" in name]
     assert all(trained)
-    recipes = len(pretrained.ARMS) + len(pretrained.BETWEEN) + len(pretrained.FREE)
+    recipes = len(pretrained.ARMS) + 2 * len(pretrained.BETWEEN)
     rates = [parts["rate"] for parts in trained if parts["rate"]]
     assert rates == ["0.0001", "0.0003", "0.001"] * 2
     assert len(trained) == 2 * 2 * recipes + len(rates)
