@@ -31,7 +31,7 @@ TARGETS: dict[Target, str] = {
     "mxfp4": "MXFP4 weights and inputs, for transformers and vLLM",
     "int3": "INT3 in groups of 64, for cage_jax",
     "int2": "INT2 in groups of 64, for cage_jax",
-    "w4a4": "QuEST's 4 bits for weights and inputs, for cage_jax",
+    "w4a4": "INT4 weights and inputs in rotated groups of 64, for cage_jax",
 }
 
 
@@ -106,7 +106,7 @@ def rules_of(target: Target) -> cage.Rules:
         "mxfp4": cage.mxfp4(axis=-2),
         "int3": cage.int3(axis=-2, group_size=64),
         "int2": cage.int2(axis=-2, group_size=64),
-        "w4a4": cage.quest(4, axis=-2, hadamard=64),
+        "w4a4": cage.int4(axis=-2, group_size=64, hadamard=64),
     }
     embedding = cage.q8_0(axis=-1) if target == "q4_0" else None
     return cage.Rules(
@@ -120,7 +120,7 @@ def rules_of(target: Target) -> cage.Rules:
 
 def inputs_of(target: Target) -> cage.Quantizer | None:
     """Returns the quantizer of the layers' inputs."""
-    inputs = {"mxfp4": cage.mxfp4(), "w4a4": cage.quest(4, hadamard=64)}
+    inputs = {"mxfp4": cage.mxfp4(), "w4a4": cage.int4(group_size=64, hadamard=64)}
     return inputs.get(target)
 
 

@@ -33,8 +33,8 @@ WIDTHS = {
     "int3": (cage.int3(axis=-1, group_size=64), None),
     "int2": (cage.int2(axis=-1, group_size=64), None),
     "W4A4": (
-        cage.quest(4, axis=-1, hadamard=64),
-        cage.quest(4, axis=-1, hadamard=64),
+        cage.int4(axis=-1, group_size=64, hadamard=64),
+        cage.int4(axis=-1, group_size=64, hadamard=64),
     ),
 }
 TINY = {"seeds": 2, "steps": 4}
