@@ -82,7 +82,7 @@ def test_it_warns_where_cage_will_hardly_act():
         idle = cage.plan(24_576, 1.35e8, 3, show=False)
     assert "CAGE beside" not in str(idle)
     with pytest.warns(UserWarning, match="CAGE: it will hardly act"):
-        cage.plan(3e9, 1.35e8, 2, show=False)
+        cage.plan(1e9, 1.35e8, 2, show=False)
     acting = cage.plan(3e9, 3e7, 4, pretrained=False, show=False)
     assert acting.dose == pytest.approx(0.7, rel=1e-3)
     assert "CAGE beside" in str(acting)

@@ -188,7 +188,7 @@ def test_the_default_is_what_is_recommended(build, start):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_recommended_strength_that_does_nothing_is_warned_of(build):
-    dose = r"comes to a dose of 0\.002 in 100 steps"
+    dose = r"comes to a dose of about 0\.002 in 100 steps"
     with pytest.warns(UserWarning, match=dose) as found:
         build(1e-5, RULES, total_steps=100)
     assert found[0].filename == __file__

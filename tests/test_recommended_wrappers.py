@@ -75,7 +75,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_recommended_pull_works_in_every_wrapper(name, rng):
-    """Steps while silent are the optimizer's own, and the pull shrinks the error."""
+    """Steps while silent are the optimizer's own, then weights go to their grid."""
     tx, plain = OPTIMIZERS[name]
     start = {
         "kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
@@ -99,11 +99,11 @@ def test_the_recommended_pull_works_in_every_wrapper(name, rng):
     _, expected = trained(plain)
     half = STEPS // 2
     np.testing.assert_allclose(pulled[:half], expected[:half], rtol=1e-5, atol=1e-5)
-    errors = [
-        np.linalg.norm(x[-1] - cage.fake_quant(x[-1], cage.int4()))
-        for x in (pulled, expected)
-    ]
-    assert errors[0] < 0.9 * errors[1]
+    # A few steps later the noise of both is still the same.
+    x, moved = expected[half], (pulled - expected)[half + STEPS // 8]
+    error = np.asarray(x - cage.fake_quant(x, cage.int4()))
+    alike = np.sum(moved * error) / np.linalg.norm(moved) / np.linalg.norm(error)
+    assert alike < -0.5
     # An injected strength is a number, which does not tell when the pull begins.
     reads = half if name == "injected numbers" else STEPS
     np.testing.assert_array_equal(tree_get(state, "estimates"), reads // 10)

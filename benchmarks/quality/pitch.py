@@ -28,6 +28,7 @@ RIGHT = 50.0  # cents: the raw pitch accuracy of the field
 LOWEST, HIGHEST, HARMONICS = 50.0, 1000.0, 12  # Hz; number
 LEAST_SIGNAL, MOST_SIGNAL = 0.0, 40.0  # dB above white noise
 BATCH, LEARNED, HELD_OUT = 32, 32_768, 2048
+RATES = 1e-3, 3e-3, 1e-2
 KERNELS = r".*/kernel"
 WIDTHS = {
     "W4A8": (cage.int4(), cage.int8()),
@@ -179,13 +180,14 @@ def task_of(params: Params, learned: Tones, held_out: Tones) -> pretrained.Task:
         learned,
         BATCH,
         judge,
+        RATES,
         steps=1000,
     )
 
 
 def names(seeds: int = pretrained.SEEDS) -> list[str]:
     """Returns the names of all cells."""
-    return pretrained.names(WIDTHS, OBJECTIVES, seeds)
+    return pretrained.names(WIDTHS, OBJECTIVES, seeds, RATES)
 
 
 def measure(

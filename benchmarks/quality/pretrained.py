@@ -7,6 +7,7 @@ came nearest on a seed that is not shown; it is that of all methods.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -17,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from cells import Table
-from methods import METHODS, Method, Steps, Training
+from methods import METHODS, RECOMMENDED_DOSE, Method, Steps, Training
 from rich.console import Console
 
 import cage_jax as cage
+from cage_jax import curvature
 
 Measures = dict[str, float]
 FLOOR, WARM_UP = 0.1, 0.05
@@ -38,6 +40,28 @@ ARMS: dict[str, tuple[Method, float]] = {
     "winq": (METHODS["winq"], FLOOR),
 }
 BETWEEN = ("ste", "recommended")
+
+
+def _bounded(most: float) -> Method:
+    """Returns the recommended method with another bound of the pull of a matrix."""
+
+    def optimizer(training):
+        ramp = cage.ramp_to_dose(training.rate, training.steps, RECOMMENDED_DOSE)
+        error = most / ramp(training.steps - 1)
+        return cage.decoupled(
+            training.base,
+            training.rules,
+            learning_rate=training.rate,
+            strength=ramp,
+            curvature=curvature.fisher(factored=True, largest_error=error),
+        )
+
+    return Method(f"at most {most:g}", optimizer)
+
+
+# In learning rates; root mean squares of a matrix at the last step.
+BOUNDS = {"tenth": 0.1, "half": 0.5, "twice": 2.0, "unbounded": math.inf}
+TRAININGS = ARMS | {name: (_bounded(most), FLOOR) for name, most in BOUNDS.items()}
 TRAINED = re.compile(
     r"(?P<width>\w+), (?P<objective>[\w-]+), from (?P<start>\w+): (?P<arm>\w+)"
     r"( at (?P<rate>[\w.-]+))?, seed (?P<seed>\d+)"
@@ -77,7 +101,7 @@ def names(
     seeds: int = SEEDS,
     rates: tuple[float, ...] = Task._field_defaults["rates"],
 ) -> list[str]:
-    """Returns the names of all cells: those without training, rates, trainings."""
+    """Returns the names of all cells: without training, rates, bounds, trainings."""
     widths, (plain, *others) = [*widths], [*objectives]
     best = others[-1] if others else plain
     # All methods with the teacher's predictions; what start and objective are worth,
@@ -91,6 +115,11 @@ def names(
         "full precision",
         *(f"{width}, {start}" for width in widths for start in STARTS),
         *(_at_rate(width, best, rate) for width in widths for rate in rates),
+        *(
+            f"{width}, {best}, from {STARTS[0]}: {bound}, seed {TUNED_ON}"
+            for width in widths
+            for bound in BOUNDS
+        ),
         *(
             f"{width}, {objective}, from {start}: {arm}, seed {seed}"
             for seed in range(seeds)
@@ -200,7 +229,7 @@ class Cells:
         return min(rates, key=lambda rate: self._known[cells[rate]]["last"][best])
 
     def _train(self, width, objective, start, arm, rate, seed):
-        task, (method, floor) = self._task, ARMS[arm]
+        task, (method, floor) = self._task, TRAININGS[arm]
         peak = self._rate(width) if rate is None else float(rate)
         rate = optax.warmup_cosine_decay_schedule(
             0.0, peak, round(WARM_UP * task.steps), task.steps, floor * peak

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from measurement import Rows
 from methods import WORDS
-from pretrained import TRAINED
+from pretrained import BOUNDS, TRAINED, TUNED_ON
 
 # By width, objective and start: by method, its measure by seed.
 Measured = dict[tuple[str, str, str], dict[str, dict[int, float]]]
@@ -18,7 +18,7 @@ def measured(record: Mapping[str, Any], name: str) -> Measured:
     cells, found = record["cells"], Measured()
     for key, cell in cells.items():
         parts = TRAINED.fullmatch(key)
-        if parts is None or parts["rate"]:
+        if parts is None or int(parts["seed"]) == TUNED_ON:
             continue
         by_arm = found.setdefault(parts.group("width", "objective", "start"), {})
         for label, values in cell.items():
@@ -91,6 +91,35 @@ def rates(name: str) -> Callable[[Any], Rows]:
     return rows
 
 
+def bounds(name: str) -> Callable[[Any], Rows]:
+    """Returns what makes the table of the bounds of the pull, beside the best STE."""
+
+    def rows(record):
+        cells = record["cells"]
+        found: dict[str, dict[str, float]] = {}
+        for key, cell in cells.items():
+            parts = TRAINED.fullmatch(key)
+            if parts is None or int(parts["seed"]) != TUNED_ON:
+                continue
+            own = found.setdefault(parts["width"], {})
+            if not parts["rate"]:
+                own[parts["arm"]] = cell["last"][name]
+            elif cell["last"][name] <= own.get("ste", np.inf):
+                own["ste"] = cell["last"][name]
+                own["averaged"] = cell["averaged"][name]
+        arms = {"ste": WORDS["ste"], "averaged": WORDS["averaged"]} | {
+            bound: "no bound" if np.isinf(most) else f"{most:g}"
+            for bound, most in BOUNDS.items()
+        }
+        lines = [
+            [width, *(f"{each[a]:.3f}" if a in each else NOT_MEASURED for a in arms)]
+            for width, each in found.items()
+        ]
+        return Rows(["bound", *arms.values()], lines)
+
+    return rows
+
+
 _COMPARED = tuple(arm for arm in WORDS if arm not in ("full", "ste"))
 
 
@@ -124,13 +153,16 @@ def _without_empty_columns(header, lines):
 # By the name of a place in the README: the file, and what becomes of it.
 SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "g2p_rates": ("g2p", rates("KL")),
+    "g2p_bounds": ("g2p", bounds("KL")),
     "g2p": ("g2p", means("cross-entropy")),
     "g2p_words": ("g2p", means("words right", 1, scale=100)),
     "g2p_recovered": ("g2p", recovered("cross-entropy")),
     "minilm_rates": ("minilm", rates("distance")),
+    "minilm_bounds": ("minilm", bounds("distance")),
     "minilm": ("minilm", means("distance")),
     "minilm_nearest": ("minilm", means("same nearest", 1, scale=100)),
     "pitch_rates": ("pitch", rates("KL")),
+    "pitch_bounds": ("pitch", bounds("KL")),
     "pitch": ("pitch", means("KL")),
     "pitch_right": ("pitch", means("tones right", 1, scale=100)),
 }

@@ -53,9 +53,9 @@ PLAN = {
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
-    "g2p": "121 cells, most of them trainings of 3000 steps of two GRUs: 6 hours",
-    "minilm": "97 cells, most of them trainings of 2000 steps of a BERT: 9 hours",
-    "pitch": "181 cells, most of them trainings of 1000 steps of a CNN: 7 hours",
+    "g2p": "129 cells, most of them trainings of 3000 steps of two GRUs: 6 hours",
+    "minilm": "109 cells, most of them trainings of 2000 steps of a BERT: 9 hours",
+    "pitch": "193 cells, most of them trainings of 1000 steps of a CNN: 7 hours",
     "pieces": "9 cells of a fine-tuning of SmolLM2-135M: 8 hours",
     "paper": "2 cells of 12 trainings of 1144 steps, for a large GPU",
 }

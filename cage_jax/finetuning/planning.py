@@ -13,8 +13,7 @@ from cage_jax.arrays.names import names_checked
 from cage_jax.core.quantized_array import check_no_codes
 from cage_jax.core.rules import Rules
 from cage_jax.finetuning.published_recipes import Recipe, nearest
-from cage_jax.optim.recommended import recommended
-from cage_jax.optim.schedules import dose
+from cage_jax.optim.recommended import LEAST_DOSE, likely_dose
 from cage_jax.program.tracing import split_grids
 
 # arXiv 2509.22935: what its law was fitted to, and its one constant.
@@ -26,8 +25,7 @@ _FLOOR = 0.1  # of the learning rate, as a share of its peak
 _STEPS = 1000  # to aim at
 _MOST_STEPS = 10**7  # whose learning rates still fit in memory
 _TOKENS_PER_STEP = (256, 262_144)  # of our SmolLM2, and of the CAGE paper
-# Doses from which on CAGE gained, and at which it did nothing.
-_ACTS, _NOTHING = 0.2, 0.01
+_NOTHING = 0.01  # a dose at which CAGE did nothing
 _NEAR = 3  # times a recipe's weights or tokens
 _FEW_TOKENS = 1e6
 _GB = 1e9
@@ -63,7 +61,7 @@ class Plan:
       learning_rate: its peak.
       recipe: the nearest published or measured training.
       steps: quantized optimizer steps.
-      dose: that of `cage.recommended` in these steps.
+      dose: that of `cage.recommended` in these steps, for errors of usual size.
       memory: in GB.
       pieces: what to do, in order.
       remarks: what is extrapolated or was not measured.
@@ -176,7 +174,7 @@ def plan(
     share = 1.0 if pretrained else max(law, _LEAST_SHARE)
     steps = max(round(share * tokens / tokens_per_step), 1)
     acts = _dose(rate, steps)
-    if acts < _ACTS:
+    if acts < LEAST_DOSE:
         warn(f"CAGE: {_cage_in_words(acts)}")
     teacher = 2 * weights if pretrained else 0  # in bfloat16
     found = Plan(
@@ -218,24 +216,21 @@ def _size(params) -> tuple[int, int]:
 
 def _dose(rate, steps) -> float:
     schedule = optax.cosine_decay_schedule(rate, steps, _FLOOR)
-    # Optax's schedules multiply ints and floats.
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
-        warnings.simplefilter("ignore")  # of a small dose, which the plan tells
-        strength = recommended(schedule, steps)["strength"]
-        return dose(schedule, strength, steps)
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies ints and floats
+        return likely_dose(schedule, steps)
 
 
 def _cage_in_words(dose) -> str:
-    if dose >= _ACTS:
+    if dose >= LEAST_DOSE:
         return (
             f"a dose of {dose:.2g}, by total_steps. Gains were seen from about "
-            f"{_ACTS:g} on, most at 2 bits; compare with the free ones"
+            f"{LEAST_DOSE:g} on, most at 2 bits; compare with the free ones"
         )
     does = "do nothing" if dose < _NOTHING else "hardly act"
     return (
         f"it will {does} at this learning rate, in these steps: its dose is "
-        f"{dose:.2g}, and gains were seen from about {_ACTS:g} on. Train "
-        f"{_ACTS / dose:.2g} times as many steps, or leave it out"
+        f"{dose:.2g}, and gains were seen from about {LEAST_DOSE:g} on. Train "
+        f"{LEAST_DOSE / dose:.2g} times as many steps, or leave it out"
     )
 
 
@@ -243,7 +238,7 @@ def _pieces(bits, tokens, pretrained, dose) -> tuple[str, ...]:
     """Returns what to do, in order."""
     free = "free: a learning rate that decays to 0, or the mean of the last fifth"
     beside = "; then CAGE beside them, at a rate that ends at a tenth"
-    last = (free + beside if dose >= _ACTS else free, "codes: cage.quantize")
+    last = (free + beside if dose >= LEAST_DOSE else free, "codes: cage.quantize")
     if not pretrained:
         return (
             "full precision at first",

@@ -1,5 +1,6 @@
 """The recommended strength and curvature."""
 
+import math
 from typing import Any
 
 import jax
@@ -18,12 +19,16 @@ from cage_jax.optim.schedules import (
 )
 
 _LARGEST = 3.0
-_DOSE = 0.7
-# In measurements CAGE did nothing at a dose of 0.01 and gained from about 0.2 on, which
-# is a quarter of the recommended one.
-_LEAST_SHARE = 0.25
-# All measured strengths were below this; the paper's is 10.
-_STRONGEST = 15.0
+_DOSE, _SILENCE = 0.7, 0.5
+# The most that a matrix is pulled at the end, as a root mean square and in learning
+# rates, of which Adam moves a weight by at most about one. On pretrained models a tenth
+# to a half were best, and three did harm.
+_MOST = 0.5
+# A root mean square error of matrices of pretrained models at 2 to 4 bits, of which a
+# dose is estimated where no parameters are known.
+_USUAL_ERROR = 1 / 30
+# In measurements CAGE did nothing at a dose of 0.01 and gained from 0.05 on.
+LEAST_DOSE = 0.05
 
 
 @names_checked
@@ -31,7 +36,7 @@ def recommended(
     learning_rate: ScalarOrSchedule,
     total_steps: int,
     dose: float = _DOSE,
-    silence: float = 0.5,
+    silence: float = _SILENCE,
     coupled: bool = False,
 ) -> dict[str, Any]:
     """Returns a strength and a curvature to begin with, with nothing to tune.
@@ -42,15 +47,19 @@ def recommended(
     each matrix, and at most three times the mean. This needs no further gradients, and
     takes 8 bytes for each input and each output. Gradients are read at every tenth
     step, from 100 steps before the pull begins. No step moves a weight beyond its grid
-    point, and no strength is above 15. So the dose is smaller for a handful of steps,
-    for a learning rate that ends near 0, and for the small ones of fine-tuning, where
-    the full dose would need a pull larger than the steps. Warns if less than a quarter
-    of `dose` is left. After `total_steps` the strength keeps its last value.
+    point.
+
+    No matrix is pulled by more than half of the learning rate at the end, root mean
+    square, with the error that it has when the state is made. With Adam that is half of
+    what the optimizer moves a weight at most; a stronger pull decides where weights go
+    in its place. So the dose is smaller for the small learning rates of fine-tuning,
+    for few steps, and for a learning rate that ends near 0. Warns if CAGE will hardly
+    act. After `total_steps` the strength keeps its last value.
 
     Args:
       learning_rate: the optimizer's, a number or a schedule.
       total_steps: length of the training in optimizer updates (see `cage_adamw`).
-      dose: as in `ramp_to_dose`, if a strength of 15 at the end is enough to reach it.
+      dose: as in `ramp_to_dose`, for matrices whose pull stays within the bound.
       silence: the fraction of training without correction, in [0, 1).
       coupled: whether the pull goes before an optimizer that divides by the root of
         mean squared gradients, such as Adam. It is then multiplied by that root, and
@@ -73,46 +82,68 @@ def recommended(
 
     Source: measured, see benchmarks/README.md: better than the paper's setting on
     quadratics and a small language model, as good or better on digits. The paper uses
-    `silence_then_ramp(total_steps)` and no curvature.
+    `silence_then_ramp(total_steps)` and no curvature. The bound of the pull is that of
+    benchmarks/quality/README.md.
     """
-    # A ramp of the dose, within the limits of a step and of the strength.
-    ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
-
-    def limited(count, rate):
-        peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
-        share = jnp.minimum(1.0, _STRONGEST / peak)
-        asked = share * ramp(count)
-        # A weight whose curvature is at its bound must not be moved beyond the grid.
-        most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
-        return jnp.where(rate > 0, jnp.minimum(asked, most), asked)
+    limited, peak = _ramp(learning_rate, total_steps, dose, silence)
+    _warn_of_little(learning_rate, total_steps, dose, silence)
+    source = fisher(
+        factored=True,
+        largest=_LARGEST,
+        times_root=coupled,
+        largest_error=_MOST / peak,
+    )
 
     def strength(count):
         return limited(count, value_at(learning_rate, count))
 
-    _warn_of_little(learning_rate, limited, total_steps, dose)
-    return {
-        "strength": strength,
-        "curvature": fisher(factored=True, largest=_LARGEST, times_root=coupled),
-    }
+    return {"strength": strength, "curvature": source}
 
 
-def _warn_of_little(learning_rate, limited, total_steps, dose):
-    """Warns if the limits of the strength leave little of the dose."""
+def likely_dose(
+    learning_rate: ScalarOrSchedule,
+    total_steps: int,
+    dose: float = _DOSE,
+    silence: float = _SILENCE,
+) -> float:
+    """Returns the dose of the recommended pull where errors are of the usual size.
+
+    It is NaN if the learning rate is traced.
+    """
+    limited, peak = _ramp(learning_rate, total_steps, dose, silence)
     counts = steps(total_steps)
     rates = values_at("learning_rate", learning_rate, counts)
     strengths = jax.jit(jax.vmap(limited))(counts, rates)
     if is_traced(strengths):
-        return
-    total = sum_of_products(rates, strengths)
-    if total < _LEAST_SHARE * dose:
-        aim = "the default aims at" if dose == _DOSE else "you asked for"
+        return math.nan
+    share = min(1.0, float(_MOST / peak) / _USUAL_ERROR)
+    return share * sum_of_products(rates, strengths)
+
+
+def _ramp(learning_rate, total_steps, dose, silence):
+    """Returns the strength, of a count and its learning rate, and its last value."""
+    ramp = ramp_to_dose(learning_rate, total_steps, dose, silence)
+
+    def limited(count, rate):
+        # A weight whose curvature is at its bound must not be moved beyond the grid.
+        most = 1 / (_LARGEST * jnp.where(rate > 0, rate, jnp.inf))
+        return jnp.where(rate > 0, jnp.minimum(ramp(count), most), ramp(count))
+
+    peak = jnp.maximum(ramp(jnp.int32(total_steps - 1)), 1e-9)
+    return limited, peak if is_traced(peak) else float(peak)
+
+
+def _warn_of_little(learning_rate, total_steps, dose, silence):
+    """Warns if the bound of the pull leaves little of the dose."""
+    likely = likely_dose(learning_rate, total_steps, dose, silence)
+    if likely < min(dose, LEAST_DOSE):  # not if it is NaN
         warn(
-            f"the recommended strength, at most {_STRONGEST:g}, comes to a dose of "
-            f"{total:.2g} in {total_steps} steps at this learning rate, so CAGE will "
-            f"hardly act. The dose is the sum of learning rate times strength; {aim} "
-            f"{dose:g}, and gains begin at about 0.2. Train longer, or let the "
-            f"learning rate end higher. strength=ramp_to_dose(...) gives the whole "
-            f"dose by a stronger pull, which did harm in fine-tuning.",
+            f"the recommended pull, at most half of a learning rate, comes to a dose "
+            f"of about {likely:.2g} in {total_steps} steps at this learning rate, so "
+            f"CAGE will hardly act. The dose is the sum of learning rate times "
+            f"strength, and gains were seen from about {LEAST_DOSE:g} on. Train "
+            f"longer, or let the learning rate end higher. strength=ramp_to_dose(...) "
+            f"gives the whole dose by a stronger pull, which did harm in fine-tuning."
         )
 
 

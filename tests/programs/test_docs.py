@@ -100,7 +100,8 @@ def test_the_lines_of_the_first_page():
     assert not jnp.array_equal(names["params"]["kernel"], params["kernel"])
 
 
-def test_the_doses_of_the_recommended_strength():
+def test_the_doses_of_the_recommended_pull():
+    """For errors of 1/30, which are pulled by half of a learning rate at the end."""
     text = (ROOT / "docs" / "strength.md").read_text()
     row = r"^\| (\S+) to (\S+) \| ([\d,]+) \| ([\d.]+)(, with a warning)? \|$"
     rows = re.findall(row, text, re.MULTILINE)
@@ -112,7 +113,8 @@ def test_the_doses_of_the_recommended_strength():
             warnings.simplefilter("always")
             strength = cage.recommended(rate, steps)["strength"]
         assert len(found) == bool(warns)
-        assert f"{cage.dose(rate, strength, steps):.2g}" == dose
+        share = min(1.0, 0.5 / (float(strength(steps - 1)) / 30))
+        assert f"{share * cage.dose(rate, strength, steps):.2g}" == dose
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def results(folder):
     return json.loads((folder / "out" / "results.json").read_text())["results"]
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+@pytest.mark.filterwarnings("ignore:the recommended pull")
 def test_the_whole_path(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder) == 0
     found = results(folder)
@@ -84,7 +84,7 @@ def test_the_whole_path(folder, monkeypatch, capsys):
     assert results(folder) == found
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+@pytest.mark.filterwarnings("ignore:the recommended pull")
 def test_every_piece_on_and_off(folder, monkeypatch, capsys):
     out = folder / "pieces"
     flags = ["--targets", "int3", "--blocks", "--scales", "--out", out]

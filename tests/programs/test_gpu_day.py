@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_have_it"),
-    pytest.mark.filterwarnings("ignore:the recommended strength"),  # in 8 steps
+    pytest.mark.filterwarnings("ignore:the recommended pull"),  # in 8 steps
 ]
 
 

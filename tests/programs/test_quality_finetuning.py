@@ -29,7 +29,7 @@ QUIET = Console(quiet=True)
 # Ten steps leave the recommended strength no dose.
 pytestmark = [
     pytest.mark.usefixtures("as_users_have_it"),
-    pytest.mark.filterwarnings("ignore:the recommended strength, at most 15"),
+    pytest.mark.filterwarnings("ignore:the recommended pull"),
 ]
 
 

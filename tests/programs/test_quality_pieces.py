@@ -13,7 +13,7 @@ from cage_jax.llama.loaded import Model
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_have_it"),
-    pytest.mark.filterwarnings("ignore:the recommended strength, at most 15"),
+    pytest.mark.filterwarnings("ignore:the recommended pull"),
     pytest.mark.filterwarnings("ignore:`batches` have fewer rows"),
 ]
 CONFIG = LlamaConfig(vocabulary=256, width=64, hidden=64, layers=2, heads=2)

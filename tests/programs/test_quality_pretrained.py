@@ -15,7 +15,7 @@ from rich.console import Console
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_have_it"),
-    pytest.mark.filterwarnings("ignore:the recommended strength, at most 15"),
+    pytest.mark.filterwarnings("ignore:the recommended pull"),
 ]
 
 ENTRIES = [
@@ -116,7 +116,18 @@ def test_names_are_those_of_cells():
     recipes = len(pretrained.ARMS) + 2 * len(pretrained.BETWEEN)
     rates = [parts["rate"] for parts in trained if parts["rate"]]
     assert rates == ["0.0001", "0.0003", "0.001"] * 2
-    assert len(trained) == 2 * 2 * recipes + len(rates)
+    bounds = 2 * len(pretrained.BOUNDS)
+    assert len(trained) == 2 * 2 * recipes + len(rates) + bounds
+
+
+def test_the_bound_of_what_is_recommended_is_one_of_those_that_are_compared(task):
+    """At a rate of which no step could go beyond the grid, which has a bound too."""
+    task = task._replace(rates=(1e-3,))
+    half, recommended, unbounded = (
+        pretrained.Cells(task, {}).measure(f"int2, KL, from rounded: {arm}, seed 0")
+        for arm in ("half", "recommended", "unbounded")
+    )
+    assert half == recommended != unbounded
 
 
 def test_the_rate_of_a_width_is_the_best_on_another_seed(task):
@@ -163,11 +174,17 @@ def test_the_tables():
         cells[trained("recommended", seed)] = {"last": {"cross-entropy": loss}}
     for rate in ("0.001", "0.01"):
         name = f"int2, KL, from rounded: ste at {rate}, seed 100"
-        cells[name] = {"last": {"KL": float(rate)}}
+        found = float(rate)
+        cells[name] = {"last": {"KL": found}, "averaged": {"KL": 1 + found}}
     record = {"cells": cells}
     rows = pretrained_report.rates("KL")(record)
     assert rows.header[1:] == ["0.001", "0.01"]
     assert rows.cells == [["int2", "0.001", "0.010"]]
+    for bound, found in (("half", 0.25), ("unbounded", 0.75)):
+        cells[f"int2, KL, from rounded: {bound}, seed 100"] = {"last": {"KL": found}}
+    rows = pretrained_report.bounds("KL")(record)
+    assert rows.header[3:] == ["0.1", "0.5", "2", "no bound"]
+    assert rows.cells == [["int2", "0.001", "1.001", "-", "0.250", "-", "0.750"]]
     rows = pretrained_report.means("cross-entropy")(record)
     (line,) = [dict(zip(rows.header, line)) for line in rows.cells]
     assert line["trained"] == "int2, KL, from GPTQ"

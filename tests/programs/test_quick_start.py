@@ -50,7 +50,7 @@ def test_every_arm_has_a_row_and_codes_are_loaded(tmp_path):
     assert (tmp_path / "digits.safetensors").stat().st_size < codes + 2000
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+@pytest.mark.filterwarnings("ignore:the recommended pull")
 def test_the_first_page_pairs_seeds_of_the_quick_start(monkeypatch):
     monkeypatch.setattr(quickstart, "STEPS", 200)
     record = json.loads(json.dumps(first_page.measure(2)))

@@ -90,7 +90,7 @@ def test_arms_share_the_trunk_and_part_where_cage_pulls(undisturbed):
     assert pulled.distance[-1] < ste.distance[-1]
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+@pytest.mark.filterwarnings("ignore:the recommended pull")
 def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbed):
     """To the bit until then, though the trunk has the state of a curvature."""
     changes = {"strength": 10.0, "recommended": True}
@@ -106,7 +106,7 @@ def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbe
         settings(tmp_path, strength=3.0, recommended=True).resolved()
 
 
-@pytest.mark.filterwarnings("ignore:the recommended strength, at most 15")
+@pytest.mark.filterwarnings("ignore:the recommended pull")
 def test_rivals_are_trained_on_the_same_batches(tmp_path, undisturbed):
     """One that pulls, and those whose gradients are taken at other weights."""
     arms = ("recommended", "lotion", "parq", "winq")

@@ -18,11 +18,13 @@ import numpy as np
 from jax import lax
 
 from cage_jax.arrays.checks import check_number
+from cage_jax.arrays.exact import compute_dtype
 from cage_jax.arrays.factors import Factors
 from cage_jax.arrays.reprs import brief_repr
 from cage_jax.arrays.sharding import replicated
 from cage_jax.optim.curvature.averages import check_averaging, total_weight
 from cage_jax.optim.curvature.source import Arrays, Curvature, Quantized, Step
+from cage_jax.quantizers.rounding import error_elementwise, error_reductions
 
 # Scaling raises levels above their bound again, by less in each round.
 _ROUNDS = 4
@@ -45,6 +47,8 @@ class FactoredState(NamedTuple):
       weights: the weights, float32, before their product is bounded.
       roots: the roots of the averages, float32; None unless the source multiplies by
         them.
+      errors: the root mean square quantization error of each matrix when the state was
+        made, float32; None without `largest_error`.
     """
 
     steps: jax.Array
@@ -53,6 +57,7 @@ class FactoredState(NamedTuple):
     means: tuple[jax.Array, ...]
     weights: tuple[jax.Array, ...]
     roots: tuple[jax.Array, ...] | None
+    errors: tuple[jax.Array, ...] | None
 
 
 def factored(
@@ -62,6 +67,7 @@ def factored(
     period: int = 10,
     largest: float = 3.0,
     times_root: bool = False,
+    largest_error: float | jax.Array | None = None,
 ) -> Curvature:
     """Creates a source from means of squared gradients by input and by output.
 
@@ -82,6 +88,8 @@ def factored(
       times_root: whether to multiply by the root of the mean squared gradient, too. An
         optimizer after the correction that divides by it, such as Adam, then leaves
         the pull as it would be behind the optimizer.
+      largest_error: the largest root mean square error, at the start, of a matrix that
+        is pulled fully. The pull of others is less, as if theirs were this one.
 
     Returns:
       A source with a `FactoredState`: 8 bytes for each input and each output of a
@@ -96,6 +104,10 @@ def factored(
     def init(quantized):
         groups = _groups(quantized)
         means = tuple(group.zeros(quantized) for group in groups)
+        errors = None
+        if largest_error is not None:
+            found = {path: _error(x, q) for path, (q, x) in quantized.items()}
+            errors = tuple(group.errors(found) for group in groups)
         return FactoredState(
             steps=jnp.zeros([], jnp.int32),
             estimates=tuple(
@@ -106,6 +118,7 @@ def factored(
             weights=jax.tree.map(jnp.ones_like, means),
             # Nothing is pulled before it is known what the optimizer divides by.
             roots=jax.tree.map(jnp.zeros_like, means) if times_root else None,
+            errors=errors,
         )
 
     def update(state, step):
@@ -128,7 +141,11 @@ def factored(
             roots = None
             if times_root:
                 roots = tuple(group.roots(mean) for group, mean in zip(groups, means))
-            weights = _weights(groups, means, largest)
+            shares = None
+            if state.errors is not None:
+                errors = _flat(state.errors)
+                shares = jnp.where(errors > largest_error, largest_error / errors, 1)
+            weights = _weights(groups, means, largest, shares)
             return state._replace(
                 estimates=estimates, means=means, weights=weights, roots=roots
             )
@@ -137,7 +154,7 @@ def factored(
         due = near & (state.steps % period == 0)
         steps = state.steps + near.astype(jnp.int32)
         rest = lax.cond(due, read, lambda: state)
-        return rest._replace(steps=steps, rows=state.rows)
+        return rest._replace(steps=steps, rows=state.rows, errors=state.errors)
 
     def weigh(errors, state, step):
         weights, roots = weights_of(state, step.quantized), None
@@ -290,6 +307,13 @@ class _Group(NamedTuple):
         axes = range(1 + self.shape.stack, vectors.ndim)
         return jnp.mean(vectors, axes, keepdims=True)
 
+    def errors(self, of_matrices: Arrays) -> jax.Array:
+        """Returns the errors of the matrices, by path, in the shape of `mean`."""
+        stack = self.shape.stack
+        ones = [1] * (len(self.shape.lengths) - stack)
+        errors = jnp.stack([of_matrices[vector.path] for vector in self.members])
+        return errors.reshape(-1, *self.shape.lengths[:stack], *ones)
+
     def roots(self, means: jax.Array) -> jax.Array:
         """Computes the factors of the root of mean squares."""
         mean = self.mean(means)
@@ -300,6 +324,16 @@ class _Group(NamedTuple):
 @functools.partial(jax.jit, static_argnums=1)
 def _sum_of_squares(g, over):
     return replicated(jnp.sum(jnp.square(g.astype(jnp.float32)), over))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _error(x, quantizer):
+    """Computes the root mean square error of each matrix of a stack."""
+    x = x.astype(compute_dtype(x.dtype))
+    error = error_elementwise(x, quantizer, error_reductions(x, quantizer))
+    axes = quantizer.blocks(x.shape).tensor_axes
+    size = math.prod(x.shape[axis] for axis in axes)
+    return jnp.sqrt(_sum_of_squares(error, axes) / size)
 
 
 def _groups(quantized: Quantized) -> list[_Group]:
@@ -339,8 +373,10 @@ def _rows(groups):
     return rows
 
 
-def _weights(groups, means, largest):
+def _weights(groups, means, largest, shares):
     """Computes the factors of the weights, before their product is bounded.
+
+    `shares` are None or what is left of the weights of each matrix, in one array.
 
     Compilers take long over many small kernels, so the numbers of all matrices are
     computed as one array.
@@ -355,6 +391,8 @@ def _weights(groups, means, largest):
     is_input = np.concatenate([group.of_matrices("is_input") for group in groups])
     level = _flat(levels)
     level = _level(level, _unit(groups, level, largest), largest)
+    if shares is not None:
+        level *= shares
     factors = _split(jnp.where(is_input, level, 1) / mean, levels)
     weights = []
     for group, vectors, factor in zip(groups, bounded, factors):

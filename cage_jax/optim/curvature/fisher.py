@@ -2,6 +2,7 @@
 
 from typing import Unpack
 
+import jax
 import jax.numpy as jnp
 
 from cage_jax.arrays.checks import check_int
@@ -14,6 +15,7 @@ class FisherOptions(DiagonalOptions, total=False):
     """The options of `diagonal` and, with `factored`, of that source."""
 
     times_root: bool
+    largest_error: float | jax.Array | None
 
 
 def fisher(
@@ -36,7 +38,8 @@ def fisher(
       factored: keep only means by input and by output, as `recommended` does. They are
         less noisy, need no rotation, take next to no memory, and are relative.
       **options: as in `diagonal`; with `factored`, `decay`, `period` and `largest`, by
-        default 0.9, 10 and 3.
+        default 0.9, 10 and 3, and `largest_error`, the root mean square error of a
+        matrix, when the state is made, above which it is pulled as if it were this one.
 
     Example:
       >>> import cage_jax as cage
