@@ -67,15 +67,15 @@ def test_what_the_pieces_of_a_fine_tuning_are_worth():
     number = r"(\d+\.\d)"
     stages = ("in full precision", "rounded", "after GPTQ", "after blocks")
     pattern = ", ".join(f"{number} {stage}" for stage in stages)
-    found = numbers(
-        rf"perplexity of {pattern}, {number} after 200 steps .{{,60}} and {number} "
-        "after its scales",
-        "docs/finetuning.md",
-    )
+    pattern += rf", {number} after 200 steps .{{,60}}and {number} after its scales"
+    found = re.findall(f"perplexity of {pattern}", page("docs/finetuning.md"))
     record = json.loads((report.RESULTS / "pieces.json").read_text())
-    cell = record["cells"]["int3 group 64, 50 thousand tokens: all"]
-    losses = [each["speeches of 2013 to 2021"] for each in cell.values()]
-    assert found == np.exp(losses).round(1).tolist()
+    losses = [
+        [stage["speeches of 2013 to 2021"] for stage in cell.values()]
+        for target in ("int3 group 64", "W4A4")
+        for cell in [record["cells"][f"{target}, 50 thousand tokens: all"]]
+    ]
+    np.testing.assert_array_equal(np.float64(found), np.exp(losses).round(1))
 
 
 def test_what_a_step_costs():
