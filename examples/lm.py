@@ -1,6 +1,7 @@
 """A language model, its quantization, its loss and its optimizer."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -213,9 +214,10 @@ def _rules(weights):
 
 
 def _decays(params):
-    """Returns whether each parameter decays: all but the norms."""
+    """Returns whether each parameter decays: all but the norms and learned grids."""
     return jax.tree.map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+        lambda path, _: re.search("norm|grids", jax.tree_util.keystr(path)) is None,
+        params,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equal_bytes_report
 import measurement
 import numpy as np
 import pretrained_report
@@ -461,6 +462,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "paper_recovered": ("paper", language_models_recovered),
     "finetuning": ("finetuning", finetuning),
     "finetuning_recovered": ("finetuning", finetuning_recovered),
+    "equal_bytes": ("equal_bytes", equal_bytes_report.rows),
     "pieces": ("pieces", pieces),
     **pretrained_report.SECTIONS,
     "tuned": ("tuned", tuned),

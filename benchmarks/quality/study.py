@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import classifiers
+import equal_bytes
 import finetuning
 import g2p
 import language_models
@@ -40,6 +41,7 @@ TABLES = {
     "classifiers": classifiers,
     "tuned": tuned,
     "language_models": language_models,
+    "equal_bytes": equal_bytes,
     "finetuning": finetuning,
     "g2p": g2p,
     "minilm": minilm,
@@ -52,6 +54,7 @@ PLAN = {
     "classifiers": "24 cells of 10 seeds and 11 trainings: 3 hours",
     "tuned": "3 cells of 7 methods and 8 trainings of 10 seeds: 1 hour",
     "language_models": "36 cells of 3 to 12 trainings of 4000 steps: 3 hours",
+    "equal_bytes": "54 trainings of 4000 steps, or 8000: 2 hours",
     "finetuning": "123 trainings of 96 steps, SmolLM2-135M: 8 hours",
     "g2p": "129 cells, most of them trainings of 3000 steps of two GRUs: 6 hours",
     "minilm": "109 cells, most of them trainings of 2000 steps of a BERT: 9 hours",
