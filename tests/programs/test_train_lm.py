@@ -98,8 +98,6 @@ def test_recommended_cage_parts_from_the_same_trunk_at_half(tmp_path, undisturbe
     ste, pulled = undisturbed["ste"].history, found["cage"].history
     np.testing.assert_array_equal(ste.losses[:11], pulled.losses[:11])
     assert not np.array_equal(ste.losses[11:], pulled.losses[11:])
-    experiment = Experiment(settings(tmp_path, **changes).resolved())
-    assert 0 < experiment.dose() < 0.1  # the strength has a limit in so few steps
     experiment = Experiment(settings(tmp_path, steps=2000, **changes).resolved())
     assert experiment.dose() == pytest.approx(0.7, rel=1e-4)
     with pytest.raises(ValueError, match="`--recommended` must come without --str"):

@@ -143,8 +143,8 @@ def factored(
                 roots = tuple(group.roots(mean) for group, mean in zip(groups, means))
             shares = None
             if state.errors is not None:
-                errors = _flat(state.errors)
-                shares = jnp.where(errors > largest_error, largest_error / errors, 1)
+                errors, most = _flat(state.errors), jnp.float32(largest_error)
+                shares = jnp.where(errors > most, most / errors, 1)
             weights = _weights(groups, means, largest, shares)
             return state._replace(
                 estimates=estimates, means=means, weights=weights, roots=roots
